@@ -1,0 +1,963 @@
+"""Preference data: JSONL rows -> checked messages -> token ids -> a memory-mapped store -> one flat stream per forward.
+
+    row    {"prompt": ..., "chosen": ..., "rejected": ...}   text or conversations; the prompt may be implicit
+    pair   prompt_ids, chosen_ids, rejected_ids              what `tokenize_pair` makes of a row
+    store  all pairs in four memory-mapped arrays            made once by `build_store`, then found again by content
+    batch  prompt0 chosen0 rejected0 prompt1 ...             no padding, every prompt once: see `Batch`
+
+To see the data as the trainer sees it (prompt dim, chosen green, rejected red, and what prefix sharing saves):
+
+    python data.py prefs.jsonl --model_name_or_path Qwen2-0.5B-Instruct -n 5
+
+Token ids are TRL 1.16's for every row that has a meaning; a row without one (chosen equal to rejected, an empty completion,
+an unknown role), which TRL trains on or crashes on, is refused by file and line.
+"""
+
+import codecs
+import glob
+import gzip
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import numpy as np
+import tokenizers
+import torch
+from torch import Tensor
+
+NEEDS = "each row needs prompt, chosen, rejected (or chosen and rejected that begin with the same prompt)"
+FILE_PATTERNS = ("*.jsonl", "*.json", "*.jsonl.gz", "*.json.gz")
+
+
+class DataError(ValueError):
+    """Unusable input. The message is for the person who made it: where, what was found, what to do."""
+
+
+class DroppedPair(DataError):
+    """A sound row of which truncation leaves nothing to score. Counted and printed, never an error of the data."""
+
+
+# Rows
+
+
+def find_files(spec: str | Path | list) -> list[Path]:
+    """Files named by a path, a glob, a directory (its .jsonl and .json, gzipped or not) or several of these, in order.
+
+    Raises DataError when one of them names nothing.
+    """
+    found: list[Path] = []
+    for one in [spec] if isinstance(spec, (str, Path)) else spec:
+        path = Path(one).expanduser()
+        if path.is_dir():
+            matches = sorted({match for pattern in FILE_PATTERNS for match in path.glob(pattern)})
+        else:  # a file may have the characters of a glob in its name
+            matches = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        matches = [match for match in matches if match.is_file()]
+        if not matches:
+            what = f"no {', '.join(FILE_PATTERNS)} in this directory" if path.is_dir() else "no such file"
+            raise DataError(f"{one}: {what}; give a .jsonl or .json file, a directory or a glob")
+        found += matches
+    return list(dict.fromkeys(found))  # a file that two globs match is read once
+
+
+def parse_line(line: bytes) -> dict:
+    """One JSON object. Raises DataError on anything else."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"broken JSON ({error}) in {line[:40]!r}; each line must be one JSON object") from None
+    if not isinstance(row, dict):
+        raise DataError(f"found a JSON {type(row).__name__}, not an object; {NEEDS}")
+    return row
+
+
+def line_rows(stream: Iterable[bytes]) -> Iterator[tuple[int, dict | DataError]]:
+    """JSON Lines as (line number, row); blank lines are skipped, and a bad line does not end the file."""
+    for number, line in enumerate(stream, 1):
+        if line.strip():
+            try:
+                yield number, parse_line(line)
+            except DataError as error:
+                yield number, error
+
+
+def file_rows(path: Path) -> Iterator[tuple[int, dict | DataError]]:
+    """(line, row) of one file: gzip is known by its first bytes, a JSON array by its first character."""
+    with ExitStack() as stack:
+        stream = stack.enter_context(open(path, "rb"))
+        if stream.peek(2)[:2] == b"\x1f\x8b":
+            stream = stack.enter_context(gzip.GzipFile(fileobj=stream))
+        if stream.peek(3)[:3] == codecs.BOM_UTF8:
+            stream.read(3)
+        rows = line_rows
+        if path.suffix == ".parquet":
+            from extras.formats import parquet_rows as rows
+        elif stream.peek(4096)[:4096].lstrip()[:1] == b"[":
+            from extras.formats import array_rows as rows
+        yield from rows(stream)
+
+
+def read_rows(files: Iterable[str | Path]) -> Iterator[tuple[str, dict | DataError]]:
+    """Rows of JSONL, JSON-array, gzipped or parquet files as ("prefs.jsonl:17", row), streamed; LF or CRLF, BOM or none.
+
+    What cannot be read (bad UTF-8, broken JSON, not an object, damaged gzip) comes as a DataError in the row's place.
+    """
+    for path in map(Path, files):
+        number = 0
+        try:
+            for number, row in file_rows(path):
+                yield f"{path}:{number}", row
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            yield f"{path}:{number + 1}", DataError(f"the compressed file is damaged ({error}); fetch it again")
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+# The chat template
+
+
+class GenerationTag(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %} marks what the assistant says; here it only renders its body."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+class TemplateNamespace(jinja2.utils.Namespace):
+    """namespace() of a template, without underscore names, which could reach Python's internals."""
+
+    def __init__(*args, **kwargs):
+        jinja2.utils.Namespace.__init__(args[0])
+        for name, value in dict(*args[1:], **kwargs).items():
+            args[0][name] = value
+
+    def __setitem__(self, name, value):
+        if str(name).startswith("_"):
+            raise jinja2.sandbox.SecurityError(f"a chat template may not set the name {name!r}")
+        super().__setitem__(name, value)
+
+
+def raise_exception(message):
+    raise jinja2.TemplateError(message)
+
+
+def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    """Jinja's own `tojson` escapes HTML, which a prompt must not."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def compile_template(source: str) -> jinja2.Template:
+    """A chat template in jinja's immutable sandbox, with what transformers offers to templates. Raises DataError."""
+    if tuple(map(int, re.findall(r"\d+", jinja2.__version__)[:3])) < (3, 1, 6):
+        raise DataError(f"jinja2 {jinja2.__version__} has known sandbox escapes; pip install -U 'jinja2>=3.1.6'")
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals |= {
+        "raise_exception": raise_exception,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+        "namespace": TemplateNamespace,
+        "dict": lambda *args, **kwargs: dict(*args, **kwargs),  # a function has no attributes to climb from, a type has
+    }
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise DataError(f"the chat template is broken at its line {error.lineno}: {error.message}") from None
+
+
+def template_message(message: dict) -> dict:
+    """A message as templates expect it: no null fields, and one reasoning text under the names that are in use."""
+    message = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((message[key] for key in REASONING if key in message), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+# The tokenizer
+
+REASONING = ("reasoning_content", "thinking", "reasoning")
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model"),
+    *("additional_chat_templates/*.jinja", "chat_templates/*.jinja"),
+)
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file, {} where there is none."""
+    try:
+        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise DataError(f"{path}: broken JSON ({error}); fetch the file again") from None
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The files of a tokenizer, as far as they are there, in a fixed order."""
+    return [path for name in TOKENIZER_FILES for path in sorted(directory.glob(name)) if path.is_file()]
+
+
+def read_config(directory: Path) -> dict:
+    """tokenizer_config.json; where it is of the older kind special_tokens_map.json overrides it, as in transformers."""
+    config = read_json(directory / "tokenizer_config.json")
+    return config if "added_tokens_decoder" in config else config | read_json(directory / "special_tokens_map.json")
+
+
+def token_text(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def named_tokens(config: dict) -> dict[str, str]:
+    """{"bos_token": "<s>", ...}: the usual names, then those that a model adds (image_token, ...)."""
+    extra = config.get("extra_special_tokens")
+    named = {key: token_text(value) for key, value in config.items() if key.endswith("_token")}
+    named |= {key: token_text(value) for key, value in extra.items()} if isinstance(extra, dict) else {}
+    return {key: text for key, text in named.items() if isinstance(text, str)}
+
+
+def load_backend(directory: Path, config: dict) -> tokenizers.Tokenizer:
+    """tokenizer.json, plus the special tokens that only the configuration names, as transformers adds them."""
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        hint = "transformers.AutoTokenizer.from_pretrained(...).save_pretrained(...) makes one"
+        raise DataError(f"{directory}: no tokenizer.json; {hint}")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust side raises plain Exception
+        raise DataError(f"{path}: not a tokenizer file ({error})") from None
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
+    listed = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    more = [*named_tokens(config).values(), *(token_text(token) for token in extra if not isinstance(extra, dict))]
+    wanted = {entry["content"]: entry for _, entry in listed}
+    wanted |= {text: {"content": text, "special": True, "normalized": False} for text in more if text not in wanted}
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    backend.add_tokens([tokenizers.AddedToken(**entry) for text, entry in wanted.items() if text not in known])
+    return backend
+
+
+def find_templates(directory: Path) -> dict[str, str]:
+    """{name: source}; files beside the tokenizer win over tokenizer_config.json, which may list several by name."""
+    sources = {path.stem: path.read_text("utf-8") for path in tokenizer_files(directory) if path.suffix == ".jinja"}
+    if "chat_template" in sources:
+        sources["default"] = sources.pop("chat_template")
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        sources = sources or read_json(directory / name).get("chat_template") or {}
+    if isinstance(sources, list):
+        sources = {entry["name"]: entry["template"] for entry in sources}
+    return {"default": sources} if isinstance(sources, str) else sources
+
+
+def choose_templates(templates: dict[str, str], choice: str | None) -> dict[str, str]:
+    """The user's --chat_template: the name of a template, a .jinja file, a model directory, or the template itself."""
+    if choice is None:
+        return templates
+    if choice in templates or "{" in choice:
+        return {"default": templates.get(choice, choice)}
+    if Path(choice).is_dir():
+        return find_templates(Path(choice))
+    if Path(choice).is_file():
+        return {"default": Path(choice).read_text("utf-8")}
+    raise DataError(f"chat template {choice!r} is neither a file, nor a template, nor one of {sorted(templates)}")
+
+
+class Tokenizer:
+    """tokenizer.json and the configuration beside it: encodes, decodes, renders conversations by the chat template.
+
+    Equal to PreTrainedTokenizerFast.from_pretrained. transformers 5 rebuilds Llama-2's pipeline instead of reading it from
+    tokenizer.json, and so loses spaces after special tokens; this follows the file, as transformers 4 and others do.
+    """
+
+    def __init__(self, directory: str | Path, chat_template: str | None = None):
+        self.directory = Path(directory).expanduser()
+        config = read_config(self.directory)
+        self.backend = load_backend(self.directory, config)
+        self.special_tokens = named_tokens(config)
+        self.bos_token, self.eos_token, self.unk_token, _, self.pad_token, *_ = map(self.special_tokens.get, NAMED_TOKENS)
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = (
+            None if token is None else self.backend.token_to_id(token)
+            for token in (self.bos_token, self.eos_token, self.pad_token)
+        )
+        self.size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
+        self.templates = choose_templates(find_templates(self.directory), chat_template)
+        self.compiled: dict[str, jinja2.Template] = {}
+        digest = hashlib.sha256(json.dumps(sorted(self.templates.items())).encode())
+        for path in tokenizer_files(self.directory):
+            digest.update(f"{path.name}:{hashlib.sha256(path.read_bytes()).hexdigest()};".encode())
+        self.digest = digest.hexdigest()
+
+    @classmethod
+    def load(cls, directory: str | Path, chat_template: str | None = None) -> "Tokenizer":
+        """The tokenizer of a model directory. Raises DataError where it cannot be used."""
+        return cls(directory, chat_template)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids; the special tokens added are those of the tokenizer's own post-processor (a BOS, mostly)."""
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_batch(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """`encode` of many texts, on all cores."""
+        return [one.ids for one in self.backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
+
+    def decode(self, ids, skip_special_tokens: bool = False) -> str:
+        """The text of token ids."""
+        return self.backend.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)
+
+    def template(self, tools: list | None) -> jinja2.Template:
+        """The compiled template: "tool_use" where there are tools and there is one, else "default"."""
+        name = "tool_use" if tools is not None and "tool_use" in self.templates else "default"
+        if name not in self.templates:
+            what = f"has only the chat templates {sorted(self.templates)}" if self.templates else "has no chat template"
+            raise DataError(f"the tokenizer in {self.directory} {what}; conversations need one, give --chat_template")
+        if name not in self.compiled:
+            self.compiled[name] = compile_template(self.templates[name])
+        return self.compiled[name]
+
+    def render(self, messages: list[dict], add_generation_prompt: bool = False, tools=None, **chat_template_kwargs) -> str:
+        """A conversation as the template's text. Raises DataError with the template's own message."""
+        template = self.template(tools)
+        values = {"documents": None, **self.special_tokens, **chat_template_kwargs}
+        values |= {"tools": tools, "add_generation_prompt": add_generation_prompt}
+        try:
+            return template.render(messages=[template_message(message) for message in messages], **values)
+        except Exception as error:  # a template is a program: it fails in every way that a program can
+            raise DataError(f"the chat template refused the conversation: {error or type(error).__name__}") from None
+
+    def save(self, directory: str | Path):
+        """Copies the tokenizer's files byte for byte; a template that the user chose is written beside them."""
+        for path in tokenizer_files(self.directory):
+            target = Path(directory) / path.relative_to(self.directory)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if path.resolve() != target.resolve():
+                shutil.copyfile(path, target)
+        if self.templates != find_templates(self.directory):
+            (Path(directory) / "chat_template.jinja").write_text(self.templates["default"], "utf-8", newline="")
+
+
+# From a row to a pair of token ids
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+RATINGS = (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"), ("chosen_rating", "rejected_rating"))
+RESERVED_KWARGS = ("messages", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize")
+
+
+class DataOptions(NamedTuple):
+    """All that changes the token ids of a pair, beside the tokenizer. Lengths in tokens.
+
+    `need_rejected` is False where only chosen completions are trained on (loss_type sft alone).
+    """
+
+    max_length: int | None = 1024
+    max_prompt_length: int | None = None
+    max_completion_length: int | None = None
+    truncation_mode: str = "keep_start"
+    need_rejected: bool = True
+
+
+class Pair(NamedTuple):
+    """One prompt with two completions, as int32 token ids.
+
+    `rejected_prompt_ids` is None while both completions share the prompt; else the pair is two whole sequences.
+    Ratings are the row's own scores, nan where it has none. `flags` are what the report counts.
+    """
+
+    prompt_ids: np.ndarray
+    chosen_ids: np.ndarray
+    rejected_ids: np.ndarray
+    rejected_prompt_ids: np.ndarray | None = None
+    chosen_rating: float = math.nan
+    rejected_rating: float = math.nan
+    flags: tuple[str, ...] = ()
+
+
+class RowTexts(NamedTuple):
+    """What is tokenized of a row: the prompt alone, then the prompt with each completion."""
+
+    texts: list[str]
+    add_special_tokens: bool
+    ratings: tuple[float, float]
+
+
+def check_options(options: DataOptions):
+    """Raises DataError unless lengths are positive and the mode is known."""
+    for name in ("max_length", "max_prompt_length", "max_completion_length"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise DataError(f"{name} is {getattr(options, name)}; it must be at least 1, or unset for no limit")
+    if options.truncation_mode not in ("keep_start", "keep_end"):
+        raise DataError(f"truncation_mode is {options.truncation_mode!r}; take keep_start or keep_end")
+
+
+def parse_message(message: Any, where: str) -> dict:
+    """A message in role/content form. Raises DataError naming the role or the type that was found."""
+    if not isinstance(message, dict):
+        raise DataError(f'{where} is a {type(message).__name__}; a message is {{"role": ..., "content": ...}}')
+    if "from" in message and "role" not in message:
+        from extras.formats import from_value_message
+
+        message = from_value_message(message, where)
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise DataError(f"{where} has the role {role!r}; known are {', '.join(ROLES)}")
+    is_parts = isinstance(content, list) and all(isinstance(part, (dict, str)) for part in content)
+    if not (isinstance(content, str) or is_parts or (content is None and message.get("tool_calls"))):
+        raise DataError(f"{where} has a content of type {type(content).__name__}; give text or a list of parts")
+    return message
+
+
+def parse_turns(row: dict, key: str) -> str | list[dict]:
+    """row[key] as text or as a list of messages (a single message counts as a list of one)."""
+    if key not in row:
+        raise DataError(f'"{key}" is missing; {NEEDS}')
+    value = row[key]
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, (list, dict)):
+        kind = "null" if value is None else f"a {type(value).__name__}"
+        raise DataError(f'"{key}" is {kind}; it must be text or a list of messages')
+    messages = value if isinstance(value, list) else [value]
+    return [parse_message(message, f'"{key}"[{index}]') for index, message in enumerate(messages)]
+
+
+def extract_prompt(chosen, rejected):
+    """(prompt, chosen, rejected) of two texts or conversations that begin alike: TRL's rule.
+
+    The completions begin at the first character (or message) that differs, or at the space before it, since tokens carry
+    the space in front of a word. Where one is the beginning of the other, its last character (message) is its completion.
+    """
+    shortest = min(len(chosen), len(rejected))
+    at = next((i for i in range(shortest) if chosen[i] != rejected[i]), None)
+    if at is None:
+        at = max(shortest - 1, 0)
+    elif at > 0 and chosen[at - 1] == " ":
+        at -= 1
+    return chosen[:at], chosen[at:], rejected[at:]
+
+
+def split_row(row: dict, need_rejected: bool):
+    """(prompt, chosen, rejected) as texts or as lists of messages; rejected is None where it is neither there nor needed."""
+    key = next((key for key in ("prompt", "conversations") if key in row), None)
+    optional = not need_rejected and key and "rejected" not in row
+    chosen, rejected = parse_turns(row, "chosen"), None if optional else parse_turns(row, "rejected")
+    if rejected is not None and type(chosen) is not type(rejected):
+        raise DataError("one of chosen and rejected is text, the other a conversation; make them alike")
+    if chosen == rejected:
+        raise DataError("chosen and rejected are the same; there is no preference to learn, remove the row")
+    prompt = parse_turns(row, key) if key else None
+    if key and type(prompt) is type(chosen):
+        return prompt, chosen, rejected
+    whole = isinstance(chosen, list) and rejected is not None and chosen[:1] == rejected[:1]
+    if key and not (isinstance(prompt, str) and whole):  # a text prompt beside whole conversations repeats their start
+        raise DataError("one of prompt and chosen is text, the other a conversation; make them alike")
+    for name in ("instruction", "question", "query"):
+        if not key and isinstance(row.get(name), str) and row[name] not in str(row["chosen"]):
+            raise DataError(f'"prompt" is missing, but "{name}" is there; rename it to "prompt"')
+    return extract_prompt(chosen, rejected)
+
+
+def is_empty(completion: str | list[dict]) -> bool:
+    """No text; no message; or a last message that says nothing and calls nothing."""
+    if isinstance(completion, str) or not completion:
+        return not completion
+    return not any(completion[-1].get(key) for key in ("content", "tool_calls", *REASONING))
+
+
+def parse_ratings(row: dict) -> tuple[float, float]:
+    """The row's (chosen, rejected) scores, nan where absent."""
+    keys = next((keys for keys in RATINGS if keys[0] in row or keys[1] in row), RATINGS[0])
+    for key in keys:
+        if isinstance(row.get(key), bool) or not isinstance(row.get(key), (int, float, type(None))):
+            raise DataError(f'"{key}" is {row[key]!r}; a score is a number')
+    return tuple(math.nan if row.get(key) is None else float(row[key]) for key in keys)
+
+
+def parse_template_kwargs(row: dict) -> dict:
+    """The row's chat_template_kwargs, with its tools (a list or JSON of one) as "tools"."""
+    tools, kwargs = row.get("tools"), row.get("chat_template_kwargs") or {}
+    if not isinstance(kwargs, dict) or any(name in kwargs for name in RESERVED_KWARGS):
+        raise DataError(f'"chat_template_kwargs" must be an object without any of {", ".join(RESERVED_KWARGS)}')
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+    except ValueError as error:
+        raise DataError(f'"tools" is broken JSON ({error}); give a list of tool descriptions') from None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise DataError('"tools" must be a list of objects, or JSON of such a list')
+    return {"tools": tools, **kwargs}
+
+
+def chat_texts(row: dict, prompt: list, completions: list[list], tokenizer: Tokenizer) -> list[str]:
+    """The rendered prompt with the header of an answer, then the rendered whole conversations."""
+    system = row.get("system")
+    if not isinstance(system, (str, type(None))):
+        raise DataError(f'"system" is a {type(system).__name__}; it must be text')
+    if system and prompt[:1] != [{"role": "system", "content": system}]:
+        prompt = [{"role": "system", "content": system}, *prompt]
+    if not prompt:
+        raise DataError("the prompt is empty: chosen and rejected share no message; give the prompt")
+    if [message["role"] for message in prompt[:2]] == ["system", "system"]:
+        raise DataError('"system" is set, but the prompt begins with another system message; keep one of them')
+    kwargs = parse_template_kwargs(row)
+    head = tokenizer.render(prompt, add_generation_prompt=True, **kwargs)
+    return [head, *(tokenizer.render(prompt + completion, **kwargs) for completion in completions)]
+
+
+def plain_texts(row: dict, prompt: str, completions: list[str], tokenizer: Tokenizer) -> list[str]:
+    """The prompt, then prompt + completion, each ending with EOS."""
+    for key in ("system", "tools"):
+        if row.get(key):
+            raise DataError(f'"{key}" is set, but the prompt is text; write it into the prompt, or give conversations')
+    eos = tokenizer.eos_token
+    if eos is None:
+        raise DataError("the tokenizer has no eos_token, so an answer has no end; set it in tokenizer_config.json")
+    return [prompt, *(prompt + text + ("" if text.endswith(eos) else eos) for text in completions)]
+
+
+def row_texts(row: dict, tokenizer: Tokenizer, options: DataOptions) -> RowTexts:
+    """Checks a row and renders it. Raises DataError saying what was found and what to do."""
+    if row.get("images") or row.get("image"):
+        raise DataError("the row has images, but this is a text run; remove them, or train a vision model")
+    prompt, chosen, rejected = split_row(row, options.need_rejected)
+    completions = [chosen] if rejected is None else [chosen, rejected]
+    for name, completion in zip(("chosen", "rejected"), completions, strict=False):
+        if is_empty(completion):
+            raise DataError(f'the completion of "{name}" is empty; give an answer, or remove the row')
+    is_plain = isinstance(prompt, str)
+    texts = (plain_texts if is_plain else chat_texts)(row, prompt, completions, tokenizer)
+    try:
+        "".join(texts).encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError("the text has half of a surrogate pair (\\ud83d alone, say); write whole characters") from None
+    return RowTexts(texts, is_plain, parse_ratings(row))
+
+
+def common_prefix_length(left: list[int], right: list[int]) -> int:
+    """How many first tokens are equal."""
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+
+
+def cut_sequence(prompt: list[int], completion: list[int], options: DataOptions) -> tuple[list[int], list[int]]:
+    """(prompt, completion), together at most max_length tokens: the first ones, or the last ones."""
+    over = len(prompt) + len(completion) - (options.max_length or sys.maxsize)
+    if over <= 0:
+        return prompt, completion
+    if options.truncation_mode == "keep_start":
+        return prompt, completion[:-over]
+    return prompt[over:], completion[max(0, over - len(prompt)) :]
+
+
+def truncate(prompt: list[int], completions: list[list[int]], options: DataOptions) -> list[tuple[list, list]]:
+    """[(prompt, completion)] after max_prompt_length, max_completion_length and max_length. Raises DroppedPair.
+
+    max_prompt_length keeps the prompt's last tokens, max_completion_length a completion's first, as in TRL 0.18.
+    """
+    prompt = prompt[-(options.max_prompt_length or sys.maxsize) :]
+    if options.truncation_mode == "keep_start" and len(prompt) >= (options.max_length or sys.maxsize):
+        raise DroppedPair("the prompt alone fills max_length")
+    completions = [completion[: options.max_completion_length] for completion in completions]
+    sequences = [cut_sequence(prompt, completion, options) for completion in completions]
+    if any(len(prompt) + len(completion) < 2 for prompt, completion in sequences):
+        raise DroppedPair("truncation leaves nothing to score")
+    return sequences
+
+
+def make_pair(ids: list[list[int]], ratings: tuple[float, float], options: DataOptions) -> Pair:
+    """A Pair from the token ids of prompt, prompt + chosen, prompt + rejected.
+
+    A completion begins at the first token where they differ, which is earlier than the prompt's end where tokens merge
+    across the boundary or the template renders the prompt alone differently (TRL's rule).
+    """
+    head, *wholes = ids
+    length = min(common_prefix_length(head, whole) for whole in wholes)
+    if any(len(whole) <= max(length, 1) for whole in wholes):
+        raise DataError("a completion adds no token that could be scored; remove the row, or check the chat template")
+    if len(wholes) == 2 and wholes[0] == wholes[1]:
+        raise DataError("chosen and rejected are the same tokens; there is no preference to learn, remove the row")
+    sequences = truncate(head[:length], [whole[length:] for whole in wholes], options)
+    (prompt, chosen), (other, rejected) = sequences[0], sequences[-1]
+    flags = {
+        "unclean_prefix": length < len(head),
+        "truncated": any(len(p) + len(c) < len(whole) for (p, c), whole in zip(sequences, wholes, strict=True)),
+        "same_after_truncation": len(wholes) == 2 and sequences[0] == sequences[1],
+    }
+    if not options.need_rejected:
+        other, rejected = prompt, []
+    arrays = [np.asarray(part, np.int32) for part in (prompt, chosen, rejected)]
+    own_prompt = None if prompt == other else np.asarray(other, np.int32)
+    return Pair(*arrays, own_prompt, *ratings, tuple(name for name, is_so in flags.items() if is_so))
+
+
+def tokenize_rows(rows: list[dict | DataError], tokenizer: Tokenizer, options: DataOptions) -> list[Pair | DataError]:
+    """Rows as pairs, by two calls of the tokenizer, which uses all cores; an error stands in its row's place."""
+    outcomes: list[Any] = []
+    for row in rows:
+        try:
+            outcomes.append(row if isinstance(row, DataError) else row_texts(row, tokenizer, options))
+        except DataError as error:
+            outcomes.append(error)
+    for special in (True, False):
+        places = [i for i, o in enumerate(outcomes) if isinstance(o, RowTexts) and o.add_special_tokens == special]
+        texts = [text for i in places for text in outcomes[i].texts]
+        encoded = iter(tokenizer.encode_batch(texts, special) if texts else [])
+        for i in places:
+            ids = list(islice(encoded, len(outcomes[i].texts)))
+            try:
+                outcomes[i] = make_pair(ids, outcomes[i].ratings, options)
+            except DataError as error:
+                outcomes[i] = error
+    return outcomes
+
+
+def tokenize_pair(row: dict, tokenizer: Tokenizer, options: DataOptions) -> Pair:
+    """One row as token ids. Raises DataError (what was found, what to do), DroppedPair where truncation leaves nothing."""
+    (outcome,) = tokenize_rows([row], tokenizer, options)
+    if isinstance(outcome, DataError):
+        raise outcome
+    return outcome
+
+
+# The store
+
+STORE_VERSION = 1  # part of the digest: to be raised when the same rows would give other arrays
+ARRAYS = {"tokens": (np.int32, 1), "lengths": (np.int32, 4), "ratings": (np.float32, 2), "places": (np.int64, 2)}
+CHUNK_ROWS = 256
+
+
+class PairStore:
+    """All pairs of a data set, read-only in memory-mapped arrays; made by `build_store`.
+
+    On disk: the pairs one after another as they lie in a Batch (prompt chosen rejected; where the prompts differ prompt
+    chosen rejected_prompt rejected), and per pair their four lengths (rejected_prompt -1: shared).
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        meta = json.loads((self.directory / "meta.json").read_text("utf-8"))
+        self.files, self.digest, self.report = meta["files"], meta["digest"], meta["report"]
+        stream, table, self.ratings, self.places = (
+            np.memmap(self.directory / f"{name}.bin", dtype, mode="r").reshape(-1, width)
+            for name, (dtype, width) in ARRAYS.items()
+        )
+        self.stream = stream[:, 0]
+        self.lengths, self.rejected_prompt_lengths = table[:, :3], table[:, 3]  # (n, 3), (n,)
+        self.tokens = self.lengths.sum(1, dtype=np.int64) + np.maximum(table[:, 3], 0)  # (n,)
+        self.starts = np.concatenate([[0], np.cumsum(self.tokens)])  # (n + 1,)
+        if self.starts[-1] != len(stream) or not len(table) == len(self.ratings) == len(self.places):
+            raise DataError(f"{directory}: the token store is damaged; remove it, and it will be made again")
+
+    @classmethod
+    def open(cls, directory: str | Path) -> "PairStore":
+        """The store that `build_store` made in this directory."""
+        return cls(directory)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Pair:
+        prompt, chosen, rejected = map(int, self.lengths[index])
+        ids = np.asarray(self.stream[self.starts[index] : self.starts[index] + self.tokens[index]])
+        answers = slice(prompt, prompt + chosen), slice(len(ids) - rejected, None)
+        shared = self.rejected_prompt_lengths[index] < 0
+        own_prompt = None if shared else ids[prompt + chosen : len(ids) - rejected]
+        return Pair(ids[:prompt], ids[answers[0]], ids[answers[1]], own_prompt, *map(float, self.ratings[index]))
+
+    def where(self, index: int) -> str:
+        """File and line of a pair, for messages."""
+        file, line = self.places[index]
+        return f"{self.files[file]}:{line}"
+
+
+def count_outcome(report: dict, place: str, outcome: Pair | DataError):
+    """Adds one row to the report, which keeps the first place of each kind and the first hundred bad rows."""
+    report["rows"] += 1
+    if isinstance(outcome, Pair):
+        names = ["kept", *outcome.flags]
+    else:
+        names = [f"dropped: {outcome}" if isinstance(outcome, DroppedPair) else "bad"]
+        if names == ["bad"] and len(report["bad_rows"]) < 100:
+            report["bad_rows"].append(f"{place}: {outcome}")
+    for name in names:
+        report["counts"][name] = report["counts"].get(name, 0) + 1
+        report["first"].setdefault(name, place)
+
+
+def describe(report: dict) -> list[str]:
+    """What happened to the rows, as lines to be printed once: each kind with its count and one place."""
+    explained = {
+        "bad": "skipped as unusable",
+        "unclean_prefix": "whose last prompt tokens change when a completion follows; the completion begins there",
+        "truncated": "truncated",
+        "same_after_truncation": "with chosen and rejected the same after truncation",
+    }
+    counts = report["counts"]
+    lines = [f"{counts.get('kept', 0):,} pairs from {report['rows']:,} rows"]
+    lines += [
+        f"{counts[name]:,} rows {explained.get(name, name)} (first: {report['first'][name]})"
+        for name in (*explained, *sorted(counts.keys() - explained.keys() - {"kept"}))
+        if name in counts
+    ]
+    return lines + [f"skipped {bad}" for bad in report["bad_rows"]]
+
+
+def refuse_empty(report: dict, files: list[Path]):
+    """Raises DataError when no pair is left."""
+    names = ", ".join(map(str, files))
+    if not report["rows"]:
+        raise DataError(f"{names}: no rows; {NEEDS}")
+    if not report["counts"].get("kept"):
+        raise DataError(f"{names}: no pair is left; " + "; ".join(describe(report)[:5]))
+
+
+def pair_pieces(pair: Pair, place: tuple[int, int]) -> tuple[np.ndarray, ...]:
+    """One pair as it is written to the four arrays, in their order."""
+    own_prompt = np.zeros(0, np.int32) if pair.rejected_prompt_ids is None else pair.rejected_prompt_ids
+    lengths = [len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)]
+    lengths.append(-1 if pair.rejected_prompt_ids is None else len(own_prompt))
+    stream = np.concatenate([pair.prompt_ids, pair.chosen_ids, own_prompt, pair.rejected_ids])
+    values = stream, lengths, (pair.chosen_rating, pair.rejected_rating), place
+    return tuple(np.asarray(value, dtype) for value, (dtype, _) in zip(values, ARRAYS.values(), strict=True))
+
+
+def write_pairs(directory: Path, outcomes: Iterable[tuple[str, Pair | DataError]], files: list[Path], stop: bool) -> dict:
+    """Appends the pairs to the array files; returns the contents of meta.json. Raises DataError at a bad row if `stop`."""
+    report = {"rows": 0, "counts": {}, "first": {}, "bad_rows": []}
+    numbers = {str(path): number for number, path in enumerate(files)}
+    hashes = [hashlib.sha256() for _ in ARRAYS]
+    with ExitStack() as stack:
+        streams = [stack.enter_context(open(directory / f"{name}.bin", "wb")) for name in ARRAYS]
+        for place, outcome in outcomes:
+            if stop and isinstance(outcome, DataError) and not isinstance(outcome, DroppedPair):
+                raise DataError(f"{place}: {outcome}")
+            count_outcome(report, place, outcome)
+            if isinstance(outcome, Pair):
+                file, _, line = place.rpartition(":")
+                pieces = pair_pieces(outcome, (numbers[file], int(line)))
+                for stream, sha, piece in zip(streams, hashes, pieces, strict=True):
+                    stream.write(piece.tobytes())
+                    sha.update(piece.tobytes())
+        for stream in streams:
+            stream.flush()
+            os.fsync(stream.fileno())
+    refuse_empty(report, files)
+    digest = hashlib.sha256("".join(sha.hexdigest() for sha in hashes[:3]).encode())  # of pairs, not of their places
+    return {"files": list(numbers), "digest": digest.hexdigest(), "report": report}
+
+
+def store_key(files: list[Path], *parts) -> str:
+    """Digest of all that a store depends on: the files' names and contents, and `parts`."""
+    sha = hashlib.sha256(repr((STORE_VERSION, *parts)).encode())
+    for path in files:
+        with open(path, "rb") as stream:
+            sha.update(f"{path}:{hashlib.file_digest(stream, 'sha256').hexdigest()};".encode())
+    return sha.hexdigest()[:32]
+
+
+def build_store(
+    files: list[Path],
+    tokenizer: Tokenizer,
+    options: DataOptions,
+    cache_dir: str | Path,
+    on_bad_row: str = "stop",
+    progress: Callable[[int], None] | None = None,
+) -> PairStore:
+    """Tokenizes files into a store inside cache_dir, or opens the one that is there for the same contents and options.
+
+    One process calls this; others open `store.directory`. The store is written beside its place and renamed, so that
+    it is whole or absent. `progress` gets the number of rows done. Raises DataError: at the first bad row
+    (on_bad_row "stop"; "skip" counts and lists them), and when no pair is left.
+    """
+    check_options(options)
+    assert on_bad_row in ("stop", "skip"), on_bad_row
+    target = Path(cache_dir) / store_key(files, tokenizer.digest, tuple(options), on_bad_row)
+    if (target / "meta.json").is_file():
+        return PairStore.open(target)
+
+    def outcomes() -> Iterator[tuple[str, Pair | DataError]]:
+        rows, done = read_rows(files), 0
+        while chunk := list(islice(rows, CHUNK_ROWS)):
+            places, found = zip(*chunk, strict=True)
+            yield from zip(places, tokenize_rows(found, tokenizer, options), strict=True)
+            done += len(chunk)
+            if progress:
+                progress(done)
+
+    Path(cache_dir).mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.part-", dir=cache_dir))
+    try:
+        meta = write_pairs(scratch, outcomes(), files, on_bad_row == "stop")
+        (scratch / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
+        scratch.chmod(0o755)
+        if not target.exists():  # another run may have been faster
+            os.rename(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return PairStore.open(target)
+
+
+# Batches
+
+
+class Batch(NamedTuple):
+    """B pairs as one flat stream of T tokens in S spans, of which N are targets.
+
+    A span attends to its prefix and causally to itself: prompts have no prefix, completions have their prompt, a pair
+    whose prompts differ is two spans without prefix. Positions restart after the prompt for each completion. The pairs
+    of TRL's collator example, prompt 1 2 3, chosen 4 5, rejected 6, then prompt 7 8, chosen 9, rejected 10 11:
+
+        input_ids     1 2 3 | 4 5 | 6 | 7 8 | 9 | 10 11
+        position_ids  0 1 2 | 3 4 | 3 | 0 1 | 2 |  2  3
+        spans         (0, 3, 0, 0) (3, 5, 0, 3) (5, 6, 0, 3) (6, 8, 0, 0) (8, 9, 6, 8) (9, 11, 6, 8)
+        score_index   2 3 | 2 | 7 | 7 9          the stream position that predicts
+        targets       4 5 | 6 | 9 | 10 11        the token that is predicted
+        lengths       (2, 1) (1, 2)
+    """
+
+    input_ids: Tensor  # (T,) int64
+    position_ids: Tensor  # (T,) int64
+    spans: Tensor  # (S, 4) int32, on the CPU always: start, end, prefix_start, prefix_end (0, 0: no prefix)
+    score_index: Tensor  # (N,) int64: chosen of pair 0, rejected of pair 0, chosen of pair 1, ...
+    targets: Tensor  # (N,) int64
+    lengths: Tensor  # (B, 2) int64, scored tokens of chosen and rejected; they sum to N
+    pair_ids: Tensor  # (B,) int64, index in the store
+    num_tokens: int  # tokens as TRL counts them: the prompt twice, padding never
+    ratings: Tensor  # (B, 2) float32, nan where absent
+    ref_logps: Tensor | None = None  # filled by the trainer
+
+    def to(self, device) -> "Batch":
+        """The batch on a device, except `spans`, which the attention reads on the CPU."""
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in self._asdict().items()
+            if isinstance(value, Tensor) and name != "spans"
+        }
+        return self._replace(**moved)
+
+
+class Layout(NamedTuple):
+    """A piece of a stream that begins at 0: arrays named as in Batch."""
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    spans: np.ndarray
+    score_index: np.ndarray
+    targets: np.ndarray
+    lengths: list[int]
+
+
+def shared_layout(pair: Pair) -> Layout:
+    """prompt chosen rejected; the last prompt token predicts the first token of both completions."""
+    p, c, r = len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)
+    positions = np.concatenate([np.arange(p + c), np.arange(p, p + r)])
+    spans = np.array([[0, p, 0, 0], [p, p + c, 0, p], [p + c, p + c + r, 0, p]])[: 3 if r else 2]
+    score_index = np.concatenate([np.arange(p - 1, p + c - 1), [p - 1][:r], np.arange(p + c, p + c + r - 1)])
+    ids = np.concatenate([pair.prompt_ids, pair.chosen_ids, pair.rejected_ids])
+    return Layout(ids, positions, spans, score_index, ids[p:], [c, r])
+
+
+def whole_layout(prompt: np.ndarray, completion: np.ndarray) -> Layout:
+    """prompt + completion as one span without prefix, where nothing predicts the very first token."""
+    ids = np.concatenate([prompt, completion])
+    n, scored = len(ids), min(len(completion), len(ids) - 1)
+    return Layout(ids, np.arange(n), np.array([[0, n, 0, 0]]), np.arange(n - 1 - scored, n - 1), ids[n - scored :], [scored])
+
+
+def pair_layouts(pair: Pair, share_prefix: bool) -> list[Layout]:
+    """A pair as one shared piece, or as two whole sequences."""
+    if share_prefix and pair.rejected_prompt_ids is None and len(pair.prompt_ids):
+        return [shared_layout(pair)]
+    own_prompt = pair.prompt_ids if pair.rejected_prompt_ids is None else pair.rejected_prompt_ids
+    layouts = [whole_layout(pair.prompt_ids, pair.chosen_ids)]
+    if len(pair.rejected_ids):
+        return [*layouts, whole_layout(own_prompt, pair.rejected_ids)]
+    return [layouts[0]._replace(lengths=[*layouts[0].lengths, 0])]
+
+
+def collate(pairs: list[Pair], pair_ids=None, share_prefix: bool = True) -> Batch:
+    """The pairs as one stream. `share_prefix` False lays each pair as two whole sequences; the numbers are the same."""
+    layouts = [layout for pair in pairs for layout in pair_layouts(pair, share_prefix)]
+    starts = np.cumsum([0] + [len(layout.input_ids) for layout in layouts])
+    shifted = [
+        layout._replace(
+            spans=layout.spans + start * (np.arange(4) < 2) + start * (layout.spans[:, 3:] > 0) * (np.arange(4) >= 2),
+            score_index=layout.score_index + start,
+        )
+        for layout, start in zip(layouts, starts, strict=False)
+    ]
+    flat = [torch.from_numpy(np.concatenate(column).astype(np.int64)) for column in zip(*shifted, strict=True)]
+    input_ids, position_ids, spans, score_index, targets, lengths = flat
+    twice = sum(len(pair.prompt_ids) for pair in pairs if pair.rejected_prompt_ids is None and len(pair.rejected_ids))
+    is_tree = share_prefix  # the prompt lies once in the stream, and TRL counts it twice
+    return Batch(
+        input_ids,
+        position_ids,
+        spans.to(torch.int32),
+        score_index,
+        targets,
+        lengths.view(-1, 2),
+        torch.as_tensor(np.asarray(range(len(pairs)) if pair_ids is None else pair_ids, np.int64)),
+        len(input_ids) + (twice if is_tree else 0),
+        torch.tensor([(pair.chosen_rating, pair.rejected_rating) for pair in pairs], dtype=torch.float32),
+    )
+
+
+def empty_batch() -> Batch:
+    """A stream of one token without targets, for a rank that has no pair left when the others have."""
+    none, one = torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    spans = torch.tensor([[0, 1, 0, 0]], dtype=torch.int32)
+    return Batch(one, one.clone(), spans, none, none, none.view(0, 2), none, 0, torch.zeros(0, 2))
+
+
+# Order
+
+
+def epoch_order(n: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+    """The order of n pairs in an epoch: (n,) int64, a function of seed and epoch alone.
+
+    Sorts the raw words of Philox keyed on (seed, epoch), which stay the same from one numpy to the next.
+    """
+    if not shuffle:
+        return np.arange(n)
+    words = np.random.Philox(key=np.array([seed % 2**64, epoch], np.uint64)).random_raw(n)
+    return np.argsort(words, kind="stable")
+
+
+def micro_batches(order: np.ndarray, tokens: np.ndarray, max_pairs: int, max_tokens: int | None = None) -> list[np.ndarray]:
+    """Cuts `order` into consecutive forwards of at most max_pairs pairs and max_tokens stream tokens.
+
+    `tokens` are those of every pair of the store. A pair longer than max_tokens stands alone.
+    """
+    assert max_pairs > 0, f"max_pairs is {max_pairs}"
+    batches, begin, size = [], 0, 0
+    for at, index in enumerate(order):
+        too_long = max_tokens is not None and size + tokens[index] > max_tokens
+        if at > begin and (too_long or at - begin == max_pairs):
+            batches.append(order[begin:at])
+            begin, size = at, 0
+        size += int(tokens[index])
+    return [*batches, order[begin:]] if len(order) else []
+
+
+if __name__ == "__main__":
+    from extras.view import main
+
+    sys.exit(main())

@@ -1,0 +1,1086 @@
+"""Direct Preference Optimization (arXiv:2305.18290): raise the odds of chosen over rejected, relative to a reference.
+
+    python dpo.py                                    the bundled demo, a minute or two on a laptop
+    python dpo.py --model_name_or_path DIR --dataset_name prefs.jsonl --output_dir OUT
+    torchrun --nproc_per_node=8 dpo.py ...           one machine, eight GPUs (gloo where there is no GPU)
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 dpo.py ...
+    python dpo.py --help                             every flag, its default and what it does
+
+A step takes per_device_train_batch_size x ranks x gradient_accumulation_steps pairs. Its loss is the sum of the pairs'
+losses over their number, whatever the ranks and the micro-batches: those change the speed, never the result.
+
+Reading order: `DPOTrainer.train` and `train_step`, then `pair_logps`, then losses.py; data.py and model.py as needed.
+"""
+
+import argparse
+import copy
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Callable, Iterator, NamedTuple, Optional
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import losses
+import model as models
+
+HERE = Path(__file__).resolve().parent
+
+
+# Configuration and command line
+
+
+def flag(default, text: str, group: str = ""):
+    """A configuration field with its help; `group` opens a new group of `--help`."""
+    factory = (lambda: list(default)) if isinstance(default, list) else dataclasses.MISSING
+    value = dataclasses.MISSING if isinstance(default, list) else default
+    return field(default=value, default_factory=factory, metadata={"help": text, "group": group})
+
+
+@dataclass
+class DPOConfig:
+    """Every option of a run. Names and defaults are TRL 1.16's where it has the option."""
+
+    model_name_or_path: Optional[str] = flag(None, "directory (or hub id) of the model to train", "model")
+    output_dir: Optional[str] = flag(None, "where the trained model, checkpoints and metrics.jsonl go")
+    dtype: str = flag("float32", "type of the weights: float32, bfloat16, float64")
+    disable_dropout: bool = flag(True, "no dropout, in LoRA neither")
+    gradient_checkpointing: bool = flag(False, "compute each block's activations twice to hold them once")
+    router_aux_loss_coef: Optional[float] = flag(None, "weight of the load-balancing loss of mixture-of-experts models; "
+                                                 "unset takes config.json's")
+
+    dataset_name: Optional[str] = flag(None, "preference pairs: file, glob or directory of .jsonl, .json, .gz; or hub id", "data")
+    eval_dataset_name: Optional[str] = flag(None, "pairs to evaluate on, likewise")
+    eval_fraction: float = flag(0.0, "share of the training pairs that is held out for evaluation instead")
+    max_length: Optional[int] = flag(1024, "prompt + completion are cut to so many tokens; none for no limit")
+    max_prompt_length: Optional[int] = flag(None, "prompts are cut to so many tokens first")
+    max_completion_length: Optional[int] = flag(None, "completions are cut to so many tokens first")
+    truncation_mode: str = flag("keep_start", "which end of a sequence a cut keeps: keep_start, keep_end")
+    on_bad_row: str = flag("stop", "unusable rows: stop names the first, skip counts and lists them")
+    shuffle_dataset: bool = flag(True, "shuffle each epoch, by seed and epoch alone; false keeps file order")
+    dataset_num_proc: Optional[int] = flag(None, "processes that tokenize")
+    cache_dir: Optional[str] = flag(None, "where tokenized pairs and reference log-probs are kept; unset is ~/.cache/dpo")
+
+    loss_type: list[str] = flag(["sigmoid"], "one or more of: " + " ".join(sorted(losses.LOSSES)), "loss")
+    loss_weights: Optional[list[float]] = flag(None, "weight of each loss type; unset is 1 each")
+    beta: float = flag(0.1, "strength of the tie to the reference (ipo: the paper's tau)")
+    label_smoothing: float = flag(0.0, "probability that a label is flipped (sigmoid, robust, exo_pair, aot, cpo)")
+    f_divergence_type: str = flag("reverse_kl", "scores of f-DPO: " + " ".join(losses.F_DIVERGENCES))
+    f_alpha_divergence_coef: float = flag(0.5, "alpha of alpha_divergence, u^-alpha")
+    reference_free: bool = flag(False, "take the reference's log-probs as 0")
+    ld_alpha: Optional[float] = flag(None, "LD-DPO: weight of the tokens beyond the shorter completion's length")
+    ld_apply_to_ref: bool = flag(True, "LD-DPO weighs the reference's log-probs too")
+    use_weighting: bool = flag(False, "WPO: weigh pairs by how likely the policy is to have written them")
+    wpo_clamp: bool = flag(True, "WPO: weights are at most 1, as the authors have it (TRL does not clamp)")
+    rpo_alpha: Optional[float] = flag(None, "RPO: add so much of the chosen completion's negative log-likelihood")
+    rpo_average: str = flag("sequence", "its average: sequence (mean of per-token means) or token")
+    sft_average: str = flag("token", "average of sft, orpo, cpo: token (over the global batch) or sequence")
+    ipo_average: str = flag("token", "ipo: log-ratios per token, or their sum")
+    discopop_tau: float = flag(0.05, "discopop: temperature of the blend")
+    simpo_gamma: float = flag(0.5, "simpo, alphapo: target margin (the authors' flag is this over beta)")
+    alphapo_alpha: float = flag(0.25, "alphapo: shape of the reward")
+    cpo_alpha: float = flag(1.0, "cpo: weight of the negative log-likelihood")
+    orpo_lambda: float = flag(0.1, "orpo: weight of the odds-ratio term (TRL calls it beta)")
+    dpop_lambda: float = flag(50.0, "dpop: penalty where chosen falls below the reference")
+    rdpo_alpha: float = flag(0.01, "rdpo: penalty per token of length difference")
+    odpo_alpha: float = flag(1.0, "odpo: weight of the offset from the rows' scores")
+    odpo_margin: str = flag("log", "odpo: offset by the log of the score gap, or the raw gap")
+    rpo_eta: float = flag(1.0, "rpo_sq, rpo_bwd_kl, rpo_fwd_kl: scale of the rows' score gap")
+    bco_delta: str = flag("running", "bco_pair's delta: running (mean reward of earlier steps), first (this step's "
+                          "included, as TRL 0.18), zero (as TRL 1.16)")
+    exact_global_loss: Optional[bool] = flag(None, "compute the loss over the whole global batch at once, at the price of "
+                                             "one more forward; unset does so where a loss sorts the batch")
+
+    precompute_ref_log_probs: Optional[bool] = flag(None, "run the reference once, before training, and keep no copy; "
+                                                    "unset does so unless the reference moves", "reference")
+    ref_model_name_or_path: Optional[str] = flag(None, "another model as reference; unset is the model as it starts")
+    sync_ref_model: bool = flag(False, "TR-DPO: move the reference towards the policy")
+    ref_model_mixup_alpha: float = flag(0.6, "TR-DPO: share of the policy in the moved reference")
+    ref_model_sync_steps: int = flag(512, "TR-DPO: steps between moves")
+
+    use_peft: bool = flag(False, "train a LoRA; the reference is the model without it", "LoRA")
+    lora_r: int = flag(16, "rank")
+    lora_alpha: int = flag(32, "the update is scaled by lora_alpha / lora_r")
+    lora_dropout: float = flag(0.05, "dropout before A; needs --disable_dropout false")
+    lora_target_modules: Optional[list[str]] = flag(None, "names such as q_proj v_proj lm_head embed_tokens, or "
+                                                    "all-linear; unset is q_proj v_proj (or their fused form)")
+
+    per_device_train_batch_size: int = flag(8, "pairs in one forward", "training")
+    gradient_accumulation_steps: int = flag(1, "forwards in one optimizer step")
+    max_tokens_per_forward: Optional[int] = flag(None, "cut forwards further, to at most so many tokens: bounds memory")
+    num_train_epochs: float = flag(3.0, "passes over the pairs")
+    max_steps: int = flag(-1, "stop after so many optimizer steps; -1 leaves it to num_train_epochs")
+    learning_rate: float = flag(1e-6, "peak learning rate of AdamW")
+    lr_scheduler_type: str = flag("linear", "linear, cosine, constant, constant_with_warmup")
+    warmup_steps: float = flag(0, "steps of linear warm-up; below 1, a share of all steps")
+    warmup_ratio: float = flag(0.0, "the older name of that share")
+    weight_decay: float = flag(0.0, "decoupled decay of matrices (norms and biases are left alone)")
+    adam_beta1: float = flag(0.9, "decay of AdamW's first moment")
+    adam_beta2: float = flag(0.999, "decay of AdamW's second moment")
+    adam_epsilon: float = flag(1e-8, "AdamW's epsilon")
+    max_grad_norm: float = flag(1.0, "clip gradients to this norm; 0 does not")
+    bf16: Optional[bool] = flag(None, "bfloat16 autocast over float32 weights; unset is on where the device computes it")
+    seed: int = flag(42, "of shuffling, LoRA's start and dropout")
+    use_cpu: bool = flag(False, "train on the CPU though there is a GPU")
+    ddp_timeout: int = flag(1800, "seconds after which ranks give one another up")
+
+    logging_steps: float = flag(10, "steps between lines of metrics; below 1, a share of all steps", "evaluation and files")
+    logging_first_step: bool = flag(False, "log the first step too")
+    disable_tqdm: Optional[bool] = flag(None, "no progress bar; unset shows one at a terminal")
+    eval_strategy: str = flag("no", "steps, epoch, or no: only once, at the end, where there are pairs to evaluate on")
+    eval_steps: Optional[float] = flag(None, "steps between evaluations; unset is logging_steps")
+    eval_on_start: bool = flag(False, "evaluate before the first step too")
+    per_device_eval_batch_size: int = flag(8, "pairs in one forward of evaluation and of the reference pass")
+    save_strategy: str = flag("steps", "when to write checkpoint-N, from which a run resumes: steps, epoch, no")
+    save_steps: float = flag(500, "steps between checkpoints; below 1, a share of all steps")
+    save_total_limit: Optional[int] = flag(None, "keep so many checkpoints")
+    resume_from_checkpoint: Optional[str] = flag(None, "true (the newest in output_dir) or a checkpoint-N directory")
+
+
+CHOICES = {
+    "dtype": ("float32", "bfloat16", "float64"), "truncation_mode": ("keep_start", "keep_end"),
+    "on_bad_row": ("stop", "skip"), "rpo_average": ("sequence", "token"), "sft_average": ("token", "sequence"),
+    "ipo_average": ("token", "sum"), "odpo_margin": ("log", "raw"), "bco_delta": ("running", "first", "zero"),
+    "lr_scheduler_type": ("linear", "cosine", "constant", "constant_with_warmup"),
+    "eval_strategy": ("no", "steps", "epoch"), "save_strategy": ("no", "steps", "epoch")}
+
+# Flags of TRL that steer only its machinery: taken, named once, without effect.
+NO_EFFECT = set("""
+    attn_implementation device_map remove_unused_columns padding_free pad_to_multiple_of pad_token dataloader_num_workers
+    dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor dataloader_drop_last
+    ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph gradient_checkpointing_kwargs
+    precompute_ref_batch_size logging_strategy logging_nan_inf_filter log_level log_level_replica log_on_each_node
+    skip_memory_metrics overwrite_output_dir do_train do_eval prediction_loss_only include_num_input_tokens_seen
+    average_tokens_across_devices ignore_bias_buffers lora_task_type model_revision torch_empty_cache_steps use_liger_kernel
+    save_safetensors half_precision_backend trust_remote_code optim report_to run_name project tf32""".split())
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises ValueError, with the nearest flag's name where one is unknown."""
+
+    def error(self, message: str):
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
+        if unknown.startswith("--"):
+            near = difflib.get_close_matches(unknown, self._option_string_actions, 1)
+            message = f"{unknown}: no such flag" + (f"; did you mean {near[0]}?" if near else "; see --help")
+        raise ValueError(message)
+
+
+def parse_value(name: str, value):
+    """`value` (text, or from a config file) as the type of DPOConfig's field `name`. Raises ValueError."""
+    kind = str(DPOConfig.__annotations__[name])
+    optional = "Optional" in kind
+    if value is None or (optional and isinstance(value, str) and value.lower() in ("none", "null")):
+        if not optional:
+            raise ValueError(f"--{name}: it needs a value")
+        return None
+    if "list" in kind:
+        cast = float if "float" in kind else str
+        value = [cast(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
+    elif "bool" in kind:
+        if str(value).lower() not in ("true", "false", "1", "0", "yes", "no"):
+            raise ValueError(f"--{name} {value}: true or false is expected")
+        value = str(value).lower() in ("true", "1", "yes")
+    else:
+        cast = int if "int" in kind else float if "float" in kind else str
+        try:
+            value = cast(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"--{name} {value}: a number is expected") from None
+    if name in CHOICES and value not in CHOICES[name]:
+        raise ValueError(f"--{name} {value}: one of {', '.join(CHOICES[name])} is expected")
+    return value
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="dpo.py", description=__doc__, allow_abbrev=False, add_help=True,
+                    formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--config", help="toml, json or yaml file with any of these; the command line wins")
+    group = parser
+    for f in dataclasses.fields(DPOConfig):
+        if f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
+        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+        text = f"{f.metadata['help']} [{default if default is not None else 'unset'}]".replace("%", "%%")
+        kind = str(f.type)
+        if "bool" in kind:
+            group.add_argument(f"--{f.name}", nargs="?", const="true", metavar="BOOL", help=text)
+            group.add_argument(f"--no_{f.name}", dest=f.name, action="store_const", const="false", help=argparse.SUPPRESS)
+        else:
+            group.add_argument(f"--{f.name}", nargs="+" if "list" in kind else None, metavar="X", help=text)
+    for name in NO_EFFECT:
+        for option in (f"--{name}", f"--no_{name}"):
+            parser.add_argument(option, dest=name, nargs="*", help=argparse.SUPPRESS)
+    return parser
+
+
+def read_config_file(path: str) -> dict:
+    """The options in a toml, json or yaml file. Raises ValueError naming the file."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        if path.endswith(".toml"):
+            import tomllib
+
+            return tomllib.loads(text)
+        if path.endswith(".json"):
+            return json.loads(text)
+        import yaml
+
+        return yaml.safe_load(text) or {}
+    except OSError as error:
+        raise ValueError(f"--config {path}: {error.strerror}") from None
+    except Exception as error:  # each parser raises its own kind
+        raise ValueError(f"--config {path}: {error}") from None
+
+
+def parse_config(argv: list[str]) -> DPOConfig:
+    """DPOConfig from a command line; without model and data set, the demo's settings lie under it."""
+    given = vars(build_parser().parse_args(argv))
+    path = given.pop("config", None)
+    settings = read_config_file(path) if path else {}
+    if not {"model_name_or_path", "dataset_name"} & (given.keys() | settings.keys()):
+        demo = read_config_file(str(HERE / "demo" / "config.toml"))
+        settings = {k: str(HERE / v) if k.endswith(("_path", "dataset_name")) else v for k, v in demo.items()} | settings
+    settings |= given
+    unread = sorted(settings.keys() & NO_EFFECT)
+    if unread and int(os.environ.get("RANK", 0)) == 0:
+        print(f"without effect here: {', '.join('--' + name for name in unread)}", file=sys.stderr)
+    fields = DPOConfig.__annotations__
+    for name in settings.keys() - NO_EFFECT - fields.keys():
+        near = difflib.get_close_matches(name, fields, 1)
+        raise ValueError(f"--config {path}: {name}: no such option" + (f"; did you mean {near[0]}?" if near else ""))
+    return DPOConfig(**{k: parse_value(k, v) for k, v in settings.items() if k not in NO_EFFECT})
+
+
+def check_config(c: DPOConfig) -> None:
+    """Raise ValueError for what cannot be run, before anything is read."""
+    options, defaults = vars(c), vars(DPOConfig())
+    losses.check_losses(options, defaults)
+    for name in ("model_name_or_path", "dataset_name", "output_dir"):
+        if options[name] is None:
+            raise ValueError(f"--{name} is missing")
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "lora_r",
+                 "ref_model_sync_steps", "max_tokens_per_forward", "save_total_limit", "logging_steps", "save_steps"):
+        if options[name] is not None and options[name] <= 0:
+            raise ValueError(f"--{name} {options[name]}: it must be above 0")
+    for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "num_train_epochs"):
+        if not 0 <= options[name] < math.inf:
+            raise ValueError(f"--{name} {options[name]}: it must be 0 or more")
+    if not 0 <= c.eval_fraction < 1:
+        raise ValueError(f"--eval_fraction {c.eval_fraction}: a share of the pairs, 0 <= share < 1")
+    if c.eval_fraction and c.eval_dataset_name:
+        raise ValueError("--eval_fraction and --eval_dataset_name: choose one")
+    check_readers(c, options, defaults)
+
+
+def check_readers(c: DPOConfig, options: dict, defaults: dict) -> None:
+    """Refuse a non-default value that nothing reads in this combination."""
+    no_reference = set(c.loss_type) <= losses.NO_REFERENCE or c.reference_free
+    unread = {
+        "--use_peft": (() if c.use_peft else ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")),
+        "--sync_ref_model": (() if c.sync_ref_model else ("ref_model_mixup_alpha", "ref_model_sync_steps")),
+        "a loss that reads a reference": (("precompute_ref_log_probs", "ref_model_name_or_path", "sync_ref_model")
+                                          if no_reference else ()),
+        "--eval_strategy steps": (() if c.eval_strategy == "steps" else ("eval_steps",)),
+        "--disable_dropout false": (("lora_dropout",) if c.disable_dropout and c.use_peft else ()),
+        "no --max_steps": (("num_train_epochs",) if c.max_steps > 0 else ()),
+        "--loss_type bco_pair": (() if "bco_pair" in c.loss_type else ("bco_delta",)),
+    }
+    for reader, names in unread.items():
+        for name in names:
+            if options[name] != defaults[name] and name != "num_train_epochs":
+                raise ValueError(f"--{name} {options[name]}: read only with {reader}")
+    if c.sync_ref_model and c.precompute_ref_log_probs:
+        raise ValueError("--sync_ref_model moves the reference; --precompute_ref_log_probs needs one that stays")
+    if c.sync_ref_model and c.use_peft:
+        raise ValueError("--sync_ref_model with --use_peft: mixing A and B is not mixing weights; train all weights")
+    if c.use_peft and c.ref_model_name_or_path:
+        raise ValueError("--use_peft with --ref_model_name_or_path: the reference is the model without its adapter")
+
+
+# Ranks
+
+
+class Ranks(NamedTuple):
+    """This process among the others that train the same model."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, x: Tensor) -> Tensor:
+        """In place, over all ranks."""
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def from_first(self, make: Callable[[], dict]) -> dict:
+        """`make()` is run by rank 0 and its JSON object handed to all; a ValueError there is raised on every rank."""
+        if self.world == 1:
+            return make()
+        answer = b""
+        if self.first:
+            try:
+                answer = json.dumps({"value": make()}).encode()
+            except ValueError as error:
+                answer = json.dumps({"error": str(error)}).encode()
+        size = torch.tensor([len(answer)], device=self.device)
+        dist.broadcast(size, 0)
+        body = torch.empty(int(size), dtype=torch.uint8, device=self.device)
+        if self.first:
+            body.copy_(torch.frombuffer(bytearray(answer), dtype=torch.uint8))
+        dist.broadcast(body, 0)
+        answer = json.loads(bytes(body.cpu().numpy()))
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        return answer["value"]
+
+
+def start_ranks(use_cpu: bool, timeout: int) -> Ranks:
+    """Join the other processes of torchrun or accelerate, where there are any."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    on_gpu = torch.cuda.is_available() and not use_cpu
+    device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout))
+    return Ranks(rank, world, device)
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def deal(pairs: np.ndarray, tokens: np.ndarray, world: int) -> list[np.ndarray]:
+    """The pairs of a global batch for each rank, with nearly equal tokens: largest first, to whoever has least."""
+    if world == 1:
+        return [pairs]
+    hands, load = [[] for _ in range(world)], np.zeros(world)
+    for i in sorted(range(len(pairs)), key=lambda i: (-tokens[pairs[i]], i)):
+        rank = int(load.argmin())
+        hands[rank].append(i)
+        load[rank] += tokens[pairs[i]]
+    return [pairs[np.array(sorted(hand), dtype=np.int64)] for hand in hands]
+
+
+# What one forward measures of each pair
+
+
+class Scored(NamedTuple):
+    """Of B pairs, in their order. `logps` and `chosen_nll` carry gradients; the others do not."""
+
+    logps: Tensor  # (B, 2) chosen, rejected: sums over the completion, desensitised where ld_alpha is set
+    chosen_nll: Tensor  # (B,) -log pi(chosen), always the plain sum
+    wpo: Tensor  # (B,) WPO weights; ones without use_weighting
+    stats: Tensor  # (B, 6) see STATS
+
+
+STATS = ("entropy", "top1", "chosen_logits", "rejected_logits", "chosen_tokens", "rejected_tokens")  # sums over tokens
+
+
+def score(model: nn.Module, batch: data.Batch, c: DPOConfig) -> tuple[Scored, Optional[Tensor]]:
+    """Run the policy on a batch; also its mixture-of-experts auxiliary loss, where it has one."""
+    out = model(batch.input_ids, batch.position_ids, batch.spans, batch.score_index, batch.targets)
+    lengths = batch.lengths
+    with torch.no_grad():
+        per_token = (out.entropy, out.is_top1.to(out.entropy.dtype), out.mean_logits)
+        entropy, top1, logits = (losses.completion_sums(t, lengths) for t in per_token)
+        stats = torch.stack([entropy.sum(1), top1[:, 0], *logits.unbind(1), *lengths.to(logits.dtype).unbind(1)], 1)
+        wpo = torch.ones(len(lengths), dtype=logits.dtype, device=logits.device)
+        if c.use_weighting:
+            wpo = losses.wpo_weights(out.logps, out.log_sum_sq_probs, lengths, c.wpo_clamp)
+    plain = losses.completion_sums(out.logps, lengths)
+    logps = plain if c.ld_alpha is None else losses.completion_sums(out.logps, lengths, c.ld_alpha)
+    return Scored(logps, -plain[:, 0], wpo, stats), getattr(out, "aux_loss", None)
+
+
+def split_sums(token_logps: Tensor, lengths: Tensor) -> Tensor:  # (B, 2, 2)
+    """[completion, (first l_p tokens, rest)]: what is kept of a reference, so that ld_alpha may change later."""
+    head = losses.completion_sums(token_logps, lengths, 0.0)
+    return torch.stack([head, losses.completion_sums(token_logps, lengths) - head], -1)
+
+
+def scored_lengths(store: data.PairStore, pairs: np.ndarray) -> np.ndarray:  # (P, 2)
+    """Scored tokens of chosen and rejected: all of them, but for the first where no prompt precedes it."""
+    prompt, chosen, rejected = store.lengths[pairs].T
+    own = np.where(store.rejected_prompt_lengths[pairs] < 0, prompt, store.rejected_prompt_lengths[pairs])
+    return np.maximum(np.stack([chosen - (prompt == 0), rejected - (own == 0)], 1), 0)
+
+
+# The trainer
+
+
+class DPOTrainer:
+    """Trains `model` (a path, or a Decoder) on pairs; see DPOConfig for every option.
+
+    `train_dataset` and `eval_dataset` are paths or PairStores; unset, the configuration names them.
+    """
+
+    def __init__(self, model=None, ref_model=None, args: Optional[DPOConfig] = None, train_dataset=None,
+                 eval_dataset=None, processing_class: Optional[data.Tokenizer] = None):
+        self.args = c = args or DPOConfig()
+        if model is not None and c.model_name_or_path is None:
+            c.model_name_or_path = str(model) if isinstance(model, (str, Path)) else "model"
+        if train_dataset is not None and c.dataset_name is None:
+            c.dataset_name = "train_dataset" if isinstance(train_dataset, data.PairStore) else str(train_dataset)
+        check_config(c)
+        self.ranks = start_ranks(c.use_cpu, c.ddp_timeout)
+        self.output_dir = Path(c.output_dir)
+        self.cache_dir = Path(c.cache_dir) if c.cache_dir else Path.home() / ".cache" / "dpo"
+        self.bf16 = computes_bf16(self.ranks.device) if c.bf16 is None else c.bf16
+        self.tokenizer = processing_class or data.Tokenizer.load(c.model_name_or_path)
+        self.options = vars(c) | {"delta": 0.0}
+        self.load_model(model)
+        self.load_data(train_dataset, eval_dataset)
+        self.load_reference(ref_model)
+        self.plan_steps()
+        self.step, self.num_tokens, self.pairs_done, self.pending = 0, 0, 0, []
+        self.delta_sum, self.delta_count = 0.0, 0
+
+    # set-up
+
+    def load_model(self, model) -> None:
+        c = self.args
+        torch.manual_seed(c.seed)
+        given = isinstance(model, models.Decoder)
+        self.model = model if given else models.load_model(model or c.model_name_or_path, getattr(torch, c.dtype))
+        size = self.model.config.vocab_size
+        if self.tokenizer.size > size:
+            raise ValueError(f"{c.model_name_or_path}: the tokenizer has {self.tokenizer.size} tokens, the embedding "
+                             f"{size} rows; they do not belong together")
+        if c.use_peft:
+            self.lora_targets = c.lora_target_modules or self.default_targets()
+            models.add_lora(self.model, c.lora_r, c.lora_alpha, c.lora_dropout, self.lora_targets)
+        self.model.to(self.ranks.device).train(not c.disable_dropout)
+        self.model.model.gradient_checkpointing = c.gradient_checkpointing
+        self.aux_coef = 0.0
+        if self.model.config.moe is not None:
+            self.aux_coef = c.router_aux_loss_coef
+            if self.aux_coef is None:
+                self.aux_coef = self.model.raw_config.get("router_aux_loss_coef", 0.0)
+        elif c.router_aux_loss_coef:
+            raise ValueError("--router_aux_loss_coef: this model has no experts")
+        self.ddp = self.model
+        if self.ranks.world > 1:
+            ids = [self.ranks.device.index] if self.ranks.device.type == "cuda" else None
+            self.ddp = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
+
+    def default_targets(self) -> list[str]:
+        """PEFT's default for most families."""
+        return ["qkv_proj"] if self.model.config.fused_qkv else ["q_proj", "v_proj"]
+
+    def load_data(self, train_dataset, eval_dataset) -> None:
+        c = self.args
+        options = data.DataOptions(c.max_length, c.max_prompt_length, c.max_completion_length, c.truncation_mode,
+                                   need_rejected=set(c.loss_type) != {"sft"})
+        self.train_store = self.open_store(train_dataset or c.dataset_name, options)
+        self.train_pairs = np.arange(len(self.train_store))  # those that are trained on
+        self.eval_store, self.eval_pairs = None, np.arange(0)
+        eval_dataset = eval_dataset or c.eval_dataset_name
+        if eval_dataset is not None:
+            self.eval_store = self.open_store(eval_dataset, options)
+            self.eval_pairs = np.arange(len(self.eval_store))
+        elif c.eval_fraction:
+            order = data.epoch_order(len(self.train_store), c.seed, 2**32, shuffle=True)  # an epoch no run reaches
+            held_out = max(1, round(c.eval_fraction * len(order)))
+            self.eval_store, self.eval_pairs = self.train_store, np.sort(order[:held_out])
+            self.train_pairs = np.sort(order[held_out:])
+        if not len(self.train_pairs):
+            raise ValueError(f"{c.dataset_name}: no pair is left to train on; lower --eval_fraction")
+        self.check_ratings()
+
+    def open_store(self, dataset, options: data.DataOptions) -> data.PairStore:
+        """The tokenized pairs: made, or found in the cache, by rank 0 and opened by all."""
+        if isinstance(dataset, data.PairStore):
+            return dataset
+
+        def build() -> dict:
+            store = data.build_store(data.find_files(dataset), self.tokenizer, options, self.cache_dir,
+                                     self.args.on_bad_row, self.args.dataset_num_proc)
+            for line in data.describe(store.report):
+                self.say(f"{dataset}: {line}")
+            return {"directory": str(store.directory)}
+
+        return data.PairStore.open(self.ranks.from_first(build)["directory"])
+
+    def check_ratings(self) -> None:
+        """Rows must carry the scores that a loss reads, and odpo's log needs chosen above rejected."""
+        reading = sorted(set(self.args.loss_type) & losses.READS_RATINGS)
+        for store in filter(None, (self.train_store, self.eval_store) if reading else ()):
+            gap = store.ratings[:, 0] - store.ratings[:, 1]
+            log_gap = "odpo" in reading and self.args.odpo_margin == "log"
+            bad = np.flatnonzero(np.isnan(gap) | (gap <= 0) if log_gap else np.isnan(gap))
+            if len(bad):
+                found = "no chosen_score and rejected_score" if np.isnan(gap[bad[0]]) else "chosen_score <= rejected_score"
+                raise ValueError(f"{store.where(int(bad[0]))}: {found}, which --loss_type {reading[0]} reads "
+                                 f"({len(bad)} such rows)")
+
+    def plan_steps(self) -> None:
+        c = self.args
+        self.global_batch = c.per_device_train_batch_size * self.ranks.world * c.gradient_accumulation_steps
+        self.steps_per_epoch = math.ceil(len(self.train_pairs) / self.global_batch)
+        self.total_steps = c.max_steps if c.max_steps > 0 else math.ceil(c.num_train_epochs * self.steps_per_epoch)
+        every = lambda steps: int(steps) if steps >= 1 else max(1, math.ceil(steps * self.total_steps))
+        by = {"steps": every, "epoch": lambda _: self.steps_per_epoch, "no": lambda _: 0}
+        self.log_every = every(c.logging_steps)
+        self.eval_every = by[c.eval_strategy](c.eval_steps or c.logging_steps)
+        self.save_every = by[c.save_strategy](c.save_steps)
+        warmup = c.warmup_steps or c.warmup_ratio
+        self.warmup = math.ceil(warmup * self.total_steps) if warmup < 1 else int(warmup)
+
+    # the reference
+
+    def load_reference(self, ref_model) -> None:
+        """Decide where reference log-probs come from: nowhere, a pass before training, or a live model."""
+        c = self.args
+        self.needs_ref = not (c.reference_free or set(c.loss_type) <= losses.NO_REFERENCE)
+        self.precompute = self.needs_ref and (not c.sync_ref_model if c.precompute_ref_log_probs is None
+                                              else c.precompute_ref_log_probs)
+        self.ref_model = ref_model
+        self.ref_sums = {}  # store digest -> (n, 2, 2), nan where not visited
+        if not self.needs_ref:
+            return
+        if ref_model is None and c.ref_model_name_or_path:
+            self.ref_model = models.load_model(c.ref_model_name_or_path, getattr(torch, c.dtype))
+            if self.ref_model.config.vocab_size != self.model.config.vocab_size:
+                raise ValueError(f"{c.ref_model_name_or_path}: {self.ref_model.config.vocab_size} tokens, the policy has "
+                                 f"{self.model.config.vocab_size}; they must share a tokenizer")
+        elif ref_model is None and not self.precompute and not c.use_peft:
+            self.ref_model = copy.deepcopy(self.model)
+        if self.ref_model is not None:
+            self.ref_model.requires_grad_(False).eval().to(self.ranks.device)
+
+    def reference_forward(self, batch: data.Batch) -> Tensor:  # (B, 2, 2)
+        """Live reference: a model of its own, or the policy without its adapters (before training: the policy)."""
+        with torch.no_grad(), self.autocast():
+            own = self.ref_model is not None
+            with nullcontext() if own else models.adapters_disabled(self.model):
+                out = (self.ref_model if own else self.model)(
+                    batch.input_ids, batch.position_ids, batch.spans, batch.score_index, batch.targets)
+            return split_sums(out.logps, batch.lengths)
+
+    def precompute_reference(self) -> None:
+        """Run the reference over the pairs this run will visit, once; the cache remembers them for later runs."""
+        visits = [(self.train_store, self.visited())] + [(self.eval_store, self.eval_pairs)] * (self.eval_store is not None)
+        for store, wanted in visits:
+            path = self.cache_dir / f"ref-{self.reference_key(store)}.safetensors"
+            sums = load_file(path)["ref"] if path.exists() else torch.full((len(store), 2, 2), torch.nan)
+            missing = wanted[torch.isnan(sums[wanted]).any(-1).any(-1).numpy()]
+            if len(missing):
+                found = self.run_reference(store, missing)
+                sums = torch.where(torch.isnan(found), sums, found)
+                if self.ranks.first:
+                    write_atomically(path, safetensors_bytes({"ref": sums}))
+                self.ranks.barrier()
+            self.ref_sums[store.digest] = sums
+        if self.ref_model is not None:  # it has served
+            self.ref_model = None
+
+    def run_reference(self, store: data.PairStore, pairs: np.ndarray) -> Tensor:  # (n, 2, 2)
+        """Reference sums of `pairs`, shared out among the ranks; nan elsewhere."""
+        sums = torch.zeros(len(store), 2, 2, dtype=torch.float64, device=self.ranks.device)
+        mine = deal(pairs, store.tokens, self.ranks.world)[self.ranks.rank]
+        batches = data.micro_batches(mine, store.tokens, self.args.per_device_eval_batch_size,
+                                     self.args.max_tokens_per_forward)
+        for rows in self.progress(batches, "reference"):
+            batch = self.batch(store, rows)
+            sums[batch.pair_ids] = self.reference_forward(batch).double()
+        sums = self.ranks.sum(sums).to(getattr(torch, self.args.dtype)).cpu()
+        if self.args.dtype == "bfloat16":
+            sums = sums.float()
+        skipped = np.ones(len(store), dtype=bool)
+        skipped[pairs] = False
+        sums[torch.from_numpy(skipped)] = torch.nan
+        return sums
+
+    def reference_key(self, store: data.PairStore) -> str:
+        """Changes with all that changes a reference log-prob: weights, adapters apart, rows, type of arithmetic."""
+        reference = self.ref_model or self.model
+        h = hashlib.sha256(f"1 {store.digest} {self.bf16} {self.args.dtype} {reference.config}".encode())
+        for name, p in reference.named_parameters():
+            if "lora_" not in name:
+                h.update(name.replace(".base_layer.", ".").encode())
+                h.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return h.hexdigest()[:32]
+
+    def visited(self) -> np.ndarray:
+        """The training pairs that the run's steps touch, sorted."""
+        epochs = math.ceil(self.total_steps / self.steps_per_epoch)
+        if self.total_steps >= self.steps_per_epoch:
+            return self.train_pairs
+        return np.sort(np.unique(np.concatenate(
+            [self.pairs_of(step) for step in range(min(self.total_steps, epochs * self.steps_per_epoch))])))
+
+    def sync_reference(self) -> None:
+        """TR-DPO (arXiv:2404.09656): ref <- alpha policy + (1 - alpha) ref."""
+        with torch.no_grad():
+            for ref, policy in zip(self.ref_model.parameters(), self.model.parameters()):
+                ref.lerp_(policy.to(ref.dtype), self.args.ref_model_mixup_alpha)
+
+    # batches
+
+    def pairs_of(self, step: int) -> np.ndarray:
+        """The global batch of a step: a slice of its epoch's order, a function of seed and step alone."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        order = data.epoch_order(len(self.train_pairs), self.args.seed, epoch, self.args.shuffle_dataset)
+        return self.train_pairs[order[within * self.global_batch : (within + 1) * self.global_batch]]
+
+    def forwards(self, store: data.PairStore, pairs: np.ndarray, size: int) -> list[np.ndarray]:
+        """This rank's micro-batches of a global batch; every rank gets equally many, empty ones at the end."""
+        cut = [data.micro_batches(hand, store.tokens, size, self.args.max_tokens_per_forward)
+               for hand in deal(pairs, store.tokens, self.ranks.world)]
+        mine, most = cut[self.ranks.rank], max(map(len, cut))
+        return mine + [np.arange(0)] * (most - len(mine))
+
+    def batch(self, store: data.PairStore, rows: np.ndarray) -> data.Batch:
+        """The stream of these pairs, with their reference sums where they are known."""
+        if not len(rows):
+            return data.empty_batch().to(self.ranks.device)
+        batch = data.collate([store[int(i)] for i in rows], rows)
+        if store.digest in self.ref_sums:
+            batch = batch._replace(ref_logps=self.ref_sums[store.digest][batch.pair_ids])
+        return batch.to(self.ranks.device)
+
+    def autocast(self):
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.bf16)
+
+    # the loss
+
+    def pair_logps(self, scored: Scored, lengths: Tensor, ratings: Tensor, ref_sums: Optional[Tensor],
+                   tokens_per_pair: float) -> losses.PairLogps:
+        """What the losses read, from the policy's sums and the reference's."""
+        c, logps = self.args, scored.logps
+        ref = torch.zeros_like(logps)
+        if self.needs_ref:
+            alpha = 1.0 if c.ld_alpha is None or not c.ld_apply_to_ref else c.ld_alpha
+            ref = (ref_sums[..., 0] + alpha * ref_sums[..., 1]).to(logps.dtype)
+        divergence = losses.F_DIVERGENCES[c.f_divergence_type]
+        if c.f_divergence_type == "alpha_divergence":
+            divergence = partial(divergence, f_alpha_divergence_coef=c.f_alpha_divergence_coef)
+        return losses.PairLogps(
+            *logps.unbind(1), *ref.detach().unbind(1), *lengths.to(logps.dtype).unbind(1),
+            *ratings.to(logps.dtype).unbind(1), chosen_nll=scored.chosen_nll,
+            chosen_tokens_per_pair=tokens_per_pair, score=divergence)
+
+    def pair_losses(self, x: losses.PairLogps, scored: Scored) -> Tensor:  # (B,)
+        return losses.pair_losses(x, self.options, scored.wpo if self.args.use_weighting else None)
+
+    def ref_of(self, batch: data.Batch) -> Optional[Tensor]:  # (B, 2, 2)
+        """The batch's reference sums: precomputed, or from the live reference."""
+        if not self.needs_ref or batch.ref_logps is not None:
+            return batch.ref_logps
+        return self.reference_forward(batch)
+
+    @torch.no_grad()
+    def score_all(self, store: data.PairStore, pairs: np.ndarray, batches: list[data.Batch]):
+        """PairLogps and Scored of all `pairs`, over every micro-batch and rank, without gradients.
+
+        Each rank writes its pairs' rows into a table of zeros; the sum over ranks is the whole.
+        """
+        order = np.argsort(pairs)
+        table = torch.zeros(len(pairs), 10 + 4, dtype=torch.float64, device=self.ranks.device)
+        for batch in batches:
+            if len(batch.pair_ids):
+                with self.autocast():
+                    scored, _ = score(self.model, batch, self.args)
+                ref = self.ref_of(batch) if self.needs_ref else batch.lengths.new_zeros(len(batch.lengths), 4)
+                rows = order[np.searchsorted(pairs, batch.pair_ids.cpu().numpy(), sorter=order)]
+                table[rows] = torch.cat([scored.logps, scored.chosen_nll[:, None], scored.wpo[:, None], scored.stats,
+                                         ref.flatten(1)], 1).double()
+        table = self.ranks.sum(table).to(torch.promote_types(getattr(torch, self.args.dtype), torch.float32))
+        scored = Scored(table[:, :2], table[:, 2], table[:, 3], table[:, 4:10])
+        lengths = torch.from_numpy(scored_lengths(store, pairs)).to(table)
+        ratings = torch.from_numpy(np.array(store.ratings[pairs])).to(table)
+        return self.pair_logps(scored, lengths, ratings, table[:, 10:].view(-1, 2, 2), lengths[:, 0].mean()), scored
+
+    def global_losses(self, pairs: np.ndarray, batches: list[data.Batch]) -> dict[int, tuple[Tensor, Tensor]]:
+        """{pair id: (its loss, d sum of losses / d its (logps, nll))}, over the whole global batch at once.
+
+        With those derivatives as constants, micro-batches back-propagate one by one and give the exact gradient.
+        """
+        x, scored = self.score_all(self.train_store, pairs, batches)
+        if self.args.bco_delta == "first":
+            self.observe_rewards(x)
+        logps, nll = scored.logps.clone().requires_grad_(), scored.chosen_nll.clone().requires_grad_()
+        x = x._replace(policy_chosen_logps=logps[:, 0], policy_rejected_logps=logps[:, 1], chosen_nll=nll)
+        values = self.pair_losses(x, scored)
+        grads = torch.autograd.grad(values.sum(), (logps, nll), allow_unused=True)
+        by_logps, by_nll = (torch.zeros_like(t) if g is None else g for g, t in zip(grads, (logps, nll)))
+        slopes = torch.cat([by_logps, by_nll[:, None]], 1)  # (P, 3)
+        return {int(i): (values[at].detach(), slopes[at]) for at, i in enumerate(pairs)}
+
+    def observe_rewards(self, x: losses.PairLogps) -> None:
+        """BCO's delta: the mean of 1/2 (beta r_w + beta r_l) over the pairs seen in training so far."""
+        if "bco_pair" in self.args.loss_type and self.args.bco_delta != "zero":
+            rewards = self.args.beta * (x.chosen_logratios + x.rejected_logratios).detach() / 2
+            self.add_rewards(float(rewards.sum()), len(rewards))
+
+    def add_rewards(self, total: float, count: int) -> None:
+        self.delta_sum, self.delta_count = self.delta_sum + total, self.delta_count + count
+        self.options["delta"] = self.delta_sum / self.delta_count
+
+    # one optimizer step
+
+    def train_step(self) -> dict:
+        """Loss, gradients and update of one global batch; returns the step's metrics."""
+        c, store, pairs = self.args, self.train_store, self.pairs_of(self.step)
+        torch.manual_seed((c.seed * 1_000_003 + self.step) * 65_537 + self.ranks.rank)  # dropout; no RNG state to save
+        batches = [self.batch(store, rows) for rows in self.forwards(store, pairs, c.per_device_train_batch_size)]
+        whole = self.global_losses(pairs, batches) if self.couples_the_batch() else None
+        tokens_per_pair = float(scored_lengths(store, pairs)[:, 0].mean())
+        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.ranks.device)
+        for i, batch in enumerate(batches):
+            share = len(batch.pair_ids) / len(pairs)
+            with nullcontext() if self.ranks.world == 1 or i == len(batches) - 1 else self.ddp.no_sync():
+                with self.autocast():
+                    scored, aux = score(self.ddp, batch, c)
+                x = self.pair_logps(scored, batch.lengths, batch.ratings, self.ref_of(batch), tokens_per_pair)
+                values = through = self.pair_losses(x, scored) if whole is None else None
+                if whole is not None:
+                    values, through = from_whole(whole, scored, batch)
+                loss = through.sum() / len(pairs)
+                if aux is not None and self.aux_coef:
+                    loss = loss + self.aux_coef * aux * share
+                (loss * self.ranks.world).backward()  # DDP averages
+            sums += step_sums(x, scored, values, aux, share, c.beta)
+        tokens = sum(batch.num_tokens for batch in batches)
+        return self.update(sums, pairs, tokens)
+
+    def couples_the_batch(self) -> bool:
+        """Whether the loss must see the whole global batch at once: asked for, or because it sorts or moves delta first."""
+        c = self.args
+        sorts = bool(set(c.loss_type) & losses.SORTS_THE_BATCH) or c.bco_delta == "first"
+        return sorts if c.exact_global_loss is None else c.exact_global_loss
+
+    def update(self, sums: Tensor, pairs: np.ndarray, tokens: int) -> dict:
+        """Clip, step, and turn the step's sums over all ranks into metrics."""
+        c = self.args
+        norm = nn.utils.clip_grad_norm_(self.trainable, c.max_grad_norm or math.inf)
+        sums = torch.cat([sums, torch.tensor([tokens], dtype=torch.float64, device=sums.device)])
+        *sums, tokens = self.ranks.sum(sums).tolist()
+        metrics = metrics_of(sums, len(pairs)) | {"grad_norm": float(norm), "learning_rate": self.learning_rate()}
+        if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
+            raise FloatingPointError(
+                f"step {self.step + 1}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; pairs "
+                f"{', '.join(self.train_store.where(int(i)) for i in pairs[:8])} ...; nothing of it was applied. Try a "
+                f"lower --learning_rate, a lower --max_grad_norm, --no_bf16, or look at these pairs")
+        for group in self.optimizer.param_groups:
+            group["lr"] = metrics["learning_rate"]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if "bco_pair" in c.loss_type and c.bco_delta == "running":
+            by_name = dict(zip(SUMS, sums))
+            self.add_rewards((by_name["rewards/chosen"] + by_name["rewards/rejected"]) / 2, len(pairs))
+        self.step += 1
+        self.num_tokens += int(tokens)
+        self.pairs_done += len(pairs)
+        if c.sync_ref_model and self.step % c.ref_model_sync_steps == 0:
+            self.sync_reference()
+        return metrics
+
+    def learning_rate(self) -> float:
+        """Of the coming step: linear warm-up, then the schedule; a function of the step alone."""
+        c, step, total = self.args, self.step, self.total_steps
+        if step < self.warmup and c.lr_scheduler_type != "constant":
+            return c.learning_rate * step / max(1, self.warmup)
+        done = (step - self.warmup) / max(1, total - self.warmup)
+        shape = {"linear": max(0.0, 1 - done), "cosine": 0.5 * (1 + math.cos(math.pi * min(1.0, done)))}
+        return c.learning_rate * shape.get(c.lr_scheduler_type, 1.0)
+
+    # the loop
+
+    def train(self) -> dict:
+        """Run all steps, log, evaluate, checkpoint, and save the model to output_dir; returns the last metrics."""
+        c = self.args
+        if self.precompute:
+            self.precompute_reference()
+        self.make_optimizer()
+        self.start_output()
+        if c.eval_on_start and self.step == 0:
+            self.evaluate()
+        started, metrics = time.perf_counter(), {}
+        self.started_at = (started, self.pairs_done, self.num_tokens)
+        bar = self.progress(range(self.step, self.total_steps), "training", initial=self.step, total=self.total_steps)
+        for _ in bar:
+            self.pending.append(self.train_step())
+            last = self.step == self.total_steps
+            if self.step % self.log_every == 0 or last or (self.step == 1 and c.logging_first_step):
+                metrics = self.log_step(bar)
+            if self.eval_every and self.step % self.eval_every == 0 and not last:
+                self.evaluate()
+            if self.save_every and self.step % self.save_every == 0:
+                self.save_checkpoint()
+        if self.eval_store is not None:
+            metrics = metrics | self.evaluate()
+        self.save_model()
+        return metrics
+
+    @torch.no_grad()
+    def evaluate(self) -> dict:
+        """Metrics over all evaluation pairs at once, as `eval_...`; also a line of metrics.jsonl."""
+        started = time.perf_counter()
+        store, pairs = self.eval_store, self.eval_pairs
+        if self.precompute and store.digest not in self.ref_sums:
+            self.precompute_reference()
+        rows = self.forwards(store, pairs, self.args.per_device_eval_batch_size)
+        x, scored = self.score_all(store, pairs, (self.batch(store, r) for r in self.progress(rows, "evaluation")))
+        sums = step_sums(x, scored, self.pair_losses(x, scored), None, 0.0, self.args.beta)
+        metrics = {f"eval_{k}": v for k, v in metrics_of(sums.tolist(), len(pairs)).items()}
+        metrics["eval_runtime"] = time.perf_counter() - started
+        self.write_metrics({"step": self.step, "epoch": self.step / self.steps_per_epoch} | metrics)
+        self.say(f"step {self.step}: eval loss {metrics['eval_loss']:.4f}  accuracy "
+                 f"{metrics['eval_rewards/accuracies']:.3f}  margin {metrics['eval_rewards/margins']:.4f}")
+        return metrics
+
+    def log_step(self, bar) -> dict:
+        """The mean of each metric since the last log, to metrics.jsonl and to the screen."""
+        mean = {k: sum(m[k] for m in self.pending) / len(self.pending) for k in self.pending[0]}
+        mean["learning_rate"] = self.pending[-1]["learning_rate"]
+        mean["grad_norm"] = self.pending[-1]["grad_norm"]
+        self.pending = []
+        metrics = {"step": self.step, "epoch": self.step / self.steps_per_epoch, **mean, "num_tokens": self.num_tokens}
+        self.write_metrics(metrics)
+        began, pairs, tokens = self.started_at
+        seconds = time.perf_counter() - began
+        speed = f"{(self.pairs_done - pairs) / seconds:.1f} pairs/s  {(self.num_tokens - tokens) / seconds:,.0f} tokens/s"
+        line = (f"step {self.step}/{self.total_steps}: loss {mean['loss']:.4f}  accuracy {mean['rewards/accuracies']:.3f}"
+                f"  margin {mean['rewards/margins']:.4f}  {speed}")
+        if getattr(bar, "disable", True):
+            self.say(line)
+        else:
+            bar.set_postfix_str(line.partition(": ")[2])
+        return metrics
+
+    def make_optimizer(self) -> None:
+        """AdamW; weight decay on matrices only."""
+        c = self.args
+        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        self.trainable, self.trainable_names = [p for _, p in named], [n for n, _ in named]
+        groups = [{"params": [p for p in self.trainable if p.dim() >= 2], "weight_decay": c.weight_decay},
+                  {"params": [p for p in self.trainable if p.dim() < 2], "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=c.learning_rate, eps=c.adam_epsilon,
+                                           betas=(c.adam_beta1, c.adam_beta2), fused=c.dtype != "float64")
+
+    # files
+
+    def start_output(self) -> None:
+        """Resume where asked; else begin metrics.jsonl anew."""
+        checkpoint = self.find_checkpoint()
+        if checkpoint is not None:
+            self.load_checkpoint(checkpoint)
+        if self.ranks.first:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            path = self.output_dir / "metrics.jsonl"
+            lines = path.read_text("utf-8").splitlines() if checkpoint is not None and path.exists() else []
+            kept = [line for line in lines if json.loads(line)["step"] <= self.step]
+            write_atomically(path, "".join(line + "\n" for line in kept).encode())
+        self.ranks.barrier()
+
+    def find_checkpoint(self) -> Optional[Path]:
+        """The directory --resume_from_checkpoint means, or None to start afresh."""
+        asked = self.args.resume_from_checkpoint
+        if asked is None or str(asked).lower() == "false":
+            return None
+        if str(asked).lower() != "true":
+            if not (Path(asked) / "trainer_state.json").exists():
+                raise ValueError(f"--resume_from_checkpoint {asked}: no checkpoint there")
+            return Path(asked)
+        found = self.checkpoints()
+        if not found:
+            self.say(f"{self.output_dir}: no checkpoint yet, starting from the beginning")
+        return found[-1] if found else None
+
+    def checkpoints(self) -> list[Path]:
+        """checkpoint-N directories of output_dir, oldest first."""
+        found = [p for p in self.output_dir.glob("checkpoint-*") if p.name[11:].isdigit()]
+        return sorted(found, key=lambda p: int(p.name[11:]))
+
+    def must_match(self) -> dict:
+        """What a checkpoint must share with the run that resumes from it."""
+        c = self.args
+        same = {name: getattr(c, name) for name in (
+            "loss_type", "loss_weights", "beta", "learning_rate", "seed", "lr_scheduler_type", "use_peft", "lora_r",
+            "max_length", "shuffle_dataset")}
+        return same | {"global_batch": self.global_batch, "total_steps": self.total_steps, "data": self.train_store.digest}
+
+    def save_checkpoint(self) -> None:
+        """checkpoint-N: a loadable model with the optimizer's state and the run's position; written beside, then renamed."""
+        if self.ranks.first:
+            target, scratch = self.output_dir / f"checkpoint-{self.step}", self.output_dir / f".checkpoint-{self.step}"
+            shutil.rmtree(scratch, ignore_errors=True)
+            self.save_model(scratch)
+            state = {f"{name}.{key}": value.cpu() for name, p in zip(self.trainable_names, self.trainable)
+                     for key, value in self.optimizer.state[p].items()}
+            save_file(state, scratch / "optimizer.safetensors")
+            if self.args.sync_ref_model:
+                models.save_model(self.ref_model, scratch / "ref_model")
+            models.write_json(scratch / "trainer_state.json", {
+                "step": self.step, "num_tokens": self.num_tokens, "pairs_done": self.pairs_done, "pending": self.pending,
+                "delta_sum": self.delta_sum, "delta_count": self.delta_count, "run": self.must_match()})
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(scratch, target)
+            if self.args.save_total_limit:
+                for old in self.checkpoints()[: -self.args.save_total_limit]:
+                    shutil.rmtree(old)
+        self.ranks.barrier()
+
+    def load_checkpoint(self, directory: Path) -> None:
+        """Go on exactly where `directory` was written. Raises ValueError where this is another run."""
+        state = models.read_json(directory / "trainer_state.json")
+        for name, value in self.must_match().items():
+            if state["run"].get(name) != value:
+                raise ValueError(f"{directory}: {name} was {state['run'].get(name)!r} there and is {value!r} now; resume "
+                                 f"with the same settings, or start a new run in another --output_dir")
+        if self.args.use_peft:
+            models.load_adapter(self.model, directory)
+        else:
+            copy_weights(directory, self.model)
+        if self.args.sync_ref_model:
+            copy_weights(directory / "ref_model", self.ref_model)
+        moments = load_file(directory / "optimizer.safetensors", device=str(self.ranks.device))
+        for name, p in zip(self.trainable_names, self.trainable):
+            self.optimizer.state[p] = {key: moments[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        self.step, self.num_tokens, self.pairs_done = state["step"], state["num_tokens"], state["pairs_done"]
+        self.pending, self.delta_sum, self.delta_count = state["pending"], state["delta_sum"], state["delta_count"]
+        if self.delta_count:
+            self.options["delta"] = self.delta_sum / self.delta_count
+        self.say(f"resuming from {directory}, step {self.step} of {self.total_steps}")
+
+    def save_model(self, directory: Optional[Path] = None) -> None:
+        """Write what was trained, with the tokenizer: a Hugging Face checkpoint, or a PEFT adapter."""
+        if not self.ranks.first:
+            return
+        directory, c = Path(directory or self.output_dir), self.args
+        if c.use_peft:
+            models.save_adapter(self.model, directory, {
+                "r": c.lora_r, "lora_alpha": c.lora_alpha, "lora_dropout": c.lora_dropout,
+                "target_modules": self.lora_targets, "base_model_name_or_path": c.model_name_or_path})
+        else:
+            models.save_model(self.model, directory)
+            generation = Path(c.model_name_or_path) / "generation_config.json"
+            if generation.exists():
+                shutil.copy(generation, directory)
+        self.tokenizer.save(directory)
+
+    def write_metrics(self, metrics: dict) -> None:
+        if self.ranks.first:
+            with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps(metrics) + "\n")
+
+    # the screen
+
+    def say(self, line: str) -> None:
+        if self.ranks.first:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def progress(self, items, label: str, **more):
+        """`items` behind a progress bar, shown by rank 0 at a terminal."""
+        hidden = not sys.stderr.isatty() if self.args.disable_tqdm is None else self.args.disable_tqdm
+        return tqdm(items, desc=label, disable=hidden or not self.ranks.first, dynamic_ncols=True, **more)
+
+
+# Sums over pairs, and the metrics they make
+
+PAIR_METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
+                "logps/rejected", "kl")
+SUMS = ("loss", *PAIR_METRICS, *STATS, "aux_loss")
+
+
+@torch.no_grad()
+def step_sums(x: losses.PairLogps, scored: Scored, values: Tensor, aux: Optional[Tensor], share: float,
+              beta: float) -> Tensor:  # (len(SUMS),) float64
+    """Sums over the pairs of a forward, in the order of SUMS; the auxiliary loss with the forward's share of the pairs."""
+    pair = losses.pair_metrics(x, beta)
+    columns = [values, *(pair[name] for name in PAIR_METRICS), *scored.stats.unbind(1)]
+    rest = torch.zeros((), dtype=torch.float64, device=values.device) if aux is None else aux.detach().double() * share
+    return torch.stack([*(column.detach().double().sum() for column in columns), rest])
+
+
+def metrics_of(sums: list[float], pairs: int) -> dict:
+    """TRL's metrics from sums over a global batch: means over pairs, or over the tokens they are about."""
+    s = dict(zip(SUMS, sums))
+    per = lambda name, tokens: s[name] / tokens if tokens else 0.0
+    out = {"loss": s["loss"] / pairs, **{name: s[name] / pairs for name in PAIR_METRICS}}
+    out["logits/chosen"] = per("chosen_logits", s["chosen_tokens"])
+    out["logits/rejected"] = per("rejected_logits", s["rejected_tokens"])
+    out["entropy"] = per("entropy", s["chosen_tokens"] + s["rejected_tokens"])
+    out["mean_token_accuracy"] = per("top1", s["chosen_tokens"])
+    return out | ({"aux_loss": s["aux_loss"]} if s["aux_loss"] else {})
+
+
+def from_whole(whole: dict, scored: Scored, batch: data.Batch) -> tuple[Tensor, Tensor]:
+    """A micro-batch's losses, and the linear form with the gradient that the whole global batch gives its pairs."""
+    if not len(batch.pair_ids):
+        return scored.chosen_nll, scored.chosen_nll
+    rows = [whole[i] for i in batch.pair_ids.tolist()]
+    values, slopes = torch.stack([v for v, _ in rows]), torch.stack([s for _, s in rows])
+    return values, (slopes * torch.cat([scored.logps, scored.chosen_nll[:, None]], 1)).sum(1)
+
+
+def copy_weights(directory: Path, model: models.Decoder) -> None:
+    """Overwrite `model` with the checkpoint's weights, keeping type and device."""
+    loaded = models.load_model(directory, next(model.parameters()).dtype)
+    model.load_state_dict(loaded.state_dict())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """The file is the old one or the new one, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(scratch, "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(scratch, path)
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    """Exit status: 0 trained and saved; 2 unusable arguments or data, with one message; 1 else."""
+    try:
+        config = parse_config(sys.argv[1:] if argv is None else argv)
+        trainer = DPOTrainer(args=config)
+    except (ValueError, OSError) as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    trainer.train()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""Shows preference data as the trainer sees it: python data.py FILE --model_name_or_path MODEL."""
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+
+import numpy as np
+from data import DataError, DataOptions, PairStore, Tokenizer, build_store, describe, find_files
+
+
+def show_pair(store: PairStore, index: int, tokenizer: Tokenizer, color: bool) -> str:
+    """A pair decoded through its mask: what is given, what is trained towards, what is trained away from."""
+    pair = store[index]
+    parts = [("prompt", "2", pair.prompt_ids), ("chosen", "32", pair.chosen_ids)]
+    if pair.rejected_prompt_ids is not None:
+        parts.append(("prompt of rejected", "2", pair.rejected_prompt_ids))
+    if len(pair.rejected_ids):
+        parts.append(("rejected", "31", pair.rejected_ids))
+    lines = [f"--- {store.where(index)}"]
+    for name, style, ids in parts:
+        text = tokenizer.decode(ids).replace("\x1b", "\\x1b")  # data must not steer the terminal
+        lines.append(f"[{name}: {len(ids)} tokens]\n" + (f"\x1b[{style}m{text}\x1b[0m" if color else text))
+    return "\n".join(lines)
+
+
+def summarize(store: PairStore, batch_size: int = 8) -> list[str]:
+    """Tokens of the whole file as padded sequences, as sequences, and as a stream."""
+    prompt, chosen, rejected = store.lengths.T.astype(np.int64)  # (n,) each
+    own_prompt = np.where(store.rejected_prompt_lengths < 0, prompt, store.rejected_prompt_lengths) * (rejected > 0)
+    sequences = np.stack([prompt + chosen, own_prompt + rejected], 1)  # (n, 2)
+    batches = [sequences[i : i + batch_size] for i in range(0, len(store), batch_size)]
+    padded = sum(int(batch.max() * (batch > 0).sum()) for batch in batches)
+    two, stream = int(sequences.sum()), int(store.tokens.sum())
+    means = ", ".join(f"{name} {n.mean():.1f}" for name, n in zip(("prompt", "chosen", "rejected"), (prompt, chosen, rejected)))
+    return [
+        f"{len(store):,} pairs; mean tokens: {means}; longest sequence {sequences.max()}",
+        f"{padded:,} tokens as two padded sequences per pair (file order, {batch_size} pairs per batch)",
+        f"{two:,} tokens as two sequences per pair without padding",
+        f"{stream:,} tokens as a stream: {1 - stream / two:.1%} saved by sharing prompts, {1 - stream / padded:.1%} in all",
+    ]
+
+
+def view(args: argparse.Namespace) -> Iterator[str]:
+    """What is printed."""
+    tokenizer = Tokenizer.load(args.model_name_or_path, args.chat_template)
+    options = DataOptions(**{name: value for name, value in vars(args).items() if name in DataOptions._fields})
+    with tempfile.TemporaryDirectory() as cache:
+        store = build_store(find_files(args.file), tokenizer, options, cache, args.on_bad_row)
+        for index in range(min(args.n, len(store))):
+            yield show_pair(store, index, tokenizer, sys.stdout.isatty())
+        yield from ["---", *summarize(store), *describe(store.report)]
+
+
+def length(text: str) -> int | None:
+    return None if text.lower() == "none" else int(text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 2, with one message, on unusable data."""
+    parser = argparse.ArgumentParser(prog="data.py", description="Shows preference data as the trainer sees it.")
+    parser.add_argument("file", nargs="+", help="JSONL or JSON file, .gz of it, glob or directory")
+    parser.add_argument("--model_name_or_path", required=True, help="directory with tokenizer.json")
+    parser.add_argument("-n", type=int, default=3, help="how many pairs are shown")
+    parser.add_argument("--max_length", type=length, default=DataOptions().max_length)
+    parser.add_argument("--max_prompt_length", type=length)
+    parser.add_argument("--max_completion_length", type=length)
+    parser.add_argument("--truncation_mode", choices=["keep_start", "keep_end"], default="keep_start")
+    parser.add_argument("--chat_template", help="a template: its file, its name or its text")
+    parser.add_argument("--on_bad_row", choices=["stop", "skip"], default="stop")
+    try:
+        for text in view(parser.parse_args(argv)):
+            print(text)
+    except DataError as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
