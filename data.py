@@ -9,8 +9,8 @@ To see the data as the trainer sees it (prompt dim, chosen green, rejected red, 
 
     python data.py prefs.jsonl --model_name_or_path Qwen2-0.5B-Instruct -n 5
 
-Token ids are TRL 1.16's for every row that has a meaning; a row without one (chosen equal to rejected, an empty completion,
-an unknown role), which TRL trains on or crashes on, is refused by file and line.
+Token ids are TRL 1.16's for every row that has a meaning; a row without one (chosen equal to rejected, an empty
+completion, an unknown role), on which TRL trains or crashes, is refused by file and line.
 """
 
 import codecs
@@ -65,9 +65,10 @@ def find_files(spec: str | Path | list) -> list[Path]:
         path = Path(one).expanduser()
         if path.is_dir():
             matches = sorted({match for pattern in FILE_PATTERNS for match in path.glob(pattern)})
-        else:  # a file may have the characters of a glob in its name
-            matches = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
-        matches = [match for match in matches if match.is_file()]
+        elif path.is_file():  # whose name may have the characters of a glob
+            matches = [path]
+        else:
+            matches = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(name)]
         if not matches:
             what = f"no {', '.join(FILE_PATTERNS)} in this directory" if path.is_dir() else "no such file"
             raise DataError(f"{one}: {what}; give a .jsonl or .json file, a directory or a glob")
@@ -115,7 +116,7 @@ def file_rows(path: Path) -> Iterator[tuple[int, dict | DataError]]:
 
 
 def read_rows(files: Iterable[str | Path]) -> Iterator[tuple[str, dict | DataError]]:
-    """Rows of JSONL, JSON-array, gzipped or parquet files as ("prefs.jsonl:17", row), streamed; LF or CRLF, BOM or none.
+    """Rows of JSONL, JSON-array, gzipped or parquet files as ("prefs.jsonl:17", row), streamed.
 
     What cannot be read (bad UTF-8, broken JSON, not an object, damaged gzip) comes as a DataError in the row's place.
     """
@@ -196,7 +197,6 @@ def template_message(message: dict) -> dict:
 # The tokenizer
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model"),
@@ -286,8 +286,8 @@ def choose_templates(templates: dict[str, str], choice: str | None) -> dict[str,
 class Tokenizer:
     """tokenizer.json and the configuration beside it: encodes, decodes, renders conversations by the chat template.
 
-    Equal to PreTrainedTokenizerFast.from_pretrained. transformers 5 rebuilds Llama-2's pipeline instead of reading it from
-    tokenizer.json, and so loses spaces after special tokens; this follows the file, as transformers 4 and others do.
+    Equal to PreTrainedTokenizerFast.from_pretrained. For Llama-2 alone transformers 5 rebuilds the pipeline and differs
+    from tokenizer.json in the spaces after special tokens; this follows the file, as transformers 4 and others do.
     """
 
     def __init__(self, directory: str | Path, chat_template: str | None = None):
@@ -295,12 +295,14 @@ class Tokenizer:
         config = read_config(self.directory)
         self.backend = load_backend(self.directory, config)
         self.special_tokens = named_tokens(config)
-        self.bos_token, self.eos_token, self.unk_token, _, self.pad_token, *_ = map(self.special_tokens.get, NAMED_TOKENS)
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        self.bos_token, self.eos_token, self.pad_token, self.unk_token = map(self.special_tokens.get, names)
         self.bos_token_id, self.eos_token_id, self.pad_token_id = (
             None if token is None else self.backend.token_to_id(token)
             for token in (self.bos_token, self.eos_token, self.pad_token)
         )
         self.size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
+        self.chat_template = chat_template
         self.templates = choose_templates(find_templates(self.directory), chat_template)
         self.compiled: dict[str, jinja2.Template] = {}
         digest = hashlib.sha256(json.dumps(sorted(self.templates.items())).encode())
@@ -335,10 +337,10 @@ class Tokenizer:
             self.compiled[name] = compile_template(self.templates[name])
         return self.compiled[name]
 
-    def render(self, messages: list[dict], add_generation_prompt: bool = False, tools=None, **chat_template_kwargs) -> str:
-        """A conversation as the template's text. Raises DataError with the template's own message."""
+    def render(self, messages: list[dict], add_generation_prompt: bool = False, tools=None, **kwargs) -> str:
+        """A conversation as the template's text; `kwargs` are the template's. Raises DataError with its message."""
         template = self.template(tools)
-        values = {"documents": None, **self.special_tokens, **chat_template_kwargs}
+        values = {"documents": None, **self.special_tokens, **kwargs}
         values |= {"tools": tools, "add_generation_prompt": add_generation_prompt}
         try:
             return template.render(messages=[template_message(message) for message in messages], **values)
@@ -443,8 +445,8 @@ def parse_turns(row: dict, key: str) -> str | list[dict]:
 def extract_prompt(chosen, rejected):
     """(prompt, chosen, rejected) of two texts or conversations that begin alike: TRL's rule.
 
-    The completions begin at the first character (or message) that differs, or at the space before it, since tokens carry
-    the space in front of a word. Where one is the beginning of the other, its last character (message) is its completion.
+    The completions begin at the first character (or message) that differs, or at the space before it, since tokens
+    carry the space in front of a word. Where one begins the other, its last character (message) is its completion.
     """
     shortest = min(len(chosen), len(rejected))
     at = next((i for i in range(shortest) if chosen[i] != rejected[i]), None)
@@ -456,7 +458,7 @@ def extract_prompt(chosen, rejected):
 
 
 def split_row(row: dict, need_rejected: bool):
-    """(prompt, chosen, rejected) as texts or as lists of messages; rejected is None where it is neither there nor needed."""
+    """(prompt, chosen, rejected) as texts or lists of messages; rejected None where it is neither there nor needed."""
     key = next((key for key in ("prompt", "conversations") if key in row), None)
     optional = not need_rejected and key and "rejected" not in row
     chosen, rejected = parse_turns(row, "chosen"), None if optional else parse_turns(row, "rejected")
@@ -629,7 +631,7 @@ def tokenize_rows(rows: list[dict | DataError], tokenizer: Tokenizer, options: D
 
 
 def tokenize_pair(row: dict, tokenizer: Tokenizer, options: DataOptions) -> Pair:
-    """One row as token ids. Raises DataError (what was found, what to do), DroppedPair where truncation leaves nothing."""
+    """One row as token ids. Raises DataError (what was found, what to do), DroppedPair where nothing is left of it."""
     (outcome,) = tokenize_rows([row], tokenizer, options)
     if isinstance(outcome, DataError):
         raise outcome
@@ -652,18 +654,20 @@ class PairStore:
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
-        meta = json.loads((self.directory / "meta.json").read_text("utf-8"))
+        try:
+            meta = json.loads((self.directory / "meta.json").read_text("utf-8"))
+            self.stream, table, self.ratings, self.places = (
+                np.memmap(self.directory / f"{name}.bin", dtype, mode="r").reshape(-1, width)
+                for name, (dtype, width) in ARRAYS.items()
+            )
+            if (len(self.stream), len(self.ratings)) != (np.maximum(table, 0).sum(), len(table)):
+                raise ValueError("arrays of unequal length")
+        except (OSError, ValueError) as error:
+            raise DataError(f"{directory}: damaged token store ({error}); remove it, it will be made again") from None
         self.files, self.digest, self.report = meta["files"], meta["digest"], meta["report"]
-        stream, table, self.ratings, self.places = (
-            np.memmap(self.directory / f"{name}.bin", dtype, mode="r").reshape(-1, width)
-            for name, (dtype, width) in ARRAYS.items()
-        )
-        self.stream = stream[:, 0]
         self.lengths, self.rejected_prompt_lengths = table[:, :3], table[:, 3]  # (n, 3), (n,)
         self.tokens = self.lengths.sum(1, dtype=np.int64) + np.maximum(table[:, 3], 0)  # (n,)
-        self.starts = np.concatenate([[0], np.cumsum(self.tokens)])  # (n + 1,)
-        if self.starts[-1] != len(stream) or not len(table) == len(self.ratings) == len(self.places):
-            raise DataError(f"{directory}: the token store is damaged; remove it, and it will be made again")
+        self.ends = np.cumsum(self.tokens)  # (n,)
 
     @classmethod
     def open(cls, directory: str | Path) -> "PairStore":
@@ -675,16 +679,18 @@ class PairStore:
 
     def __getitem__(self, index: int) -> Pair:
         prompt, chosen, rejected = map(int, self.lengths[index])
-        ids = np.asarray(self.stream[self.starts[index] : self.starts[index] + self.tokens[index]])
-        answers = slice(prompt, prompt + chosen), slice(len(ids) - rejected, None)
-        shared = self.rejected_prompt_lengths[index] < 0
-        own_prompt = None if shared else ids[prompt + chosen : len(ids) - rejected]
-        return Pair(ids[:prompt], ids[answers[0]], ids[answers[1]], own_prompt, *map(float, self.ratings[index]))
+        ids = np.asarray(self.stream[self.ends[index] - self.tokens[index] : self.ends[index], 0])
+        prompt_ids, chosen_ids, own_prompt, rejected_ids = np.split(ids, [prompt, prompt + chosen, len(ids) - rejected])
+        own_prompt = None if self.rejected_prompt_lengths[index] < 0 else own_prompt
+        return Pair(prompt_ids, chosen_ids, rejected_ids, own_prompt, *map(float, self.ratings[index]))
 
     def where(self, index: int) -> str:
         """File and line of a pair, for messages."""
         file, line = self.places[index]
         return f"{self.files[file]}:{line}"
+
+
+Outcome = tuple[str, Pair | DataError]  # of a row: where it is, what became of it
 
 
 def count_outcome(report: dict, place: str, outcome: Pair | DataError):
@@ -738,8 +744,8 @@ def pair_pieces(pair: Pair, place: tuple[int, int]) -> tuple[np.ndarray, ...]:
     return tuple(np.asarray(value, dtype) for value, (dtype, _) in zip(values, ARRAYS.values(), strict=True))
 
 
-def write_pairs(directory: Path, outcomes: Iterable[tuple[str, Pair | DataError]], files: list[Path], stop: bool) -> dict:
-    """Appends the pairs to the array files; returns the contents of meta.json. Raises DataError at a bad row if `stop`."""
+def write_pairs(directory: Path, outcomes: Iterable[Outcome], files: list[Path], stop: bool) -> dict:
+    """Appends pairs to the array files; returns what meta.json holds. Raises DataError, at a bad row if `stop`."""
     report = {"rows": 0, "counts": {}, "first": {}, "bad_rows": []}
     numbers = {str(path): number for number, path in enumerate(files)}
     hashes = [hashlib.sha256() for _ in ARRAYS]
@@ -772,43 +778,63 @@ def store_key(files: list[Path], *parts) -> str:
     return sha.hexdigest()[:32]
 
 
+def tokenize_chunk(chunk: list[tuple], tokenizer: Tokenizer, options: DataOptions) -> list[Outcome]:
+    """[(place, row)] -> [(place, what became of it)]."""
+    places, rows = zip(*chunk, strict=True)
+    return list(zip(places, tokenize_rows(rows, tokenizer, options), strict=True))
+
+
+def tokenize_files(
+    files: list[Path], tokenizer: Tokenizer, options: DataOptions, num_proc: int | None, progress
+) -> Iterator[Outcome]:
+    """Every row's outcome, in order, with a bounded number of rows in memory."""
+    rows, done = read_rows(files), 0
+    chunks = iter(lambda: list(islice(rows, CHUNK_ROWS)), [])
+    tokenized = (tokenize_chunk(chunk, tokenizer, options) for chunk in chunks)
+    if num_proc is not None and num_proc > 1:
+        from extras.workers import tokenize_in_workers
+
+        tokenized = tokenize_in_workers(chunks, tokenizer, options, num_proc)
+    for outcomes in tokenized:
+        yield from outcomes
+        done += len(outcomes)
+        if progress:
+            progress(done)
+
+
 def build_store(
     files: list[Path],
     tokenizer: Tokenizer,
     options: DataOptions,
     cache_dir: str | Path,
     on_bad_row: str = "stop",
+    num_proc: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> PairStore:
     """Tokenizes files into a store inside cache_dir, or opens the one that is there for the same contents and options.
 
     One process calls this; others open `store.directory`. The store is written beside its place and renamed, so that
-    it is whole or absent. `progress` gets the number of rows done. Raises DataError: at the first bad row
-    (on_bad_row "stop"; "skip" counts and lists them), and when no pair is left.
+    it is whole or absent. The tokenizer itself uses all cores; `num_proc` processes are for templates that are slow to
+    render. `progress` gets the number of rows done. Raises DataError: at the first bad row (on_bad_row "stop"; "skip"
+    counts and lists them), and when no pair is left.
     """
     check_options(options)
     assert on_bad_row in ("stop", "skip"), on_bad_row
     target = Path(cache_dir) / store_key(files, tokenizer.digest, tuple(options), on_bad_row)
-    if (target / "meta.json").is_file():
+    if target.exists():
         return PairStore.open(target)
-
-    def outcomes() -> Iterator[tuple[str, Pair | DataError]]:
-        rows, done = read_rows(files), 0
-        while chunk := list(islice(rows, CHUNK_ROWS)):
-            places, found = zip(*chunk, strict=True)
-            yield from zip(places, tokenize_rows(found, tokenizer, options), strict=True)
-            done += len(chunk)
-            if progress:
-                progress(done)
-
     Path(cache_dir).mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.part-", dir=cache_dir))
     try:
-        meta = write_pairs(scratch, outcomes(), files, on_bad_row == "stop")
+        outcomes = tokenize_files(files, tokenizer, options, num_proc, progress)
+        meta = write_pairs(scratch, outcomes, files, on_bad_row == "stop")
         (scratch / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
-        scratch.chmod(0o755)
-        if not target.exists():  # another run may have been faster
+        scratch.chmod(0o755)  # mkdtemp's are for their owner alone
+        try:
             os.rename(scratch, target)
+        except OSError:
+            if not target.exists():  # else another run was faster, with the same arrays
+                raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return PairStore.open(target)
@@ -878,7 +904,8 @@ def whole_layout(prompt: np.ndarray, completion: np.ndarray) -> Layout:
     """prompt + completion as one span without prefix, where nothing predicts the very first token."""
     ids = np.concatenate([prompt, completion])
     n, scored = len(ids), min(len(completion), len(ids) - 1)
-    return Layout(ids, np.arange(n), np.array([[0, n, 0, 0]]), np.arange(n - 1 - scored, n - 1), ids[n - scored :], [scored])
+    spans, score_index = np.array([[0, n, 0, 0]]), np.arange(n - 1 - scored, n - 1)
+    return Layout(ids, np.arange(n), spans, score_index, ids[n - scored :], [scored])
 
 
 def pair_layouts(pair: Pair, share_prefix: bool) -> list[Layout]:
@@ -894,19 +921,14 @@ def pair_layouts(pair: Pair, share_prefix: bool) -> list[Layout]:
 
 def collate(pairs: list[Pair], pair_ids=None, share_prefix: bool = True) -> Batch:
     """The pairs as one stream. `share_prefix` False lays each pair as two whole sequences; the numbers are the same."""
-    layouts = [layout for pair in pairs for layout in pair_layouts(pair, share_prefix)]
-    starts = np.cumsum([0] + [len(layout.input_ids) for layout in layouts])
-    shifted = [
-        layout._replace(
-            spans=layout.spans + start * (np.arange(4) < 2) + start * (layout.spans[:, 3:] > 0) * (np.arange(4) >= 2),
-            score_index=layout.score_index + start,
-        )
-        for layout, start in zip(layouts, starts, strict=False)
-    ]
-    flat = [torch.from_numpy(np.concatenate(column).astype(np.int64)) for column in zip(*shifted, strict=True)]
-    input_ids, position_ids, spans, score_index, targets, lengths = flat
-    twice = sum(len(pair.prompt_ids) for pair in pairs if pair.rejected_prompt_ids is None and len(pair.rejected_ids))
-    is_tree = share_prefix  # the prompt lies once in the stream, and TRL counts it twice
+    layouts, size = [], 0
+    for layout in (layout for pair in pairs for layout in pair_layouts(pair, share_prefix)):
+        spans = layout.spans + size * (layout.spans[:, [1, 1, 3, 3]] > 0)  # no prefix stays 0, 0
+        layouts.append(layout._replace(spans=spans, score_index=layout.score_index + size))
+        size += len(layout.input_ids)
+    columns = (torch.from_numpy(np.concatenate(column).astype(np.int64)) for column in zip(*layouts, strict=True))
+    input_ids, position_ids, spans, score_index, targets, lengths = columns
+    shared = [pair for pair in pairs if share_prefix and pair.rejected_prompt_ids is None and len(pair.rejected_ids)]
     return Batch(
         input_ids,
         position_ids,
@@ -915,7 +937,7 @@ def collate(pairs: list[Pair], pair_ids=None, share_prefix: bool = True) -> Batc
         targets,
         lengths.view(-1, 2),
         torch.as_tensor(np.asarray(range(len(pairs)) if pair_ids is None else pair_ids, np.int64)),
-        len(input_ids) + (twice if is_tree else 0),
+        size + sum(len(pair.prompt_ids) for pair in shared),
         torch.tensor([(pair.chosen_rating, pair.rejected_rating) for pair in pairs], dtype=torch.float32),
     )
 
@@ -941,7 +963,9 @@ def epoch_order(n: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
     return np.argsort(words, kind="stable")
 
 
-def micro_batches(order: np.ndarray, tokens: np.ndarray, max_pairs: int, max_tokens: int | None = None) -> list[np.ndarray]:
+def micro_batches(
+    order: np.ndarray, tokens: np.ndarray, max_pairs: int, max_tokens: int | None = None
+) -> list[np.ndarray]:
     """Cuts `order` into consecutive forwards of at most max_pairs pairs and max_tokens stream tokens.
 
     `tokens` are those of every pair of the store. A pair longer than max_tokens stands alone.

@@ -468,6 +468,7 @@ class DPOTrainer:
         self.plan_steps()
         self.step, self.num_tokens, self.pairs_done, self.pending = 0, 0, 0, []
         self.delta_sum, self.delta_count = 0.0, 0
+        self.checkpoint = self.find_checkpoint()
 
     # set-up
 
@@ -897,7 +898,7 @@ class DPOTrainer:
 
     def start_output(self) -> None:
         """Resume where asked; else begin metrics.jsonl anew."""
-        checkpoint = self.find_checkpoint()
+        checkpoint = self.checkpoint
         if checkpoint is not None:
             self.load_checkpoint(checkpoint)
         if self.ranks.first:
@@ -909,18 +910,22 @@ class DPOTrainer:
         self.ranks.barrier()
 
     def find_checkpoint(self) -> Optional[Path]:
-        """The directory --resume_from_checkpoint means, or None to start afresh."""
+        """The directory --resume_from_checkpoint means, or None to start afresh. Raises ValueError if it is another run."""
         asked = self.args.resume_from_checkpoint
         if asked is None or str(asked).lower() == "false":
             return None
-        if str(asked).lower() != "true":
-            if not (Path(asked) / "trainer_state.json").exists():
-                raise ValueError(f"--resume_from_checkpoint {asked}: no checkpoint there")
-            return Path(asked)
-        found = self.checkpoints()
+        found = self.checkpoints() if str(asked).lower() == "true" else [Path(asked)]
         if not found:
             self.say(f"{self.output_dir}: no checkpoint yet, starting from the beginning")
-        return found[-1] if found else None
+            return None
+        if not (found[-1] / "trainer_state.json").exists():
+            raise ValueError(f"--resume_from_checkpoint {asked}: no checkpoint there")
+        run = models.read_json(found[-1] / "trainer_state.json")["run"]
+        for name, value in self.must_match().items():
+            if run.get(name) != value:
+                raise ValueError(f"{found[-1]}: {name} was {run.get(name)!r} there and is {value!r} now; resume with the "
+                                 f"same settings, or start a new run in another --output_dir")
+        return found[-1]
 
     def checkpoints(self) -> list[Path]:
         """checkpoint-N directories of output_dir, oldest first."""
@@ -957,12 +962,8 @@ class DPOTrainer:
         self.ranks.barrier()
 
     def load_checkpoint(self, directory: Path) -> None:
-        """Go on exactly where `directory` was written. Raises ValueError where this is another run."""
+        """Go on exactly where `directory` was written."""
         state = models.read_json(directory / "trainer_state.json")
-        for name, value in self.must_match().items():
-            if state["run"].get(name) != value:
-                raise ValueError(f"{directory}: {name} was {state['run'].get(name)!r} there and is {value!r} now; resume "
-                                 f"with the same settings, or start a new run in another --output_dir")
         if self.args.use_peft:
             models.load_adapter(self.model, directory)
         else:

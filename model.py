@@ -6,17 +6,18 @@ fully to its prefix and causally to itself. The head scores only the positions i
 logits.
 
 Families differ by features, not by classes: `FAMILIES` names what is unlike Llama, and the modules branch on that.
-Parameters carry Hugging Face's names. Sizes: T tokens, N scored tokens, V vocabulary, C hidden, H heads, K kv heads,
-D head dim.
+Parameters carry Hugging Face's names. What few readers need is imported where it is used: experts (extras/moe.py),
+YaRN and LongRoPE (extras/rope.py), files laid out otherwise (extras/layouts.py).
+
+Sizes: T tokens, N scored tokens, S spans, V vocabulary, C hidden, H heads, K kv heads, D head dim.
 """
 
 import json
 import math
-import re
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Iterator, NamedTuple, Optional
+from typing import Iterable, Iterator, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +33,17 @@ SHARD_BYTES = 5 * 10**9  # a larger checkpoint is saved in several files
 # Configuration: config.json -> ModelConfig
 
 
+class Rope(NamedTuple):
+    """How one kind of layer turns: radians per position of each pair of dims, and a factor on cos and sin."""
+
+    frequencies: tuple[float, ...]
+    factor: float = 1.0
+    limit: Optional[int] = None  # tokens; a longer sequence would need other frequencies
+
+
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the modules read. Fields that only some families use default to Llama's behaviour."""
+    """What the modules read. Features that only some families have default to Llama's behaviour."""
 
     model_type: str
     vocab_size: int
@@ -49,9 +58,8 @@ class ModelConfig:
     hidden_act: str = "silu"
     tie_word_embeddings: bool = False
     windows: tuple[Optional[int], ...] = ()  # per layer; None attends to everything before
-    rope_layers: tuple[Optional[str], ...] = ()  # per layer: which of `ropes`, None for no rotation
-    ropes: dict = field(default_factory=dict)  # name -> {"rope_type", "rope_theta", ...}
-    rotary_dim: int = 0  # the first so many of head_dim are rotated
+    rope_layers: tuple[Optional[str], ...] = ()  # per layer: which of `ropes`; None does not turn
+    ropes: dict[str, Rope] = field(default_factory=dict)
     norm: str = "rms"  # or "layer"
     norm_offset: bool = False  # Gemma: scale by 1 + weight
     # names of the norms before attention, after it, before the MLP, after it
@@ -60,7 +68,7 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    fused_qkv: bool = False
+    fused_qkv: Optional[str] = None  # "blocks": all q, then all k, then all v; "heads": q, k, v of each head in turn
     gated_mlp: bool = True
     fused_gate_up: bool = False
     parallel_residual: bool = False  # GPT-NeoX: x + attention(norm(x)) + mlp(norm(x))
@@ -71,213 +79,249 @@ class ModelConfig:
     embed_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
-    moe: Optional[dict] = None  # read by extras/moe.py
+    moe: Optional[dict] = None  # made and read by extras/moe.py
+    other_names: bool = False  # its files name or lay out parameters otherwise: extras/layouts.py
 
 
-GEMMA = dict(norm_offset=True, embed_scale="sqrt", hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True)
+REQUIRED = object()
+# Keys of config.json that every family reads, with what a file without them means.
+COMMON = dict(
+    vocab_size=REQUIRED, hidden_size=REQUIRED, intermediate_size=REQUIRED, num_hidden_layers=REQUIRED,
+    num_attention_heads=REQUIRED, max_position_embeddings=REQUIRED, rms_norm_eps=REQUIRED, num_key_value_heads=None,
+    head_dim=None, hidden_act="silu", tie_word_embeddings=False, rope_theta=10000.0, rope_scaling=None,
+    rope_parameters=None, partial_rotary_factor=1.0, original_max_position_embeddings=None)
+BIAS = dict(attention_bias=False)
+WINDOW = dict(use_sliding_window=False, sliding_window=4096, layer_types=None)
+GEMMA = dict(norm_offset=True, scaled_embeddings=True)
+GEMMA_KEYS = BIAS | dict(head_dim=256, hidden_act="gelu_pytorch_tanh", hidden_activation=None, tie_word_embeddings=True)
+GEMMA2_KEYS = GEMMA_KEYS | dict(query_pre_attn_scalar=256, sliding_window=4096, layer_types=None)
 SANDWICH = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
-OLMO_NORMS = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+MOE = dict(num_experts=None, num_local_experts=None, num_experts_per_tok=REQUIRED, output_router_logits=False,
+           router_aux_loss_coef=0.001)
+QWEN_MOE = MOE | WINDOW | dict(moe_intermediate_size=REQUIRED, norm_topk_prob=False, decoder_sparse_step=1,
+                               mlp_only_layers=None)
 
-# What is unlike Llama in each family. A new family is usually one line here; where its parameters have other names
-# than Llama's, one entry of RENAMED as well.
+# What is unlike Llama in each family: features of ModelConfig, `keys` of config.json that it reads besides COMMON (with
+# their defaults), and `slides`, which layers have the window where the file has no `layer_types`. A new family is
+# usually one line here; where its files name parameters otherwise than Llama's, also an entry in extras/layouts.py.
 FAMILIES = {
-    "llama": {},
-    "mistral": {},
-    "qwen2": dict(qkv_bias=True),
-    "qwen3": dict(qk_norm="head"),
-    "gemma": GEMMA,
-    "gemma2": GEMMA | dict(block_norms=SANDWICH),
-    "gemma3_text": GEMMA | dict(block_norms=SANDWICH, qk_norm="head"),
-    "phi3": dict(fused_qkv=True, fused_gate_up=True),
-    "olmo2": dict(block_norms=OLMO_NORMS, qk_norm="full"),
-    "smollm3": dict(tie_word_embeddings=True),
-    "granite": {},
-    "gpt2": dict(norm="layer", learned_positions=True, qkv_bias=True, o_bias=True, mlp_bias=True, fused_qkv=True,
-                 gated_mlp=False, hidden_act="gelu_new", tie_word_embeddings=True),
-    "gpt_neox": dict(norm="layer", qkv_bias=True, o_bias=True, mlp_bias=True, fused_qkv=True, gated_mlp=False),
-    "mixtral": {},
-    "qwen2_moe": dict(qkv_bias=True),
-    "qwen3_moe": dict(qk_norm="head"),
-    "olmoe": dict(qk_norm="full"),
+    "llama": dict(keys=BIAS | dict(mlp_bias=False)),
+    "mistral": dict(keys=dict(sliding_window=4096), slides=lambda i, c: True),
+    "qwen2": dict(qkv_bias=True, keys=WINDOW | dict(max_window_layers=28), slides=lambda i, c: i >= c["max_window_layers"]),
+    "qwen3": dict(qk_norm="head", keys=BIAS | WINDOW | dict(head_dim=128, max_window_layers=28),
+                  slides=lambda i, c: i >= c["max_window_layers"]),
+    "gemma": GEMMA | dict(keys=GEMMA_KEYS),
+    "gemma2": GEMMA | dict(block_norms=SANDWICH, slides=lambda i, c: i % 2 == 0, keys=GEMMA2_KEYS | dict(
+        attn_logit_softcapping=50.0, final_logit_softcapping=30.0)),
+    "gemma3_text": GEMMA | dict(
+        block_norms=SANDWICH, qk_norm="head", slides=lambda i, c: (i + 1) % c["sliding_window_pattern"] != 0,
+        keys=GEMMA2_KEYS | dict(rope_theta=1e6, rope_local_base_freq=10000.0, sliding_window_pattern=6,
+                                attn_logit_softcapping=None, final_logit_softcapping=None)),
+    "phi3": dict(fused_qkv="blocks", fused_gate_up=True, keys=dict(sliding_window=None), slides=lambda i, c: True),
+    "olmo2": dict(block_norms=(None, "post_attention_layernorm", None, "post_feedforward_layernorm"), qk_norm="full",
+                  keys=BIAS),
+    "smollm3": dict(keys=BIAS | WINDOW | dict(mlp_bias=False, tie_word_embeddings=True, rope_theta=2e6,
+                                              no_rope_layers=None, no_rope_layer_interval=4),
+                    slides=lambda i, c: not turns(i, c)),
+    "granite": dict(keys=BIAS | dict(mlp_bias=False, embedding_multiplier=1.0, attention_multiplier=1.0,
+                                     residual_multiplier=1.0, logits_scaling=1.0)),
+    "gpt2": dict(norm="layer", learned_positions=True, qkv_bias=True, o_bias=True, mlp_bias=True, fused_qkv="blocks",
+                 gated_mlp=False, other_names=True, keys=dict(hidden_act="gelu_new", tie_word_embeddings=True)),
+    "gpt_neox": dict(norm="layer", mlp_bias=True, fused_qkv="heads", gated_mlp=False, other_names=True, keys=dict(
+        attention_bias=True, hidden_act="gelu", use_parallel_residual=True, partial_rotary_factor=0.25)),
+    "mixtral": dict(other_names=True, slides=lambda i, c: True, keys=MOE | dict(rope_theta=1e6, sliding_window=None)),
+    "qwen2_moe": dict(other_names=True, slides=lambda i, c: i % 2 == 0 and i < c["max_window_layers"], keys=QWEN_MOE | dict(
+        qkv_bias=True, max_window_layers=28, shared_expert_intermediate_size=REQUIRED)),
+    "qwen3_moe": dict(qk_norm="head", other_names=True, slides=lambda i, c: True, keys=QWEN_MOE | BIAS | dict(layer_types=None)),
+    "olmoe": dict(qk_norm="full", other_names=True, keys=MOE | BIAS | dict(norm_topk_prob=False, router_aux_loss_coef=0.01)),
 }
 
-# Keys of config.json that change nothing in the numbers of a forward pass at dropout 0.
+# Keys that change nothing in a forward pass without dropout.
 HARMLESS = set("""
-    architectures _name_or_path transformers_version torch_dtype dtype use_cache initializer_range bos_token_id
-    eos_token_id pad_token_id unk_token_id model_type pretraining_tp rope_interleaved attention_dropout resid_pdrop
-    embd_pdrop attn_pdrop hidden_dropout classifier_dropout summary_activation summary_first_dropout
-    summary_proj_to_labels summary_type summary_use_proj task_specific_params n_ctx output_attentions
-    output_hidden_states return_dict gradient_checkpointing is_decoder is_encoder_decoder id2label label2id
-    problem_type chunk_size_feed_forward cache_implementation auto_map _attn_implementation attn_implementation
-    num_labels tokenizer_class finetuning_task layer_norm_eps_ embedding_dropout unsloth_version unsloth_fixed
-    transformers.js_config mlp_dropout router_jitter_noise reorder_and_upcast_attn scale_attn_by_inverse_layer_idx_
-    use_bidirectional_attention add_cross_attention use_sliding_window_ sliding_window_pattern_ torchscript""".split())
+    architectures model_type auto_map dtype torch_dtype transformers_version _name_or_path tokenizer_class
+    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id forced_eos_token_id
+    initializer_range use_cache pretraining_tp gradient_checkpointing is_decoder torchscript cache_implementation
+    attention_dropout hidden_dropout classifier_dropout resid_pdrop embd_pdrop attn_pdrop embedding_dropout mlp_dropout
+    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params
+    n_ctx max_sequence_length max_window_layers sliding_window_size _sliding_window_pattern reorder_and_upcast_attn
+    full_attn_mod interpolate_factor _attn_implementation _attn_implementation_autoset attn_implementation
+    output_attentions output_hidden_states return_dict use_return_dict id2label label2id num_labels problem_type
+    finetuning_task chunk_size_feed_forward prefix max_length min_length do_sample temperature top_k top_p typical_p
+    num_beams num_beam_groups num_return_sequences repetition_penalty length_penalty diversity_penalty
+    unsloth_version unsloth_fixed transformers.js_config""".split())
 
 
-def read_config(raw: dict) -> ModelConfig:
+def read_config(raw: dict, max_length: Optional[int] = None) -> ModelConfig:
     """ModelConfig from the content of config.json.
 
-    Raises ValueError, by name, for a `model_type` not in FAMILIES and for a key that is neither read here nor known
-    to be harmless and has a value that could mean something.
+    `max_length` is the longest sequence of the run in tokens, None for "no longer than the model was made for". Phi-3's
+    LongRoPE has other frequencies beyond its pretraining length; they are chosen once per run by `max_length`, where
+    transformers chooses per batch, so that a pair's log-probs never depend on what it is batched with.
+    Raises ValueError, by name, for what is not supported: other model types, quantized and encoder-decoder models, and
+    keys that are neither read nor known to be harmless and have a value that could mean something.
     """
-    family = raw.get("model_type")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
-        raise ValueError(f"the checkpoint is quantized ({method}); use the original one in bf16, fp16 or float32")
-    if family not in FAMILIES:
-        raise ValueError(f"model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
-    get = ConfigReader(raw)
-    config = ModelConfig(model_type=family, **(read_sizes(get) | read_features(get, family)))
-    config = replace(config, **read_positions(get, config))
-    get.refuse_unread()
-    return config
-
-
-class ConfigReader:
-    """Looks keys up in config.json and remembers which were looked at."""
-
-    def __init__(self, raw: dict):
-        self.raw, self.seen = raw, set(HARMLESS)
-
-    def __call__(self, *names, default=None):
-        """The first of `names` that is present and not null."""
-        self.seen.update(names)
-        return next((self.raw[n] for n in names if self.raw.get(n) is not None), default)
-
-    def need(self, *names):
-        value = self(*names)
-        if value is None:
-            raise ValueError(f"config.json: {names[0]!r} is missing")
-        return value
-
-    def refuse_unread(self) -> None:
-        odd = {k: v for k, v in self.raw.items() if k not in self.seen and v not in (None, False, 0, "", [], {})}
-        if odd:
-            raise ValueError(f"config.json: {', '.join(f'{k} = {v!r}' for k, v in odd.items())}: not understood for "
-                             f"model_type {self.raw['model_type']!r}, and it may change the model's numbers")
-
-
-def read_sizes(get: ConfigReader) -> dict:
-    hidden, heads = get.need("hidden_size", "n_embd"), get.need("num_attention_heads", "n_head")
-    return dict(
-        vocab_size=get.need("vocab_size"), hidden_size=hidden, num_attention_heads=heads,
-        intermediate_size=get("intermediate_size", "n_inner", default=4 * hidden),
-        num_hidden_layers=get.need("num_hidden_layers", "n_layer"),
-        num_key_value_heads=get("num_key_value_heads", default=heads),
-        head_dim=get("head_dim", default=hidden // heads),
-        max_position_embeddings=get("max_position_embeddings", "n_positions", default=2048),
-        norm_eps=get("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", default=1e-6))
-
-
-def read_features(get: ConfigReader, family: str) -> dict:
-    """FAMILIES' features, with what config.json says on top."""
-    f = dict(FAMILIES[family])
-    hidden, heads = get.need("hidden_size", "n_embd"), get.need("num_attention_heads", "n_head")
-    f["hidden_act"] = get("hidden_activation", "hidden_act", "activation_function", default=f.get("hidden_act", "silu"))
-    get("hidden_act")  # Gemma carries both names and reads hidden_activation
-    f["tie_word_embeddings"] = get("tie_word_embeddings", default=f.get("tie_word_embeddings", False))
-    bias = get("attention_bias", default=f.get("qkv_bias", False))
-    f["qkv_bias"] = get("qkv_bias", default=bias)
-    f["o_bias"] = bias if family in ("llama", "granite", "gpt_neox", "qwen3", "qwen3_moe", "gemma", "gemma2",
-                                     "gemma3_text", "olmo2", "olmoe", "smollm3") else f.get("o_bias", False)
-    f["mlp_bias"] = get("mlp_bias", default=f.get("mlp_bias", False))
-    f["parallel_residual"] = get("use_parallel_residual", default=family == "gpt_neox")
-    f["embed_scale"] = hidden**0.5 if f.get("embed_scale") == "sqrt" else get("embedding_multiplier", default=1.0)
-    f["residual_scale"] = get("residual_multiplier", default=1.0)
-    f["logit_scale"] = 1 / get("logits_scaling", default=1.0)
-    scalar = get("query_pre_attn_scalar", default=get("head_dim", default=hidden // heads))
-    f["attention_scale"] = get("attention_multiplier", default=scalar**-0.5)
-    f["attn_softcap"], f["final_softcap"] = get("attn_logit_softcapping"), get("final_logit_softcapping")
-    if get("scale_attn_weights", default=True) is False:
-        raise ValueError("config.json: scale_attn_weights = false is not supported")
-    if get("scale_attn_by_inverse_layer_idx") or get("clip_qkv"):
-        raise ValueError("config.json: scale_attn_by_inverse_layer_idx and clip_qkv are not supported")
-    if family in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"):
+    refuse_foreign(raw)
+    features = dict(FAMILIES[raw["model_type"]])
+    c = read_keys(raw, features.pop("keys"))
+    computed = read_sizes(c) | read_layers(c, features.pop("slides", None), "learned_positions" in features, max_length)
+    computed |= read_features(c, raw["model_type"], features.pop("scaled_embeddings", False))
+    if "num_experts_per_tok" in c:
         from extras.moe import read_moe
 
-        f["moe"] = read_moe(get, family)
-    return f
+        computed["moe"] = read_moe(c)
+    return ModelConfig(model_type=raw["model_type"], **(computed | features))
 
 
-def read_positions(get: ConfigReader, config: ModelConfig) -> dict:
-    """Windows and rotary embeddings, per layer, from either generation of files."""
-    n, family = config.num_hidden_layers, config.model_type
-    sliding = sliding_layers(get, family, n)
-    window = get("sliding_window")
-    if config.learned_positions:
-        return dict(windows=(None,) * n, rope_layers=(None,) * n)
-    ropes = read_ropes(get)
-    fraction = get("partial_rotary_factor", "rotary_pct",
-                   default=ropes["full_attention"].get("partial_rotary_factor", 0.25 if family == "gpt_neox" else 1.0))
-    kind = [("sliding_attention" if s and "sliding_attention" in ropes else "full_attention") for s in sliding]
-    rotated = get("no_rope_layers", default=None)  # SmolLM3: 1 rotates, 0 does not
-    interval = get("no_rope_layer_interval", default=4)
-    if family == "smollm3" and rotated is None:
-        rotated = [int((i + 1) % interval != 0) for i in range(n)]
-    rope_layers = tuple(k if rotated is None or rotated[i] else None for i, k in enumerate(kind))
-    return dict(windows=tuple(window if s else None for s in sliding), ropes=ropes, rope_layers=rope_layers,
-                rotary_dim=int(config.head_dim * fraction))
+def refuse_foreign(raw: dict) -> None:
+    """Raise ValueError for what is no decoder of FAMILIES in plain numbers."""
+    family, quantized = raw.get("model_type"), raw.get("quantization_config")
+    if quantized:
+        raise ValueError(f"the checkpoint is quantized ({quantized.get('quant_method', 'method unknown')}); "
+                         "use the original one in bf16, fp16 or float32")
+    if raw.get("is_encoder_decoder"):
+        raise ValueError(f"{family!r} is an encoder-decoder model; only decoders are supported")
+    if raw.get("kv_lora_rank"):
+        raise ValueError(f"{family!r} has multi-head latent attention (kv_lora_rank), which is not supported")
+    remote = raw.get("auto_map", {}).get("AutoModelForCausalLM", "").rpartition(".")[2].lower()
+    if family not in FAMILIES and remote:
+        raise ValueError(f"model_type {family!r} needs remote code (auto_map), which is never run")
+    if family not in FAMILIES:
+        raise ValueError(f"model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
+    if not remote.startswith(family.removesuffix("_text").replace("_", "") if remote else ""):
+        raise ValueError(f"auto_map names remote code of its own ({remote}) for model_type {family!r}; it is never run")
 
 
-def sliding_layers(get: ConfigReader, family: str, n: int) -> list[bool]:
-    """Which layers use the sliding window, by `layer_types` or by the family's older rule."""
-    types, pattern = get("layer_types"), get("sliding_window_pattern", "_sliding_window_pattern", default=6)
-    used, first = get("use_sliding_window"), get("max_window_layers", default=0)
-    if types is not None:
-        return [t == "sliding_attention" for t in types]
-    if get("sliding_window") is None:
-        return [False] * n
-    if family == "gemma2":
-        return [i % 2 == 0 for i in range(n)]
-    if family == "gemma3_text":
-        return [(i + 1) % pattern != 0 for i in range(n)]
-    if family in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "smollm3"):
-        return [bool(used) and i >= first for i in range(n)]
-    return [family in ("mistral", "mixtral", "phi3")] * n
+def read_keys(raw: dict, keys: dict) -> dict:
+    """The keys that a family reads: its defaults, and what the file says over them (null is a value)."""
+    if raw["model_type"] in ("gpt2", "gpt_neox"):
+        from extras.layouts import llama_keys
+
+        raw = llama_keys(raw)
+    known = COMMON | keys
+    odd = {k: v for k, v in raw.items()
+           if k not in known and k not in HARMLESS and v not in (None, False, 0, "", [], {})}
+    if odd:
+        raise ValueError(f"config.json: {', '.join(f'{k} = {v!r}' for k, v in odd.items())}: not understood for "
+                         f"model_type {raw['model_type']!r}, and it may change the model's numbers")
+    c = known | {k: raw[k] for k in known if k in raw}
+    missing = [k for k, v in c.items() if v is REQUIRED or known[k] is REQUIRED and v is None]
+    if missing:
+        raise ValueError(f"config.json: {', '.join(missing)}: missing")
+    return c
 
 
-def read_ropes(get: ConfigReader) -> dict:
-    """{"full_attention": {...}, maybe "sliding_attention": {...}} from `rope_parameters` or the older keys."""
-    new, old = get("rope_parameters"), get("rope_scaling")
-    theta = get("rope_theta", "rotary_emb_base", default=10000.0)
-    local = get("rope_local_base_freq")
-    shared = {"original_max_position_embeddings": get("original_max_position_embeddings"),
-              "max_position_embeddings": get("max_position_embeddings", default=2048)}
-    if new and all(isinstance(v, dict) for v in new.values()):
-        ropes = {k: dict(v) for k, v in new.items()}
-    elif new:
-        ropes = {"full_attention": dict(new)}
+def read_sizes(c: dict) -> dict:
+    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "max_position_embeddings")
+    return {k: c[k] for k in same} | dict(
+        num_key_value_heads=c["num_key_value_heads"] or c["num_attention_heads"], head_dim=head_dim(c),
+        norm_eps=c["rms_norm_eps"], tie_word_embeddings=bool(c["tie_word_embeddings"]))
+
+
+def head_dim(c: dict) -> int:
+    return c["head_dim"] or c["hidden_size"] // c["num_attention_heads"]
+
+
+def read_features(c: dict, family: str, scaled_embeddings: bool) -> dict:
+    """Biases, scales and soft-caps; a key that the family does not read is not in `c`."""
+    act = c.get("hidden_activation") or c["hidden_act"]
+    if family == "gemma" and act == "gelu":
+        act = "gelu_pytorch_tanh"  # Gemma 1 was released with the wrong name in its files; transformers corrects it too
+    if act not in ACTIVATIONS:
+        raise ValueError(f"config.json: hidden_act = {act!r}; known are {', '.join(ACTIVATIONS)}")
+    bias = bool(c.get("attention_bias"))
+    return dict(
+        hidden_act=act, qkv_bias=bool(c.get("qkv_bias", bias)), o_bias=bias, mlp_bias=bool(c.get("mlp_bias")),
+        parallel_residual=bool(c.get("use_parallel_residual")),
+        embed_scale=c["hidden_size"] ** 0.5 if scaled_embeddings else c.get("embedding_multiplier", 1.0),
+        residual_scale=c.get("residual_multiplier", 1.0), logit_scale=1 / c.get("logits_scaling", 1.0),
+        attention_scale=c.get("attention_multiplier", c.get("query_pre_attn_scalar", head_dim(c)) ** -0.5),
+        attn_softcap=c.get("attn_logit_softcapping"), final_softcap=c.get("final_logit_softcapping"))
+
+
+def read_layers(c: dict, slides, learned_positions: bool, max_length: Optional[int]) -> dict:
+    """Window and rotation of each layer."""
+    n, window, types = c["num_hidden_layers"], c.get("sliding_window"), c.get("layer_types")
+    if not window or c.get("use_sliding_window") is False:
+        windows = (None,) * n
+    elif types:
+        windows = tuple(window if kind == "sliding_attention" else None for kind in types)
     else:
-        ropes = {"full_attention": {**(old or {})}}
-        if local is not None:
-            ropes["sliding_attention"] = {"rope_theta": local}
-    for rope in ropes.values():
-        rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default")) or "default"
-        rope.setdefault("rope_theta", theta)
-        for key, value in shared.items():
-            rope.setdefault(key, value)
-    return ropes
+        windows = tuple(window if slides(i, c) else None for i in range(n))
+    ropes = {} if learned_positions else read_ropes(c, max_length)
+    kinds = ["sliding_attention" if w and "sliding_attention" in ropes else "full_attention" for w in windows]
+    return dict(windows=windows, ropes=ropes,
+                rope_layers=tuple(kind if ropes and turns(i, c) else None for i, kind in enumerate(kinds)))
+
+
+def turns(i: int, c: dict) -> bool:
+    """Whether layer i has rotary embeddings; in SmolLM3 every fourth has none."""
+    if c.get("no_rope_layers"):
+        return bool(c["no_rope_layers"][i])
+    return "no_rope_layers" not in c or (i + 1) % c["no_rope_layer_interval"] != 0
+
+
+def check_length(config: ModelConfig, length: int) -> None:
+    """Raise ValueError where sequences of `length` tokens are beyond what the configuration can represent."""
+    limits = [rope.limit for rope in config.ropes.values() if rope.limit]
+    limits += [config.max_position_embeddings] if config.learned_positions else []
+    if limits and length > min(limits):
+        why = "learned positions" if config.learned_positions else "rotary frequencies that hold"
+        raise ValueError(f"sequences of {length} tokens: this model has {why} for {min(limits)}; lower --max_length")
 
 
 # Rotary position embeddings
 
+# rope_type -> the keys it reads besides rope_theta, partial_rotary_factor and original_max_position_embeddings
+ROPE_KEYS = {
+    "default": (), "linear": ("factor",), "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    "longrope": ("factor", "attention_factor", "short_factor", "long_factor")}
 
-def inverse_frequencies(rope: dict, dim: int) -> tuple[Tensor, float]:  # (dim/2,) float32, and a factor on cos and sin
-    """theta^(-2i/dim), stretched as `rope_type` says: default, linear, llama3; yarn and longrope in extras/rope.py.
 
-    `dynamic` only acts beyond max_position_embeddings, where sequences are refused, so up to there it is `default`.
+def read_ropes(c: dict, max_length: Optional[int]) -> dict[str, Rope]:
+    """{"full_attention": Rope, maybe "sliding_attention": Rope} from `rope_parameters` or the older keys."""
+    given = c["rope_scaling"] or c["rope_parameters"] or {}
+    ropes = {k: v for k, v in given.items() if isinstance(v, dict)} or {"full_attention": given}
+    if "rope_local_base_freq" in c:  # Gemma 3: layers with a window have a base of their own
+        ropes = {"sliding_attention": {"rope_theta": c["rope_local_base_freq"]}} | ropes
+    return {name: read_rope(dict(rope), c, max_length) for name, rope in ropes.items()}
+
+
+def read_rope(rope: dict, c: dict, max_length: Optional[int]) -> Rope:
+    older, newer = rope.pop("type", None), rope.pop("rope_type", None)
+    kind = "longrope" if "long_factor" in rope else newer or older or "default"  # Phi-3 called it "su" and "yarn"
+    common = {k: c[k] for k in ("rope_theta", "partial_rotary_factor", "max_position_embeddings")}
+    odd = [k for k, v in rope.items() if v is not None and k not in (*common, "original_max_position_embeddings",
+                                                                    *ROPE_KEYS.get(kind, ()))]
+    if kind not in ROPE_KEYS or odd:
+        raise ValueError(f"config.json: rope_type {kind!r}{' with ' if odd else ''}{', '.join(odd)} is not supported; "
+                         f"supported are {', '.join(ROPE_KEYS)}")
+    rope = common | {k: v for k, v in rope.items() if v is not None}
+    original = c["original_max_position_embeddings"] or rope.get("original_max_position_embeddings")
+    rope["original_max_position_embeddings"] = original or c["max_position_embeddings"]
+    try:
+        return make_rope(kind, rope, int(head_dim(c) * rope["partial_rotary_factor"]), max_length)
+    except KeyError as error:
+        raise ValueError(f"config.json: rope_type {kind!r} needs {error}") from None
+
+
+def make_rope(kind: str, rope: dict, dim: int, max_length: Optional[int]) -> Rope:
+    """theta^(-2i/dim), stretched as `kind` says; float32, as the models were trained.
+
+    `dynamic` only acts beyond max_position_embeddings and depends on the length there, so it is `default` with a limit.
     """
-    freq = 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
-    kind = rope["rope_type"]
-    if kind in ("default", "dynamic"):
-        return freq, 1.0
-    if kind == "linear":
-        return freq / rope["factor"], 1.0
-    if kind == "llama3":
-        return llama3_frequencies(rope, freq), 1.0
-    from extras.rope import scaled_frequencies
+    freq = 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2).float() / dim)  # (dim/2,)
+    if kind in ("yarn", "longrope"):
+        from extras.rope import scaled_rope
 
-    return scaled_frequencies(rope, freq, dim)
+        return Rope(*scaled_rope(kind, rope, freq, dim, max_length))
+    if kind == "linear":
+        freq = freq / rope["factor"]
+    if kind == "llama3":
+        freq = llama3_frequencies(rope, freq)
+    return Rope(tuple(freq.tolist()), limit=rope["max_position_embeddings"] if kind == "dynamic" else None)
 
 
 def llama3_frequencies(rope: dict, freq: Tensor) -> Tensor:
@@ -288,15 +332,15 @@ def llama3_frequencies(rope: dict, freq: Tensor) -> Tensor:
     return (1 - smooth) * freq / rope["factor"] + smooth * freq
 
 
-def rotary_tables(config: ModelConfig, position_ids: Tensor, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
-    """{rope name: (cos, sin)}, each (T, 1, rotary_dim); angles in float32, as the models were trained."""
+def rotary_tables(ropes: dict[str, Rope], position_ids: Tensor, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
+    """{name: (cos, sin)}, each (T, 1, rotated dims); angles in float32, as the models were trained."""
     tables = {}
     with torch.autocast(position_ids.device.type, enabled=False):
-        for name, rope in config.ropes.items():
-            freq, factor = inverse_frequencies(rope, config.rotary_dim)
-            angles = position_ids.float()[:, None] * freq.to(position_ids.device)  # (T, D/2)
+        for name, rope in ropes.items():
+            freq = torch.tensor(rope.frequencies, dtype=torch.float32, device=position_ids.device)
+            angles = position_ids.float()[:, None] * freq  # (T, D/2)
             angles = torch.cat([angles, angles], -1)[:, None]  # (T, 1, D)
-            tables[name] = ((angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype))
+            tables[name] = ((angles.cos() * rope.factor).to(dtype), (angles.sin() * rope.factor).to(dtype))
     return tables
 
 
@@ -444,21 +488,26 @@ class Attention(nn.Module):
             self.q_norm = Norm(D if per_head else H * D, config)
             self.k_norm = Norm(D if per_head else K * D, config)
 
-    def forward(self, x: Tensor, tables: dict, plans: dict) -> Tensor:  # (T, C)
-        H, K, D = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
-        if self.config.fused_qkv:
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (T, H, D), (T, K, D), (T, K, D)
+        c = self.config
+        H, K, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        if c.fused_qkv == "heads":
+            return self.qkv_proj(x).view(-1, H, 3, D).unbind(2)
+        if c.fused_qkv:
             q, k, v = self.qkv_proj(x).split([H * D, K * D, K * D], -1)
         else:
             q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if self.config.qk_norm == "full":
+        if c.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.view(-1, H, D), k.view(-1, K, D), v.view(-1, K, D)
-        if self.config.qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
+        return (self.q_norm(q), self.k_norm(k), v) if c.qk_norm == "head" else (q, k, v)
+
+    def forward(self, x: Tensor, tables: dict, plans: dict) -> Tensor:  # (T, C)
+        q, k, v = self.project(x)
         if self.rope is not None:
-            q, k = (rotate(part, *tables[self.rope]).to(v.dtype) for part in (q, k))
+            q, k = (rotate(part, *tables[self.rope]) for part in (q, k))
         out = attend(q.to(v.dtype), k.to(v.dtype), v, plans[self.window], self.window, self.config)
-        return self.o_proj(out.reshape(-1, H * D))
+        return self.o_proj(out.flatten(1))
 
 
 ACTIVATIONS = {
@@ -474,25 +523,32 @@ ACTIVATIONS = {
 class MLP(nn.Module):
     """down(act(gate(x)) * up(x)), or down(act(up(x))) where there is no gate."""
 
-    def __init__(self, config: ModelConfig, intermediate_size: Optional[int] = None):
+    def __init__(self, config: ModelConfig, size: int):
         super().__init__()
-        C, size = config.hidden_size, intermediate_size or config.intermediate_size
-        if config.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"config.json: hidden_act = {config.hidden_act!r}; known are {', '.join(ACTIVATIONS)}")
+        C, bias = config.hidden_size, config.mlp_bias
         self.act, self.gated, self.fused = ACTIVATIONS[config.hidden_act], config.gated_mlp, config.fused_gate_up
         if self.fused:
-            self.gate_up_proj = nn.Linear(C, 2 * size, bias=config.mlp_bias)
+            self.gate_up_proj = nn.Linear(C, 2 * size, bias=bias)
         else:
             if self.gated:
-                self.gate_proj = nn.Linear(C, size, bias=config.mlp_bias)
-            self.up_proj = nn.Linear(C, size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(size, C, bias=config.mlp_bias)
+                self.gate_proj = nn.Linear(C, size, bias=bias)
+            self.up_proj = nn.Linear(C, size, bias=bias)
+        self.down_proj = nn.Linear(size, C, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:  # (T, C)
         if not self.gated:
             return self.down_proj(self.act(self.up_proj(x)))
         gate, up = self.gate_up_proj(x).chunk(2, -1) if self.fused else (self.gate_proj(x), self.up_proj(x))
         return self.down_proj(self.act(gate) * up)
+
+
+def make_mlp(config: ModelConfig, layer: int) -> nn.Module:
+    if config.moe is None or not config.moe["sparse"][layer]:
+        return MLP(config, config.intermediate_size)
+    from extras.moe import SparseMLP
+
+    shared = MLP(config, config.moe["shared_size"]) if config.moe["shared_size"] else None
+    return SparseMLP(config.hidden_size, config.moe, ACTIVATIONS[config.hidden_act], shared)
 
 
 class Block(nn.Module):
@@ -510,21 +566,13 @@ class Block(nn.Module):
         name = self.config.block_norms[which]
         return x if name is None else getattr(self, name)(x)
 
-    def forward(self, x: Tensor, tables: dict, plans: dict) -> Tensor:  # (T, C)
+    def forward(self, x: Tensor, tables: dict, plans: dict) -> tuple[Tensor, Optional[Tensor]]:
+        """Hidden states (T, C), and the router's logits (T, experts) of a sparse layer."""
         scale = self.config.residual_scale
-        attended = self.norm(1, self.self_attn(self.norm(0, x), tables, plans)) * scale
-        if self.config.parallel_residual:
-            return x + attended + self.mlp(self.norm(2, x))
-        x = x + attended
-        return x + self.norm(3, self.mlp(self.norm(2, x))) * scale
-
-
-def make_mlp(config: ModelConfig, layer: int) -> nn.Module:
-    if config.moe is None:
-        return MLP(config)
-    from extras.moe import make_experts
-
-    return make_experts(config, layer, MLP)
+        attended = x + self.norm(1, self.self_attn(self.norm(0, x), tables, plans)) * scale
+        out = self.mlp(self.norm(2, x if self.config.parallel_residual else attended))
+        out, router_logits = out if isinstance(out, tuple) else (out, None)
+        return attended + self.norm(3, out) * scale, router_logits
 
 
 class Stack(nn.Module):
@@ -539,29 +587,37 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = Norm(config.hidden_size, config)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, spans: Tensor) -> Tensor:  # (T, C)
-        x = self.embed_tokens(input_ids) * self.config.embed_scale
-        if self.config.learned_positions:
-            x = x + self.embed_positions(position_ids)
-        tables = rotary_tables(self.config, position_ids, x.dtype)
-        compute = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:  # (T, C)
+        x, scale = self.embed_tokens(input_ids), self.config.embed_scale
+        if scale != 1:
+            x = x * torch.tensor(scale, dtype=x.dtype).item()  # rounded to the type, as Gemma was trained
+        return x + self.embed_positions(position_ids) if self.config.learned_positions else x
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, spans: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Hidden states (T, C), and the router's logits (T, experts) of each sparse layer."""
+        x, routed = self.embed(input_ids, position_ids), []
+        tables = rotary_tables(self.config.ropes, position_ids, x.dtype)
+        device = x.device.type
+        compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         plans = plan_attention(self.config, spans, position_ids, compute)
         for layer in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, tables, plans, use_reentrant=False)
+                x, router_logits = checkpoint(layer, x, tables, plans, use_reentrant=False)
             else:
-                x = layer(x, tables, plans)
-        return self.norm(x)
+                x, router_logits = layer(x, tables, plans)
+            routed += [] if router_logits is None else [router_logits]
+        return self.norm(x), routed
 
 
 class TokenLogps(NamedTuple):
-    """Of each scored token; all (N,), in nats, float32 or wider. Only `logps` carries gradients."""
+    """Of each scored token; all (N,), in nats, float32 or wider. Only `logps` and `aux_loss` carry gradients."""
 
     logps: Tensor
     entropy: Tensor  # of the predicted distribution
     log_sum_sq_probs: Tensor  # log sum_v p_v^2, which WPO needs
     mean_logits: Tensor  # over the vocabulary
     is_top1: Tensor  # bool: the target is the likeliest token
+    aux_loss: Optional[Tensor] = None  # (): load balancing over the experts, unscaled; None without experts
 
 
 class Decoder(nn.Module):
@@ -573,6 +629,7 @@ class Decoder(nn.Module):
         self.model = Stack(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
+        self.layout, self.raw_config, self.generation_config = {}, {}, None  # what load_model found in the files
 
     def tie(self) -> None:
         if self.config.tie_word_embeddings:
@@ -581,8 +638,13 @@ class Decoder(nn.Module):
     def forward(self, input_ids: Tensor, position_ids: Tensor, spans: Tensor, score_index: Tensor,
                 targets: Tensor) -> TokenLogps:
         """Log-probs of `targets` (N,) at the hidden states `score_index` (N,) of the stream `input_ids` (T,)."""
-        hidden = self.model(input_ids, position_ids, spans)[score_index]  # (N, C)
-        return token_logps(self.head_terms(hidden), targets, self.config.final_softcap)
+        hidden, routed = self.model(input_ids, position_ids, spans)
+        out = token_logps(self.head_terms(hidden[score_index]), targets, self.config.final_softcap)
+        if self.config.moe is None:
+            return out
+        from extras.moe import load_balancing_loss
+
+        return out._replace(aux_loss=load_balancing_loss(routed, spans, self.config.moe["per_token"]))
 
     def head_terms(self, hidden: Tensor) -> list[tuple[Tensor, Tensor]]:
         """[(input, weight)] with logits = sum of input @ weight^T; a LoRA on the head is a second term."""
@@ -593,7 +655,7 @@ class Decoder(nn.Module):
 
     def logits(self, input_ids: Tensor, position_ids: Tensor, spans: Tensor) -> Tensor:  # (T, V)
         """Every logit, for generation and tests; training never builds them."""
-        hidden = self.model(input_ids, position_ids, spans)
+        hidden, _ = self.model(input_ids, position_ids, spans)
         logits = sum(F.linear(x, w) for x, w in self.head_terms(hidden))
         cap = self.config.final_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -607,27 +669,28 @@ def token_logps(terms: list[tuple[Tensor, Tensor]], targets: Tensor, softcap: Op
 
     The matrix products run in the autocast type where there is one, everything after them in float32 or wider.
     """
-    device = targets.device.type
+    device, compute = targets.device.type, terms[0][0].dtype
     if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        terms = [(x.to(dtype), w.to(dtype)) for x, w in terms]
+        compute = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
-        return TokenLogps(*ChunkedLogps.apply(targets, softcap, *(t for term in terms for t in term)))
+        return TokenLogps(*ChunkedLogps.apply(targets, softcap, compute, *(t for term in terms for t in term)))
 
 
 class ChunkedLogps(torch.autograd.Function):
     """(N, V) logits exist one chunk at a time: scored and dropped in forward, made again in backward.
 
-    d logp / d logits = onehot(target) - softmax(logits), so backward needs the logits and nothing else.
+    d logp / d logits = onehot(target) - softmax(logits), so backward needs the logits and nothing else. Weight
+    gradients are summed over the chunks in float32 at least, so that the chunk size does not show in bf16.
     """
 
     @staticmethod
-    def forward(ctx, targets: Tensor, softcap: Optional[float], *tensors: Tensor):
+    def forward(ctx, targets: Tensor, softcap: Optional[float], compute: torch.dtype, *tensors: Tensor):
         ctx.save_for_backward(targets, *tensors)
-        ctx.softcap = softcap
-        wide = torch.promote_types(tensors[0].dtype, torch.float32)
-        out = [score_chunk(chunk_logits(tensors, rows, softcap).to(wide), targets[rows])
-               for rows in chunks(len(targets), tensors[1].shape[0])]
+        ctx.softcap, ctx.compute = softcap, compute
+        wide = torch.promote_types(compute, torch.float32)
+        terms = cast_terms(tensors, compute)
+        out = [score_chunk(chunk_logits(terms, rows, softcap).to(wide), targets[rows])
+               for rows in chunks(len(targets), len(terms[0][1]))]
         out = [torch.cat(column) for column in zip(*out)] or [targets.new_zeros(0, dtype=wide)] * 5
         ctx.mark_non_differentiable(*out[1:])
         return tuple(out)
@@ -635,17 +698,23 @@ class ChunkedLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, *_):
         targets, *tensors = ctx.saved_tensors
-        grads = [torch.zeros_like(t) if needed else None for t, needed in zip(tensors, ctx.needs_input_grad[2:])]
-        for rows in chunks(len(targets), tensors[1].shape[0]):
-            logits = chunk_logits(tensors, rows, ctx.softcap)
-            d = grad_logits(logits, targets[rows], grad[rows], ctx.softcap).to(tensors[0].dtype)  # (n, V)
-            for k in range(0, len(tensors), 2):
-                x, w = tensors[k][rows], tensors[k + 1]
-                if grads[k] is not None:
-                    grads[k][rows] = d @ w
-                if grads[k + 1] is not None:
-                    grads[k + 1].addmm_(d.T, x)
-        return None, None, *grads
+        terms = cast_terms(tensors, ctx.compute)
+        wide = torch.promote_types(ctx.compute, torch.float32)
+        grads = [torch.zeros(t.shape, dtype=wide, device=t.device) if needed else None
+                 for t, needed in zip(tensors, ctx.needs_input_grad[3:])]
+        for rows in chunks(len(targets), len(terms[0][1])):
+            d = grad_logits(chunk_logits(terms, rows, ctx.softcap), targets[rows], grad[rows], ctx.softcap)  # (n, V)
+            d = d.to(ctx.compute)
+            for (x, w), grad_x, grad_w in zip(terms, grads[0::2], grads[1::2]):
+                if grad_x is not None:
+                    grad_x[rows] = (d @ w).to(wide)
+                if grad_w is not None:
+                    grad_w.addmm_(d.T, x[rows]) if wide == ctx.compute else grad_w.add_(d.T @ x[rows])
+        return None, None, None, *(g if g is None else g.to(t.dtype) for g, t in zip(grads, tensors))
+
+
+def cast_terms(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    return [(x.to(dtype), w.to(dtype)) for x, w in zip(tensors[0::2], tensors[1::2])]
 
 
 def chunks(count: int, vocab_size: int) -> Iterator[slice]:
@@ -653,10 +722,11 @@ def chunks(count: int, vocab_size: int) -> Iterator[slice]:
     return (slice(i, min(i + size, count)) for i in range(0, count, size))
 
 
-def chunk_logits(tensors, rows: slice, softcap: Optional[float]) -> Tensor:  # (n, V)
-    logits = tensors[0][rows] @ tensors[1].T
-    for k in range(2, len(tensors), 2):
-        logits.addmm_(tensors[k][rows], tensors[k + 1].T)
+def chunk_logits(terms: list[tuple[Tensor, Tensor]], rows: slice, softcap: Optional[float]) -> Tensor:  # (n, V)
+    (x, w), *more = terms
+    logits = x[rows] @ w.T
+    for x, w in more:
+        logits.addmm_(x[rows], w.T)
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
@@ -687,15 +757,16 @@ def grad_logits(logits: Tensor, targets: Tensor, grad: Tensor, softcap: Optional
 class LoraLinear(nn.Module):
     """base(x) + scaling * B A dropout(x) (arXiv:2106.09685); base is any module that maps x linearly.
 
-    A is drawn as PEFT draws it, uniform on +-1/sqrt(in); B is zero, so training starts at the base model.
+    A is drawn as PEFT draws it, uniform on +-1/sqrt(in); B is zero, so training starts at the base model. Both are
+    float32 whatever the base is.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
         super().__init__()
         self.base_layer, self.scaling, self.enabled = base, alpha / rank, True
         self.dropout = nn.Dropout(dropout)
-        self.lora_A = nn.Linear(base.in_features, rank, bias=False)
-        self.lora_B = nn.Linear(rank, base.out_features, bias=False)
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=base.weight.device, dtype=torch.float32)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=base.weight.device, dtype=torch.float32)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
 
@@ -703,18 +774,16 @@ class LoraLinear(nn.Module):
     def weight(self) -> Tensor:
         return self.base_layer.weight
 
+    def low_rank(self, x: Tensor) -> Tensor:  # (T, rank), the input of B
+        return self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype))) * self.scaling
+
     def forward(self, x: Tensor) -> Tensor:
         out = self.base_layer(x)
-        if not self.enabled:
-            return out
-        return out + self.lora_B(self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype)))) * self.scaling
+        return out + self.lora_B(self.low_rank(x)).to(out.dtype) if self.enabled else out
 
     def terms(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
         """As the head's terms: W + BA is never built."""
-        base = [(x, self.base_layer.weight)]
-        if not self.enabled:
-            return base
-        return base + [(self.lora_A(self.dropout(x)) * self.scaling, self.lora_B.weight)]
+        return [(x, self.weight)] + ([(self.low_rank(x), self.lora_B.weight)] if self.enabled else [])
 
     def delta(self) -> Tensor:
         """scaling * B A, what merging adds to the weight."""
@@ -727,8 +796,9 @@ class LoraEmbedding(nn.Module):
     def __init__(self, base: nn.Embedding, rank: int, alpha: float):
         super().__init__()
         self.base_layer, self.scaling, self.enabled = base, alpha / rank, True
-        self.lora_embedding_A = nn.Parameter(torch.zeros(rank, base.num_embeddings))
-        self.lora_embedding_B = nn.Parameter(torch.randn(base.embedding_dim, rank))
+        place = dict(device=base.weight.device, dtype=torch.float32)
+        self.lora_embedding_A = nn.Parameter(torch.zeros(rank, base.num_embeddings, **place))
+        self.lora_embedding_B = nn.Parameter(torch.randn(base.embedding_dim, rank, **place))
 
     @property
     def weight(self) -> Tensor:
@@ -738,7 +808,8 @@ class LoraEmbedding(nn.Module):
         out = self.base_layer(ids)
         if not self.enabled:
             return out
-        return out + F.embedding(ids, self.lora_embedding_A.T) @ self.lora_embedding_B.T * self.scaling
+        low_rank = F.embedding(ids, self.lora_embedding_A.T) * self.scaling
+        return out + (low_rank @ self.lora_embedding_B.T).to(out.dtype)
 
     def delta(self) -> Tensor:
         return self.scaling * (self.lora_embedding_B @ self.lora_embedding_A).T
@@ -747,26 +818,32 @@ class LoraEmbedding(nn.Module):
 def add_lora(model: Decoder, rank: int, alpha: float, dropout: float, targets: list[str]) -> list[str]:
     """Freeze `model` and wrap its target modules; returns the names of the wrapped modules.
 
-    `targets` are last parts of module names (`q_proj`, `lm_head`, `embed_tokens`) or `all-linear`, which is every
-    linear layer but the head. Raises ValueError for a target that matches nothing.
+    `targets` are last parts of module names (`q_proj`, `lm_head`, `embed_tokens`; those of the model's own files, as
+    GPT-2's `c_attn`, too) or `all-linear`, which is every linear layer but the head. Raises ValueError for a target
+    that matches nothing.
     """
     model.requires_grad_(False)
-    kinds = (nn.Linear, nn.Embedding)
-    names = [n for n, m in model.named_modules() if isinstance(m, kinds)]
-    wanted = lambda n, t: n.endswith("." + t) or n == t or (t == "all-linear" and n != "lm_head"
-                                                            and isinstance(model.get_submodule(n), nn.Linear))
-    for target in targets:
-        if not any(wanted(n, target) for n in names):
-            known = sorted({n.rsplit(".", 1)[-1] for n in names})
-            raise ValueError(f"--lora_target_modules {target}: no such module; this model has {' '.join(known)}")
-    chosen = [n for n in names if any(wanted(n, t) for t in targets)]
+    modules = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))}
+    wanted = {t: [n for n in modules if is_target(n, t, modules[n], model.config)] for t in targets}
+    for target, matched in wanted.items():
+        if not matched:
+            known = sorted({n.rpartition(".")[2] for n in modules})
+            raise ValueError(f"--lora_target_modules {target}: no such module; this model has {' '.join(known)}"
+                             + (" (LoRA on stacked experts and their router is not supported)" if model.config.moe else ""))
+    chosen = [n for n in modules if any(n in matched for matched in wanted.values())]
     for name in chosen:
         parent, _, child = name.rpartition(".")
-        base = model.get_submodule(name)
+        base = modules[name]
         wrapped = (LoraEmbedding(base, rank, alpha) if isinstance(base, nn.Embedding)
                    else LoraLinear(base, rank, alpha, dropout))
         setattr(model.get_submodule(parent), child, wrapped)
     return chosen
+
+
+def is_target(name: str, target: str, module: nn.Module, config: ModelConfig) -> bool:
+    if target == "all-linear":
+        return isinstance(module, nn.Linear) and name != "lm_head"
+    return any(("." + n).endswith("." + target) for n in (name, file_name(name, config)))
 
 
 def lora_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -786,15 +863,27 @@ def adapters_disabled(model: nn.Module):
             module.enabled = True
 
 
-# Files
+# Files: reading
 
 
 class Checkpoint(NamedTuple):
-    """A directory of safetensors, opened: where each tensor lies, and how its names map to ours."""
+    """A directory of safetensors, opened: where each tensor lies."""
 
     directory: Path
     files: dict[str, str]  # tensor name in the file -> file name
     raw_config: dict
+
+
+class Place(NamedTuple):
+    """Which of our parameters, or which part of it, a tensor of the files is."""
+
+    name: str
+    index: tuple = ()  # the part, where the files hold a stack in pieces
+    transposed: bool = False  # GPT-2 keeps (in, out)
+
+    def view(self, parameter: Tensor) -> Tensor:
+        part = parameter[self.index]
+        return part.T if self.transposed else part
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:
@@ -814,7 +903,8 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     elif single.exists():
         files = {name: single.name for name in open_safetensors(single).keys()}
     else:
-        raise ValueError(f"{directory}: no model.safetensors and no model.safetensors.index.json")
+        raise ValueError(f"{directory}: no model.safetensors and no model.safetensors.index.json; "
+                         "pickled weights (pytorch_model.bin) are never read")
     return Checkpoint(directory, files, raw)
 
 
@@ -838,162 +928,199 @@ def open_safetensors(path: Path):
         raise ValueError(f"{path}: not a whole safetensors file ({error}); download it again") from None
 
 
-def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Decoder:
-    """Decoder with the directory's weights, cast to `dtype` on the way; `model.layout` remembers the files' names.
+def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu",
+               max_length: Optional[int] = None) -> Decoder:
+    """Decoder with the directory's weights, cast to `dtype` on the way; `max_length` as in `read_config`.
 
-    Raises ValueError listing every missing, unexpected and misshaped tensor with its file.
+    `model.layout` remembers how the files name and cut the parameters, for `save_model`. Raises ValueError listing
+    every missing, unexpected and misshaped tensor with its file, before any weight is read.
     """
     checkpoint = open_checkpoint(directory)
     try:
-        config = read_config(checkpoint.raw_config)
+        config = read_config(checkpoint.raw_config, max_length)
+        layout = find_places(checkpoint.files, config)
     except ValueError as error:
         raise ValueError(f"{checkpoint.directory}: {error}") from None
     with torch.device("meta"):
         model = Decoder(config)
-    expected = {name: p for name, p in model.named_parameters()}  # a tied head is listed once
-    state, layout, problems = {}, {}, []
-    for file in sorted(set(checkpoint.files.values())):
-        opened = open_safetensors(checkpoint.directory / file)
-        present = set(opened.keys())
-        for name in sorted(n for n, f in checkpoint.files.items() if f == file):
-            if name not in present:
-                problems.append(f"missing {name} in {file}, where the index says it is")
-                continue
-            ours = our_name(name, config)
-            if ours is None:  # a buffer that older files carry
-                continue
-            if ours == "lm_head.weight" and config.tie_word_embeddings:
-                layout[ours] = name
-                continue
-            tensor = from_file(ours, opened.get_tensor(name), config)
-            if ours not in expected:
-                problems.append(f"unexpected {name} {tuple(tensor.shape)} in {file}")
-            elif tensor.shape != expected[ours].shape:
-                problems.append(f"{name} in {file} is {tuple(tensor.shape)}, config.json says {tuple(expected[ours].shape)}")
-            else:
-                layout[ours] = name
-                state[ours] = tensor.to(device=device, dtype=dtype)
-    problems += [f"missing {name}" for name in expected if name not in state and not any(name in p for p in problems)]
-    if problems:
-        shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
-        raise ValueError(f"{checkpoint.directory}: {shown}")
-    model.load_state_dict(state, strict=False, assign=True)
+    parameters = dict(model.named_parameters())  # a tied head is listed once
+    check_tensors(checkpoint, layout, parameters, config)
+    model.load_state_dict(read_tensors(checkpoint, layout, parameters, dtype, device), strict=False, assign=True)
     model.tie()
     model.layout, model.raw_config = layout, checkpoint.raw_config
+    generation = checkpoint.directory / "generation_config.json"
+    model.generation_config = read_json(generation) if generation.exists() else None
     return model.requires_grad_(True)
 
 
-# Where a family's files name a parameter otherwise than Llama's: {ours: theirs}, layer numbers as "*".
-GPT2_NAMES = {
-    "model.embed_tokens": "transformer.wte", "model.embed_positions": "transformer.wpe", "model.norm": "transformer.ln_f",
-    "model.layers.*.input_layernorm": "transformer.h.*.ln_1", "model.layers.*.self_attn.qkv_proj": "transformer.h.*.attn.c_attn",
-    "model.layers.*.self_attn.o_proj": "transformer.h.*.attn.c_proj", "model.layers.*.post_attention_layernorm": "transformer.h.*.ln_2",
-    "model.layers.*.mlp.up_proj": "transformer.h.*.mlp.c_fc", "model.layers.*.mlp.down_proj": "transformer.h.*.mlp.c_proj"}
-NEOX_NAMES = {
-    "model.embed_tokens": "gpt_neox.embed_in", "model.norm": "gpt_neox.final_layer_norm", "lm_head": "embed_out",
-    "model.layers.*.input_layernorm": "gpt_neox.layers.*.input_layernorm",
-    "model.layers.*.post_attention_layernorm": "gpt_neox.layers.*.post_attention_layernorm",
-    "model.layers.*.self_attn.qkv_proj": "gpt_neox.layers.*.attention.query_key_value",
-    "model.layers.*.self_attn.o_proj": "gpt_neox.layers.*.attention.dense",
-    "model.layers.*.mlp.up_proj": "gpt_neox.layers.*.mlp.dense_h_to_4h",
-    "model.layers.*.mlp.down_proj": "gpt_neox.layers.*.mlp.dense_4h_to_h"}
-RENAMED = {"gpt2": GPT2_NAMES, "gpt_neox": NEOX_NAMES}
-OLD_BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$|\.attention\.(bias|masked_bias)$")
+def file_name(name: str, config: ModelConfig) -> str:
+    """Hugging Face's name of a module or parameter of ours."""
+    if not config.other_names:
+        return name
+    from extras.layouts import file_name
+
+    return file_name(name, config.model_type)
 
 
-def our_name(name: str, config: ModelConfig) -> Optional[str]:
-    """The parameter a tensor of the files is, or None for a buffer that carries nothing."""
-    if OLD_BUFFERS.search(name):
-        return None
-    if config.model_type == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
-        name = "transformer." + name
-    stem, _, last = name.rpartition(".")
-    number = re.search(r"\.(\d+)\.", stem)
-    generic = re.sub(r"\.\d+\.", ".*.", stem, count=1)
-    ours = {theirs: ours for ours, theirs in RENAMED.get(config.model_type, {}).items()}.get(generic, generic)
-    return (ours.replace("*", number.group(1)) if number else ours) + "." + last
+def find_places(names: Iterable[str], config: ModelConfig) -> dict[str, Place]:
+    """{tensor name in the files: Place}. Raises ValueError for the leftovers of quantization."""
+    quantized = [n for n in names if n.endswith((".SCB", ".qweight", ".weight_scale", ".weight_scale_inv", ".absmax"))]
+    if quantized:
+        raise ValueError(f"the checkpoint is quantized (it has {quantized[0]}); use the original one")
+    names = [n for n in names if not n.endswith("rotary_emb.inv_freq")]  # old files carry this constant
+    if config.other_names or any("language_model." in n for n in names):
+        from extras.layouts import find_places
+
+        places = {n: Place(*place) for n, place in find_places(names, config.model_type, config.moe).items()}
+    else:
+        places = {n: Place(n) for n in names}
+    tied = Place("model.embed_tokens.weight")
+    return {n: tied if config.tie_word_embeddings and p.name == "lm_head.weight" else p for n, p in places.items()}
 
 
-def from_file(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
-    """Undo the two layouts that differ: GPT-2 keeps (in, out), GPT-NeoX interleaves q, k, v by head."""
-    if config.model_type == "gpt2" and tensor.dim() == 2 and "embed" not in name and name != "lm_head.weight":
-        return tensor.T.contiguous()
-    if config.model_type == "gpt_neox" and "qkv_proj" in name:
-        by_head = tensor.unflatten(0, (config.num_attention_heads, 3, config.head_dim))
-        return by_head.transpose(0, 1).reshape(tensor.shape)
-    return tensor
+def check_tensors(checkpoint: Checkpoint, layout: dict[str, Place], parameters: dict, config: ModelConfig) -> None:
+    """Raise ValueError listing every missing, unexpected or misshaped tensor, from the files' headers alone."""
+    problems, found = [], dict.fromkeys(parameters, 0)
+    for file in sorted(set(checkpoint.files.values())):
+        opened = open_safetensors(checkpoint.directory / file)
+        present = set(opened.keys())
+        for name in sorted(n for n, f in checkpoint.files.items() if f == file and n in layout):
+            if name not in present:
+                problems.append(f"missing {name} in {file}, where the index says it is")
+                continue
+            header, place = opened.get_slice(name), layout[name]
+            shape = tuple(header.get_shape())
+            expected = tuple(place.view(parameters[place.name]).shape) if place.name in parameters else None
+            if expected is None:
+                problems.append(f"unexpected {name} {shape} in {file}")
+            elif shape != expected:
+                problems.append(f"{name} in {file} is {shape}, config.json says {expected}")
+            elif header.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                problems.append(f"{name} in {file} is quantized ({header.get_dtype()})")
+            found[place.name] = found.get(place.name, 0) + math.prod(shape)
+    problems += [f"missing {'parts of ' if found[name] else ''}{file_name(name, config)}"
+                 for name, p in parameters.items() if found[name] < p.numel() and not any(name in s for s in problems)]
+    if problems:
+        shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
+        raise ValueError(f"{checkpoint.directory}: {shown}")
 
 
-def to_file(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
-    """The inverse of `from_file`."""
-    if config.model_type == "gpt_neox" and "qkv_proj" in name:
-        by_kind = tensor.unflatten(0, (3, config.num_attention_heads, config.head_dim))
-        return by_kind.transpose(0, 1).reshape(tensor.shape)
-    return from_file(name, tensor, config)
+def read_tensors(checkpoint: Checkpoint, layout: dict[str, Place], parameters: dict, dtype: torch.dtype,
+                 device: str) -> dict[str, Tensor]:
+    """The weights, copied out of the memory-mapped files one by one: cast on the way, no second copy of the model."""
+    state, done = {}, set()
+    for file in sorted(set(checkpoint.files.values())):
+        opened = open_safetensors(checkpoint.directory / file)
+        for name in sorted(n for n, f in checkpoint.files.items() if f == file and n in layout):
+            place, tensor = layout[name], opened.get_tensor(name)
+            if place.name not in state:
+                state[place.name] = torch.empty(parameters[place.name].shape, dtype=dtype, device=device)
+            view = place.view(state[place.name])
+            if place in done and not torch.equal(view, tensor.to(view)):
+                raise ValueError(f"{checkpoint.directory}: config.json ties the head to the embedding, but {name} in "
+                                 f"{file} differs from it")
+            view.copy_(tensor)
+            done.add(place)
+    return state
 
 
-def save_model(model: Decoder, directory: str | Path) -> None:
-    """Write the weights under the names they were read by, in files of at most 5 GB, and config.json with its dtype.
+# Files: writing
 
-    LoRA wrappers are left out: this is the base model (merge first to keep what was learned).
+
+def save_model(model: Decoder, directory: str | Path, dtype: Optional[torch.dtype] = None) -> None:
+    """Write the weights as they were laid out in the files read, in shards of at most 5 GB, cast to `dtype` if given.
+
+    config.json is written with that dtype, generation_config.json where there was one. LoRA wrappers are left out:
+    this is the base model (merge first to keep what was learned).
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    names = {n: n.replace(".base_layer.", ".") for n, _ in model.named_parameters() if "lora_" not in n}
-    state = {model.layout.get(ours, ours): to_file(ours, model.get_parameter(n).detach(), model.config).cpu().contiguous()
-             for n, ours in names.items()}
-    if model.layout.get("lm_head.weight") and model.config.tie_word_embeddings:  # the files had the tied head too
-        state[model.layout["lm_head.weight"]] = model.lm_head.weight.detach().cpu().clone()
-    save_shards(state, directory)
-    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    parameters = {n.replace(".base_layer.", "."): p.detach() for n, p in model.named_parameters() if "lora_" not in n}
+    layout = model.layout or find_places([file_name(n, model.config) for n in parameters], model.config)
+    dtype = dtype or next(iter(parameters.values())).dtype
+    save_shards({theirs: place.view(parameters[place.name]) for theirs, place in layout.items()}, directory, dtype)
     key = "torch_dtype" if "torch_dtype" in model.raw_config else "dtype"
-    write_json(directory / "config.json", model.raw_config | {key: dtype})
+    write_json(directory / "config.json", model.raw_config | {key: str(dtype).removeprefix("torch.")})
+    if model.generation_config is not None:
+        write_json(directory / "generation_config.json", model.generation_config)
 
 
-def save_shards(state: dict[str, Tensor], directory: Path) -> None:
-    shards, size = [{}], 0
-    for name, tensor in state.items():
-        if size + tensor.nbytes > SHARD_BYTES and shards[-1]:
-            shards, size = shards + [{}], 0
-        shards[-1][name], size = tensor, size + tensor.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], directory / "model.safetensors", metadata={"format": "pt"})
-        return
+def save_shards(tensors: dict[str, Tensor], directory: Path, dtype: torch.dtype) -> None:
+    """Write views of the parameters; one shard at a time is gathered in memory."""
+    shards, size, total = [[]], 0, 0
+    for name, tensor in tensors.items():
+        nbytes = tensor.numel() * dtype.itemsize
+        if size + nbytes > SHARD_BYTES and shards[-1]:
+            shards, size = shards + [[]], 0
+        shards[-1].append(name)
+        size, total = size + nbytes, total + nbytes
     weight_map = {}
-    for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+    for i, names in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        shard, seen = {}, set()
+        for name in names:
+            tensor = tensors[name].to("cpu", dtype).contiguous()
+            shard[name] = tensor.clone() if tensor.data_ptr() in seen else tensor  # a tied head, written twice
+            seen.add(tensor.data_ptr())
         save_file(shard, directory / file, metadata={"format": "pt"})
-        weight_map |= {name: file for name in shard}
-    total = sum(t.nbytes for t in state.values())
-    write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        write_json(directory / "model.safetensors.index.json",
+                   {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def adapter_tensors(model: Decoder) -> dict[str, Tensor]:
+    """{PEFT's name: parameter} of the LoRA."""
+    named = {}
+    for name, module in lora_modules(model).items():
+        prefix = f"base_model.model.{file_name(name, model.config)}."
+        named |= {prefix + n: p for n, p in module.named_parameters() if n.startswith("lora_")}
+    return named
+
+
 def save_adapter(model: Decoder, directory: str | Path, settings: dict) -> None:
     """Write the LoRA as a PEFT adapter: adapter_model.safetensors and adapter_config.json.
 
-    `settings` are r, lora_alpha, lora_dropout, target_modules and base_model_name_or_path.
+    `settings` are r, lora_alpha, lora_dropout and base_model_name_or_path; `target_modules` is filled in with the
+    names of the wrapped modules, which PEFT matches exactly.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    state = {f"base_model.model.{n}": p.detach().cpu().contiguous() for n, p in model.named_parameters() if "lora_" in n}
+    state = {n: p.detach().to("cpu", torch.float32).contiguous() for n, p in adapter_tensors(model).items()}
     save_file(state, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    modules = sorted(file_name(n, model.config) for n in lora_modules(model))
     write_json(directory / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True, **settings})
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True, **settings,
+        "target_modules": modules})
 
 
 def load_adapter(model: Decoder, directory: str | Path) -> None:
-    """Fill the LoRA parameters of `model` from a PEFT adapter of the same targets and rank; ValueError if it differs."""
+    """Fill the LoRA parameters of `model` from a PEFT adapter of the same targets, rank and scaling.
+
+    Raises ValueError where the adapter is another, or is more than a plain LoRA. Copies of base weights, which PEFT
+    stores beside a LoRA on the embedding or the head, are skipped.
+    """
     path = Path(directory) / "adapter_model.safetensors"
-    opened = open_safetensors(path)
-    theirs = {n.removeprefix("base_model.model."): n for n in opened.keys()}
-    ours = {n: p for n, p in model.named_parameters() if "lora_" in n}
-    if theirs.keys() != ours.keys():
-        odd = sorted(theirs.keys() ^ ours.keys())
-        raise ValueError(f"{path}: its tensors are not those of this LoRA; first difference: {odd[0]}")
+    config = read_json(Path(directory) / "adapter_config.json")
+    extra = [k for k in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "trainable_token_indices")
+             if config.get(k)] + (["bias"] if config.get("bias", "none") != "none" else [])
+    if extra or config.get("peft_type", "LORA") != "LORA":
+        raise ValueError(f"{directory}: only a plain LoRA is read, this adapter has {', '.join(extra) or config['peft_type']}")
+    scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+    opened, ours = open_safetensors(path), adapter_tensors(model)
+    theirs = {n for n in opened.keys() if ".lora_" in n}
+    if theirs != ours.keys():
+        raise ValueError(f"{path}: its tensors are not those of this LoRA; first difference: {min(theirs ^ ours.keys())}")
+    for name, module in lora_modules(model).items():
+        if not math.isclose(module.scaling, scaling):
+            raise ValueError(f"{path}: alpha / rank is {scaling:g}, this LoRA has {module.scaling:g}")
     with torch.no_grad():
         for name, parameter in ours.items():
-            parameter.copy_(opened.get_tensor(theirs[name]))
+            tensor = opened.get_tensor(name)
+            if tensor.shape != parameter.shape:
+                raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, this LoRA has {tuple(parameter.shape)}")
+            parameter.copy_(tensor)

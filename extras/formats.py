@@ -58,7 +58,8 @@ def parse_tool_calls(value: Any, where: str) -> list[dict]:
     """The calls of a "function_call" turn: JSON of one {"name", "arguments"} or of a list of them."""
     try:
         calls = json.loads(value)
-        functions = [{"name": c["name"], "arguments": c["arguments"]} for c in (calls if isinstance(calls, list) else [calls])]
+        calls = calls if isinstance(calls, list) else [calls]
+        functions = [{"name": call["name"], "arguments": call["arguments"]} for call in calls]
     except (ValueError, TypeError, KeyError):
         raise DataError(f'{where} is no function call; it must be JSON {{"name": ..., "arguments": ...}}') from None
     return [{"type": "function", "function": function} for function in functions]

@@ -27,9 +27,10 @@ import json
 import math
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable, NamedTuple, Union
+from typing import NamedTuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -85,13 +86,17 @@ def case_difference(case: dict, per_pair, grads: dict, floor: float = 1e-6) -> f
 
 
 def tensors(case: dict, dtype: torch.dtype = torch.float64) -> dict:
-    """Inputs as (B,) tensors, or as lists of (n,) tensors at token level; policy log-probs require a gradient."""
+    """Inputs as (B,) tensors, or as lists of (n,) tensors at token level; policy log-probs require a gradient.
+
+    Log-probs take `dtype`; lengths, ratings and sums of squares are never narrower than float32.
+    """
 
     def tensor(name, values):
+        kind = dtype if name.endswith("logps") else torch.promote_types(dtype, torch.float32)
         wanted = name in POLICY_INPUTS
         if isinstance(values[0], list):
-            return [torch.tensor(row, dtype=dtype, requires_grad=wanted) for row in values]
-        return torch.tensor(values, dtype=dtype, requires_grad=wanted)
+            return [torch.tensor(row, dtype=kind, requires_grad=wanted) for row in values]
+        return torch.tensor(values, dtype=kind, requires_grad=wanted)
 
     return {name: tensor(name, values) for name, values in case["inputs"].items()}
 
@@ -117,7 +122,8 @@ OPTIONS = {"rpo_alpha": None, "rpo_average": "sequence"}
 
 def ours(case: dict, dtype: torch.dtype = torch.float64):
     """losses.py of this repository, in any floating dtype of the inputs; it computes in float32 at least."""
-    sys.path.insert(0, str(REPO)) if str(REPO) not in sys.path else None
+    if str(REPO) not in sys.path:
+        sys.path.insert(0, str(REPO))
     import losses
 
     params, inputs = case["params"], tensors(case, dtype)
@@ -168,12 +174,13 @@ def our_token_pairs(losses, inputs: dict, params: dict, wide: torch.dtype):
 
 # TRL 1.x: its _compute_loss, unbound, with a model that answers with the case's log-probs.
 
-TRL_LOSSES = "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_pair apo_zero apo_down".split()
-TRL_LOSSES += ["discopop", "sft", "sigmoid_norm"]
+TRL018_LOSSES = {"sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard"}
+TRL018_LOSSES |= {"aot", "aot_pair", "apo_zero", "apo_down", "discopop"}
+TRL_LOSSES = TRL018_LOSSES | {"sft", "sigmoid_norm"}
 
 
 def trl(case: dict):
-    """The batch loss of TRL 1.x; float32 for the alpha divergence, float64 else. exo_pair's smoothing 0 runs as 1e-3."""
+    """The batch loss of TRL 1.x, in float64 (the alpha divergence in float32); exo_pair's smoothing 0 runs as 1e-3."""
     check_trl_offers(case)
     exo_default = 1e-3 if "exo_pair" in loss_names(case) else 0.0
     smoothing = case["params"].get("label_smoothing") or exo_default
@@ -211,7 +218,7 @@ def version_of(package: str) -> str:
 
 def check_trl_offers(case: dict) -> None:
     params = case["params"]
-    if set(loss_names(case)) - set(TRL_LOSSES):
+    if set(loss_names(case)) - TRL_LOSSES:
         raise LookupError("no such loss")
     if params.get("ipo_average") == "sum" or params.get("sft_average") == "sequence":
         raise LookupError("no such average")
@@ -284,7 +291,7 @@ def trl018(case: dict):
     """TRL 0.18 DPOTrainer.dpo_loss on a fresh trainer; for ipo on averaged log-probs, as its forward returns them."""
     code, params = trl018_source(), case["params"]
     name = loss_names(case)[0]
-    if len(loss_names(case)) > 1 or name not in TRL_LOSSES or name in ("sft", "sigmoid_norm"):
+    if len(loss_names(case)) > 1 or name not in TRL018_LOSSES:
         raise LookupError("no such loss")
     if at_token_level(case) and any(flag in params for flag in TRL018_OPTIONS) or "rpo_alpha" in params:
         raise LookupError("this option is not part of dpo_loss")
@@ -318,7 +325,8 @@ def trl018_self(name: str, params: dict, code: dict) -> SimpleNamespace:
     accelerator = SimpleNamespace(device=torch.device("cpu"), use_distributed=False)
     kind, alpha = params.get("f_divergence_type", "reverse_kl"), params.get("f_alpha_divergence_coef", 1.0)
     return SimpleNamespace(
-        accelerator=accelerator, loss_type=name, beta=params["beta"], label_smoothing=params.get("label_smoothing", 0.0),
+        accelerator=accelerator, loss_type=name, beta=params["beta"],
+        label_smoothing=params.get("label_smoothing", 0.0),
         reference_free=params.get("reference_free", False), running=code["RunningMoments"](accelerator),
         f_divergence_type="alpha_divergence" if kind == "forward_kl" else kind,
         f_divergence_params={"alpha_divergence_coef": alpha},
@@ -403,7 +411,7 @@ def both(*conditions: Callable) -> Callable[[dict], bool]:
 REASONS = {
     "trl": [
         (both(weighted, takes("sft")), "use_weighting with sft raises: the expanded loss is multiplied in place"),
-        (both(weighted, takes("hinge")), "use_weighting with hinge raises in backward: relu's output is changed in place"),
+        (both(weighted, takes("hinge")), "use_weighting with hinge raises in backward: relu's output changes in place"),
         (smoothed_sigmoid, "label_smoothing is ignored for sigmoid"),
         (both(takes("exo_pair"), far_out, has(f_divergence_type="forward_kl")), "1/u is not held at e^80"),
         (both(takes("exo_pair"), has(label_smoothing=0.0)), "smoothing 0 is refused; run as 1e-3, rounded to float32"),
@@ -418,7 +426,7 @@ REASONS = {
         (has(f_alpha_divergence_coef=0.0), "alpha = 0 divides by 0"),
         (has(f_alpha_divergence_coef=1e-9), "1 - u^-alpha without expm1 loses its digits"),
         (both(takes("discopop"), lambda c: "f_divergence_type" in c["params"]), "discopop ignores f_divergence_type"),
-        (both(far_out, takes("sigmoid", "hinge", "robust", "exo_pair")), "u^-alpha is held at the largest float, not e^80"),
+        (far_out, "u^-alpha is held at the largest float, not at e^80"),
     ],
 }
 

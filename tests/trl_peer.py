@@ -211,9 +211,9 @@ def run_trl(tmp_path, model, data, args, peft=None, adapter=None, **more) -> lis
     import pytest
 
     try:
-        version = importlib.metadata.version("trl")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("trl is not installed: pip install trl==1.16.0 peft")
+        version, _ = (importlib.metadata.version(package) for package in ("trl", "peft"))
+    except importlib.metadata.PackageNotFoundError as missing:
+        pytest.skip(f"{missing.name} is not installed: pip install trl==1.16.0 peft")
     if not version.startswith("1.16."):
         pytest.skip(f"the peer is trl 1.16, found {version}: pip install trl==1.16.0")
     tmp_path = Path(tmp_path)

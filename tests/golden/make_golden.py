@@ -382,6 +382,7 @@ def start_value(name, p, inputs):
     mean = lambda f: sum(f(i) for i in pairs) / len(pairs)
     lengths = lambda i: mpf(inputs["chosen_lengths"][i]) - mpf(inputs["rejected_lengths"][i])
     gap = lambda i: mpf(inputs["chosen_ratings"][i]) - mpf(inputs["rejected_ratings"][i])
+    offset = lambda i: gap(i) if p["odpo_margin"] == "log" else mp.exp(gap(i))
     half_kl = lambda t: -mp.log(2) - (mp.log(sigma(t)) + mp.log(sigma(-t))) / 2  # KL(Bern 1/2 || Bern sigma(t))
     eps = p.get("label_smoothing") or mpf(0.001)
     ln2 = mp.log(2)
@@ -394,7 +395,7 @@ def start_value(name, p, inputs):
         "bco_pair": lambda: 2 * ln2 if p["delta"] == 0 else mp.log(2 + mp.exp(p["delta"]) + mp.exp(-p["delta"])),
         "sppo_hard": lambda: 1 / (2 * p["beta"] ** 2),
         "discopop": lambda: (ln2 + 1) / 2,
-        "odpo": lambda: mean(lambda i: mp.log(1 + gap(i) ** p["odpo_alpha"])),
+        "odpo": lambda: mean(lambda i: mp.log(1 + offset(i) ** p["odpo_alpha"])),
         "rpo_sq": lambda: mean(lambda i: (p["rpo_eta"] * gap(i)) ** 2),
         "rpo_bwd_kl": lambda: mean(lambda i: kl_bernoulli(p["rpo_eta"] * gap(i), 0)),
         "rpo_fwd_kl": lambda: mean(lambda i: half_kl(p["rpo_eta"] * gap(i))),
@@ -522,9 +523,9 @@ SOURCES = {
 }
 
 DEFAULTS = {
-    **dict.fromkeys(("hinge", "nca_pair", "sppo_hard", "apo_zero", "apo_down"), {"beta": 0.1}),
-    **dict.fromkeys(("sigmoid", "exo_pair", "aot", "aot_pair"), {"beta": 0.1, "label_smoothing": 0.0}),
-    **dict.fromkeys(("rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl"), {"beta": 0.1, "rpo_eta": 0.5}),
+    **{name: {"beta": 0.1} for name in ("hinge", "nca_pair", "sppo_hard", "apo_zero", "apo_down")},
+    **{name: {"beta": 0.1, "label_smoothing": 0.0} for name in ("sigmoid", "exo_pair", "aot", "aot_pair")},
+    **{name: {"beta": 0.1, "rpo_eta": 0.5} for name in ("rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl")},
     "robust": {"beta": 0.1, "label_smoothing": 0.1},
     "ipo": {"beta": 0.1, "ipo_average": "token"},
     "bco_pair": {"beta": 0.1, "delta": 0.0},
@@ -560,7 +561,7 @@ OPTIONS = {
     "sft": [{"sft_average": "sequence"}],
     "simpo": [{"simpo_gamma": 0.0}, {"beta": 10.0, "simpo_gamma": 3.0}],
     "orpo": [{"sft_average": "token"}, {"orpo_lambda": 1.0}, {"orpo_lambda": 0.0}],
-    "cpo": [{"sft_average": a} for a in ("token", "sum")] + [{"cpo_alpha": 0.0}, {"label_smoothing": 0.2, "beta": 0.25}],
+    "cpo": [{"sft_average": "token"}, {"sft_average": "sum"}, {"cpo_alpha": 0.0}, {"label_smoothing": 0.2}],
     "dpop": [{"dpop_lambda": 5.0}, {"dpop_lambda": 0.0}, {"beta": 0.3}],
     "odpo": [{"odpo_alpha": 0.5}, {"odpo_margin": "raw"}, {"odpo_margin": "raw", "odpo_alpha": 0.1}],
     "rpo_sq": [{"rpo_eta": 1.0}, {"rpo_eta": 0.0}],

@@ -1,0 +1,294 @@
+"""The trainer: what must never change the result, the files it writes, and what it refuses."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_rows, read_metrics, run_dpo
+from safetensors.torch import load_file
+
+import data
+import dpo
+import losses
+import model as models
+import textbook
+
+COMMON = dict(dtype="float64", bf16=False, use_cpu=True, learning_rate=3e-3, num_train_epochs=1.0, logging_steps=1,
+              save_strategy="no", disable_tqdm=True, per_device_train_batch_size=8)
+
+
+@pytest.fixture
+def run(tiny, pairs_file, tmp_path):
+    """Train the tiny model in this process; returns (metrics of each step, final weights)."""
+
+    def go(name="out", **options):
+        config = dpo.DPOConfig(**(COMMON | dict(model_name_or_path=str(tiny), dataset_name=str(pairs_file),
+                                                output_dir=str(tmp_path / name), cache_dir=str(tmp_path / "cache")) | options))
+        trainer = dpo.DPOTrainer(args=config)
+        trainer.train()
+        steps = [m for m in read_metrics(tmp_path / name) if "loss" in m]
+        return steps, {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+
+    return go
+
+
+def assert_same(a, b, tolerance=1e-10):
+    """Two runs: every logged loss and reward, and every weight."""
+    assert [m["step"] for m in a[0]] == [m["step"] for m in b[0]]
+    for one, other in zip(a[0], b[0]):
+        for key in ("loss", "rewards/chosen", "rewards/margins", "logps/chosen", "entropy", "mean_token_accuracy", "num_tokens"):
+            assert one[key] == pytest.approx(other[key], rel=tolerance, abs=tolerance), (key, one["step"])
+    for name, p in a[1].items():
+        assert torch.allclose(p, b[1][name].to(p), rtol=tolerance, atol=tolerance), name
+
+
+def test_training_follows_the_textbook(run, tiny, pairs_file, tmp_path):
+    steps, weights = run(beta=0.3, shuffle_dataset=False)
+    policy, reference = (models.load_model(tiny, torch.float64) for _ in range(2))
+    store = data.build_store(data.find_files(str(pairs_file)), data.Tokenizer.load(tiny), data.DataOptions(), tmp_path / "c")
+    pairs = [store[i] for i in range(len(store))]
+    history = textbook.train(policy, reference, [pairs[i : i + 8] for i in range(0, 23, 8)], 0.3, 3e-3, 1.0)
+    assert history[0] == pytest.approx(math.log(2), abs=1e-12)
+    assert [m["loss"] for m in steps] == pytest.approx(history, rel=1e-10)
+    for name, p in policy.named_parameters():
+        assert torch.allclose(p, weights[name], rtol=1e-9, atol=1e-9), name
+
+
+@pytest.mark.parametrize("options", [
+    dict(per_device_train_batch_size=2, gradient_accumulation_steps=4),
+    dict(per_device_train_batch_size=1, gradient_accumulation_steps=8),
+    dict(max_tokens_per_forward=40),
+    dict(precompute_ref_log_probs=False),
+    dict(gradient_checkpointing=True),
+    dict(exact_global_loss=True),
+    dict(exact_global_loss=True, per_device_train_batch_size=2, gradient_accumulation_steps=4),
+], ids=lambda o: " ".join(f"{k}={v}" for k, v in o.items()))
+@pytest.mark.parametrize("loss", [
+    dict(), dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.3]), dict(loss_type=["bco_pair"]),
+    dict(ld_alpha=0.4, rpo_alpha=0.5), dict(use_weighting=True)], ids=lambda o: " ".join(map(str, o.values())) or "dpo")
+def test_how_a_batch_is_cut_never_changes_the_result(run, options, loss):
+    assert_same(run("a", **loss), run("b", **loss, **options))
+
+
+@pytest.mark.parametrize("loss", ["aot", "aot_unpaired"])
+def test_sorting_losses_sort_over_the_whole_global_batch(run, loss):
+    whole = run("a", loss_type=[loss])
+    cut = run("b", loss_type=[loss], per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    assert_same(whole, cut)
+
+
+def test_head_chunks_never_change_the_result(run, monkeypatch):
+    whole = run("a")
+    monkeypatch.setattr(models, "HEAD_CHUNK", 24 * 16)
+    assert_same(whole, run("b"))
+
+
+def test_another_copy_as_reference_is_the_same_reference(run, tiny):
+    assert_same(run("a"), run("b", ref_model_name_or_path=str(tiny)))
+    assert_same(run("a"), run("b", ref_model_name_or_path=str(tiny), precompute_ref_log_probs=False))
+
+
+def test_the_cached_reference_is_read_and_is_the_same(run, tmp_path, monkeypatch):
+    first = run("a")
+    cached = list((tmp_path / "cache").glob("ref-*.safetensors"))
+    assert len(cached) == 1
+    monkeypatch.setattr(dpo.DPOTrainer, "run_reference", None)  # a second pass would fail
+    assert_same(first, run("b", beta=0.1))
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_lora_starts_at_its_base_and_adapters_off_is_the_reference(run, live):
+    options = dict(use_peft=True, lora_r=4, lora_target_modules=["all-linear", "lm_head", "embed_tokens"])
+    steps, weights = run("a", **options, precompute_ref_log_probs=not live)
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-12)
+    assert steps[-1]["loss"] != pytest.approx(math.log(2), abs=1e-6)
+    assert any("lora_B" in n and p.abs().sum() > 0 for n, p in weights.items())
+
+
+START = {"sigmoid": math.log(2), "robust": math.log(2), "aot": math.log(2), "aot_pair": math.log(2), "aot_unpaired": math.log(2),
+         "sigmoid_norm": math.log(2), "dpop": math.log(2), "hinge": 1.0, "apo_zero": 1.0, "apo_down": 1.0, "ipo": 25.0,
+         "exo_pair": 2.761231, "nca_pair": 2 * math.log(2), "bco_pair": 2 * math.log(2), "sppo_hard": 50.0, "discopop": 0.846574}
+
+
+@pytest.mark.parametrize("loss", sorted(START))
+def test_at_learning_rate_0_every_loss_stays_at_its_start_value(run, loss):
+    steps, _ = run(loss_type=[loss], learning_rate=0.0, num_train_epochs=2.0)
+    assert [m["loss"] for m in steps] == pytest.approx([START[loss]] * 6, abs=1e-6)
+    assert all(m["rewards/margins"] == 0 and m["rewards/accuracies"] == 0.5 for m in steps)
+
+
+@pytest.mark.parametrize("mode", [
+    dict(max_length=9), dict(max_length=9, truncation_mode="keep_end"), dict(precompute_ref_log_probs=False),
+    dict(use_peft=True, lora_r=2), dict(gradient_accumulation_steps=2), dict(ld_alpha=0.5), dict(use_peft=True, lora_r=2,
+    precompute_ref_log_probs=False), dict(max_completion_length=3), dict(max_prompt_length=2)], ids=str)
+def test_every_mode_starts_at_log_2(run, mode):
+    steps, _ = run(learning_rate=0.0, **mode)
+    assert [m["loss"] for m in steps] == pytest.approx([math.log(2)] * len(steps), abs=1e-9)
+
+
+def test_bco_delta_is_the_mean_reward_of_earlier_steps(tiny, pairs_file, tmp_path):
+    options = dict(model_name_or_path=str(tiny), dataset_name=str(pairs_file), output_dir=str(tmp_path),
+                   cache_dir=str(tmp_path / "c"), loss_type=["bco_pair"], num_train_epochs=2.0, learning_rate=2e-2)
+    trainer = dpo.DPOTrainer(args=dpo.DPOConfig(**(COMMON | options)))
+    used, keep = [], trainer.train_step
+
+    def watched():
+        used.append(trainer.options["delta"])
+        return keep()
+
+    trainer.train_step = watched
+    trainer.train()
+    rewards = [(m["rewards/chosen"] + m["rewards/rejected"]) / 2 for m in read_metrics(tmp_path)]
+    sizes = [8, 8, 7, 8, 8, 7]
+    earlier = [sum(n * r for n, r in zip(sizes[:k], rewards[:k])) / max(1, sum(sizes[:k])) for k in range(6)]
+    assert used == pytest.approx(earlier, abs=1e-12) and used[0] == 0 and abs(used[5]) > 1e-3
+
+
+def test_two_ranks_equal_one_with_twice_the_batch(run, tiny, pairs_file, tmp_path):
+    one = run("one", loss_type=["sigmoid", "sft", "aot"])
+    run_dpo("--model_name_or_path", tiny, "--dataset_name", pairs_file, "--output_dir", tmp_path / "two", "--cache_dir",
+            tmp_path / "cache2", "--dtype", "float64", "--no_bf16", "--use_cpu", "--learning_rate", "3e-3", "--num_train_epochs", 1,
+            "--logging_steps", 1, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2,
+            "--loss_type", "sigmoid", "sft", "aot", ranks=2)
+    assert_same(one, (read_metrics(tmp_path / "two"), load_file(tmp_path / "two" / "model.safetensors")), 1e-9)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(use_peft=True, lora_r=4, disable_dropout=False), dict(loss_type=["bco_pair"]),
+                                     dict(sync_ref_model=True, ref_model_sync_steps=2)], ids=str)
+def test_resume_is_bitwise(run, tmp_path, options, monkeypatch):
+    options = options | dict(num_train_epochs=3.0, logging_steps=2, dtype="float32")
+    whole = run("whole", **options)
+    keep = dpo.DPOTrainer.train_step
+
+    def dies(self):
+        if self.step == 5:
+            raise KeyboardInterrupt
+        return keep(self)
+
+    monkeypatch.setattr(dpo.DPOTrainer, "train_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", save_strategy="steps", save_steps=3, **options)
+    monkeypatch.setattr(dpo.DPOTrainer, "train_step", keep)
+    resumed = run("cut", save_strategy="steps", save_steps=3, resume_from_checkpoint="true", **options)
+    assert whole[0] == resumed[0]
+    for name, p in whole[1].items():
+        assert torch.equal(p, resumed[1][name]), name
+
+
+def test_resume_refuses_another_run(run):
+    run("a", save_strategy="epoch")
+    with pytest.raises(ValueError, match="beta was 0.1 there and is 0.2 now"):
+        run("a", beta=0.2, resume_from_checkpoint="true")
+
+
+def test_eval_metrics_are_those_of_all_pairs_at_once(run, tmp_path, pairs_file):
+    run("a", eval_dataset_name=str(pairs_file), eval_on_start=True, learning_rate=0.0, per_device_eval_batch_size=4)
+    first, *_, last = [m for m in read_metrics(tmp_path / "a") if "eval_loss" in m]
+    assert first["step"] == 0 and last["step"] == 3
+    assert first["eval_loss"] == last["eval_loss"] == pytest.approx(math.log(2), abs=1e-12)
+
+
+def test_eval_fraction_holds_pairs_out(tiny, pairs_file, tmp_path):
+    trainer = dpo.DPOTrainer(args=dpo.DPOConfig(**COMMON, model_name_or_path=str(tiny), dataset_name=str(pairs_file),
+                                                output_dir=str(tmp_path), cache_dir=str(tmp_path / "c"), eval_fraction=0.2))
+    assert len(trainer.eval_pairs) == 5 and len(trainer.train_pairs) == 18
+    assert not set(trainer.eval_pairs) & set(trainer.train_pairs)
+
+
+def test_every_epoch_visits_every_pair_once(tiny, pairs_file, tmp_path):
+    trainer = dpo.DPOTrainer(args=dpo.DPOConfig(**COMMON, model_name_or_path=str(tiny), dataset_name=str(pairs_file),
+                                                output_dir=str(tmp_path), cache_dir=str(tmp_path / "c")))
+    for epoch in range(2):
+        seen = np.concatenate([trainer.pairs_of(3 * epoch + step) for step in range(3)])
+        assert sorted(seen) == list(range(23))
+    assert list(trainer.pairs_of(0)) != list(trainer.pairs_of(3))
+
+
+def test_dealing_gives_each_pair_to_one_rank_and_balances_tokens():
+    tokens = np.array([100, 1, 1, 1, 50, 49, 2, 90])
+    hands = dpo.deal(np.arange(8), tokens, 3)
+    assert sorted(np.concatenate(hands)) == list(range(8))
+    assert max(tokens[h].sum() for h in hands) <= 104
+
+
+@pytest.mark.parametrize("kind,shape", [("linear", [0, 0.5, 1, 0.75, 0.5, 0.25]), ("constant_with_warmup", [0, 0.5, 1, 1, 1, 1]),
+                                        ("constant", [1] * 6), ("cosine", [0, 0.5, 1, 0.853553, 0.5, 0.146447])])
+def test_learning_rate_schedules(run, kind, shape):
+    steps, _ = run(lr_scheduler_type=kind, warmup_steps=2, num_train_epochs=2.0)
+    assert [m["learning_rate"] / 3e-3 for m in steps] == pytest.approx(shape, abs=1e-6)
+
+
+@pytest.mark.parametrize("flags,words", [
+    (["--no_such_flag", "1"], "no such flag"),
+    (["--bta", "0.2"], "did you mean --beta"),
+    (["--beta", "high"], "--beta high: a number is expected"),
+    (["--beta", "-1"], "must be above 0"),
+    (["--loss_type", "dpo"], "--loss_type dpo: unknown"),
+    (["--loss_type", "hinge", "--label_smoothing", "0.1"], "does not read it"),
+    (["--loss_type", "robust", "--label_smoothing", "0.5"], "0 <= eps < 0.5"),
+    (["--loss_type", "bco_pair", "--f_divergence_type", "forward_kl"], "f_divergence_type with --loss_type bco_pair"),
+    (["--loss_type", "aot", "--use_weighting"], "sorted order"),
+    (["--loss_type", "simpo", "--reference_free"], "read no reference"),
+    (["--loss_type", "simpo", "--ref_model_name_or_path", "x"], "a loss that reads a reference"),
+    (["--loss_weights", "1", "2"], "2 weights for 1"),
+    (["--lora_r", "8"], "read only with --use_peft"),
+    (["--truncation_mode", "middle"], "one of keep_start, keep_end"),
+    (["--bf16", "maybe"], "true or false"),
+    (["--sync_ref_model", "--precompute_ref_log_probs"], "moves the reference"),
+    (["--per_device_train_batch_size", "0"], "must be above 0"),
+    (["--resume_from_checkpoint", "nowhere"], "no checkpoint there"),
+    (["--dataset_name", "missing.jsonl"], "missing.jsonl"),
+    (["--model_name_or_path", "missing-model"], "missing-model"),
+])
+def test_unusable_arguments_end_in_one_message_and_exit_2(tiny, pairs_file, tmp_path, capsys, flags, words):
+    status = dpo.main(["--model_name_or_path", str(tiny), "--dataset_name", str(pairs_file), "--output_dir",
+                       str(tmp_path / "out"), "--cache_dir", str(tmp_path / "c"), "--use_cpu", *flags])
+    error = capsys.readouterr().err
+    assert status == 2 and words in error and "Traceback" not in error and error.count("error:") == 1
+
+
+def test_flags_parse_in_every_spelling():
+    base = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]
+    parse = lambda *words: dpo.parse_config([*base, *words])
+    assert parse("--bf16").bf16 is parse("--bf16", "true").bf16 is True
+    assert parse("--bf16", "false").bf16 is parse("--no_bf16").bf16 is False
+    config = parse("--loss_type", "sigmoid", "sft", "--loss_weights", "1.0", "0.2", "--max_length", "none", "--no_remove_unused_columns")
+    assert config.loss_type == ["sigmoid", "sft"] and config.loss_weights == [1.0, 0.2] and config.max_length is None
+
+
+@pytest.mark.parametrize("name,text", [("c.toml", 'beta = 0.3\nloss_type = ["ipo"]'), ("c.json", '{"beta": 0.3, "loss_type": ["ipo"]}'),
+                                       ("c.yaml", "beta: 0.3\nloss_type: ipo\n")])
+def test_config_files_set_flags_and_the_command_line_wins(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    base = ["--model_name_or_path", "m", "--dataset_name", "d", "--config", str(tmp_path / name)]
+    assert dpo.parse_config(base).beta == 0.3 and dpo.parse_config(base).loss_type == ["ipo"]
+    assert dpo.parse_config([*base, "--beta", "0.7"]).beta == 0.7
+
+
+def test_defaults_are_those_of_trl():
+    trl = pytest.importorskip("trl")
+    theirs = vars(trl.DPOConfig(output_dir="unused", bf16=False, report_to="none"))
+    ours = vars(dpo.DPOConfig())
+    on_purpose = {"gradient_checkpointing", "precompute_ref_log_probs", "bf16", "output_dir", "disable_tqdm"}
+    shared = set(ours) & set(theirs) - on_purpose
+    assert len(shared) > 35
+    differing = {n: (ours[n], theirs[n]) for n in shared
+                 if ours[n] != theirs[n] and str(getattr(theirs[n], "value", theirs[n])) != str(ours[n])}
+    assert not differing
+
+
+def test_help_names_every_option_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        dpo.main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert all(f"--{name}" in text for name in dpo.DPOConfig.__annotations__)
+    assert "[0.1]" in text and "reference:" in text
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(run, monkeypatch):
+    monkeypatch.setitem(losses.LOSSES, "sigmoid", lambda x, beta: x.delta_score * math.nan)
+    with pytest.raises(FloatingPointError, match=r"step 1: loss nan.*pairs.jsonl:\d+"):
+        run()
