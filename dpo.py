@@ -93,7 +93,7 @@ class DPOConfig:
     wpo_clamp: bool = flag(True, "WPO: weights are at most 1, as the authors have it (TRL does not clamp)")
     rpo_alpha: Optional[float] = flag(None, "RPO: add so much of the chosen completion's negative log-likelihood")
     rpo_average: str = flag("sequence", "its average: sequence (mean of per-token means) or token")
-    sft_average: str = flag("token", "average of sft, orpo, cpo: token (over the global batch) or sequence")
+    sft_average: str = flag("token", "average of sft, orpo, cpo: token (over the global batch), sequence, or sum (none)")
     ipo_average: str = flag("token", "ipo: log-ratios per token, or their sum")
     discopop_tau: float = flag(0.05, "discopop: temperature of the blend")
     simpo_gamma: float = flag(0.5, "simpo, alphapo: target margin (the authors' flag is this over beta)")
@@ -158,7 +158,7 @@ class DPOConfig:
 
 CHOICES = {
     "dtype": ("float32", "bfloat16", "float64"), "truncation_mode": ("keep_start", "keep_end"),
-    "on_bad_row": ("stop", "skip"), "rpo_average": ("sequence", "token"), "sft_average": ("token", "sequence"),
+    "on_bad_row": ("stop", "skip"), "rpo_average": ("sequence", "token"), "sft_average": ("token", "sequence", "sum"),
     "ipo_average": ("token", "sum"), "odpo_margin": ("log", "raw"), "bco_delta": ("running", "first", "zero"),
     "lr_scheduler_type": ("linear", "cosine", "constant", "constant_with_warmup"),
     "eval_strategy": ("no", "steps", "epoch"), "save_strategy": ("no", "steps", "epoch")}

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# ------------------------------------------------------------------------------------------------------------ scores
+# Scores
 
 
 def reverse_kl(r: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class PairLogps(NamedTuple):
         return self.policy_rejected_logps / self.rejected_lengths
 
 
-# --------------------------------------------------------------------------- losses of the reward difference, h
+# Losses of the reward difference, h
 
 
 def sigmoid(x: PairLogps, beta: float, label_smoothing: float) -> Tensor:  # (B,)
@@ -102,8 +102,12 @@ def sigmoid(x: PairLogps, beta: float, label_smoothing: float) -> Tensor:  # (B,
 
     Here eps is the probability that a label is flipped. TRL 1.16 ignores eps for this loss.
     """
-    logits = beta * x.delta_score
-    return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+    return smoothed_logistic(beta * x.delta_score, label_smoothing)
+
+
+def smoothed_logistic(z: Tensor, label_smoothing: float) -> Tensor:
+    """-(1-eps) log sigma(z) - eps log sigma(-z)."""
+    return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
 
 
 def hinge(x: PairLogps, beta: float) -> Tensor:  # (B,)
@@ -172,7 +176,7 @@ def rdpo(x: PairLogps, beta: float, rdpo_alpha: float) -> Tensor:  # (B,)
     return -F.logsigmoid(beta * x.delta_score + rdpo_alpha * (x.chosen_lengths - x.rejected_lengths))
 
 
-# ----------------------------------------------------------------- losses that look at r_w and r_l one by one
+# Losses that look at r_w and r_l one by one
 
 
 def nca_pair(x: PairLogps, beta: float) -> Tensor:  # (B,)
@@ -207,7 +211,7 @@ def apo_down(x: PairLogps, beta: float) -> Tensor:  # (B,)
     return torch.sigmoid(beta * x.chosen_logratios) + torch.sigmoid(-beta * x.delta_score)
 
 
-# ---------------------------------------------------------------------------------- losses that sort the batch
+# Losses that sort the batch
 
 
 def aot(x: PairLogps, beta: float, label_smoothing: float) -> Tensor:  # (B,)
@@ -226,18 +230,16 @@ def aot_unpaired(x: PairLogps, beta: float, label_smoothing: float) -> Tensor:  
     return smoothed_logistic(beta * delta, label_smoothing)
 
 
-def smoothed_logistic(z: Tensor, label_smoothing: float) -> Tensor:
-    """-(1-eps) log sigma(z) - eps log sigma(-z)."""
-    return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
-
-
-# ------------------------------------------------------------------------------------ losses without a reference
+# Losses without a reference
 
 
 def sft(x: PairLogps, sft_average: str) -> Tensor:  # (B,)
     """-log pi(y_w|x), per token. `token` (default): the mean over the chosen tokens of the global batch, so
-    batch-coupled through their number; `sequence`: the mean over pairs of each one's mean (RPO v3, MPO)."""
+    batch-coupled through their number; `sequence`: the mean over pairs of each one's mean (RPO v3, MPO); `sum`: no
+    average over tokens (CPO's paper)."""
     nll = -x.policy_chosen_logps if x.chosen_nll is None else x.chosen_nll
+    if sft_average == "sum":
+        return nll
     if sft_average == "sequence":
         return nll / x.chosen_lengths
     return nll / (x.chosen_lengths.mean() if x.chosen_tokens_per_pair is None else x.chosen_tokens_per_pair)
@@ -276,7 +278,7 @@ def alphapo(x: PairLogps, beta: float, simpo_gamma: float, alphapo_alpha: float)
     return -F.logsigmoid(beta * (chosen - rejected) - simpo_gamma)
 
 
-# ------------------------------------------------------------------------ losses that read the rows' own ratings
+# Losses that read the rows' own ratings
 
 
 def odpo(x: PairLogps, beta: float, odpo_alpha: float, odpo_margin: str) -> Tensor:  # (B,)
@@ -314,10 +316,11 @@ LOSSES["aot_pair"] = aot_unpaired  # TRL 0.18's name
 NO_REFERENCE = {"sft", "simpo", "orpo", "cpo", "simper", "alphapo"}
 SORTS_THE_BATCH = {"aot", "aot_pair", "aot_unpaired"}
 READS_RATINGS = {"odpo", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl"}
+PER_TOKEN = {"sft", "sigmoid_norm", "simpo", "orpo", "simper", "alphapo"}
 TAKES_F_DIVERGENCE = {"sigmoid", "hinge", "robust", "exo_pair", "discopop"}  # a sequence ratio over n means nothing
 
 
-# ----------------------------------------------------------------------------------- from token log-probs to a loss
+# From token log-probs to a loss
 
 
 def completion_sums(token_logps: Tensor, lengths: Tensor, ld_alpha: Optional[float] = None) -> Tensor:  # (B, 2)
@@ -382,9 +385,10 @@ def pair_metrics(x: PairLogps, beta: float) -> dict[str, Tensor]:  # each (B,)
 
 
 def check_losses(options: dict, defaults: dict) -> None:
-    """Refuse, by name and with the reason, what has no meaning: unknown losses, flags that no chosen loss reads.
+    """Refuse, by name and with the reason, what has no meaning: unknown losses, flags that no chosen loss reads,
+    values out of range, options that the losses cannot be combined with. `defaults` are the flags' default values.
 
-    `defaults` are the flags' default values; raises ValueError.
+    Raises ValueError.
     """
     names = options["loss_type"]
     for name in names:
@@ -392,56 +396,53 @@ def check_losses(options: dict, defaults: dict) -> None:
             raise ValueError(f"--loss_type {name}: unknown; one of {' '.join(sorted(LOSSES))}")
     if options["loss_weights"] is not None and len(options["loss_weights"]) != len(names):
         raise ValueError(f"--loss_weights: {len(options['loss_weights'])} weights for {len(names)} loss types")
-    read = {flag for name in names for flag in flags_of(LOSSES[name])}
-    for flag in sorted({flag for loss in LOSSES.values() for flag in flags_of(loss)} & set(defaults)):
-        if options[flag] != defaults[flag] and flag not in read and flag != "beta":  # rewards are beta r, always
-            readers = " ".join(sorted(name for name in LOSSES if flag in flags_of(LOSSES[name])))
-            raise ValueError(f"--{flag} {options[flag]}: --loss_type {' '.join(names)} does not read it; {readers} do")
+    readers = {}
+    for name, loss in LOSSES.items():
+        for flag in set(flags_of(loss)) & set(defaults) - {"beta"}:  # rewards are beta r, whatever the loss
+            readers.setdefault(flag, []).append(name)
+    for flag, who in sorted(readers.items()):
+        if options[flag] != defaults[flag] and not set(who) & set(names):
+            raise ValueError(f"--{flag} {options[flag]}: --loss_type {' '.join(names)} does not read it; "
+                             f"{' '.join(sorted(who))} do")
     check_ranges(options)
-    check_combinations(options, set(names), defaults)
+    check_combinations(options, {flag for flag in defaults if options.get(flag) != defaults[flag]})
 
 
 def check_ranges(options: dict) -> None:
     """Raise ValueError for a value outside the range on which the losses are defined."""
-    epsilon, smoothed = options["label_smoothing"], set(options["loss_type"])
-    if not 0 <= epsilon <= 0.5 or (epsilon == 0.5 and smoothed & {"robust"}):
-        raise ValueError(f"--label_smoothing {epsilon}: a probability of flipped labels, 0 <= eps < 0.5 (robust divides "
-                         f"by 1 - 2 eps)")
-    if options["beta"] <= 0:
-        raise ValueError(f"--beta {options['beta']}: it must be above 0")
-    if options["ld_alpha"] is not None and not 0 <= options["ld_alpha"] <= 1:
-        raise ValueError(f"--ld_alpha {options['ld_alpha']}: it must be between 0 and 1")
-    if options["f_divergence_type"] not in F_DIVERGENCES:
-        raise ValueError(f"--f_divergence_type {options['f_divergence_type']}: one of {' '.join(F_DIVERGENCES)}")
+    epsilon, robust_too = options["label_smoothing"], "robust" in options["loss_type"]
+    ranges = {
+        "label_smoothing": (0 <= epsilon < 0.5 or epsilon == 0.5 and not robust_too,
+                            "a probability of flipped labels, 0 <= eps < 0.5 (robust divides by 1 - 2 eps)"),
+        "beta": (options["beta"] > 0, "it must be above 0"),
+        "ld_alpha": (options["ld_alpha"] is None or 0 <= options["ld_alpha"] <= 1, "it must be between 0 and 1"),
+        "discopop_tau": (options["discopop_tau"] > 0, "it must be above 0"),
+        "f_divergence_type": (options["f_divergence_type"] in F_DIVERGENCES, f"one of {' '.join(F_DIVERGENCES)}")}
+    for flag, (allowed, why) in ranges.items():
+        if not allowed:
+            raise ValueError(f"--{flag} {options[flag]}: {why}")
 
 
-def check_combinations(options: dict, names: set[str], defaults: dict) -> None:
-    """Raise ValueError for options that the chosen losses cannot be combined with, saying why."""
-    plain = names - {"sft"}
-    changed = lambda flag: options[flag] != defaults[flag]
-
-    def refuse(flag: str, which: set[str], why: str) -> None:
-        if which:
-            raise ValueError(f"--{flag} with --loss_type {' '.join(sorted(which))}: {why}")
-
-    if changed("f_divergence_type"):
-        refuse("f_divergence_type", plain - TAKES_F_DIVERGENCE, "it replaces the scores that only "
-               f"{' '.join(sorted(TAKES_F_DIVERGENCE))} compare; other losses have no such form")
-    elif changed("f_alpha_divergence_coef"):
-        raise ValueError("--f_alpha_divergence_coef is read with --f_divergence_type alpha_divergence only")
-    if changed("f_alpha_divergence_coef") and options["f_divergence_type"] != "alpha_divergence":
-        raise ValueError("--f_alpha_divergence_coef is read with --f_divergence_type alpha_divergence only")
-    if changed("use_weighting"):
-        refuse("use_weighting", names & SORTS_THE_BATCH, "its values are in sorted order and belong to no one pair")
-        refuse("use_weighting", names if not plain else set(), "WPO does not weigh sft")
-    elif changed("wpo_clamp"):
-        raise ValueError("--wpo_clamp is read with --use_weighting only")
-    if changed("ld_alpha"):
-        averaged = {"sft", "simpo", "orpo", "simper", "alphapo", "sigmoid_norm"}
-        refuse("ld_alpha", names if not names - averaged else set(), "these already divide by the length")
-    elif changed("ld_apply_to_ref"):
-        raise ValueError("--ld_apply_to_ref is read with --ld_alpha only")
-    if changed("reference_free"):
-        refuse("reference_free", names if not names - NO_REFERENCE else set(), "these read no reference anyway")
-    if changed("rpo_average") and not options["rpo_alpha"]:
-        raise ValueError("--rpo_average is read with --rpo_alpha only")
+def check_combinations(options: dict, changed: set[str]) -> None:
+    """Raise ValueError for options that the chosen losses cannot be combined with; `changed` are not at their default."""
+    names, only_sft = set(options["loss_type"]), set(options["loss_type"]) == {"sft"}
+    all_in = lambda group: names if names <= group else set()
+    clashes = {  # flag: (the losses it cannot go with, why)
+        "f_divergence_type": (names - {"sft"} - TAKES_F_DIVERGENCE, "it replaces the scores that only "
+                              f"{' '.join(sorted(TAKES_F_DIVERGENCE))} compare; the others have no such form"),
+        "use_weighting": (names & SORTS_THE_BATCH or all_in({"sft"}), "WPO weighs single pairs; sorted values belong to "
+                          "no one pair, and sft is never weighed"),
+        "ld_alpha": (all_in(PER_TOKEN), "these divide by the length already"),
+        "reference_free": (all_in(NO_REFERENCE), "these read no reference anyway"),
+        "rpo_alpha": (names if only_sft else set(), "it adds the same term again")}
+    for flag, (losses, why) in clashes.items():
+        if flag in changed and losses:
+            raise ValueError(f"--{flag} with --loss_type {' '.join(sorted(losses))}: {why}")
+    needs = {"f_alpha_divergence_coef": options["f_divergence_type"] == "alpha_divergence",
+             "wpo_clamp": options["use_weighting"], "ld_apply_to_ref": options["ld_alpha"] is not None,
+             "rpo_average": bool(options["rpo_alpha"])}
+    reader = {"f_alpha_divergence_coef": "f_divergence_type alpha_divergence", "wpo_clamp": "use_weighting",
+              "ld_apply_to_ref": "ld_alpha", "rpo_average": "rpo_alpha"}
+    for flag, read in needs.items():
+        if flag in changed and not read:
+            raise ValueError(f"--{flag} {options[flag]}: read only with --{reader[flag]}")

@@ -5,9 +5,10 @@ belongs where, through `spans`: rows (start, end, prefix_start, prefix_end), eac
 fully to its prefix and causally to itself. The head scores only the positions it is asked for and never holds (T, V)
 logits.
 
-Families differ by features, not by classes: `FAMILIES` names what is unlike Llama, and the modules branch on that.
-Parameters carry Hugging Face's names. What few readers need is imported where it is used: experts (extras/moe.py),
-YaRN and LongRoPE (extras/rope.py), files laid out otherwise (extras/layouts.py).
+Families differ by features, not by classes: a `Family` names what is unlike Llama, and the modules branch on that.
+Four stand here, the others in extras/families.py. Parameters carry Hugging Face's names. What few readers need is
+imported where it is used: experts (extras/moe.py), YaRN and LongRoPE (extras/rope.py), soft-capped attention
+(extras/softcap.py), files laid out otherwise (extras/layouts.py), PEFT's files (extras/peft_io.py).
 
 Sizes: T tokens, N scored tokens, S spans, V vocabulary, C hidden, H heads, K kv heads, D head dim.
 """
@@ -16,8 +17,9 @@ import json
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Iterable, Iterator, NamedTuple, Optional
+from typing import Callable, Iterable, Iterator, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -79,64 +81,41 @@ class ModelConfig:
     embed_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
-    moe: Optional[dict] = None  # made and read by extras/moe.py
+    moe: Optional[dict] = None  # made by extras/families.py, read by extras/moe.py
     other_names: bool = False  # its files name or lay out parameters otherwise: extras/layouts.py
 
 
+class Family(NamedTuple):
+    """What is unlike Llama in a family: enough to read its config.json; the modules see ModelConfig alone.
+
+    In the functions `c` is a dict of the keys that the family reads.
+    """
+
+    features: dict  # fields of ModelConfig that config.json does not say
+    keys: dict  # keys of config.json it reads besides COMMON, with what a file without them means
+    slides: Callable = lambda i, c: False  # whether layer i has the window, where the file has no layer_types
+    turns: Callable = lambda i, c: True  # whether layer i has rotary embeddings
+    more: Callable = lambda c: {}  # further fields of ModelConfig
+    rename: Callable = lambda raw: raw  # config.json with Llama's keys
+
+
 REQUIRED = object()
-# Keys of config.json that every family reads, with what a file without them means.
 COMMON = dict(
     vocab_size=REQUIRED, hidden_size=REQUIRED, intermediate_size=REQUIRED, num_hidden_layers=REQUIRED,
     num_attention_heads=REQUIRED, max_position_embeddings=REQUIRED, rms_norm_eps=REQUIRED, num_key_value_heads=None,
     head_dim=None, hidden_act="silu", tie_word_embeddings=False, rope_theta=10000.0, rope_scaling=None,
     rope_parameters=None, partial_rotary_factor=1.0, original_max_position_embeddings=None)
 BIAS = dict(attention_bias=False)
-WINDOW = dict(use_sliding_window=False, sliding_window=4096, layer_types=None)
-GEMMA = dict(norm_offset=True, scaled_embeddings=True)
-GEMMA_KEYS = BIAS | dict(head_dim=256, hidden_act="gelu_pytorch_tanh", hidden_activation=None, tie_word_embeddings=True)
-GEMMA2_KEYS = GEMMA_KEYS | dict(query_pre_attn_scalar=256, sliding_window=4096, layer_types=None)
-SANDWICH = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
-MOE = dict(num_experts=None, num_local_experts=None, num_experts_per_tok=REQUIRED, output_router_logits=False,
-           router_aux_loss_coef=0.001)
-QWEN_MOE = MOE | WINDOW | dict(moe_intermediate_size=REQUIRED, norm_topk_prob=False, decoder_sparse_step=1,
-                               mlp_only_layers=None)
-
-# What is unlike Llama in each family: features of ModelConfig, `keys` of config.json that it reads besides COMMON (with
-# their defaults), and `slides`, which layers have the window where the file has no `layer_types`. A new family is
-# usually one line here; where its files name parameters otherwise than Llama's, also an entry in extras/layouts.py.
+WINDOW = dict(use_sliding_window=False, sliding_window=4096, max_window_layers=28, layer_types=None)
 FAMILIES = {
-    "llama": dict(keys=BIAS | dict(mlp_bias=False)),
-    "mistral": dict(keys=dict(sliding_window=4096), slides=lambda i, c: True),
-    "qwen2": dict(qkv_bias=True, keys=WINDOW | dict(max_window_layers=28), slides=lambda i, c: i >= c["max_window_layers"]),
-    "qwen3": dict(qk_norm="head", keys=BIAS | WINDOW | dict(head_dim=128, max_window_layers=28),
-                  slides=lambda i, c: i >= c["max_window_layers"]),
-    "gemma": GEMMA | dict(keys=GEMMA_KEYS),
-    "gemma2": GEMMA | dict(block_norms=SANDWICH, slides=lambda i, c: i % 2 == 0, keys=GEMMA2_KEYS | dict(
-        attn_logit_softcapping=50.0, final_logit_softcapping=30.0)),
-    "gemma3_text": GEMMA | dict(
-        block_norms=SANDWICH, qk_norm="head", slides=lambda i, c: (i + 1) % c["sliding_window_pattern"] != 0,
-        keys=GEMMA2_KEYS | dict(rope_theta=1e6, rope_local_base_freq=10000.0, sliding_window_pattern=6,
-                                attn_logit_softcapping=None, final_logit_softcapping=None)),
-    "phi3": dict(fused_qkv="blocks", fused_gate_up=True, keys=dict(sliding_window=None), slides=lambda i, c: True),
-    "olmo2": dict(block_norms=(None, "post_attention_layernorm", None, "post_feedforward_layernorm"), qk_norm="full",
-                  keys=BIAS),
-    "smollm3": dict(keys=BIAS | WINDOW | dict(mlp_bias=False, tie_word_embeddings=True, rope_theta=2e6,
-                                              no_rope_layers=None, no_rope_layer_interval=4),
-                    slides=lambda i, c: not turns(i, c)),
-    "granite": dict(keys=BIAS | dict(mlp_bias=False, embedding_multiplier=1.0, attention_multiplier=1.0,
-                                     residual_multiplier=1.0, logits_scaling=1.0)),
-    "gpt2": dict(norm="layer", learned_positions=True, qkv_bias=True, o_bias=True, mlp_bias=True, fused_qkv="blocks",
-                 gated_mlp=False, other_names=True, keys=dict(hidden_act="gelu_new", tie_word_embeddings=True)),
-    "gpt_neox": dict(norm="layer", mlp_bias=True, fused_qkv="heads", gated_mlp=False, other_names=True, keys=dict(
-        attention_bias=True, hidden_act="gelu", use_parallel_residual=True, partial_rotary_factor=0.25)),
-    "mixtral": dict(other_names=True, slides=lambda i, c: True, keys=MOE | dict(rope_theta=1e6, sliding_window=None)),
-    "qwen2_moe": dict(other_names=True, slides=lambda i, c: i % 2 == 0 and i < c["max_window_layers"], keys=QWEN_MOE | dict(
-        qkv_bias=True, max_window_layers=28, shared_expert_intermediate_size=REQUIRED)),
-    "qwen3_moe": dict(qk_norm="head", other_names=True, slides=lambda i, c: True, keys=QWEN_MOE | BIAS | dict(layer_types=None)),
-    "olmoe": dict(qk_norm="full", other_names=True, keys=MOE | BIAS | dict(norm_topk_prob=False, router_aux_loss_coef=0.01)),
+    "llama": Family({}, BIAS | dict(mlp_bias=False)),
+    "mistral": Family({}, dict(sliding_window=4096), slides=lambda i, c: True),
+    "qwen2": Family(dict(qkv_bias=True), WINDOW, slides=lambda i, c: i >= c["max_window_layers"]),
+    "qwen3": Family(dict(qk_norm="head"), BIAS | WINDOW | dict(head_dim=128),
+                    slides=lambda i, c: i >= c["max_window_layers"]),
 }
 
-# Keys that change nothing in a forward pass without dropout.
+# Keys of config.json that change nothing in a forward pass without dropout.
 HARMLESS = set("""
     architectures model_type auto_map dtype torch_dtype transformers_version _name_or_path tokenizer_class
     bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id forced_eos_token_id
@@ -160,43 +139,36 @@ def read_config(raw: dict, max_length: Optional[int] = None) -> ModelConfig:
     Raises ValueError, by name, for what is not supported: other model types, quantized and encoder-decoder models, and
     keys that are neither read nor known to be harmless and have a value that could mean something.
     """
-    refuse_foreign(raw)
-    features = dict(FAMILIES[raw["model_type"]])
-    c = read_keys(raw, features.pop("keys"))
-    computed = read_sizes(c) | read_layers(c, features.pop("slides", None), "learned_positions" in features, max_length)
-    computed |= read_features(c, raw["model_type"], features.pop("scaled_embeddings", False))
-    if "num_experts_per_tok" in c:
-        from extras.moe import read_moe
+    family = find_family(raw)
+    c = read_keys(family.rename(raw), family.keys)
+    if c["hidden_act"] not in ACTIVATIONS:
+        raise ValueError(f"config.json: hidden_act = {c['hidden_act']!r}; known are {', '.join(ACTIVATIONS)}")
+    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "max_position_embeddings", "hidden_act")
+    bias = bool(c.get("attention_bias"))
+    fields = {k: c[k] for k in same} | dict(
+        num_key_value_heads=c["num_key_value_heads"] or c["num_attention_heads"], head_dim=c["head_dim"],
+        norm_eps=c["rms_norm_eps"], tie_word_embeddings=bool(c["tie_word_embeddings"]), qkv_bias=bias, o_bias=bias,
+        mlp_bias=bool(c.get("mlp_bias")), attention_scale=c["head_dim"] ** -0.5)
+    ropes = {} if family.features.get("learned_positions") else read_ropes(c, max_length)
+    fields |= read_layers(c, family, ropes) | family.more(c) | family.features
+    return ModelConfig(model_type=raw["model_type"], **fields)
 
-        computed["moe"] = read_moe(c)
-    return ModelConfig(model_type=raw["model_type"], **(computed | features))
 
-
-def refuse_foreign(raw: dict) -> None:
-    """Raise ValueError for what is no decoder of FAMILIES in plain numbers."""
-    family, quantized = raw.get("model_type"), raw.get("quantization_config")
+def find_family(raw: dict) -> Family:
+    quantized = raw.get("quantization_config")
     if quantized:
         raise ValueError(f"the checkpoint is quantized ({quantized.get('quant_method', 'method unknown')}); "
                          "use the original one in bf16, fp16 or float32")
-    if raw.get("is_encoder_decoder"):
-        raise ValueError(f"{family!r} is an encoder-decoder model; only decoders are supported")
-    if raw.get("kv_lora_rank"):
-        raise ValueError(f"{family!r} has multi-head latent attention (kv_lora_rank), which is not supported")
-    remote = raw.get("auto_map", {}).get("AutoModelForCausalLM", "").rpartition(".")[2].lower()
-    if family not in FAMILIES and remote:
-        raise ValueError(f"model_type {family!r} needs remote code (auto_map), which is never run")
-    if family not in FAMILIES:
-        raise ValueError(f"model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
-    if not remote.startswith(family.removesuffix("_text").replace("_", "") if remote else ""):
-        raise ValueError(f"auto_map names remote code of its own ({remote}) for model_type {family!r}; it is never run")
+    if raw.get("model_type") in FAMILIES and "auto_map" not in raw:
+        return FAMILIES[raw["model_type"]]
+    from extras.families import find_family  # raises ValueError, saying why
+
+    return find_family(raw)
 
 
 def read_keys(raw: dict, keys: dict) -> dict:
     """The keys that a family reads: its defaults, and what the file says over them (null is a value)."""
-    if raw["model_type"] in ("gpt2", "gpt_neox"):
-        from extras.layouts import llama_keys
-
-        raw = llama_keys(raw)
     known = COMMON | keys
     odd = {k: v for k, v in raw.items()
            if k not in known and k not in HARMLESS and v not in (None, False, 0, "", [], {})}
@@ -204,70 +176,32 @@ def read_keys(raw: dict, keys: dict) -> dict:
         raise ValueError(f"config.json: {', '.join(f'{k} = {v!r}' for k, v in odd.items())}: not understood for "
                          f"model_type {raw['model_type']!r}, and it may change the model's numbers")
     c = known | {k: raw[k] for k in known if k in raw}
-    missing = [k for k, v in c.items() if v is REQUIRED or known[k] is REQUIRED and v is None]
+    missing = [k for k in known if known[k] is REQUIRED and c[k] in (REQUIRED, None)]
     if missing:
         raise ValueError(f"config.json: {', '.join(missing)}: missing")
+    c["head_dim"] = c["head_dim"] or c["hidden_size"] // c["num_attention_heads"]
     return c
 
 
-def read_sizes(c: dict) -> dict:
-    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "max_position_embeddings")
-    return {k: c[k] for k in same} | dict(
-        num_key_value_heads=c["num_key_value_heads"] or c["num_attention_heads"], head_dim=head_dim(c),
-        norm_eps=c["rms_norm_eps"], tie_word_embeddings=bool(c["tie_word_embeddings"]))
-
-
-def head_dim(c: dict) -> int:
-    return c["head_dim"] or c["hidden_size"] // c["num_attention_heads"]
-
-
-def read_features(c: dict, family: str, scaled_embeddings: bool) -> dict:
-    """Biases, scales and soft-caps; a key that the family does not read is not in `c`."""
-    act = c.get("hidden_activation") or c["hidden_act"]
-    if family == "gemma" and act == "gelu":
-        act = "gelu_pytorch_tanh"  # Gemma 1 was released with the wrong name in its files; transformers corrects it too
-    if act not in ACTIVATIONS:
-        raise ValueError(f"config.json: hidden_act = {act!r}; known are {', '.join(ACTIVATIONS)}")
-    bias = bool(c.get("attention_bias"))
-    return dict(
-        hidden_act=act, qkv_bias=bool(c.get("qkv_bias", bias)), o_bias=bias, mlp_bias=bool(c.get("mlp_bias")),
-        parallel_residual=bool(c.get("use_parallel_residual")),
-        embed_scale=c["hidden_size"] ** 0.5 if scaled_embeddings else c.get("embedding_multiplier", 1.0),
-        residual_scale=c.get("residual_multiplier", 1.0), logit_scale=1 / c.get("logits_scaling", 1.0),
-        attention_scale=c.get("attention_multiplier", c.get("query_pre_attn_scalar", head_dim(c)) ** -0.5),
-        attn_softcap=c.get("attn_logit_softcapping"), final_softcap=c.get("final_logit_softcapping"))
-
-
-def read_layers(c: dict, slides, learned_positions: bool, max_length: Optional[int]) -> dict:
+def read_layers(c: dict, family: Family, ropes: dict[str, Rope]) -> dict:
     """Window and rotation of each layer."""
     n, window, types = c["num_hidden_layers"], c.get("sliding_window"), c.get("layer_types")
-    if not window or c.get("use_sliding_window") is False:
-        windows = (None,) * n
-    elif types:
-        windows = tuple(window if kind == "sliding_attention" else None for kind in types)
-    else:
-        windows = tuple(window if slides(i, c) else None for i in range(n))
-    ropes = {} if learned_positions else read_ropes(c, max_length)
-    kinds = ["sliding_attention" if w and "sliding_attention" in ropes else "full_attention" for w in windows]
-    return dict(windows=windows, ropes=ropes,
-                rope_layers=tuple(kind if ropes and turns(i, c) else None for i, kind in enumerate(kinds)))
-
-
-def turns(i: int, c: dict) -> bool:
-    """Whether layer i has rotary embeddings; in SmolLM3 every fourth has none."""
-    if c.get("no_rope_layers"):
-        return bool(c["no_rope_layers"][i])
-    return "no_rope_layers" not in c or (i + 1) % c["no_rope_layer_interval"] != 0
+    if c.get("use_sliding_window") is False:
+        window = None
+    slides = [t == "sliding_attention" for t in types] if types else [family.slides(i, c) for i in range(n)]
+    windows = tuple((window or None) if s else None for s in slides)
+    kinds = ["sliding_attention" if s and "sliding_attention" in ropes else "full_attention" for s in slides]
+    turns = tuple(kind if kind in ropes and family.turns(i, c) else None for i, kind in enumerate(kinds))
+    return dict(windows=windows, ropes=ropes, rope_layers=turns)
 
 
 def check_length(config: ModelConfig, length: int) -> None:
-    """Raise ValueError where sequences of `length` tokens are beyond what the configuration can represent."""
+    """Raise ValueError where a sequence of `length` tokens is longer than the positions of the model reach."""
     limits = [rope.limit for rope in config.ropes.values() if rope.limit]
     limits += [config.max_position_embeddings] if config.learned_positions else []
     if limits and length > min(limits):
-        why = "learned positions" if config.learned_positions else "rotary frequencies that hold"
-        raise ValueError(f"sequences of {length} tokens: this model has {why} for {min(limits)}; lower --max_length")
+        raise ValueError(f"a sequence of {length} tokens: the positions of this {config.model_type} model, as it was "
+                         f"loaded, reach {min(limits)}; set --max_length accordingly")
 
 
 # Rotary position embeddings
@@ -286,23 +220,25 @@ def read_ropes(c: dict, max_length: Optional[int]) -> dict[str, Rope]:
     ropes = {k: v for k, v in given.items() if isinstance(v, dict)} or {"full_attention": given}
     if "rope_local_base_freq" in c:  # Gemma 3: layers with a window have a base of their own
         ropes = {"sliding_attention": {"rope_theta": c["rope_local_base_freq"]}} | ropes
-    return {name: read_rope(dict(rope), c, max_length) for name, rope in ropes.items()}
+    return {name: read_rope(rope, c, max_length) for name, rope in ropes.items()}
 
 
-def read_rope(rope: dict, c: dict, max_length: Optional[int]) -> Rope:
-    older, newer = rope.pop("type", None), rope.pop("rope_type", None)
-    kind = "longrope" if "long_factor" in rope else newer or older or "default"  # Phi-3 called it "su" and "yarn"
-    common = {k: c[k] for k in ("rope_theta", "partial_rotary_factor", "max_position_embeddings")}
-    odd = [k for k, v in rope.items() if v is not None and k not in (*common, "original_max_position_embeddings",
-                                                                    *ROPE_KEYS.get(kind, ()))]
+def read_rope(given: dict, c: dict, max_length: Optional[int]) -> Rope:
+    """One Rope; raises ValueError for a kind or a key that is not known, and for a missing one."""
+    rope = {k: c[k] for k in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")}
+    rope |= {k: v for k, v in given.items() if v is not None and k not in ("type", "rope_type")}
+    # Phi-3's first files call it "su" or "yarn"
+    kind = "longrope" if "long_factor" in given else given.get("rope_type") or given.get("type") or "default"
+    odd = rope.keys() - {"rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+    odd -= set(ROPE_KEYS.get(kind, ()))
     if kind not in ROPE_KEYS or odd:
-        raise ValueError(f"config.json: rope_type {kind!r}{' with ' if odd else ''}{', '.join(odd)} is not supported; "
-                         f"supported are {', '.join(ROPE_KEYS)}")
-    rope = common | {k: v for k, v in rope.items() if v is not None}
-    original = c["original_max_position_embeddings"] or rope.get("original_max_position_embeddings")
-    rope["original_max_position_embeddings"] = original or c["max_position_embeddings"]
+        raise ValueError(f"config.json: rope_type {kind!r}{' with ' if odd else ''}{', '.join(sorted(odd))} is not "
+                         f"supported; supported are {', '.join(ROPE_KEYS)}")
+    longest = c["max_position_embeddings"]
+    original = c["original_max_position_embeddings"] or rope["original_max_position_embeddings"] or longest
+    rope |= dict(original_max_position_embeddings=original, max_position_embeddings=longest)
     try:
-        return make_rope(kind, rope, int(head_dim(c) * rope["partial_rotary_factor"]), max_length)
+        return make_rope(kind, rope, int(c["head_dim"] * rope["partial_rotary_factor"]), max_length)
     except KeyError as error:
         raise ValueError(f"config.json: rope_type {kind!r} needs {error}") from None
 
@@ -316,7 +252,7 @@ def make_rope(kind: str, rope: dict, dim: int, max_length: Optional[int]) -> Rop
     if kind in ("yarn", "longrope"):
         from extras.rope import scaled_rope
 
-        return Rope(*scaled_rope(kind, rope, freq, dim, max_length))
+        return Rope(*scaled_rope(kind, rope, freq, max_length))
     if kind == "linear":
         freq = freq / rope["factor"]
     if kind == "llama3":
@@ -345,7 +281,7 @@ def rotary_tables(ropes: dict[str, Rope], position_ids: Tensor, dtype: torch.dty
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (T, H, D)
-    """Rotate the first `cos.shape[-1]` dims of each head: x cos + rotate_half(x) sin."""
+    """Turn the first `cos.shape[-1]` dims of each head: x cos + rotate_half(x) sin."""
     part, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     first, second = part.chunk(2, -1)
     turned = part * cos + torch.cat([-second, first], -1) * sin
@@ -374,9 +310,8 @@ def plan_calls(spans: Tensor, position_ids: Tensor, window: Optional[int]) -> li
             end = rows[i][1]  # the span that follows its own prefix
             i += 1
         keys = ((prefix_start, prefix_end), (start, end)) if prefix_end > prefix_start else ((start, end),)
-        key_count = sum(b - a for a, b in keys)
         mask = None
-        if len(keys) == 2 or (window is not None and key_count > window):
+        if len(keys) == 2 or (window is not None and end - start > window):
             mask = span_mask(position_ids[start:end], torch.cat([position_ids[a:b] for a, b in keys]), window)
         calls.append(Call(start, end, keys, mask))
     return calls
@@ -408,10 +343,11 @@ def plan_varlen(spans: Tensor, device: torch.device) -> VarlenPlan:
 
 def plan_attention(config: ModelConfig, spans: Tensor, position_ids: Tensor, dtype: torch.dtype) -> dict:
     """{window: plan} for one stream; made once and used by every layer."""
-    device = position_ids.device
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and config.attn_softcap is None:
-        plan = plan_varlen(spans, device)
-        return {window: plan for window in set(config.windows)}
+    device, D = position_ids.device, config.head_dim
+    flash = (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and D % 8 == 0 and D <= 256
+             and dtype in (torch.bfloat16, torch.float16) and config.attn_softcap is None)
+    if flash:
+        return dict.fromkeys(config.windows, plan_varlen(spans, device))
     return {window: plan_calls(spans, position_ids, window) for window in set(config.windows)}
 
 
@@ -425,30 +361,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan, window: Optional[int], config:
         return varlen_attn(q, k, v, plan.cu_queries, plan.cu_keys, plan.max_queries, plan.max_keys,
                            scale=config.attention_scale, window_size=(left, 0), enable_gqa=True)
     gather = lambda x, call: torch.cat([x[a:b] for a, b in call.keys]) if len(call.keys) > 1 else x[slice(*call.keys[0])]
-    core = softcapped_attention if config.attn_softcap else fused_attention
-    return torch.cat([core(q[c.start : c.end], gather(k, c), gather(v, c), c.mask, config) for c in plan])
+    core = fused_attention
+    if config.attn_softcap:
+        from extras.softcap import softcapped_attention
+
+        core = partial(softcapped_attention, cap=config.attn_softcap)
+    return torch.cat([core(q[c.start : c.end], gather(k, c), gather(v, c), c.mask, config.attention_scale) for c in plan])
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], config: ModelConfig) -> Tensor:
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], scale: float) -> Tensor:
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, n, D)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                         scale=config.attention_scale, enable_gqa=q.shape[1] != k.shape[1])
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale,
+                                         enable_gqa=q.shape[1] != k.shape[1])
     return out[0].transpose(0, 1)
-
-
-def softcapped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], config: ModelConfig) -> Tensor:
-    """Gemma 2: scores are cap * tanh(scores / cap), which no fused kernel does; written out, 512 queries at a time."""
-    cap, group = config.attn_softcap, q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(group, 1).transpose(0, 1) for x in (k, v))  # (H, keys, D)
-    if mask is None:
-        mask = torch.ones(len(q), k.shape[1], dtype=torch.bool, device=q.device).tril()
-    out = []
-    for rows, allowed in zip(q.split(512), mask.split(512)):
-        scores = rows.transpose(0, 1) @ k.transpose(1, 2) * config.attention_scale  # (H, rows, keys)
-        scores = (cap * torch.tanh(scores / cap)).masked_fill(~allowed, -torch.inf)
-        wide = torch.promote_types(scores.dtype, torch.float32)
-        out.append((scores.softmax(-1, dtype=wide).to(v.dtype) @ v).transpose(0, 1))
-    return torch.cat(out)
 
 
 # Modules, leaf to root
@@ -510,14 +435,8 @@ class Attention(nn.Module):
         return self.o_proj(out.flatten(1))
 
 
-ACTIVATIONS = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
-}
+tanh_gelu = partial(F.gelu, approximate="tanh")
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_new": tanh_gelu, "gelu_pytorch_tanh": tanh_gelu}
 
 
 class MLP(nn.Module):
@@ -575,15 +494,22 @@ class Block(nn.Module):
         return attended + self.norm(3, out) * scale, router_logits
 
 
+def make_embedding(count: int, size: int) -> nn.Embedding:
+    """Drawn with the standard deviation 0.02 of transformers' models; uniformly, since a normal draw on the meta device
+    imports PyTorch's compiler, which takes seconds."""
+    bound = 0.02 * 3**0.5
+    return nn.Embedding(count, size, _weight=torch.empty(count, size).uniform_(-bound, bound))
+
+
 class Stack(nn.Module):
     """Embedding, blocks, last norm: stream in, hidden states out."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config, self.gradient_checkpointing = config, False
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = make_embedding(config.vocab_size, config.hidden_size)
         if config.learned_positions:
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.embed_positions = make_embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = Norm(config.hidden_size, config)
 
@@ -790,64 +716,44 @@ class LoraLinear(nn.Module):
         return self.scaling * (self.lora_B.weight @ self.lora_A.weight)
 
 
-class LoraEmbedding(nn.Module):
-    """base(ids) + scaling * (A[:, ids])^T B^T, with PEFT's parameter names; A starts at zero, B is normal."""
-
-    def __init__(self, base: nn.Embedding, rank: int, alpha: float):
-        super().__init__()
-        self.base_layer, self.scaling, self.enabled = base, alpha / rank, True
-        place = dict(device=base.weight.device, dtype=torch.float32)
-        self.lora_embedding_A = nn.Parameter(torch.zeros(rank, base.num_embeddings, **place))
-        self.lora_embedding_B = nn.Parameter(torch.randn(base.embedding_dim, rank, **place))
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base_layer.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        out = self.base_layer(ids)
-        if not self.enabled:
-            return out
-        low_rank = F.embedding(ids, self.lora_embedding_A.T) * self.scaling
-        return out + (low_rank @ self.lora_embedding_B.T).to(out.dtype)
-
-    def delta(self) -> Tensor:
-        return self.scaling * (self.lora_embedding_B @ self.lora_embedding_A).T
-
-
 def add_lora(model: Decoder, rank: int, alpha: float, dropout: float, targets: list[str]) -> list[str]:
     """Freeze `model` and wrap its target modules; returns the names of the wrapped modules.
 
-    `targets` are last parts of module names (`q_proj`, `lm_head`, `embed_tokens`; those of the model's own files, as
-    GPT-2's `c_attn`, too) or `all-linear`, which is every linear layer but the head. Raises ValueError for a target
+    `targets` are last parts of module names (`q_proj`, `lm_head`, `embed_tokens`; also as the model's own files name
+    them, GPT-2's `c_attn`) or `all-linear`, which is every linear layer but the head. Raises ValueError for a target
     that matches nothing.
     """
     model.requires_grad_(False)
     modules = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))}
-    wanted = {t: [n for n in modules if is_target(n, t, modules[n], model.config)] for t in targets}
-    for target, matched in wanted.items():
-        if not matched:
-            known = sorted({n.rpartition(".")[2] for n in modules})
-            raise ValueError(f"--lora_target_modules {target}: no such module; this model has {' '.join(known)}"
-                             + (" (LoRA on stacked experts and their router is not supported)" if model.config.moe else ""))
-    chosen = [n for n in modules if any(n in matched for matched in wanted.values())]
+    matched = {t: [n for n, m in modules.items() if is_target(t, n, m, model.config)] for t in targets}
+    for target in targets:
+        if not matched[target]:
+            known = " ".join(sorted({n.rpartition(".")[2] for n in modules}))
+            raise ValueError(f"--lora_target_modules {target}: no such module; this model has {known}"
+                             + (" (LoRA on experts and their router is not supported)" if model.config.moe else ""))
+    chosen = [n for n in modules if any(n in names for names in matched.values())]
     for name in chosen:
         parent, _, child = name.rpartition(".")
-        base = modules[name]
-        wrapped = (LoraEmbedding(base, rank, alpha) if isinstance(base, nn.Embedding)
-                   else LoraLinear(base, rank, alpha, dropout))
-        setattr(model.get_submodule(parent), child, wrapped)
+        setattr(model.get_submodule(parent), child, wrap(modules[name], rank, alpha, dropout))
     return chosen
 
 
-def is_target(name: str, target: str, module: nn.Module, config: ModelConfig) -> bool:
+def is_target(target: str, name: str, module: nn.Module, config: ModelConfig) -> bool:
     if target == "all-linear":
         return isinstance(module, nn.Linear) and name != "lm_head"
-    return any(("." + n).endswith("." + target) for n in (name, file_name(name, config)))
+    return any(f".{n}".endswith(f".{target}") for n in (name, file_name(name, config)))
+
+
+def wrap(base: nn.Module, rank: int, alpha: float, dropout: float) -> nn.Module:
+    if isinstance(base, nn.Embedding):
+        from extras.peft_io import LoraEmbedding
+
+        return LoraEmbedding(base, rank, alpha)
+    return LoraLinear(base, rank, alpha, dropout)
 
 
 def lora_modules(model: nn.Module) -> dict[str, nn.Module]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, (LoraLinear, LoraEmbedding))}
+    return {n: m for n, m in model.named_modules() if hasattr(m, "base_layer")}
 
 
 @contextmanager
@@ -957,9 +863,9 @@ def file_name(name: str, config: ModelConfig) -> str:
     """Hugging Face's name of a module or parameter of ours."""
     if not config.other_names:
         return name
-    from extras.layouts import file_name
+    from extras.layouts import other_name
 
-    return file_name(name, config.model_type)
+    return other_name(name, config.model_type)
 
 
 def find_places(names: Iterable[str], config: ModelConfig) -> dict[str, Place]:
@@ -969,9 +875,9 @@ def find_places(names: Iterable[str], config: ModelConfig) -> dict[str, Place]:
         raise ValueError(f"the checkpoint is quantized (it has {quantized[0]}); use the original one")
     names = [n for n in names if not n.endswith("rotary_emb.inv_freq")]  # old files carry this constant
     if config.other_names or any("language_model." in n for n in names):
-        from extras.layouts import find_places
+        from extras.layouts import other_places
 
-        places = {n: Place(*place) for n, place in find_places(names, config.model_type, config.moe).items()}
+        places = {n: Place(*place) for n, place in other_places(names, config.model_type, config.moe).items()}
     else:
         places = {n: Place(n) for n in names}
     tied = Place("model.embed_tokens.weight")
@@ -1008,19 +914,20 @@ def check_tensors(checkpoint: Checkpoint, layout: dict[str, Place], parameters: 
 def read_tensors(checkpoint: Checkpoint, layout: dict[str, Place], parameters: dict, dtype: torch.dtype,
                  device: str) -> dict[str, Tensor]:
     """The weights, copied out of the memory-mapped files one by one: cast on the way, no second copy of the model."""
-    state, done = {}, set()
+    state = {}
     for file in sorted(set(checkpoint.files.values())):
         opened = open_safetensors(checkpoint.directory / file)
-        for name in sorted(n for n, f in checkpoint.files.items() if f == file and n in layout):
+        names = (n for n in opened.offset_keys() if n in layout and checkpoint.files[n] == file)  # as they lie on disk
+        for name in names:
             place, tensor = layout[name], opened.get_tensor(name)
+            twice = place.name in state and place.index == ()  # a tied head that the files hold as well
             if place.name not in state:
                 state[place.name] = torch.empty(parameters[place.name].shape, dtype=dtype, device=device)
             view = place.view(state[place.name])
-            if place in done and not torch.equal(view, tensor.to(view)):
+            if twice and not torch.equal(view, tensor.to(view)):
                 raise ValueError(f"{checkpoint.directory}: config.json ties the head to the embedding, but {name} in "
                                  f"{file} differs from it")
             view.copy_(tensor)
-            done.add(place)
     return state
 
 
@@ -1073,54 +980,15 @@ def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def adapter_tensors(model: Decoder) -> dict[str, Tensor]:
-    """{PEFT's name: parameter} of the LoRA."""
-    named = {}
-    for name, module in lora_modules(model).items():
-        prefix = f"base_model.model.{file_name(name, model.config)}."
-        named |= {prefix + n: p for n, p in module.named_parameters() if n.startswith("lora_")}
-    return named
-
-
 def save_adapter(model: Decoder, directory: str | Path, settings: dict) -> None:
-    """Write the LoRA as a PEFT adapter: adapter_model.safetensors and adapter_config.json.
+    """Write the LoRA as a PEFT adapter; `settings` are r, lora_alpha, lora_dropout and base_model_name_or_path."""
+    from extras.peft_io import save_adapter
 
-    `settings` are r, lora_alpha, lora_dropout and base_model_name_or_path; `target_modules` is filled in with the
-    names of the wrapped modules, which PEFT matches exactly.
-    """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    state = {n: p.detach().to("cpu", torch.float32).contiguous() for n, p in adapter_tensors(model).items()}
-    save_file(state, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    modules = sorted(file_name(n, model.config) for n in lora_modules(model))
-    write_json(directory / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True, **settings,
-        "target_modules": modules})
+    save_adapter(model, Path(directory), settings)
 
 
 def load_adapter(model: Decoder, directory: str | Path) -> None:
-    """Fill the LoRA parameters of `model` from a PEFT adapter of the same targets, rank and scaling.
+    """Fill the LoRA of `model` from a PEFT adapter of the same targets, rank and scaling; ValueError if it differs."""
+    from extras.peft_io import load_adapter
 
-    Raises ValueError where the adapter is another, or is more than a plain LoRA. Copies of base weights, which PEFT
-    stores beside a LoRA on the embedding or the head, are skipped.
-    """
-    path = Path(directory) / "adapter_model.safetensors"
-    config = read_json(Path(directory) / "adapter_config.json")
-    extra = [k for k in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "trainable_token_indices")
-             if config.get(k)] + (["bias"] if config.get("bias", "none") != "none" else [])
-    if extra or config.get("peft_type", "LORA") != "LORA":
-        raise ValueError(f"{directory}: only a plain LoRA is read, this adapter has {', '.join(extra) or config['peft_type']}")
-    scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
-    opened, ours = open_safetensors(path), adapter_tensors(model)
-    theirs = {n for n in opened.keys() if ".lora_" in n}
-    if theirs != ours.keys():
-        raise ValueError(f"{path}: its tensors are not those of this LoRA; first difference: {min(theirs ^ ours.keys())}")
-    for name, module in lora_modules(model).items():
-        if not math.isclose(module.scaling, scaling):
-            raise ValueError(f"{path}: alpha / rank is {scaling:g}, this LoRA has {module.scaling:g}")
-    with torch.no_grad():
-        for name, parameter in ours.items():
-            tensor = opened.get_tensor(name)
-            if tensor.shape != parameter.shape:
-                raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, this LoRA has {tuple(parameter.shape)}")
-            parameter.copy_(tensor)
+    load_adapter(model, Path(directory))

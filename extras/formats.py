@@ -70,6 +70,6 @@ def from_value_message(message: dict, where: str) -> dict:
     sender, rest = message["from"], {key: value for key, value in message.items() if key not in ("from", "value")}
     if sender == "function_call":
         return {"role": "assistant", "tool_calls": parse_tool_calls(message.get("value"), where), **rest}
-    if sender not in FROM_ROLES:
-        raise DataError(f'{where} is from {sender!r}; known are {", ".join([*FROM_ROLES, "function_call"])}')
+    if not isinstance(sender, str) or sender not in FROM_ROLES:
+        raise DataError(f"{where} is from {sender!r}; known are {', '.join([*FROM_ROLES, 'function_call'])}")
     return {"role": FROM_ROLES[sender], "content": message.get("value"), **rest}

@@ -33,6 +33,13 @@ CHATML = (
 # Helpers
 
 
+def say(role: str, content, **more) -> dict:
+    return {"role": role, "content": content, **more}
+
+
+USER, YES, NO = say("user", "x"), say("assistant", "yes"), say("assistant", "no")
+
+
 def write_tokenizer(directory: Path, template: str | None = CHATML, bos: bool = True, **config) -> Path:
     """A tokenizer of bytes: ids 0, 1, 2 are <s>, </s>, <pad>, then one token per byte; no merges, so ids are text."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
@@ -93,10 +100,6 @@ def row(prompt="ab", chosen="cd", rejected="efg", **more) -> dict:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}
 
 
-def say(role: str, content, **more) -> dict:
-    return {"role": role, "content": content, **more}
-
-
 def ids_of(pair: data.Pair) -> tuple[list, list, list]:
     return pair.prompt_ids.tolist(), pair.chosen_ids.tolist(), pair.rejected_ids.tolist()
 
@@ -133,38 +136,38 @@ def trl_pairs(rows: list[dict], tokenizer, max_length=None, mode="keep_start") -
     return [(r["prompt_ids"], r["chosen_ids"], r["rejected_ids"]) for r in prepared]
 
 
-def assert_ids_equal_trl(rows, trl_rows, directory: Path):
+def assert_ids_equal_trl(rows, trl_rows, directory: Path, *other_forms):
     transformers = pytest.importorskip("transformers")
     theirs = trl_pairs(trl_rows, transformers.PreTrainedTokenizerFast.from_pretrained(directory))
-    ours = data.tokenize_rows(rows, data.Tokenizer.load(directory), data.DataOptions(max_length=None))
-    assert len(ours) == len(theirs) > 0
-    for index, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
-        assert isinstance(mine, data.Pair), f"row {index}: {mine}"
-        assert ids_of(mine) == other, f"row {index}"
+    for form in (rows, *other_forms):
+        ours = data.tokenize_rows(form, data.Tokenizer.load(directory), data.DataOptions(max_length=None))
+        assert len(ours) == len(theirs) > 0
+        for index, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+            assert isinstance(mine, data.Pair), f"row {index}: {mine}"
+            assert ids_of(mine) == other, f"row {index}"
 
 
 @pytest.mark.parametrize("name", REAL_TOKENIZERS)
 def test_ids_equal_trl_on_implicit_prompts_of_hh(name, real_tokenizer):
-    rows = real_rows("hh_harmless_base_test.jsonl.gz", 200 if name in ("smollm2", "stories260K") else 40)
+    rows = real_rows("hh_harmless_base_test.jsonl.gz", 200 if name in ("smollm2", "stories260K") else 30)
     assert_ids_equal_trl(rows, rows, real_tokenizer(name))
 
 
 @pytest.mark.parametrize("name", REAL_TOKENIZERS)
 def test_ids_equal_trl_on_explicit_prompts_of_ultrafeedback(name, real_tokenizer):
-    rows = real_rows("ultrafeedback-train_clean.jsonl.gz", 100 if name in ("smollm2", "stories260K") else 25)
+    rows = real_rows("ultrafeedback-train_clean.jsonl.gz", 100 if name in ("smollm2", "stories260K") else 20)
     assert_ids_equal_trl(rows, rows, real_tokenizer(name))
 
 
 @pytest.mark.parametrize("name", ["smollm2", "qwen2_5", "phi3-mini-128k", "zephyr-infimm"])
 def test_ids_equal_trl_on_conversations_from_llamafactory(name, real_tokenizer):
     roles = {"human": "user", "gpt": "assistant", "system": "system"}
-    rows = real_rows("llamafactory-dpo_en_demo.json.gz", 60)
-    rows += real_rows("llamafactory-dpo_en_demo.json.gz", 300)[-20:]  # of several turns, with a system message
+    rows = real_rows("llamafactory-dpo_en_demo.json.gz", 300)
+    rows = rows[: 100 if name == "smollm2" else 20] + rows[-10:]  # of several turns, with a system message
     turns = [{k: v if isinstance(v, list) else [v] for k, v in r.items()} for r in rows]
     as_chat = [{k: [say(roles[m["from"]], m["value"]) for m in v] for k, v in r.items()} for r in turns]
     trl_rows = [{"prompt": r.pop("conversations"), **r} for r in as_chat]
-    assert_ids_equal_trl(rows, trl_rows, real_tokenizer(name))
-    assert_ids_equal_trl(trl_rows, trl_rows, real_tokenizer(name))
+    assert_ids_equal_trl(rows, trl_rows, real_tokenizer(name), trl_rows)
 
 
 def test_ids_equal_trl_on_implicit_conversations_tools_and_template_kwargs(tmp_path):
@@ -301,14 +304,15 @@ CONVERSATIONS = {
     "one turn": [say("user", "Hi")],
     "answered": [say("user", "Hi"), say("assistant", "Hello")],
     "system": [say("system", "Be brief."), say("user", " Hi "), say("assistant", "Hello\n")],
-    "several turns": [say("user", "a"), say("assistant", "b"), say("user", "c"), say("assistant", "d"), say("user", "e")],
+    "several turns": [say("user", "a"), say("assistant", "b"), say("user", "c"), say("assistant", "d"), USER],
     "empty content": [say("user", ""), say("assistant", "")],
     "non-ASCII": [say("user", "日本語 <|im_end|> & \"quoted\" 'x' </s>"), say("assistant", "🙂\u2028{{ x }}")],
     "thinking": [say("user", "a"), say("assistant", "<think>\nhm\n</think>\n\nb"), say("user", "c")],
     "reasoning field": [say("user", "a"), say("assistant", "b", reasoning="because")],
     "tool call": [say("user", "w?"), {"role": "assistant", "content": None, "tool_calls": [CALL]},
                   say("tool", "sunny", name="weather", tool_call_id="call12345"), say("assistant", "It is sunny.")],
-    "tool call and text": [say("user", "w?"), say("assistant", "", tool_calls=[CALL]), say("tool", '{"t": 3}', tool_call_id="call12345")],
+    "tool call and text": [say("user", "w?"), say("assistant", "", tool_calls=[CALL]),
+                           say("tool", '{"t": 3}', tool_call_id="call12345")],
     "two assistants": [say("user", "a"), say("assistant", "b"), say("assistant", "c")],
     "parts": [say("user", [{"type": "text", "text": "seen"}])],
 }  # fmt: skip
@@ -405,7 +409,7 @@ def test_a_chosen_template_is_a_text_a_file_a_name_or_a_directory(tmp_path):
 def test_the_sandbox_refuses_escapes():
     escapes = [
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ raise_exception.__globals__ }}",
+        "{{ raise_exception.__globals__.os }}",
         "{{ strftime_now.__globals__['os'] }}",
         "{{ messages.append(1) }}",
         "{{ messages[0].update({'a': 1}) }}",
@@ -516,7 +520,8 @@ def test_rows_are_the_same_from_lines_arrays_gzip_crlf_bom_and_parquet(tmp_path)
         "bom.jsonl": b"\xef\xbb\xbf" + raw.encode(), "blank.jsonl": ("\n\n" + lines + "\n \n").encode(),
         "z.jsonl.gz": gzip.compress(lines.encode()), "unnamed_gzip.jsonl": gzip.compress(lines.encode()),
         "two_members.jsonl.gz": gzip.compress(lines[:100].encode()) + gzip.compress(lines[100:].encode()),
-        "array.json": json.dumps(rows).encode(), "bom_array.json": b"\xef\xbb\xbf" + json.dumps(rows, indent=2).encode(),
+        "array.json": json.dumps(rows).encode(),
+        "bom_array.json": b"\xef\xbb\xbf" + json.dumps(rows, indent=2).encode(),
         "array.json.gz": gzip.compress(("  \n" + json.dumps(rows, indent=1, ensure_ascii=False) + "\n").encode()),
         "crlf_array.json": json.dumps(rows, indent=2).replace("\n", "\r\n").encode(),
         "lines.json": lines.encode(),
@@ -593,9 +598,8 @@ def test_damaged_files_are_named(tmp_path):
 # Bad rows
 
 
-USER, YES, NO = say("user", "x"), say("assistant", "yes"), say("assistant", "no")
 BAD_ROWS = {
-    "missing chosen": ({"prompt": "a", "rejected": "b"}, '"chosen" is missing; each row needs prompt, chosen, rejected'),
+    "missing chosen": ({"prompt": "a", "rejected": "b"}, '"chosen" is missing; each row needs prompt, chosen, reje'),
     "missing rejected": ({"prompt": "a", "chosen": "b"}, '"rejected" is missing'),
     "prompt alone": ({"prompt": "a"}, '"chosen" is missing'),
     "null": (row(rejected=None), '"rejected" is null; it must be text or a list of messages'),
@@ -821,7 +825,7 @@ def test_truncation_equals_trls_collator(mode, max_length):
             size = int(attention.sum())
             assert (ids, mask) == (their_ids[:size].tolist(), their_mask[:size].tolist())
         kept += 1
-    assert kept > 5
+    assert kept > 3
 
 
 def test_keep_start_leaves_prompts_shared_and_keep_end_parts_them_where_they_differ():
@@ -923,7 +927,8 @@ def test_a_store_is_found_again_by_content_and_made_anew_on_any_change(tokenizer
     for store in (
         build(path, tokenizer, cache, max_length=77), build(path, tokenizer, cache, truncation_mode="keep_end"),
         build(path, tokenizer, cache, max_prompt_length=7), build(path, tokenizer, cache, max_completion_length=7),
-        build(path, tokenizer, cache, need_rejected=False), build(path, other, cache), build(path, tokenizer, cache, "skip"),
+        build(path, tokenizer, cache, need_rejected=False), build(path, other, cache),
+        build(path, tokenizer, cache, "skip"),
         build([path, write_rows(tmp_path / "s.jsonl", [row("y")])], tokenizer, cache),
     ):  # fmt: skip
         assert store.directory not in seen
@@ -993,8 +998,8 @@ def test_key_order_line_endings_gzip_and_the_form_of_the_file_do_not_change_the_
     zipped.write_bytes(gzip.compress(write_rows(tmp_path / "r.jsonl", rows).read_bytes()))
     array = tmp_path / "r.json"
     array.write_text(json.dumps(rows, indent=1, ensure_ascii=False), "utf-8")
-    paths = [tmp_path / "r.jsonl", write_rows(tmp_path / "k.jsonl", shuffled), write_rows(tmp_path / "c.jsonl", rows, "\r\n"),
-             zipped, array]  # fmt: skip
+    paths = [tmp_path / "r.jsonl", zipped, array, write_rows(tmp_path / "k.jsonl", shuffled)]
+    paths.append(write_rows(tmp_path / "c.jsonl", rows, "\r\n"))
     digests = {build(path, tokenizer, tmp_path / "cache").digest for path in paths}
     assert len(digests) == 1
     assert build(write_rows(tmp_path / "o.jsonl", rows[::-1]), tokenizer, tmp_path / "cache").digest not in digests
@@ -1168,23 +1173,16 @@ def test_micro_batches_keep_the_order_and_both_limits():
 # The viewer
 
 
-def run_viewer(*args) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "data.py"), *map(str, args)]
-    return subprocess.run(
-        command, capture_output=True, text=True, encoding="utf-8", env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-
-
 def test_the_viewer_shows_pairs_through_the_mask_and_counts_tokens(tokenizer, tmp_path):
-    path = write_rows(
-        tmp_path / "r.jsonl", [row("ab", "c\x1b[2J", "def"), row("ab", "cd", "e"), row("x" * 99, "y", "z")]
+    rows = [row("ab", "c\x1b[2J", "def"), row("ab", "cd", "e"), row("x" * 99, "y", "z")]
+    path = write_rows(tmp_path / "r.jsonl", rows)
+    command = [sys.executable, ROOT / "data.py", path, "--model_name_or_path", tokenizer.directory]
+    done = subprocess.run(
+        [*command, "--max_length", "50", "-n", "1"], capture_output=True, encoding="utf-8", check=False
     )
-    done = run_viewer(path, "--model_name_or_path", tokenizer.directory, "--max_length", 50, "-n", 1)
     assert done.returncode == 0, done.stderr
-    assert (
-        f"--- {path}:1\n[prompt: 3 tokens]\n<s>ab\n[chosen: 6 tokens]\nc\\x1b[2J</s>\n[rejected: 4 tokens]\ndef</s>\n"
-        in done.stdout
-    )
+    expected = "[prompt: 3 tokens]\n<s>ab\n[chosen: 6 tokens]\nc\\x1b[2J</s>\n[rejected: 4 tokens]\ndef</s>\n"
+    assert f"--- {path}:1\n{expected}" in done.stdout
     assert "\x1b" not in done.stdout and f"{path}:2" not in done.stdout
     assert "2 pairs; mean tokens: prompt 3.0, chosen 4.5, rejected 3.0" in done.stdout
     assert "36 tokens as two padded sequences" in done.stdout and "27 tokens as two sequences" in done.stdout
@@ -1192,14 +1190,17 @@ def test_the_viewer_shows_pairs_through_the_mask_and_counts_tokens(tokenizer, tm
     assert "1 rows dropped: the prompt alone fills max_length" in done.stdout
 
 
-def test_the_viewer_ends_with_2_and_one_message_on_bad_data(tokenizer, tmp_path):
+def test_the_viewer_ends_with_2_and_one_message_on_bad_data(tokenizer, tmp_path, capsys):
+    from extras.view import main
+
     path = write_rows(tmp_path / "r.jsonl", [row(), "{"])
-    done = run_viewer(path, "--model_name_or_path", tokenizer.directory)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith(f"data.py: {path}:2: broken JSON") and done.stderr.count("\n") == 1
-    assert run_viewer(path, "--model_name_or_path", tokenizer.directory, "--on_bad_row", "skip").returncode == 0
-    assert run_viewer(tmp_path / "none", "--model_name_or_path", tokenizer.directory).returncode == 2
-    assert run_viewer(path, "--model_name_or_path", tmp_path).returncode == 2
+    model = ["--model_name_or_path", str(tokenizer.directory)]
+    assert main([str(path), *model]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"data.py: {path}:2: broken JSON") and err.count("\n") == 1
+    assert main([str(path), *model, "--on_bad_row", "skip", "--max_length", "none"]) == 0
+    assert main([str(tmp_path / "none"), *model]) == 2
+    assert main([str(path), "--model_name_or_path", str(tmp_path)]) == 2
 
 
 def test_a_terminal_gets_colours(tokenizer, tmp_path):

@@ -229,7 +229,7 @@ def test_learning_rate_schedules(run, kind, shape):
     (["--loss_type", "hinge", "--label_smoothing", "0.1"], "does not read it"),
     (["--loss_type", "robust", "--label_smoothing", "0.5"], "0 <= eps < 0.5"),
     (["--loss_type", "bco_pair", "--f_divergence_type", "forward_kl"], "f_divergence_type with --loss_type bco_pair"),
-    (["--loss_type", "aot", "--use_weighting"], "sorted order"),
+    (["--loss_type", "aot", "--use_weighting"], "belong to no one pair"),
     (["--loss_type", "simpo", "--reference_free"], "read no reference"),
     (["--loss_type", "simpo", "--ref_model_name_or_path", "x"], "a loss that reads a reference"),
     (["--loss_weights", "1", "2"], "2 weights for 1"),

@@ -1,4 +1,4 @@
-"""The golden loss cases: sound in themselves, reproducible, and met by losses.py; each known difference of TRL stated."""
+"""The golden loss cases: sound in themselves, reproducible, met by losses.py; each known difference of TRL stated."""
 
 import hashlib
 import importlib.util
@@ -57,7 +57,8 @@ def schema_errors(value, schema: dict, defs: dict, where: str = "") -> list[str]
         return [f"{where}: {type(value).__name__} is not a {schema['type']}"]
     if isinstance(value, list):
         short = [f"{where}: too short"] if len(value) < schema.get("minItems", 0) else []
-        return short + [e for i, v in enumerate(value) for e in schema_errors(v, schema["items"], defs, f"{where}[{i}]")]
+        items = ((v, f"{where}[{i}]") for i, v in enumerate(value))
+        return short + [e for v, place in items for e in schema_errors(v, schema["items"], defs, place)]
     if not isinstance(value, dict):
         return [f"{where}: {value} too small"] if "minimum" in schema and value < schema["minimum"] else []
     return object_errors(value, schema, defs, where)

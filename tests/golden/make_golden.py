@@ -404,8 +404,8 @@ def start_value(name, p, inputs):
     return nearest(forms[name]()) if name in forms else None
 
 
-# Inputs. Log-probs are multiples of 1/64 (except in "decimal"), so they are the same numbers in float32. Outside "tie"
-# no two pairs have the same log-ratio: the gradient of a loss that sorts them would depend on the order among equals.
+# Inputs. Log-probs (except in "decimal") are the same numbers in float32, most are multiples of 1/64. Outside "tie" no
+# two pairs have the same log-ratio: the gradient of a loss that sorts them would depend on the order among equals.
 
 
 def batch(policy_w, ref_w, policy_l, ref_l, n_w, n_l, rating_w, rating_l):
@@ -468,11 +468,11 @@ SETS = {
         [10.0, 9.0, 8.0, 7.0, 10.0, 6.0],
         [0.0, 8.5, 1.0, 5.0, 0.0, 5.75],
     ),
-    # for losses of the policy alone: near-certain and unlikely completions, mean log-prob from -2^-20 to -20
+    # for losses of the policy alone: mean log-probs from -20 to about -2^-36, whose 1 - P float64 sees only via expm1
     "certain": batch(
-        [-0.00000095367431640625, -640.0, -0.0625, -500.0, -1.0],
+        [-(2.0**-20), -640.0, -0.0625, -500.0, -1.0],
         None,
-        [-900.0, -0.00390625, -0.0625, -20.0, -0.00000095367431640625],
+        [-900.0, -0.00390625, -0.0625, -20.0, -(2.0**-36) - 2.0**-56],
         None,
         [1, 32, 64, 25, 1],
         [45, 4, 64, 1, 1],
