@@ -168,7 +168,11 @@ def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
 
 
 def compile_template(source: str) -> jinja2.Template:
-    """A chat template in jinja's immutable sandbox, with what transformers offers to templates. Raises DataError."""
+    """A chat template in jinja's immutable sandbox, with what transformers offers to templates. Raises DataError.
+
+    strftime_now is the clock: where a template prints the date (Llama 3.2 does, unless a row's chat_template_kwargs give
+    date_string), tokens depend on the day of tokenization, as they do in TRL.
+    """
     if tuple(map(int, re.findall(r"\d+", jinja2.__version__)[:3])) < (3, 1, 6):
         raise DataError(f"jinja2 {jinja2.__version__} has known sandbox escapes; pip install -U 'jinja2>=3.1.6'")
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -348,14 +352,17 @@ class Tokenizer:
             raise DataError(f"the chat template refused the conversation: {error or type(error).__name__}") from None
 
     def save(self, directory: str | Path):
-        """Copies the tokenizer's files byte for byte; a template that the user chose is written beside them."""
+        """Copies the tokenizer's files byte for byte; templates that the user chose take the place of its own."""
+        chosen = {} if self.chat_template is None else self.templates
         for path in tokenizer_files(self.directory):
             target = Path(directory) / path.relative_to(self.directory)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if path.resolve() != target.resolve():
+            if target.resolve() != path.resolve() and not (chosen and path.suffix == ".jinja"):
+                target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
-        if self.templates != find_templates(self.directory):
-            (Path(directory) / "chat_template.jinja").write_text(self.templates["default"], "utf-8", newline="")
+        for name, source in chosen.items():
+            file = "chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja"
+            (Path(directory) / file).parent.mkdir(parents=True, exist_ok=True)
+            (Path(directory) / file).write_text(source, "utf-8", newline="")
 
 
 # From a row to a pair of token ids
@@ -699,7 +706,7 @@ def count_outcome(report: dict, place: str, outcome: Pair | DataError):
     if isinstance(outcome, Pair):
         names = ["kept", *outcome.flags]
     else:
-        names = [f"dropped: {outcome}" if isinstance(outcome, DroppedPair) else "bad"]
+        names = [f"dropped, as {outcome}" if isinstance(outcome, DroppedPair) else "bad"]
         if names == ["bad"] and len(report["bad_rows"]) < 100:
             report["bad_rows"].append(f"{place}: {outcome}")
     for name in names:
@@ -710,15 +717,15 @@ def count_outcome(report: dict, place: str, outcome: Pair | DataError):
 def describe(report: dict) -> list[str]:
     """What happened to the rows, as lines to be printed once: each kind with its count and one place."""
     explained = {
-        "bad": "skipped as unusable",
-        "unclean_prefix": "whose last prompt tokens change when a completion follows; the completion begins there",
+        "bad": "skipped, as unusable",
+        "unclean_prefix": "the prompt's last tokens change when a completion follows, which then begins there",
         "truncated": "truncated",
-        "same_after_truncation": "with chosen and rejected the same after truncation",
+        "same_after_truncation": "chosen and rejected are the same after truncation",
     }
     counts = report["counts"]
     lines = [f"{counts.get('kept', 0):,} pairs from {report['rows']:,} rows"]
     lines += [
-        f"{counts[name]:,} rows {explained.get(name, name)} (first: {report['first'][name]})"
+        f"{explained.get(name, name)}: {counts[name]:,} (first: {report['first'][name]})"
         for name in (*explained, *sorted(counts.keys() - explained.keys() - {"kept"}))
         if name in counts
     ]
@@ -823,8 +830,13 @@ def build_store(
     target = Path(cache_dir) / store_key(files, tokenizer.digest, tuple(options), on_bad_row)
     if target.exists():
         return PairStore.open(target)
-    Path(cache_dir).mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.part-", dir=cache_dir))
+    try:
+        Path(cache_dir).mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.part-", dir=cache_dir))
+    except OSError as error:
+        raise DataError(
+            f"{cache_dir}: cannot hold the token store ({error.strerror}); give another --cache_dir"
+        ) from None
     try:
         outcomes = tokenize_files(files, tokenizer, options, num_proc, progress)
         meta = write_pairs(scratch, outcomes, files, on_bad_row == "stop")

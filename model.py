@@ -15,6 +15,7 @@ Sizes: T tokens, N scored tokens, S spans, V vocabulary, C hidden, H heads, K kv
 
 import json
 import math
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -116,18 +117,14 @@ FAMILIES = {
 }
 
 # Keys of config.json that change nothing in a forward pass without dropout.
-HARMLESS = set("""
-    architectures model_type auto_map dtype torch_dtype transformers_version _name_or_path tokenizer_class
-    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id forced_eos_token_id
-    initializer_range use_cache pretraining_tp gradient_checkpointing is_decoder torchscript cache_implementation
-    attention_dropout hidden_dropout classifier_dropout resid_pdrop embd_pdrop attn_pdrop embedding_dropout mlp_dropout
-    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params
-    n_ctx max_sequence_length max_window_layers sliding_window_size _sliding_window_pattern reorder_and_upcast_attn
-    full_attn_mod interpolate_factor _attn_implementation _attn_implementation_autoset attn_implementation
-    output_attentions output_hidden_states return_dict use_return_dict id2label label2id num_labels problem_type
-    finetuning_task chunk_size_feed_forward prefix max_length min_length do_sample temperature top_k top_p typical_p
-    num_beams num_beam_groups num_return_sequences repetition_penalty length_penalty diversity_penalty
-    unsloth_version unsloth_fixed transformers.js_config""".split())
+HARMLESS = re.compile(r"""(?x) ^( architectures | model_type | auto_map | (torch_)?dtype | transformers_version
+    | _name_or_path | tokenizer_class | (bos|eos|pad|unk|sep|decoder_start|forced_eos)_token_id | initializer_range
+    | use_cache | cache_implementation | pretraining_tp | gradient_checkpointing | .*dropout | .*_pdrop | summary_.*
+    | task_specific_params | n_ctx | max_sequence_length | max_window_layers | sliding_window_size
+    | _sliding_window_pattern | reorder_and_upcast_attn | full_attn_mod | interpolate_factor | _?attn_implementation.*
+    | output_(attentions|hidden_states) | (use_)?return_dict | id2label | label2id | problem_type | is_decoder
+    | m(ax|in)_length | do_sample | temperature | top_[kp] | num_beams | repetition_penalty | unsloth_.*
+    | transformers\.js_config )$""")
 
 
 def read_config(raw: dict, max_length: Optional[int] = None) -> ModelConfig:
@@ -171,7 +168,7 @@ def read_keys(raw: dict, keys: dict) -> dict:
     """The keys that a family reads: its defaults, and what the file says over them (null is a value)."""
     known = COMMON | keys
     odd = {k: v for k, v in raw.items()
-           if k not in known and k not in HARMLESS and v not in (None, False, 0, "", [], {})}
+           if k not in known and not HARMLESS.match(k) and v not in (None, False, 0, "", [], {})}
     if odd:
         raise ValueError(f"config.json: {', '.join(f'{k} = {v!r}' for k, v in odd.items())}: not understood for "
                          f"model_type {raw['model_type']!r}, and it may change the model's numbers")
@@ -360,13 +357,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan, window: Optional[int], config:
         left = -1 if window is None else window - 1
         return varlen_attn(q, k, v, plan.cu_queries, plan.cu_keys, plan.max_queries, plan.max_keys,
                            scale=config.attention_scale, window_size=(left, 0), enable_gqa=True)
-    gather = lambda x, call: torch.cat([x[a:b] for a, b in call.keys]) if len(call.keys) > 1 else x[slice(*call.keys[0])]
     core = fused_attention
     if config.attn_softcap:
         from extras.softcap import softcapped_attention
 
         core = partial(softcapped_attention, cap=config.attn_softcap)
-    return torch.cat([core(q[c.start : c.end], gather(k, c), gather(v, c), c.mask, config.attention_scale) for c in plan])
+    out = []
+    for start, end, keys, mask in plan:
+        kept_k, kept_v = (torch.cat([x[a:b] for a, b in keys]) if len(keys) > 1 else x[slice(*keys[0])] for x in (k, v))
+        out.append(core(q[start:end], kept_k, kept_v, mask, config.attention_scale))
+    return torch.cat(out)
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], scale: float) -> Tensor:
@@ -617,7 +617,7 @@ class ChunkedLogps(torch.autograd.Function):
         terms = cast_terms(tensors, compute)
         out = [score_chunk(chunk_logits(terms, rows, softcap).to(wide), targets[rows])
                for rows in chunks(len(targets), len(terms[0][1]))]
-        out = [torch.cat(column) for column in zip(*out)] or [targets.new_zeros(0, dtype=wide)] * 5
+        out = [torch.cat(column) for column in zip(*out)]
         ctx.mark_non_differentiable(*out[1:])
         return tuple(out)
 
@@ -644,8 +644,9 @@ def cast_terms(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> list[tuple[Te
 
 
 def chunks(count: int, vocab_size: int) -> Iterator[slice]:
+    """At least one, though it be empty: a stream without scored tokens has empty log-probs and zero gradients."""
     size = max(16, HEAD_CHUNK // vocab_size)
-    return (slice(i, min(i + size, count)) for i in range(0, count, size))
+    return (slice(i, min(i + size, count)) for i in range(0, max(count, 1), size))
 
 
 def chunk_logits(terms: list[tuple[Tensor, Tensor]], rows: slice, softcap: Optional[float]) -> Tensor:  # (n, V)

@@ -25,6 +25,7 @@ MODULES = {
         "model.layers.*.self_attn.o_proj": "gpt_neox.layers.*.attention.dense",
         "model.layers.*.mlp.up_proj": "gpt_neox.layers.*.mlp.dense_h_to_4h",
         "model.layers.*.mlp.down_proj": "gpt_neox.layers.*.mlp.dense_4h_to_h"}}
+OLDER = {"embed_out": "lm_head"}  # how files of GPT-NeoX still name what transformers 5 calls lm_head
 TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # GPT-2 keeps (in, out)
 CONSTANTS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$")  # causal masks in old files
 PREFIXES = {"model.language_model.": "model.", "language_model.": ""}  # "language_model.model.layers", as LLaVA's
@@ -67,7 +68,7 @@ def rename(name: str, names: dict[str, str]) -> str:
 
 def other_places(names: Iterable[str], family: str, moe: Optional[dict]) -> dict[str, tuple]:
     """{tensor name in the files: (our parameter, index into it, transposed)}; constants are left out."""
-    back = {"embed_out": "lm_head"} | {theirs: ours for ours, theirs in MODULES.get(family, {}).items()}  # GPT-NeoX's head
+    back = {theirs: ours for ours, theirs in MODULES.get(family, {}).items()} | OLDER
     places = {}
     for name in names:
         if CONSTANTS.search(name):

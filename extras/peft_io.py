@@ -86,6 +86,6 @@ def check_settings(config: dict, model: nn.Module, directory: Path) -> None:
     if missing:
         raise ValueError(f"{directory / 'adapter_config.json'}: {', '.join(missing)}: missing")
     scaling = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
-    for name, module in lora_modules(model).items():
+    for module in lora_modules(model).values():
         if not math.isclose(module.scaling, scaling):
             raise ValueError(f"{directory}: its LoRA is scaled by {scaling:g}, this one by {module.scaling:g}")

@@ -9,7 +9,7 @@ QUERY_CHUNK = 512  # queries whose scores are held at once
 
 
 def softcapped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], scale: float, cap: float) -> Tensor:
-    """softmax(cap * tanh(q k^T scale / cap)) v; q (n, H, D), k and v (keys, K, D), mask (n, keys) or None for causal."""
+    """softmax(cap * tanh(q k^T scale / cap)) v; q (n, H, D), k and v (keys, K, D), mask (n, keys), None for causal."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, 1).transpose(0, 1) for x in (k, v))  # (H, keys, D)
     if mask is None:

@@ -127,8 +127,6 @@ def ours(case: dict, dtype: torch.dtype = torch.float64):
     import losses
 
     params, inputs = case["params"], tensors(case, dtype)
-    if params.get("sft_average") == "sum":
-        raise LookupError("the summed NLL of CPO's paper is not offered")
     wide = torch.promote_types(dtype, torch.float32)
     options = OPTIONS | params | {"loss_type": loss_names(case), "loss_weights": case["loss_weights"]}
     x, weights = (our_token_pairs if at_token_level(case) else our_pairs)(losses, inputs, params, wide)

@@ -284,6 +284,16 @@ def test_special_tokens_named_only_by_the_configuration_are_single_tokens_as_in_
         assert ours.render(chat) == theirs.apply_chat_template(chat, tokenize=False), config
 
 
+def test_padding_and_truncation_left_in_tokenizer_json_are_off(tokenizer, tmp_path):
+    directory = write_tokenizer(tmp_path)
+    backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    backend.enable_truncation(4)
+    backend.enable_padding(length=16)
+    backend.save(str(directory / "tokenizer.json"))
+    texts = ["a", "a long text"]
+    assert data.Tokenizer.load(directory).encode_batch(texts) == tokenizer.encode_batch(texts)
+
+
 # Chat templates
 
 
@@ -393,14 +403,22 @@ def test_a_chosen_template_is_a_text_a_file_a_name_or_a_directory(tmp_path):
     directory = write_tokenizer(tmp_path / "t", named)
     (tmp_path / "my.jinja").write_text("F")
     other = write_tokenizer(tmp_path / "o", "O")
+    (other / "additional_chat_templates").mkdir()
+    (other / "additional_chat_templates" / "tool_use.jinja").write_text("T")
+    (other / "chat_template.jinja").write_text("O")
     choices = {"{{ 'x' }}": "x", str(tmp_path / "my.jinja"): "F", "short": "S", str(other): "O"}
     digests = set()
     for choice, expected in choices.items():
         tokenizer = data.Tokenizer.load(directory, chat_template=choice)
         assert tokenizer.render([say("user", "u")]) == expected
         digests.add(tokenizer.digest)
-        tokenizer.save(tmp_path / "saved")
-        assert data.Tokenizer.load(tmp_path / "saved").render([say("user", "u")]) == expected
+        saved = tmp_path / f"saved{len(digests)}"
+        tokenizer.save(saved)
+        assert data.Tokenizer.load(saved).render([say("user", "u")]) == expected
+        assert data.Tokenizer.load(saved).templates == tokenizer.templates
+    tokenizer = data.Tokenizer.load(other, chat_template="{{ 'x' }}")
+    tokenizer.save(tmp_path / "over")
+    assert data.Tokenizer.load(tmp_path / "over").render([say("user", "u")], tools=[TOOL]) == "x"
     assert len(digests) == len(choices)
     with pytest.raises(data.DataError, match="neither a file, nor a template, nor one of"):
         data.Tokenizer.load(directory, chat_template="nowhere.jinja")
@@ -679,7 +697,7 @@ def test_no_rows_and_no_pair_left_are_errors(tokenizer, tmp_path):
             with pytest.raises(data.DataError, match="no rows"):
                 build(tmp_path / name, tokenizer, tmp_path / "cache", mode)
     path = write_rows(tmp_path / "bad.jsonl", [row(chosen=""), row("long prompt")])
-    with pytest.raises(data.DataError, match="no pair is left.*1 rows skipped.*1 rows dropped"):
+    with pytest.raises(data.DataError, match="no pair is left.*skipped, as unusable: 1 .*dropped, as the prompt alone"):
         build(path, tokenizer, tmp_path / "cache", "skip", max_length=3)
     assert not list((tmp_path / "cache").iterdir())
 
@@ -749,7 +767,10 @@ def test_a_completion_begins_where_the_tokens_part_and_such_rows_are_counted(tmp
     )
     assert store.report["counts"] == {"kept": 2, "unclean_prefix": 1}
     assert store.report["first"]["unclean_prefix"].endswith("r.jsonl:2")
-    assert any("1 rows whose last prompt tokens change" in line for line in data.describe(store.report))
+    assert any(
+        "last tokens change when a completion follows, which then begins there: 1 (" in line
+        for line in data.describe(store.report)
+    )
 
 
 def test_text_completions_end_with_one_eos_and_chats_with_their_templates_own(tokenizer):
@@ -854,11 +875,11 @@ def test_prompt_and_completion_limits_cut_as_trl_018_does():
 def test_a_pair_that_truncation_empties_is_dropped_and_counted(tokenizer, tmp_path):
     path = write_rows(tmp_path / "r.jsonl", [row("abc", "x", "y"), row("a", "x", "y"), row("ab", "xz", "xy")])
     store = build(path, tokenizer, tmp_path, max_length=4)
-    assert store.report["counts"] == {"kept": 2, "dropped: the prompt alone fills max_length": 1,
+    assert store.report["counts"] == {"kept": 2, "dropped, as the prompt alone fills max_length": 1,
                                       "truncated": 1, "same_after_truncation": 1}  # fmt: skip
     lines = data.describe(store.report)
     assert lines[0] == "2 pairs from 3 rows"
-    assert any(f"1 rows dropped: the prompt alone fills max_length (first: {path}:1)" in line for line in lines)
+    assert any(line == f"dropped, as the prompt alone fills max_length: 1 (first: {path}:1)" for line in lines)
     with pytest.raises(data.DroppedPair, match="nothing to score"):
         data.tokenize_pair(row(), tokenizer, data.DataOptions(max_length=1, truncation_mode="keep_end"))
 
@@ -1019,6 +1040,12 @@ def test_worker_processes_give_the_same_store(tmp_path):
     alone = build(path, tokenizer, tmp_path / "one", "skip")
     several = build(path, tokenizer, tmp_path / "two", "skip", num_proc=2)
     assert several.digest == alone.digest and several.report == alone.report
+
+
+def test_a_place_that_cannot_hold_the_store_is_named(tokenizer, tmp_path):
+    path = write_rows(tmp_path / "r.jsonl", [row()])
+    with pytest.raises(data.DataError, match="cannot hold the token store.*--cache_dir"):
+        build(path, tokenizer, path)
 
 
 def test_progress_counts_the_rows(tokenizer, tmp_path):
@@ -1187,7 +1214,7 @@ def test_the_viewer_shows_pairs_through_the_mask_and_counts_tokens(tokenizer, tm
     assert "2 pairs; mean tokens: prompt 3.0, chosen 4.5, rejected 3.0" in done.stdout
     assert "36 tokens as two padded sequences" in done.stdout and "27 tokens as two sequences" in done.stdout
     assert "21 tokens as a stream: 22.2% less by sharing, 41.7% less in all" in done.stdout
-    assert "1 rows dropped: the prompt alone fills max_length" in done.stdout
+    assert "dropped, as the prompt alone fills max_length: 1 (first" in done.stdout
 
 
 def test_the_viewer_ends_with_2_and_one_message_on_bad_data(tokenizer, tmp_path, capsys):

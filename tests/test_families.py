@@ -1,0 +1,597 @@
+"""Every family beside stock transformers, on random tiny checkpoints: values, gradients, files; and real index files."""
+
+import json
+import lzma
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_model import (
+    CORE,
+    LLAMA,
+    assert_same_gradients,
+    completion_positions,
+    gradients,
+    make,
+    padded,
+    random_pairs,
+    randomize_lora,
+    stream,
+    write,
+)
+
+import model as models
+
+transformers = pytest.importorskip("transformers", reason="needs transformers")
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+SIZES = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+EXPERTS = SIZES | dict(num_experts=5, num_experts_per_tok=2)
+NARROW = SIZES | dict(head_dim=12)
+SLIDING, FULL = "sliding_attention", "full_attention"
+LONG = dict(rope_type="longrope", rope_theta=1e4, partial_rotary_factor=0.75, short_factor=[1.0, 1.3, 1.7],
+            long_factor=[2.0, 5.0, 9.0])
+YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16)
+
+# name -> (model_type, configuration); windows of 5 and 6 are crossed by the pairs below
+CASES = {
+    "llama": ("llama", SIZES | dict(attention_bias=True, mlp_bias=True)),
+    "llama linear": ("llama", SIZES | dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0))),
+    "llama 3": ("llama", SIZES | dict(rope_parameters=dict(
+        rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=32))),
+    "llama dynamic": ("llama", SIZES | dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0))),
+    "llama yarn": ("llama", SIZES | dict(rope_parameters=YARN)),
+    "qwen2 yarn": ("qwen2", SIZES | dict(rope_parameters=YARN | dict(
+        beta_fast=4.0, beta_slow=0.5, mscale=0.7, mscale_all_dim=1.2, truncate=False))),
+    "mistral": ("mistral", NARROW | dict(sliding_window=5)),
+    "qwen2": ("qwen2", SIZES | dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)),
+    "qwen3": ("qwen3", NARROW | dict(attention_bias=True)),
+    "gemma": ("gemma", NARROW),
+    "gemma2": ("gemma2", NARROW | dict(sliding_window=5, query_pre_attn_scalar=20, attn_logit_softcapping=3.0,
+                                       final_logit_softcapping=2.0)),
+    "gemma3": ("gemma3_text", NARROW | dict(
+        sliding_window=5, layer_types=[SLIDING, FULL, SLIDING], query_pre_attn_scalar=20, rope_parameters={
+            FULL: dict(rope_type="linear", rope_theta=1e6, factor=8.0), SLIDING: dict(rope_type="default", rope_theta=1e4)})),
+    "phi3": ("phi3", SIZES | dict(sliding_window=5)),
+    "phi3 longrope": ("phi3", SIZES | dict(rope_parameters=LONG, original_max_position_embeddings=32)),
+    "olmo2": ("olmo2", SIZES),
+    "smollm3": ("smollm3", SIZES | dict(no_rope_layer_interval=2)),
+    "granite": ("granite", SIZES | dict(embedding_multiplier=3.0, attention_multiplier=0.2, residual_multiplier=0.5,
+                                        logits_scaling=2.0)),
+    "gpt2": ("gpt2", dict(vocab_size=61, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)),
+    "pythia": ("gpt_neox", {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}),
+    "pythia sequential": ("gpt_neox", {k: v for k, v in SIZES.items() if k != "num_key_value_heads"} | dict(
+        use_parallel_residual=False, attention_bias=False, rope_parameters=dict(
+            rope_type="default", rope_theta=1e4, partial_rotary_factor=1.0))),
+    "mixtral": ("mixtral", SIZES | dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=5)),
+    "qwen2_moe": ("qwen2_moe", EXPERTS | dict(moe_intermediate_size=16, shared_expert_intermediate_size=24,
+                                              mlp_only_layers=[1])),
+    "qwen3_moe": ("qwen3_moe", EXPERTS | dict(moe_intermediate_size=16, norm_topk_prob=True, head_dim=12)),
+    "olmoe": ("olmoe", EXPERTS),
+}
+SPARSE = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"]
+SOFTCAPPED = ("gemma2",)
+PAIRS = random_pairs([(7, 5, 9), (1, 1, 12), (9, 6, 2)])
+
+
+def random_model(name: str):
+    """transformers' model of a case, every parameter random: norms and biases too."""
+    family, config = CASES[name]
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **config)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager" if name in SOFTCAPPED else None)
+    with torch.no_grad():
+        for p in model.parameters():
+            scale = p.shape[-1] ** -0.5 if p.dim() > 1 else 0.2
+            p.copy_(torch.randn_like(p) * scale + (p if p.dim() == 1 else 0))
+    return model.float().eval()
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory):
+    """(name, transformers' model, its checkpoint as stock save_pretrained writes it)."""
+    directory = tmp_path_factory.mktemp(request.param.replace(" ", "_"))
+    theirs = random_model(request.param)
+    theirs.save_pretrained(directory)
+    return request.param, theirs, directory
+
+
+@pytest.fixture(scope="module", params=SPARSE)
+def sparse(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp(request.param)
+    theirs = random_model(request.param)
+    theirs.save_pretrained(directory)
+    return request.param, theirs, directory
+
+
+def their_logits(theirs, pairs=PAIRS, **options) -> torch.Tensor:
+    """Logits that predict the scored tokens, from two padded sequences per pair, and the whole output."""
+    ids, mask = padded(pairs)
+    out = theirs(ids, attention_mask=mask, **options)
+    rows, columns = map(list, zip(*completion_positions(pairs)))
+    return out.logits[rows, columns], out
+
+
+def our_logits(ours, pairs=PAIRS) -> torch.Tensor:
+    input_ids, position_ids, spans, score, _ = stream(pairs)
+    return ours.logits(input_ids, position_ids, spans)[score]
+
+
+def in_files(ours, named: dict) -> dict:
+    """Tensors by our parameter names, cut and named as the model's files are."""
+    return {theirs: place.view(named[place.name]) for theirs, place in ours.layout.items()}
+
+
+def their_gradients(theirs, loss, names) -> dict:
+    """By the names of the files: one expert's share of a stacked gradient, and GPT-NeoX's older name of the head."""
+    stacked = gradients(theirs, loss)
+    found = {}
+    for name in names:
+        plain = name.replace("embed_out", "lm_head").replace("block_sparse_moe", "mlp")
+        if plain in stacked:
+            found[name] = stacked[plain]
+            continue
+        layer, rest = plain.split(".experts.")
+        number, matrix, _ = rest.split(".")
+        down = matrix in ("w2", "down_proj")
+        whole = stacked[f"{layer}.experts.{'down_proj' if down else 'gate_up_proj'}"][int(number)]
+        found[name] = whole if down else whole.chunk(2)[matrix in ("w3", "up_proj")]
+    return found
+
+
+# 1. Values, gradients, files
+
+
+def test_logits_equal_transformers(case):
+    name, theirs, directory = case
+    with torch.no_grad():
+        difference = our_logits(models.load_model(directory)) - their_logits(theirs)[0]
+    assert difference.abs().max() < (2e-4 if name in SOFTCAPPED else 1e-5)
+
+
+def test_gradients_equal_transformers(case):
+    """Of every parameter, of randomly weighted log-probs of the completions."""
+    name, theirs, directory = case
+    ours = models.load_model(directory)
+    batch = stream(PAIRS)
+    weights = torch.randn(len(batch[4]))
+    log_p = their_logits(theirs)[0].log_softmax(-1).gather(-1, batch[4][:, None])[:, 0]
+    expected = their_gradients(theirs, (log_p * weights).sum(), ours.layout)
+    got = in_files(ours, gradients(ours, (ours(*batch).logps * weights).sum()))
+    assert got.keys() == expected.keys()
+    for n, g in expected.items():
+        assert (got[n] - g).norm() <= 1e-4 * g.norm() + 1e-6, n
+    assert sum(g.norm() > 0 for g in expected.values()) > 0.7 * len(expected)  # experts that got no token have none
+
+
+def test_bf16_autocast_is_as_near_to_float32_as_transformers_is(case):
+    name, theirs, directory = case
+    ours = models.load_model(directory)
+    with torch.no_grad():
+        exact = their_logits(theirs)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            peer, own = their_logits(theirs)[0].float(), our_logits(ours).float()
+            logps = ours(*stream(PAIRS)).logps
+    error = lambda x: (x - exact).pow(2).mean().sqrt().item()
+    # a token near the border of two experts may go to the other one, in either implementation
+    assert error(own) < (3 if name in SPARSE else 1.5) * error(peer) + 1e-3
+    dense = own.log_softmax(-1).gather(-1, stream(PAIRS)[4][:, None])[:, 0]
+    assert (logps - dense).abs().max() < 0.2 and logps.dtype == torch.float32
+
+
+def test_files_come_back_byte_for_byte(case, tmp_path):
+    """load -> save: the same names, shapes and bytes; transformers reads the same model; so do we."""
+    name, theirs, directory = case
+    models.save_model(models.load_model(directory), tmp_path)
+    before, after = (load_file(d / "model.safetensors") for d in (directory, tmp_path))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads((directory / "config.json").read_text())
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=theirs.config._attn_implementation)
+    with torch.no_grad():
+        assert torch.equal(their_logits(again.eval())[0], their_logits(theirs)[0])
+
+
+def test_trained_weights_reach_transformers(case, tmp_path):
+    """The way out is not only the way in backwards: after a step, transformers computes what we compute."""
+    name, theirs, directory = case
+    ours = models.load_model(directory)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in ours.parameters():
+            p += torch.randn_like(p) * 0.02
+        models.save_model(ours, tmp_path)
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=theirs.config._attn_implementation)
+        difference = our_logits(ours) - their_logits(again.eval())[0]
+    assert difference.abs().max() < (2e-4 if name in SOFTCAPPED else 2e-5)
+
+
+def test_stream_equals_unshared_and_checkpointed(case):
+    """float64, values and gradients: sharing the prompt and recomputing blocks change nothing."""
+    name, _, directory = case
+    model = models.load_model(directory, torch.float64)
+    weights = torch.randn(len(stream(PAIRS)[4]), dtype=torch.float64)
+
+    def run(shared):
+        logps = model(*stream(PAIRS, shared)).logps
+        return logps, gradients(model, (logps * weights).sum())
+
+    expected, expected_gradients = run(False)
+    for checkpointing in (False, True):
+        model.model.gradient_checkpointing = checkpointing
+        logps, got = run(True)
+        assert (logps - expected).abs().max() < 1e-10
+        assert_same_gradients(got, expected_gradients, 1e-10)
+
+
+# Both generations of config.json
+
+
+def older(raw: dict) -> dict:
+    """A config.json of transformers 5 as transformers 4 wrote it."""
+    raw = dict(raw, torch_dtype=raw["dtype"])
+    del raw["dtype"]
+    rope = raw.pop("rope_parameters", None)
+    if rope is None:
+        return raw
+    if FULL in rope:  # Gemma 3
+        raw["rope_local_base_freq"] = rope[SLIDING]["rope_theta"]
+        rope = rope[FULL]
+    rope = dict(rope)
+    theta, fraction = rope.pop("rope_theta"), rope.pop("partial_rotary_factor", None)
+    if raw["model_type"] == "gpt_neox":
+        raw |= dict(rotary_emb_base=theta, rotary_pct=fraction)
+    else:
+        raw |= dict(rope_theta=theta) | ({} if fraction is None else dict(partial_rotary_factor=fraction))
+    kind = rope.pop("rope_type")
+    raw["rope_scaling"] = None if kind == "default" else dict(rope, type=kind)
+    return raw
+
+
+def test_older_files_mean_the_same(case):
+    """`rope_theta` + `rope_scaling` for `rope_parameters`, `torch_dtype` for `dtype`; no `layer_types` where they follow."""
+    name, theirs, directory = case
+    new = json.loads((directory / "config.json").read_text())
+    assert "dtype" in new and ("rope_parameters" in new) == (name != "gpt2")
+    assert models.read_config(older(new)) == models.read_config(new)
+    if name not in ("gemma3",):
+        without = {k: v for k, v in older(new).items() if k not in ("layer_types", "no_rope_layers")}
+        assert models.read_config(without) == models.read_config(new)
+
+
+# Configurations as published (those parts that matter), which must be read without complaint.
+PUBLISHED = {
+    "Llama-2-7b": dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008,
+                       num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, rms_norm_eps=1e-5,
+                       max_position_embeddings=4096, hidden_act="silu", pretraining_tp=1, rope_scaling=None,
+                       tie_word_embeddings=False, use_cache=True, torch_dtype="float16", transformers_version="4.31.0"),
+    "gemma-2-2b-it": dict(model_type="gemma2", vocab_size=256000, hidden_size=2304, intermediate_size=9216,
+                          num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4, head_dim=256,
+                          hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh", rms_norm_eps=1e-6,
+                          max_position_embeddings=8192, attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
+                          query_pre_attn_scalar=256, sliding_window=4096, cache_implementation="hybrid",
+                          rope_theta=10000.0, attention_bias=False, attention_dropout=0.0),
+    "gemma-3-1b-it": dict(model_type="gemma3_text", vocab_size=262144, hidden_size=1152, intermediate_size=6912,
+                          num_hidden_layers=26, num_attention_heads=4, num_key_value_heads=1, head_dim=256,
+                          hidden_activation="gelu_pytorch_tanh", rms_norm_eps=1e-6, max_position_embeddings=32768,
+                          attn_logit_softcapping=None, final_logit_softcapping=None, cache_implementation="hybrid",
+                          query_pre_attn_scalar=256, sliding_window=512, sliding_window_pattern=6,
+                          rope_theta=1000000, rope_local_base_freq=10000, rope_scaling=None),
+    "Phi-4-mini": dict(model_type="phi3", vocab_size=200064, hidden_size=3072, intermediate_size=8192,
+                       num_hidden_layers=32, num_attention_heads=24, num_key_value_heads=8, rms_norm_eps=1e-5,
+                       max_position_embeddings=131072, original_max_position_embeddings=4096, hidden_act="silu",
+                       partial_rotary_factor=0.75, rope_theta=10000.0, sliding_window=262144, embd_pdrop=0.0,
+                       rope_scaling=dict(type="longrope", long_factor=[1.5] * 48, short_factor=[1.0] * 48),
+                       full_attn_mod=1, interpolate_factor=1, lm_head_bias=False, mlp_bias=False, attention_bias=False,
+                       tie_word_embeddings=True, auto_map={"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}),
+    "pythia-70m": dict(model_type="gpt_neox", vocab_size=50304, hidden_size=512, intermediate_size=2048,
+                       num_hidden_layers=6, num_attention_heads=8, hidden_act="gelu", layer_norm_eps=1e-5,
+                       max_position_embeddings=2048, rotary_pct=0.25, rotary_emb_base=10000,
+                       use_parallel_residual=True, tie_word_embeddings=False),
+    "gpt2": dict(model_type="gpt2", vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_positions=1024, n_ctx=1024,
+                 activation_function="gelu_new", layer_norm_epsilon=1e-5, attn_pdrop=0.1, embd_pdrop=0.1,
+                 resid_pdrop=0.1, summary_type="cls_index", summary_proj_to_labels=True, summary_use_proj=True,
+                 summary_first_dropout=0.1, task_specific_params={"text-generation": {"max_length": 50}}),
+    "Qwen3-30B-A3B": dict(model_type="qwen3_moe", vocab_size=151936, hidden_size=2048, intermediate_size=6144,
+                          num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
+                          hidden_act="silu", rms_norm_eps=1e-6, max_position_embeddings=40960, max_window_layers=48,
+                          decoder_sparse_step=1, mlp_only_layers=[], moe_intermediate_size=768, norm_topk_prob=True,
+                          num_experts=128, num_experts_per_tok=8, output_router_logits=False, rope_scaling=None,
+                          rope_theta=1000000.0, router_aux_loss_coef=0.001, sliding_window=None,
+                          use_sliding_window=False, attention_bias=False),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_are_read_as_transformers_reads_them(name, tmp_path):
+    raw = PUBLISHED[name]
+    config = models.read_config(raw)
+    theirs = transformers.AutoConfig.for_model(**{k: v for k, v in raw.items() if k != "auto_map"})
+    types = getattr(theirs, "layer_types", None) or [SLIDING if getattr(theirs, "sliding_window", None) else FULL] * config.num_hidden_layers
+    assert [w is not None for w in config.windows] == [t == SLIDING for t in types]
+    assert config.tie_word_embeddings == theirs.tie_word_embeddings
+    assert config.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+
+
+def test_gemma1_gelu_means_its_tanh_form():
+    assert models.read_config(LLAMA | dict(model_type="gemma", hidden_act="gelu")).hidden_act == "gelu_pytorch_tanh"
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(model_type="olmoe", num_experts=4, num_experts_per_tok=2, clip_qkv=8.0), "clip_qkv = 8.0: not understood"),
+    (dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.1), "router_jitter_noise"),
+    (dict(model_type="gpt2", scale_attn_weights=False), "scale_attn_weights = False is not supported"),
+    (dict(model_type="gpt2", scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx = True: not understood"),
+    (dict(model_type="gemma2", use_bidirectional_attention=True), "use_bidirectional_attention = True"),
+    (dict(model_type="gemma3_text", attn_logit_softcapping=50.0), "attn_logit_softcapping = 50.0: not understood"),
+    (dict(model_type="phi3", rope_scaling=dict(LONG, short_factor=[1.0])), "longrope has 1 factors for 3 rotated pairs"),
+    (dict(model_type="phi3", rope_scaling=dict(type="longrope", long_factor=[1.0] * 4)), "'longrope' needs 'short_factor'"),
+    (dict(rope_scaling=dict(type="yarn")), "rope_type 'yarn' needs 'factor'"),
+])
+def test_options_that_transformers_would_compute_otherwise_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        models.read_config(LLAMA | change)
+
+
+# Long contexts
+
+
+@pytest.mark.parametrize("max_length, pairs", [(32, [(10, 20, 9)]), (60, [(20, 30, 20)])])
+def test_longrope_is_chosen_once_by_max_length(max_length, pairs, tmp_path):
+    """Within the pretraining length the short frequencies, beyond it the long ones, as transformers has for such a batch."""
+    theirs = random_model("phi3 longrope")
+    theirs.save_pretrained(tmp_path)
+    pairs = random_pairs(pairs)
+    with torch.no_grad():
+        expected = their_logits(theirs, pairs)[0]
+        got = our_logits(models.load_model(tmp_path, max_length=max_length), pairs)
+        other = our_logits(models.load_model(tmp_path, max_length=92 - max_length), pairs)
+    assert (got - expected).abs().max() < 1e-5 < 1e-2 < (other - expected).abs().max()
+
+
+def test_lengths_that_the_positions_do_not_reach_are_refused():
+    def config(name, max_length=None):
+        return models.read_config(random_model(name).config.to_dict(), max_length)
+
+    for name, limit in {"phi3 longrope": 32, "gpt2": 64, "llama dynamic": 64}.items():
+        models.check_length(config(name), limit)
+        with pytest.raises(ValueError, match=f"a sequence of {limit + 1} tokens"):
+            models.check_length(config(name), limit + 1)
+    models.check_length(config("phi3 longrope", max_length=60), 10**6)
+
+
+# 2. Real files
+
+
+INDEX = {"gemma-2b": None, "llama3.2-3b": None, "mixtral-8x22b": None, "phi3-mini": None, "qwen2.5-14b-cogito": None,
+         "llama3.1-8b": "quantized .bitsandbytes.", "llava-1.5-7b": "'llava' reads images",
+         "qwen2.5-vl-7b": "'qwen2_5_vl' reads images"}
+
+
+@pytest.mark.parametrize("name", INDEX)
+def test_real_index_files_name_every_parameter_or_are_refused(name, shared):
+    read = lambda file: json.loads(lzma.open(shared / "index" / name / f"{file}.xz").read())
+    raw, names = read("config.json"), read("model.safetensors.index.json")["weight_map"]
+    if INDEX[name]:
+        with pytest.raises(ValueError, match=INDEX[name]):
+            models.read_config(raw)
+        return
+    config = models.read_config(raw)
+    with torch.device("meta"):
+        parameters = dict(models.Decoder(config).named_parameters())
+    places = models.find_places(names, config)
+    assert places.keys() == names.keys()
+    assert {p.name for p in places.values()} == parameters.keys()
+    covered = dict.fromkeys(parameters, 0)
+    for place in places.values():
+        covered[place.name] += place.view(parameters[place.name]).numel()
+    assert covered == {n: p.numel() for n, p in parameters.items()}
+
+
+def test_quantized_names_are_refused_even_where_the_config_is_silent(shared):
+    names = json.loads(lzma.open(shared / "index/llama3.1-8b/model.safetensors.index.json.xz").read())["weight_map"]
+    with pytest.raises(ValueError, match="quantized .it has model.layers.0.*SCB"):
+        models.find_places(names, models.read_config(LLAMA))
+
+
+# 3. Experts
+
+
+def test_auxiliary_loss_equals_transformers_on_padded_pairs(sparse):
+    """With the prompt shared, value and gradients of all parameters; gradient checkpointing keeps them."""
+    name, theirs, directory = sparse
+    ours = models.load_model(directory)
+    expected = their_logits(theirs, output_router_logits=True)[1].aux_loss
+    routers = [n for n in ours.layout if n.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight"))]
+    expected_gradients = their_gradients(theirs, expected, ours.layout)
+    assert len(routers) == sum(ours.config.moe["sparse"])
+    for checkpointing in (False, True):
+        ours.model.gradient_checkpointing = checkpointing
+        for shared in (True, False):
+            aux = ours(*stream(PAIRS, shared)).aux_loss
+            assert aux.shape == () and abs(aux.item() - expected.item()) < 1e-5
+            got = in_files(ours, gradients(ours, aux))
+            for n, g in expected_gradients.items():
+                assert (got[n] - g).abs().max() < 1e-5, n
+            assert all(got[n].abs().max() > 1e-4 for n in routers)
+
+
+def test_router_gradients_of_log_probs_and_auxiliary_loss_together(sparse):
+    """As training sees them: mean log-prob plus coefficient times auxiliary loss."""
+    name, theirs, directory = sparse
+    ours = models.load_model(directory)
+    batch = stream(PAIRS)
+    logits, out = their_logits(theirs, output_router_logits=True)
+    log_p = logits.log_softmax(-1).gather(-1, batch[4][:, None])[:, 0]
+    coefficient = ours.config.moe["router_aux_loss_coef"]
+    assert coefficient == theirs.config.router_aux_loss_coef
+    expected = their_gradients(theirs, log_p.mean() + 10 * coefficient * out.aux_loss, ours.layout)
+    got = ours(*batch)
+    got = in_files(ours, gradients(ours, got.logps.mean() + 10 * coefficient * got.aux_loss))
+    for n in expected:
+        if n.endswith(".gate.weight"):
+            assert (got[n] - expected[n]).abs().max() < 1e-5, n
+
+
+def test_a_token_weighs_as_many_as_the_sequences_that_hold_it():
+    from extras.moe import token_weights
+
+    _, _, spans, *_ = stream([([1, 2, 3], [4], [5, 6]), ([7], [8])])
+    assert token_weights(spans).tolist() == [2, 2, 2, 1, 1, 1, 1, 1]
+    assert token_weights(stream([([1, 2, 3], [4], [5, 6])], shared=False)[2]).tolist() == [1] * 9
+
+
+def test_dense_models_have_no_auxiliary_loss():
+    assert make(CORE["llama"])(*stream(PAIRS)).aux_loss is None
+
+
+def test_fused_and_single_expert_files_are_one_model(sparse, tmp_path):
+    """Each is saved as it was read, and transformers reads both."""
+    name, theirs, directory = sparse
+    single = models.load_model(directory)
+    assert sum(".experts." in n for n in single.layout) > sum(".experts." in n for n, _ in single.named_parameters())
+    state = {n: p.detach() for n, p in single.named_parameters()}
+    (tmp_path / "fused").mkdir()
+    save_file(state, tmp_path / "fused/model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "fused/config.json").write_text((directory / "config.json").read_text())
+    fused = models.load_model(tmp_path / "fused")
+    assert all(torch.equal(p, q) for p, q in zip(single.parameters(), fused.parameters(), strict=True))
+    models.save_model(fused, tmp_path / "again")
+    assert load_file(tmp_path / "again/model.safetensors").keys() == state.keys()
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    with torch.no_grad():
+        assert torch.equal(their_logits(again)[0], their_logits(theirs)[0])
+
+
+def test_a_missing_expert_is_named(sparse, tmp_path):
+    name, _, directory = sparse
+    state = load_file(directory / "model.safetensors")
+    gone = next(n for n in state if ".experts.1." in n)
+    del state[gone]
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((directory / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"missing parts of model.layers.\d.mlp.experts.(gate_up|down)_proj"):
+        models.load_model(tmp_path)
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 0, 9], [9, 0, 0, 0]])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_grouped_linear_gives_every_row_its_own_expert(counts, dtype, tolerance):
+    """bfloat16 goes through `grouped_mm`, the others through the loop; experts without a token included."""
+    from extras.moe import grouped_linear
+
+    torch.manual_seed(0)
+    x, w = torch.randn(9, 16, dtype=dtype, requires_grad=True), torch.randn(4, 8, 16, dtype=dtype, requires_grad=True)
+    out = grouped_linear(x, w, torch.tensor(counts))
+    expert = torch.arange(4).repeat_interleave(torch.tensor(counts))
+    wide_x, wide_w = (t.detach().double().requires_grad_() for t in (x, w))
+    exact = torch.einsum("ni,noi->no", wide_x, wide_w[expert])
+    scale = torch.randn(9, 8, dtype=torch.float64)
+    got = torch.autograd.grad((out * scale.to(dtype)).sum(), (x, w))
+    for a, b in zip((out, *got), (exact, *torch.autograd.grad((exact * scale).sum(), (wide_x, wide_w))), strict=True):
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+def test_no_expert_sees_a_token_that_was_not_sent_to_it(sparse):
+    from extras.moe import SparseMLP
+
+    ours = models.load_model(sparse[2])
+    layer = next(m for m in ours.modules() if isinstance(m, SparseMLP))
+    seen = []
+    layer.experts.register_forward_pre_hook(lambda m, args: seen.append((len(args[0]), args[1].tolist())))
+    layer(torch.randn(11, 32))
+    (rows, counts), = seen
+    assert rows == sum(counts) == 11 * ours.config.moe["per_token"]
+
+
+def test_lora_on_experts_is_refused_by_name(sparse):
+    ours = models.load_model(sparse[2])
+    for target in ("experts", "gate_up_proj", "gate", "w1"):
+        with pytest.raises(ValueError, match=f"--lora_target_modules {target}: .*LoRA on experts and their router"):
+            models.add_lora(ours, 2, 4, 0.0, [target])
+
+
+# Files with other names
+
+
+@pytest.mark.parametrize("old, new", [("model.", "language_model.model."), ("model.", "model.language_model.")])
+def test_prefixes_of_text_models_cut_out_of_larger_ones(old, new, tmp_path):
+    model = make(CORE["qwen2"], torch.float32)
+    write(model, tmp_path / "plain")
+    rename = lambda n: new + n.removeprefix(old) if n.startswith(old) else n
+    if new.startswith("language_model."):
+        rename = lambda n: "language_model." + n
+    state = {rename(n): p for n, p in load_file(tmp_path / "plain/model.safetensors").items()}
+    (tmp_path / "prefixed").mkdir()
+    save_file(state, tmp_path / "prefixed/model.safetensors")
+    (tmp_path / "prefixed/config.json").write_text((tmp_path / "plain/config.json").read_text())
+    loaded = models.load_model(tmp_path / "prefixed")
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), loaded.parameters(), strict=True))
+    models.save_model(loaded, tmp_path / "again")
+    assert load_file(tmp_path / "again/model.safetensors").keys() == state.keys()
+
+
+def test_original_gpt2_and_pythia_files(tmp_path):
+    """The first releases: GPT-2 without "transformer.", both with causal masks and frequencies as tensors."""
+    constants = {"gpt2": {"h.0.attn.bias": (1, 1, 64, 64), "h.0.attn.masked_bias": ()}, "pythia": {
+        "gpt_neox.layers.0.attention.bias": (1, 1, 64, 64), "gpt_neox.layers.0.attention.masked_bias": (),
+        "gpt_neox.layers.0.attention.rotary_emb.inv_freq": (1,)}}
+    for name, extra in constants.items():
+        theirs = random_model(name)
+        theirs.save_pretrained(tmp_path / name)
+        state = load_file(tmp_path / name / "model.safetensors")
+        state = {n.removeprefix("transformer."): p for n, p in state.items()}
+        save_file(state | {n: torch.ones(shape) for n, shape in extra.items()}, tmp_path / name / "model.safetensors")
+        ours = models.load_model(tmp_path / name)
+        with torch.no_grad():
+            assert (our_logits(ours) - their_logits(theirs)[0]).abs().max() < 1e-5
+        models.save_model(ours, tmp_path / (name + " again"))
+        assert load_file(tmp_path / (name + " again/model.safetensors")).keys() == state.keys()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "pythia", "qwen2_moe"])
+def test_models_made_from_nothing_are_saved_under_hugging_face_names(name, tmp_path):
+    theirs = random_model(name)
+    theirs.save_pretrained(tmp_path / "a")
+    model = models.Decoder(models.read_config(json.loads((tmp_path / "a/config.json").read_text())))
+    model.load_state_dict(models.load_model(tmp_path / "a").state_dict())
+    model.raw_config = json.loads((tmp_path / "a/config.json").read_text())
+    models.save_model(model, tmp_path / "b")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval()
+    with torch.no_grad():
+        assert torch.equal(their_logits(again)[0], their_logits(theirs)[0])
+
+
+@pytest.mark.parametrize("name, targets", [
+    ("gpt2", ["c_attn"]), ("gpt2", ["attn.c_proj", "lm_head"]), ("gpt2", ["all-linear"]), ("gpt2", ["wte"]),
+    ("pythia", ["query_key_value"]), ("pythia", ["all-linear"]), ("pythia", ["dense", "lm_head"]),
+    ("phi3", ["qkv_proj", "gate_up_proj"]), ("gemma3", ["all-linear"]), ("qwen2_moe", ["q_proj", "shared_expert.up_proj"])])
+def test_adapters_carry_the_names_of_the_familys_own_modules(name, targets, tmp_path):
+    peft = pytest.importorskip("peft", reason="needs peft")
+    random_model(name).save_pretrained(tmp_path / "base")
+    ours = models.load_model(tmp_path / "base")
+    models.add_lora(ours, 4, 8, 0.0, targets)
+    randomize_lora(ours)
+    models.save_adapter(ours, tmp_path / "a", dict(r=4, lora_alpha=8, lora_dropout=0.0, base_model_name_or_path="base"))
+    load = lambda: transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    theirs = peft.PeftModel.from_pretrained(load(), tmp_path / "a").eval()
+    with torch.no_grad():
+        assert (our_logits(ours) - their_logits(theirs)[0]).abs().max() < 2e-5
+        fresh = "all-linear" if targets == ["all-linear"] else targets
+        theirs = peft.get_peft_model(load(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=fresh)).eval()
+        randomize_lora(theirs)
+        theirs.save_pretrained(tmp_path / "b")
+        models.load_adapter(ours, tmp_path / "b")
+        assert (our_logits(ours) - their_logits(theirs)[0]).abs().max() < 2e-5
+
+
+def test_embedding_scale_is_rounded_to_the_weights_type():
+    """Gemma multiplies by sqrt(hidden_size) in bf16 where its weights are bf16."""
+    model = make(LLAMA | dict(model_type="gemma", hidden_size=48, num_attention_heads=4), torch.bfloat16)
+    ids = torch.arange(5)
+    factor = torch.tensor(math.sqrt(48), dtype=torch.bfloat16)
+    assert torch.equal(model.model.embed(ids, ids), model.model.embed_tokens(ids) * factor)
