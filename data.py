@@ -170,8 +170,8 @@ def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
 def compile_template(source: str) -> jinja2.Template:
     """A chat template in jinja's immutable sandbox, with what transformers offers to templates. Raises DataError.
 
-    strftime_now is the clock: where a template prints the date (Llama 3.2 does, unless a row's chat_template_kwargs give
-    date_string), tokens depend on the day of tokenization, as they do in TRL.
+    strftime_now is the clock: where a template prints the date (Llama 3.2's does, unless chat_template_kwargs give
+    date_string), tokens depend on the day of tokenization, as in TRL.
     """
     if tuple(map(int, re.findall(r"\d+", jinja2.__version__)[:3])) < (3, 1, 6):
         raise DataError(f"jinja2 {jinja2.__version__} has known sandbox escapes; pip install -U 'jinja2>=3.1.6'")

@@ -33,6 +33,7 @@ from typing import Callable, Iterator, NamedTuple, Optional
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ import losses
 import model as models
 
 HERE = Path(__file__).resolve().parent
+REF_BLOCK = 4096  # pairs between two writes of the reference cache
 
 
 # Configuration and command line
@@ -113,6 +115,8 @@ class DPOConfig:
     precompute_ref_log_probs: Optional[bool] = flag(None, "run the reference once, before training, and keep no copy; "
                                                     "unset does so unless the reference moves", "reference")
     ref_model_name_or_path: Optional[str] = flag(None, "another model as reference; unset is the model as it starts")
+    ref_model_dtype: Optional[str] = flag(None, "hold it in this type; bfloat16 halves its memory")
+    ref_model_device: Optional[str] = flag(None, "hold it there; cpu frees the GPU and is slow")
     sync_ref_model: bool = flag(False, "TR-DPO: move the reference towards the policy")
     ref_model_mixup_alpha: float = flag(0.6, "TR-DPO: share of the policy in the moved reference")
     ref_model_sync_steps: int = flag(512, "TR-DPO: steps between moves")
@@ -157,7 +161,8 @@ class DPOConfig:
 
 
 CHOICES = {
-    "dtype": ("float32", "bfloat16", "float64"), "truncation_mode": ("keep_start", "keep_end"),
+    "dtype": ("float32", "bfloat16", "float64"),
+    "ref_model_dtype": ("float32", "bfloat16", "float64"), "truncation_mode": ("keep_start", "keep_end"),
     "on_bad_row": ("stop", "skip"), "rpo_average": ("sequence", "token"), "sft_average": ("token", "sequence", "sum"),
     "ipo_average": ("token", "sum"), "odpo_margin": ("log", "raw"), "bco_delta": ("running", "first", "zero"),
     "lr_scheduler_type": ("linear", "cosine", "constant", "constant_with_warmup"),
@@ -206,7 +211,7 @@ def parse_value(name: str, value):
             value = cast(value)
         except (TypeError, ValueError):
             raise ValueError(f"--{name} {value}: a number is expected") from None
-    if name in CHOICES and value not in CHOICES[name]:
+    if value is not None and name in CHOICES and value not in CHOICES[name]:
         raise ValueError(f"--{name} {value}: one of {', '.join(CHOICES[name])} is expected")
     return value
 
@@ -379,10 +384,10 @@ def start_ranks(use_cpu: bool, timeout: int) -> Ranks:
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware."""
+    """Whether the device multiplies bfloat16 in hardware, faster than float32 (of CPUs, those with AMX)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.cpu._is_amx_tile_supported()
 
 
 def deal(pairs: np.ndarray, tokens: np.ndarray, world: int) -> list[np.ndarray]:
@@ -583,36 +588,53 @@ class DPOTrainer:
         elif ref_model is None and not self.precompute and not c.use_peft:
             self.ref_model = copy.deepcopy(self.model)
         if self.ref_model is not None:
-            self.ref_model.requires_grad_(False).eval().to(self.ranks.device)
+            dtype = None if c.ref_model_dtype is None else getattr(torch, c.ref_model_dtype)
+            self.ref_model.requires_grad_(False).eval().to(c.ref_model_device or self.ranks.device, dtype)
 
     def reference_forward(self, batch: data.Batch) -> Tensor:  # (B, 2, 2)
         """Live reference: a model of its own, or the policy without its adapters (before training: the policy)."""
-        with torch.no_grad(), self.autocast():
-            own = self.ref_model is not None
-            with nullcontext() if own else models.adapters_disabled(self.model):
-                out = (self.ref_model if own else self.model)(
-                    batch.input_ids, batch.position_ids, batch.spans, batch.score_index, batch.targets)
-            return split_sums(out.logps, batch.lengths)
+        model = self.model if self.ref_model is None else self.ref_model
+        there = batch.to(next(model.parameters()).device)
+        autocast = torch.autocast(there.input_ids.device.type, torch.bfloat16, enabled=self.bf16)
+        with torch.no_grad(), autocast, models.adapters_disabled(model):
+            out = model(there.input_ids, there.position_ids, there.spans, there.score_index, there.targets)
+            return split_sums(out.logps, there.lengths).to(batch.input_ids.device)
 
     def precompute_reference(self) -> None:
-        """Run the reference over the pairs this run will visit, once; the cache remembers them for later runs."""
+        """Run the reference over the pairs this run will visit, once, and remember them on disk, block by block.
+
+        Blocks are cut by pair number, so that a pass that was interrupted and resumed computes what a whole one does.
+        """
         visits = [(self.train_store, self.visited())] + [(self.eval_store, self.eval_pairs)] * (self.eval_store is not None)
         for store, wanted in visits:
             path = self.cache_dir / f"ref-{self.reference_key(store)}.safetensors"
-            sums = load_file(path)["ref"] if path.exists() else torch.full((len(store), 2, 2), torch.nan)
-            missing = wanted[torch.isnan(sums[wanted]).any(-1).any(-1).numpy()]
-            if len(missing):
-                found = self.run_reference(store, missing)
-                sums = torch.where(torch.isnan(found), sums, found)
-                if self.ranks.first:
-                    write_atomically(path, safetensors_bytes({"ref": sums}))
-                self.ranks.barrier()
+            sums = self.read_reference(path, len(store))
+            for block in np.split(wanted, np.flatnonzero(np.diff(wanted // REF_BLOCK)) + 1):
+                if sums[block].isnan().any():
+                    sums[block] = self.run_reference(store, block)
+                    if self.ranks.first:
+                        digest = {"sha256": hashlib.sha256(sums.numpy().data).hexdigest()}
+                        write_atomically(path, safetensors_bytes({"ref": sums}, digest))
             self.ref_sums[store.digest] = sums
-        if self.ref_model is not None:  # it has served
-            self.ref_model = None
+        self.ref_model = None  # it has served
 
-    def run_reference(self, store: data.PairStore, pairs: np.ndarray) -> Tensor:  # (n, 2, 2)
-        """Reference sums of `pairs`, shared out among the ranks; nan elsewhere."""
+    def read_reference(self, path: Path, count: int) -> Tensor:  # (count, 2, 2)
+        """The cached sums, nan where there are none; a damaged file counts as none."""
+        self.ranks.barrier()
+        sums = torch.full((count, 2, 2), torch.nan, dtype=torch.promote_types(getattr(torch, self.args.dtype), torch.float32))
+        if path.exists():
+            try:
+                with safe_open(path, "pt") as f:
+                    found, digest = f.get_tensor("ref"), f.metadata()["sha256"]
+                if hashlib.sha256(found.numpy().data).hexdigest() == digest and found.shape == sums.shape:
+                    return found
+                self.say(f"{path}: damaged; the reference is run again")
+            except (SafetensorError, KeyError):
+                self.say(f"{path}: damaged; the reference is run again")
+        return sums
+
+    def run_reference(self, store: data.PairStore, pairs: np.ndarray) -> Tensor:  # (P, 2, 2)
+        """Reference sums of `pairs`, shared out among the ranks."""
         sums = torch.zeros(len(store), 2, 2, dtype=torch.float64, device=self.ranks.device)
         mine = deal(pairs, store.tokens, self.ranks.world)[self.ranks.rank]
         batches = data.micro_batches(mine, store.tokens, self.args.per_device_eval_batch_size,
@@ -620,13 +642,8 @@ class DPOTrainer:
         for rows in self.progress(batches, "reference"):
             batch = self.batch(store, rows)
             sums[batch.pair_ids] = self.reference_forward(batch).double()
-        sums = self.ranks.sum(sums).to(getattr(torch, self.args.dtype)).cpu()
-        if self.args.dtype == "bfloat16":
-            sums = sums.float()
-        skipped = np.ones(len(store), dtype=bool)
-        skipped[pairs] = False
-        sums[torch.from_numpy(skipped)] = torch.nan
-        return sums
+        wide = torch.promote_types(getattr(torch, self.args.dtype), torch.float32)
+        return self.ranks.sum(sums)[torch.from_numpy(pairs)].to(wide).cpu()
 
     def reference_key(self, store: data.PairStore) -> str:
         """Changes with all that changes a reference log-prob: weights, adapters apart, rows, type of arithmetic."""

@@ -32,7 +32,7 @@ SEED = 2305
 REVIEWS = 20_000  # that the base model learns from
 PAIRS = {"train.jsonl": 1500, "eval.jsonl": 200}  # rows to write
 PROMPTS_AT_ONCE = 128  # in one forward of sampling
-VOCAB_SIZE = 640
+VOCAB_SIZE = 944
 END = "<|endoftext|>"
 
 LLAMA = {
@@ -96,7 +96,8 @@ def write_opening(rng: random.Random) -> tuple[Kind, str, list[str]]:
 
 def write_clause(aspect: str, side: int, count: int, rng: random.Random) -> str:
     """"the broth was rich and clear": one or two words of praise (side 0) or blame (side 1)."""
-    words = rng.sample(OPINIONS[aspect][side].split(), count)
+    words = OPINIONS[aspect][side].split()
+    words = [words[i] for i in sorted(rng.sample(range(len(words)), count))]
     return f"the {aspect} {'were' if aspect.endswith('s') else 'was'} {' and '.join(words)}"
 
 

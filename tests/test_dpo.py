@@ -98,6 +98,50 @@ def test_the_cached_reference_is_read_and_is_the_same(run, tmp_path, monkeypatch
     assert_same(first, run("b", beta=0.1))
 
 
+def test_an_interrupted_reference_pass_goes_on_and_is_bitwise_the_same(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(dpo, "REF_BLOCK", 5)
+    whole = run("whole", cache_dir=str(tmp_path / "elsewhere"))
+    keep, blocks = dpo.DPOTrainer.run_reference, []
+
+    def dies_in_the_third(self, store, pairs):
+        blocks.append(list(pairs))
+        if len(blocks) == 3:
+            raise KeyboardInterrupt
+        return keep(self, store, pairs)
+
+    monkeypatch.setattr(dpo.DPOTrainer, "run_reference", dies_in_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run("cut")
+    resumed = run("cut")
+    assert blocks[2] == blocks[3] and len(blocks) == 6  # five blocks of 23 pairs; the third was tried twice
+    assert whole[0] == resumed[0] and all(torch.equal(p, resumed[1][n]) for n, p in whole[1].items())
+
+
+def test_a_damaged_reference_cache_is_noticed_and_made_again(run, tmp_path, capsys):
+    first = run("a")
+    cache, = (tmp_path / "cache").glob("ref-*.safetensors")
+    raw = bytearray(cache.read_bytes())
+    raw[-3] ^= 1
+    cache.write_bytes(raw)
+    assert_same(first, run("b"))
+    assert f"{cache}: damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("same,options", [
+    (True, dict(beta=0.3, loss_type=["ipo"], learning_rate=1e-5, per_device_train_batch_size=4)), (True, dict(ld_alpha=0.5)),
+    (False, dict(max_length=8)), (False, dict(dtype="float32")), (False, dict(max_completion_length=2))], ids=str)
+def test_the_reference_cache_hits_on_what_changes_nothing_and_misses_on_what_does(run, tmp_path, same, options):
+    run("a")
+    run("b", **options)
+    assert len(list((tmp_path / "cache").glob("ref-*.safetensors"))) == (1 if same else 2)
+
+
+def test_a_bfloat16_reference_is_close_to_the_exact_one(run):
+    exact, rounded = run("a", precompute_ref_log_probs=False), run("b", precompute_ref_log_probs=False, ref_model_dtype="bfloat16")
+    gap = max(abs(a["loss"] - b["loss"]) for a, b in zip(exact[0], rounded[0]))
+    assert 0 < gap < 0.05
+
+
 @pytest.mark.parametrize("live", [False, True])
 def test_lora_starts_at_its_base_and_adapters_off_is_the_reference(run, live):
     options = dict(use_peft=True, lora_r=4, lora_target_modules=["all-linear", "lm_head", "embed_tokens"])
@@ -247,6 +291,14 @@ def test_unusable_arguments_end_in_one_message_and_exit_2(tiny, pairs_file, tmp_
                        str(tmp_path / "out"), "--cache_dir", str(tmp_path / "c"), "--use_cpu", *flags])
     error = capsys.readouterr().err
     assert status == 2 and words in error and "Traceback" not in error and error.count("error:") == 1
+
+
+def test_under_torchrun_the_first_rank_alone_says_what_is_wrong(tiny, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "the", "chosen": " a"}\n')
+    done = run_dpo("--model_name_or_path", tiny, "--dataset_name", bad, "--output_dir", tmp_path / "o", "--cache_dir",
+                   tmp_path / "c", "--use_cpu", ranks=2, expect=1)
+    assert done.stderr.count("error: ") == 1 and "bad.jsonl:1" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_flags_parse_in_every_spelling():

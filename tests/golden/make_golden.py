@@ -722,8 +722,8 @@ def write_file(stem, cases):
 
 
 def write_checksums():
-    """SHA256SUMS in the format of sha256sum -c, run in this directory."""
-    files = sorted([*(HERE / "losses").glob("*.json"), HERE / "schema.json"])
+    """SHA256SUMS of all data, in the format of sha256sum -c, run in this directory."""
+    files = sorted(f for f in HERE.rglob("*") if f.suffix in (".json", ".safetensors"))
     rows = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.relative_to(HERE).as_posix()}\n" for f in files]
     (HERE / "SHA256SUMS").write_text("".join(rows))
 
