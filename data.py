@@ -239,8 +239,23 @@ def named_tokens(config: dict) -> dict[str, str]:
     return {key: text for key, text in named.items() if isinstance(text, str)}
 
 
+def tokens_to_add(config: dict, known: list[tokenizers.AddedToken]) -> list[tokenizers.AddedToken]:
+    """What the configuration adds to tokenizer.json's tokens or says otherwise of them, in the order of transformers."""
+    same, named = set(map(repr, known)), list(named_tokens(config).values())
+    listed = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
+    tokens = [tokenizers.AddedToken(**entry) for _, entry in listed]
+    tokens = [token for token in tokens if repr(token) not in same]
+    for token in tokens:
+        token.special = token.special or token.content in named
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    extra = [] if isinstance(extra, dict) else map(token_text, extra)
+    there = {token.content for token in (*known, *tokens)}
+    fresh = [text for text in dict.fromkeys([*named, *extra]) if text not in there]
+    return tokens + [tokenizers.AddedToken(text, special=True, normalized=False) for text in fresh]
+
+
 def load_backend(directory: Path, config: dict) -> tokenizers.Tokenizer:
-    """tokenizer.json, plus the special tokens that only the configuration names, as transformers adds them."""
+    """tokenizer.json with the configuration's additions. Raises DataError."""
     path = directory / "tokenizer.json"
     if not path.is_file():
         hint = "transformers.AutoTokenizer.from_pretrained(...).save_pretrained(...) makes one"
@@ -252,13 +267,7 @@ def load_backend(directory: Path, config: dict) -> tokenizers.Tokenizer:
     backend.no_padding()
     backend.no_truncation()
     backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
-    listed = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    more = [*named_tokens(config).values(), *(token_text(token) for token in extra if not isinstance(extra, dict))]
-    wanted = {entry["content"]: entry for _, entry in listed}
-    wanted |= {text: {"content": text, "special": True, "normalized": False} for text in more if text not in wanted}
-    known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    backend.add_tokens([tokenizers.AddedToken(**entry) for text, entry in wanted.items() if text not in known])
+    backend.add_tokens(tokens_to_add(config, list(backend.get_added_tokens_decoder().values())))
     return backend
 
 

@@ -503,7 +503,7 @@ class DPOTrainer:
         self.ddp = self.model
         if self.ranks.world > 1:
             ids = [self.ranks.device.index] if self.ranks.device.type == "cuda" else None
-            self.ddp = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
+            self.ddp = DistributedDataParallel(self.model, device_ids=ids)
 
     def default_targets(self) -> list[str]:
         """PEFT's default for most families."""
@@ -1090,16 +1090,17 @@ def write_atomically(path: Path, content: bytes) -> None:
 def main(argv: Optional[list[str]] = None) -> int:
     """Exit status: 0 trained and saved; 2 unusable arguments or data, with one message; 1 else."""
     try:
-        config = parse_config(sys.argv[1:] if argv is None else argv)
-        trainer = DPOTrainer(args=config)
-    except (ValueError, OSError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    trainer.train()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return 0
+        try:
+            trainer = DPOTrainer(args=parse_config(sys.argv[1:] if argv is None else argv))
+        except (ValueError, OSError) as error:
+            if int(os.environ.get("RANK", 0)) == 0:
+                print(f"error: {error}", file=sys.stderr)
+            return 2
+        trainer.train()
+        return 0
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

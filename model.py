@@ -138,8 +138,6 @@ def read_config(raw: dict, max_length: Optional[int] = None) -> ModelConfig:
     """
     family = find_family(raw)
     c = read_keys(family.rename(raw), family.keys)
-    if c["hidden_act"] not in ACTIVATIONS:
-        raise ValueError(f"config.json: hidden_act = {c['hidden_act']!r}; known are {', '.join(ACTIVATIONS)}")
     same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "max_position_embeddings", "hidden_act")
     bias = bool(c.get("attention_bias"))
@@ -149,6 +147,8 @@ def read_config(raw: dict, max_length: Optional[int] = None) -> ModelConfig:
         mlp_bias=bool(c.get("mlp_bias")), attention_scale=c["head_dim"] ** -0.5)
     ropes = {} if family.features.get("learned_positions") else read_ropes(c, max_length)
     fields |= read_layers(c, family, ropes) | family.more(c) | family.features
+    if fields["hidden_act"] not in ACTIVATIONS:
+        raise ValueError(f"config.json: hidden_act = {fields['hidden_act']!r}; known are {', '.join(ACTIVATIONS)}")
     return ModelConfig(model_type=raw["model_type"], **fields)
 
 
@@ -182,14 +182,12 @@ def read_keys(raw: dict, keys: dict) -> dict:
 
 def read_layers(c: dict, family: Family, ropes: dict[str, Rope]) -> dict:
     """Window and rotation of each layer."""
-    n, window, types = c["num_hidden_layers"], c.get("sliding_window"), c.get("layer_types")
-    if c.get("use_sliding_window") is False:
-        window = None
+    n, types = c["num_hidden_layers"], c.get("layer_types")
+    window = (c.get("sliding_window") or None) if c.get("use_sliding_window", True) else None
     slides = [t == "sliding_attention" for t in types] if types else [family.slides(i, c) for i in range(n)]
-    windows = tuple((window or None) if s else None for s in slides)
     kinds = ["sliding_attention" if s and "sliding_attention" in ropes else "full_attention" for s in slides]
     turns = tuple(kind if kind in ropes and family.turns(i, c) else None for i, kind in enumerate(kinds))
-    return dict(windows=windows, ropes=ropes, rope_layers=turns)
+    return dict(windows=tuple(window if s else None for s in slides), ropes=ropes, rope_layers=turns)
 
 
 def check_length(config: ModelConfig, length: int) -> None:
@@ -203,8 +201,7 @@ def check_length(config: ModelConfig, length: int) -> None:
 
 # Rotary position embeddings
 
-# rope_type -> the keys it reads besides rope_theta, partial_rotary_factor and original_max_position_embeddings
-ROPE_KEYS = {
+ROPE_KEYS = {  # rope_type -> the keys it reads besides those of all
     "default": (), "linear": ("factor",), "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
@@ -222,18 +219,16 @@ def read_ropes(c: dict, max_length: Optional[int]) -> dict[str, Rope]:
 
 def read_rope(given: dict, c: dict, max_length: Optional[int]) -> Rope:
     """One Rope; raises ValueError for a kind or a key that is not known, and for a missing one."""
-    rope = {k: c[k] for k in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")}
-    rope |= {k: v for k, v in given.items() if v is not None and k not in ("type", "rope_type")}
+    longest, original = c["max_position_embeddings"], "original_max_position_embeddings"
+    rope = {"rope_theta": c["rope_theta"], "partial_rotary_factor": c["partial_rotary_factor"], original: longest}
     # Phi-3's first files call it "su" or "yarn"
     kind = "longrope" if "long_factor" in given else given.get("rope_type") or given.get("type") or "default"
-    odd = rope.keys() - {"rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
-    odd -= set(ROPE_KEYS.get(kind, ()))
+    odd = sorted(given.keys() - rope.keys() - {"type", "rope_type", *ROPE_KEYS.get(kind, ())})
     if kind not in ROPE_KEYS or odd:
-        raise ValueError(f"config.json: rope_type {kind!r}{' with ' if odd else ''}{', '.join(sorted(odd))} is not "
-                         f"supported; supported are {', '.join(ROPE_KEYS)}")
-    longest = c["max_position_embeddings"]
-    original = c["original_max_position_embeddings"] or rope["original_max_position_embeddings"] or longest
-    rope |= dict(original_max_position_embeddings=original, max_position_embeddings=longest)
+        raise ValueError(f"config.json: rope_type {kind!r}{' with ' if odd else ''}{', '.join(odd)} is not supported; "
+                         f"supported are {', '.join(ROPE_KEYS)}")
+    rope |= {k: v for k, v in given.items() if v is not None}
+    rope |= {original: c[original] or rope[original], "max_position_embeddings": longest}
     try:
         return make_rope(kind, rope, int(c["head_dim"] * rope["partial_rotary_factor"]), max_length)
     except KeyError as error:
@@ -885,50 +880,53 @@ def find_places(names: Iterable[str], config: ModelConfig) -> dict[str, Place]:
     return {n: tied if config.tie_word_embeddings and p.name == "lm_head.weight" else p for n, p in places.items()}
 
 
-def check_tensors(checkpoint: Checkpoint, layout: dict[str, Place], parameters: dict, config: ModelConfig) -> None:
-    """Raise ValueError listing every missing, unexpected or misshaped tensor, from the files' headers alone."""
-    problems, found = [], dict.fromkeys(parameters, 0)
+def each_tensor(checkpoint: Checkpoint, layout: dict[str, Place]) -> Iterator[tuple]:
+    """(name, Place, file, opened file) of every tensor that is there, in the order of the disk."""
     for file in sorted(set(checkpoint.files.values())):
         opened = open_safetensors(checkpoint.directory / file)
-        present = set(opened.keys())
-        for name in sorted(n for n, f in checkpoint.files.items() if f == file and n in layout):
-            if name not in present:
-                problems.append(f"missing {name} in {file}, where the index says it is")
-                continue
-            header, place = opened.get_slice(name), layout[name]
-            shape = tuple(header.get_shape())
-            expected = tuple(place.view(parameters[place.name]).shape) if place.name in parameters else None
-            if expected is None:
-                problems.append(f"unexpected {name} {shape} in {file}")
-            elif shape != expected:
-                problems.append(f"{name} in {file} is {shape}, config.json says {expected}")
-            elif header.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                problems.append(f"{name} in {file} is quantized ({header.get_dtype()})")
-            found[place.name] = found.get(place.name, 0) + math.prod(shape)
+        for name in opened.offset_keys():
+            if name in layout and checkpoint.files.get(name) == file:
+                yield name, layout[name], file, opened
+
+
+def check_tensors(checkpoint: Checkpoint, layout: dict[str, Place], parameters: dict, config: ModelConfig) -> None:
+    """Raise ValueError listing every missing, unexpected or misshaped tensor, from the files' headers alone."""
+    problems, found, absent = [], dict.fromkeys(parameters, 0), dict(layout)
+    for name, place, file, opened in each_tensor(checkpoint, layout):
+        del absent[name]
+        header = opened.get_slice(name)
+        shape = tuple(header.get_shape())
+        if place.name not in parameters:
+            problems.append(f"unexpected {name} {shape} in {file}")
+            continue
+        expected = place.view(parameters[place.name]).shape
+        found[place.name] += expected.numel()
+        if shape != tuple(expected):
+            problems.append(f"{name} in {file} is {shape}, config.json says {tuple(expected)}")
+        elif header.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+            problems.append(f"{name} in {file} is quantized ({header.get_dtype()})")
+    problems += [f"missing {name} in {checkpoint.files[name]}, where the index says it is" for name in absent]
+    told = {place.name for place in absent.values()}
     problems += [f"missing {'parts of ' if found[name] else ''}{file_name(name, config)}"
-                 for name, p in parameters.items() if found[name] < p.numel() and not any(name in s for s in problems)]
+                 for name, p in parameters.items() if found[name] < p.numel() and name not in told]
     if problems:
-        shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
-        raise ValueError(f"{checkpoint.directory}: {shown}")
+        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ValueError(f"{checkpoint.directory}: {'; '.join(problems[:10])}{more}")
 
 
 def read_tensors(checkpoint: Checkpoint, layout: dict[str, Place], parameters: dict, dtype: torch.dtype,
                  device: str) -> dict[str, Tensor]:
     """The weights, copied out of the memory-mapped files one by one: cast on the way, no second copy of the model."""
     state = {}
-    for file in sorted(set(checkpoint.files.values())):
-        opened = open_safetensors(checkpoint.directory / file)
-        names = (n for n in opened.offset_keys() if n in layout and checkpoint.files[n] == file)  # as they lie on disk
-        for name in names:
-            place, tensor = layout[name], opened.get_tensor(name)
-            twice = place.name in state and place.index == ()  # a tied head that the files hold as well
-            if place.name not in state:
-                state[place.name] = torch.empty(parameters[place.name].shape, dtype=dtype, device=device)
-            view = place.view(state[place.name])
-            if twice and not torch.equal(view, tensor.to(view)):
-                raise ValueError(f"{checkpoint.directory}: config.json ties the head to the embedding, but {name} in "
-                                 f"{file} differs from it")
-            view.copy_(tensor)
+    for name, place, file, opened in each_tensor(checkpoint, layout):
+        twice = place.name in state and place.index == ()  # a tied head that the files hold as well
+        if place.name not in state:
+            state[place.name] = torch.empty(parameters[place.name].shape, dtype=dtype, device=device)
+        view, tensor = place.view(state[place.name]), opened.get_tensor(name)
+        if twice and not torch.equal(view, tensor.to(view)):
+            raise ValueError(f"{checkpoint.directory}: config.json ties the head to the embedding, but {name} in {file} "
+                             "differs from it")
+        view.copy_(tensor)
     return state
 
 

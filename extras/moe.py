@@ -75,7 +75,7 @@ class SparseMLP(nn.Module):
         logits, weights, chosen = self.gate(x)
         order = chosen.flatten().argsort(stable=True)  # (T * per_token,) sorted by expert
         counts = torch.bincount(chosen.flatten(), minlength=logits.shape[1])
-        out = self.experts(x.repeat_interleave(chosen.shape[1], 0)[order], counts)
+        out = self.experts(x[order // chosen.shape[1]], counts)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         out = (out[back].unflatten(0, chosen.shape) * weights.to(out.dtype)[..., None]).sum(1)  # (T, C)
         if self.shared_expert is not None:

@@ -48,14 +48,23 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_adapter(model: nn.Module, directory: Path, settings: dict) -> None:
-    """Write both files. `target_modules` lists the wrapped modules in full, so that PEFT wraps these and no others."""
+    """Write both files; `target_modules` is filled in."""
     directory.mkdir(parents=True, exist_ok=True)
     state = {n: p.detach().to("cpu", torch.float32).contiguous() for n, p in adapter_tensors(model).items()}
     save_file(state, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    modules = sorted(file_name(name, model.config) for name in lora_modules(model))
     write_json(directory / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True,
-        "fan_in_fan_out": model.config.model_type == "gpt2", **settings, "target_modules": modules})
+        "fan_in_fan_out": model.config.model_type == "gpt2", **settings,
+        "target_modules": target_modules(model)})
+
+
+def target_modules(model: nn.Module) -> list[str]:
+    """Last parts of the wrapped modules' names, where PEFT would find no other module by them; else the full names."""
+    wrapped = {file_name(name, model.config) for name in lora_modules(model)}
+    short = {name.rpartition(".")[2] for name in wrapped}
+    plain = {file_name(n, model.config).rpartition(".")[2] for n, m in model.named_modules()
+             if isinstance(m, (nn.Linear, nn.Embedding)) and "base_layer" not in n and "lora_" not in n}
+    return sorted(wrapped if short & plain or model.config.moe else short)
 
 
 def load_adapter(model: nn.Module, directory: Path) -> None:

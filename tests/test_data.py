@@ -284,18 +284,20 @@ def test_special_tokens_named_only_by_the_configuration_are_single_tokens_as_in_
         assert ours.render(chat) == theirs.apply_chat_template(chat, tokenize=False), config
 
 
-def test_tokens_of_tokenizer_json_keep_their_flags_as_in_transformers(tmp_path):
+@pytest.mark.parametrize("listed", [False, True])
+def test_flags_of_added_tokens_are_those_of_transformers(listed, tmp_path):
     transformers = pytest.importorskip("transformers")
     flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": False}
-    decoder = {"259": {"content": "<strip>", **flags}, "260": {"content": "<fresh>", **flags, "rstrip": True}}
-    directory = write_tokenizer(tmp_path, mask_token="<strip>", added_tokens_decoder=decoder)
+    strip, fresh = {"content": "<strip>", **flags}, {"content": "<fresh>", **flags, "rstrip": True}
+    config = {"added_tokens_decoder": {"259": strip, "260": fresh}} if listed else {}
+    directory = write_tokenizer(tmp_path, mask_token="<strip>", **config)
     backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
     backend.add_special_tokens([tokenizers.AddedToken("<strip>", lstrip=True, rstrip=True)])
     backend.save(str(directory / "tokenizer.json"))
     text = "a  <strip>  b  <fresh>  c"
-    ours = data.Tokenizer.load(directory).encode(text)
-    assert ours == transformers.PreTrainedTokenizerFast.from_pretrained(directory)(text)["input_ids"]
-    assert len(ours) == len("<s>") - 2 + len("a") + 1 + len("b") + 2 + 1 + len("c")
+    ours, theirs = data.Tokenizer.load(directory), transformers.PreTrainedTokenizerFast.from_pretrained(directory)
+    assert ours.encode(text) == theirs(text)["input_ids"]
+    assert ours.decode(ours.encode(text), True) == theirs.decode(theirs(text)["input_ids"], True)
 
 
 def test_padding_and_truncation_left_in_tokenizer_json_are_off(tokenizer, tmp_path):

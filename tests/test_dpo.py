@@ -298,7 +298,8 @@ def test_under_torchrun_the_first_rank_alone_says_what_is_wrong(tiny, tmp_path):
     bad.write_text('{"prompt": "the", "chosen": " a"}\n')
     done = run_dpo("--model_name_or_path", tiny, "--dataset_name", bad, "--output_dir", tmp_path / "o", "--cache_dir",
                    tmp_path / "c", "--use_cpu", ranks=2, expect=1)
-    assert done.stderr.count("error: ") == 1 and "bad.jsonl:1" in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.count("error: ") == 1 and "bad.jsonl:1" in done.stderr
+    assert f'{dpo.__file__}", line' not in done.stderr and "SIGABRT" not in done.stderr  # torchrun prints its own trace
 
 
 def test_flags_parse_in_every_spelling():

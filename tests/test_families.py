@@ -350,7 +350,7 @@ def test_options_that_transformers_would_compute_otherwise_are_refused(change, m
 
 @pytest.mark.parametrize("max_length, pairs", [(32, [(10, 20, 9)]), (60, [(20, 30, 20)])])
 def test_longrope_is_chosen_once_by_max_length(max_length, pairs, tmp_path):
-    """Within the pretraining length the short frequencies, beyond it the long ones: as transformers for such a batch."""
+    """Within the pretraining length the short frequencies, beyond it the long ones: transformers for such a batch."""
     theirs = random_model("phi3 longrope")
     theirs.save_pretrained(tmp_path)
     pairs = random_pairs(pairs)

@@ -33,7 +33,8 @@ def of(loss: str) -> list[dict]:
 def test_checksums_match_and_cover_every_file():
     lines = (GOLDEN / "SHA256SUMS").read_text().splitlines()
     sums = {name: digest for digest, name in (line.split("  ") for line in lines)}
-    assert set(sums) == {f"losses/{loss}.json" for loss in LOSSES} | {"schema.json"}
+    found = {f.relative_to(GOLDEN).as_posix() for f in GOLDEN.rglob("*") if f.suffix in (".json", ".safetensors")}
+    assert set(sums) == found and {f"losses/{loss}.json" for loss in LOSSES} < found
     for name, digest in sums.items():
         assert hashlib.sha256((GOLDEN / name).read_bytes()).hexdigest() == digest, name
 
