@@ -240,7 +240,7 @@ def named_tokens(config: dict) -> dict[str, str]:
 
 
 def tokens_to_add(config: dict, known: list[tokenizers.AddedToken]) -> list[tokenizers.AddedToken]:
-    """What the configuration adds to tokenizer.json's tokens or says otherwise of them, in the order of transformers."""
+    """What the configuration adds to tokenizer.json's tokens, or says otherwise of them, as transformers does it."""
     same, named = set(map(repr, known)), list(named_tokens(config).values())
     listed = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
     tokens = [tokenizers.AddedToken(**entry) for _, entry in listed]
@@ -786,8 +786,8 @@ def write_pairs(directory: Path, outcomes: Iterable[Outcome], files: list[Path],
 
 
 def store_key(files: list[Path], *parts) -> str:
-    """Digest of all that a store depends on: the files' names and contents, and `parts`."""
-    sha = hashlib.sha256(repr((STORE_VERSION, *parts)).encode())
+    """Digest of all that a store depends on: the files' names and contents, the tokenizing library, and `parts`."""
+    sha = hashlib.sha256(repr((STORE_VERSION, tokenizers.__version__, *parts)).encode())
     for path in files:
         with open(path, "rb") as stream:
             sha.update(f"{path}:{hashlib.file_digest(stream, 'sha256').hexdigest()};".encode())

@@ -23,7 +23,7 @@ import os
 import shutil
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -133,6 +133,7 @@ class DPOConfig:
     max_tokens_per_forward: Optional[int] = flag(None, "cut forwards further, to at most so many tokens: bounds memory")
     num_train_epochs: float = flag(3.0, "passes over the pairs")
     max_steps: int = flag(-1, "stop after so many optimizer steps; -1 leaves it to num_train_epochs")
+    optim: str = flag("adamw_torch_fused", "the optimizer; adamw_torch is the same")
     learning_rate: float = flag(1e-6, "peak learning rate of AdamW")
     lr_scheduler_type: str = flag("linear", "linear, cosine, constant, constant_with_warmup")
     warmup_steps: float = flag(0, "steps of linear warm-up; below 1, a share of all steps")
@@ -150,6 +151,7 @@ class DPOConfig:
     logging_steps: float = flag(10, "steps between lines of metrics; below 1, a share of all steps", "evaluation and files")
     logging_first_step: bool = flag(False, "log the first step too")
     disable_tqdm: Optional[bool] = flag(None, "no progress bar; unset shows one at a terminal")
+    report_to: str = flag("none", "loggers besides metrics.jsonl: none")
     eval_strategy: str = flag("no", "steps, epoch, or no: only once, at the end, where there are pairs to evaluate on")
     eval_steps: Optional[float] = flag(None, "steps between evaluations; unset is logging_steps")
     eval_on_start: bool = flag(False, "evaluate before the first step too")
@@ -166,17 +168,18 @@ CHOICES = {
     "on_bad_row": ("stop", "skip"), "rpo_average": ("sequence", "token"), "sft_average": ("token", "sequence", "sum"),
     "ipo_average": ("token", "sum"), "odpo_margin": ("log", "raw"), "bco_delta": ("running", "first", "zero"),
     "lr_scheduler_type": ("linear", "cosine", "constant", "constant_with_warmup"),
+    "optim": ("adamw_torch_fused", "adamw_torch"), "report_to": ("none",),
     "eval_strategy": ("no", "steps", "epoch"), "save_strategy": ("no", "steps", "epoch")}
 
 # Flags of TRL that steer only its machinery: taken, named once, without effect.
 NO_EFFECT = set("""
     attn_implementation device_map remove_unused_columns padding_free pad_to_multiple_of pad_token dataloader_num_workers
-    dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor dataloader_drop_last
+    dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
     ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph gradient_checkpointing_kwargs
     precompute_ref_batch_size logging_strategy logging_nan_inf_filter log_level log_level_replica log_on_each_node
     skip_memory_metrics overwrite_output_dir do_train do_eval prediction_loss_only include_num_input_tokens_seen
     average_tokens_across_devices ignore_bias_buffers lora_task_type model_revision torch_empty_cache_steps use_liger_kernel
-    save_safetensors half_precision_backend trust_remote_code optim report_to run_name project tf32""".split())
+    save_safetensors half_precision_backend trust_remote_code run_name project tf32""".split())
 
 
 class Parser(argparse.ArgumentParser):
@@ -190,28 +193,31 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+def whole(value) -> int:
+    """int, but 2.5 is no whole number."""
+    if float(value) != int(float(value)):
+        raise ValueError(value)
+    return int(float(value))
+
+
 def parse_value(name: str, value):
     """`value` (text, or from a config file) as the type of DPOConfig's field `name`. Raises ValueError."""
     kind = str(DPOConfig.__annotations__[name])
-    optional = "Optional" in kind
-    if value is None or (optional and isinstance(value, str) and value.lower() in ("none", "null")):
-        if not optional:
-            raise ValueError(f"--{name}: it needs a value")
+    if "Optional" in kind and str(value).lower() in ("none", "null"):
         return None
     if "list" in kind:
-        cast = float if "float" in kind else str
-        value = [cast(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
+        value = value if isinstance(value, (list, tuple)) else [value]
     elif "bool" in kind:
-        if str(value).lower() not in ("true", "false", "1", "0", "yes", "no"):
-            raise ValueError(f"--{name} {value}: true or false is expected")
-        value = str(value).lower() in ("true", "1", "yes")
-    else:
-        cast = int if "int" in kind else float if "float" in kind else str
-        try:
-            value = cast(value)
-        except (TypeError, ValueError):
-            raise ValueError(f"--{name} {value}: a number is expected") from None
-    if value is not None and name in CHOICES and value not in CHOICES[name]:
+        value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(str(value).lower())
+    cast = whole if "int" in kind else float if "float" in kind else (lambda v: v) if "bool" in kind else str
+    try:
+        value = [cast(v) for v in value] if "list" in kind else cast(value)
+        if value is None:
+            raise ValueError
+    except (TypeError, ValueError):
+        wanted = "true or false" if "bool" in kind else "a whole number" if cast is whole else "a number"
+        raise ValueError(f"--{name} {value}: {wanted} is expected") from None
+    if name in CHOICES and value not in CHOICES[name]:
         raise ValueError(f"--{name} {value}: one of {', '.join(CHOICES[name])} is expected")
     return value
 
@@ -298,21 +304,18 @@ def check_config(c: DPOConfig) -> None:
 
 
 def check_readers(c: DPOConfig, options: dict, defaults: dict) -> None:
-    """Refuse a non-default value that nothing reads in this combination."""
-    no_reference = set(c.loss_type) <= losses.NO_REFERENCE or c.reference_free
-    unread = {
-        "--use_peft": (() if c.use_peft else ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")),
-        "--sync_ref_model": (() if c.sync_ref_model else ("ref_model_mixup_alpha", "ref_model_sync_steps")),
-        "a loss that reads a reference": (("precompute_ref_log_probs", "ref_model_name_or_path", "sync_ref_model")
-                                          if no_reference else ()),
-        "--eval_strategy steps": (() if c.eval_strategy == "steps" else ("eval_steps",)),
-        "--disable_dropout false": (("lora_dropout",) if c.disable_dropout and c.use_peft else ()),
-        "no --max_steps": (("num_train_epochs",) if c.max_steps > 0 else ()),
-        "--loss_type bco_pair": (() if "bco_pair" in c.loss_type else ("bco_delta",)),
-    }
-    for reader, names in unread.items():
-        for name in names:
-            if options[name] != defaults[name] and name != "num_train_epochs":
+    """Refuse a non-default value that nothing reads in this combination, and reference modes that exclude each other."""
+    reads_reference = not (set(c.loss_type) <= losses.NO_REFERENCE or c.reference_free)
+    readers = {  # what reads them: (whether it is there, the flags)
+        "--use_peft": (c.use_peft, "lora_r lora_alpha lora_dropout lora_target_modules"),
+        "--sync_ref_model": (c.sync_ref_model, "ref_model_mixup_alpha ref_model_sync_steps"),
+        "a loss that has a reference": (reads_reference, "precompute_ref_log_probs ref_model_name_or_path sync_ref_model"),
+        "--eval_strategy steps": (c.eval_strategy == "steps", "eval_steps"),
+        "--disable_dropout false": (not c.disable_dropout, "lora_dropout"),
+        "--loss_type bco_pair": ("bco_pair" in c.loss_type, "bco_delta")}
+    for reader, (there, names) in readers.items():
+        for name in names.split():
+            if not there and options[name] != defaults[name]:
                 raise ValueError(f"--{name} {options[name]}: read only with {reader}")
     if c.sync_ref_model and c.precompute_ref_log_probs:
         raise ValueError("--sync_ref_model moves the reference; --precompute_ref_log_probs needs one that stays")
@@ -381,6 +384,16 @@ def start_ranks(use_cpu: bool, timeout: int) -> Ranks:
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout))
     return Ranks(rank, world, device)
+
+
+@contextmanager
+def ending_ranks():
+    """Leave the other processes in order, whatever happens inside."""
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def computes_bf16(device: torch.device) -> bool:
@@ -1089,7 +1102,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def main(argv: Optional[list[str]] = None) -> int:
     """Exit status: 0 trained and saved; 2 unusable arguments or data, with one message; 1 else."""
-    try:
+    with ending_ranks():
         try:
             trainer = DPOTrainer(args=parse_config(sys.argv[1:] if argv is None else argv))
         except (ValueError, OSError) as error:
@@ -1098,9 +1111,6 @@ def main(argv: Optional[list[str]] = None) -> int:
             return 2
         trainer.train()
         return 0
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

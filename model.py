@@ -924,8 +924,8 @@ def read_tensors(checkpoint: Checkpoint, layout: dict[str, Place], parameters: d
             state[place.name] = torch.empty(parameters[place.name].shape, dtype=dtype, device=device)
         view, tensor = place.view(state[place.name]), opened.get_tensor(name)
         if twice and not torch.equal(view, tensor.to(view)):
-            raise ValueError(f"{checkpoint.directory}: config.json ties the head to the embedding, but {name} in {file} "
-                             "differs from it")
+            raise ValueError(f"{checkpoint.directory}: config.json ties the head to the embedding, but {name} in "
+                             f"{file} differs from it")
         view.copy_(tensor)
     return state
 

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 
 import numpy as np
+
 from data import DataError, DataOptions, PairStore, Tokenizer, build_store, describe, find_files
 
 

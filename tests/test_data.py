@@ -17,12 +17,10 @@ import pytest
 import tokenizers
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared" / "data"
-sys.path.insert(0, str(ROOT))
-
 import data
 
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
 REAL_TOKENIZERS = ("smollm2", "qwen2_5", "phi3-mini-128k", "zephyr-infimm", "gpt2", "llava-1.5-7b", "stories260K")
 CHATML = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{{ eos_token }}\n{% endfor %}"
@@ -87,7 +85,7 @@ def real_tokenizer(tmp_path_factory):
     return get
 
 
-def real_rows(name: str, count: int) -> list[dict]:
+def real_rows(name: str, count: int | None) -> list[dict]:
     return [row for _, row in itertools.islice(data.read_rows([shared_path(f"prefs/{name}")]), count)]
 
 
@@ -168,6 +166,16 @@ def test_ids_equal_trl_on_conversations_from_llamafactory(name, real_tokenizer):
     as_chat = [{k: [say(roles[m["from"]], m["value"]) for m in v] for k, v in r.items()} for r in turns]
     trl_rows = [{"prompt": r.pop("conversations"), **r} for r in as_chat]
     assert_ids_equal_trl(rows, trl_rows, real_tokenizer(name), trl_rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["smollm2", "zephyr-infimm"])
+@pytest.mark.parametrize("file", ["hh_harmless_base_test", "ultrafeedback-train_clean", "ultrafeedback-eval_clean"])
+def test_ids_equal_trl_on_whole_files(file, name, real_tokenizer):
+    rows = real_rows(f"{file}.jsonl.gz", None)
+    usable = [r for r in rows if r["chosen"] and r["rejected"] and r["chosen"] != r["rejected"]]
+    assert len(usable) > 0.99 * len(rows)
+    assert_ids_equal_trl(usable, usable, real_tokenizer(name))
 
 
 def test_ids_equal_trl_on_implicit_conversations_tools_and_template_kwargs(tmp_path):

@@ -9,14 +9,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import conformance
 import pytest
 import torch
-
-TESTS = Path(__file__).resolve().parent
-sys.path.insert(0, str(TESTS))
-import conformance
 from conformance import GOLDEN, case_difference, load_cases, tensors
 
+TESTS = Path(__file__).resolve().parent
 CASES = load_cases()
 BY_NAME = {case["name"]: case for case in CASES}
 LOSSES = sorted({case["loss_type"] if isinstance(case["loss_type"], str) else "several" for case in CASES})

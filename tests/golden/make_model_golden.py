@@ -42,10 +42,8 @@ CONFIGS = {"llama": LLAMA | SIZES | ROPE, "gemma2": GEMMA2 | SIZES | ROPE}
 SPECIAL = ["<unk>", "<s>", "</s>"]
 WORDS = """a the this one cat dog bird sun moon star sea hill road door house tree red blue old small sees likes finds
     keeps eats runs sleeps sings and with under over now then not yes no""".split()
-NORMS = {
-    "llama": ("input_layernorm", "post_attention_layernorm"),
-    "gemma2": ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
-}
+TWO_NORMS = ("input_layernorm", "post_attention_layernorm")
+NORMS = {"llama": TWO_NORMS, "gemma2": (*TWO_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")}
 
 
 # The model's files.
@@ -148,7 +146,7 @@ def visible(c, layer, length):
 
 
 def attention(x, w, layer, c, keep):
-    """Softmax attention, each key/value head shared by heads / kv heads query heads; `keep` gets what backward needs."""
+    """Softmax attention, each key/value head shared by several query heads; `keep` gets what backward needs."""
     length, size, place = len(x), c["head_dim"], f"model.layers.{layer}.self_attn"
     q, k, v = ((x @ w[f"{place}.{n}_proj.weight"].T).reshape(length, -1, size) for n in "qkv")
     cos, sin = rotary_tables(c, length)
@@ -531,7 +529,8 @@ def write_all():
     cases = ",\n".join(dumps(case) for case in collator_cases())
     (HERE / "collator.json").write_text('{"format": 1, "cases": [\n' + cases + "\n]}\n")
     found = trajectory(weights["llama"], CONFIGS["llama"])
-    body = [f'"{key}": {lines(value) if isinstance(value, list) else json.dumps(value)}' for key, value in found.items()]
+    parts = {key: lines(value) if isinstance(value, list) else json.dumps(value) for key, value in found.items()}
+    body = [f'"{key}": {text}' for key, text in parts.items()]
     (HERE / "trajectory.json").write_text('{\n"format": 1,\n' + ",\n".join(body) + "\n}\n")
     write_checksums()
 

@@ -1,0 +1,244 @@
+"""Break losses.py in one place at a time and see that its tests notice.
+
+    python tests/mutants.py             # every mutant against the tests; exit status 1 if one survives
+    python tests/mutants.py --list      # only name them
+    python tests/mutants.py sppo_hard   # those of one function
+
+A mutant flips a sign, drops a term or a factor, swaps chosen and rejected, moves a constant, turns a comparison or a
+condition, leaves out a function, or negates its argument. It is caught when a golden case (values or gradients, 1e-9 in
+float64) or a test of tests/test_losses.py fails on it. `EQUIVALENT` lists those that cannot be told apart, and why.
+"""
+
+import ast
+import copy
+import inspect
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+TESTS = Path(__file__).resolve().parent
+SOURCE = TESTS.parent / "losses.py"
+sys.path[:0] = [str(path) for path in (TESTS, TESTS.parent) if str(path) not in sys.path]
+
+import conformance  # noqa: E402
+import test_losses  # noqa: E402
+
+import losses  # noqa: E402
+
+EQUIVALENT = {}
+
+
+class Mutant(NamedTuple):
+    name: str  # function:line before -> after
+    function: str
+    tree: ast.Module
+
+
+# What is done to a node
+
+
+def swapped(word: str) -> str:
+    return word.replace("chosen", "\0").replace("rejected", "chosen").replace("\0", "rejected")
+
+
+def negated(node: ast.expr) -> ast.expr:
+    return ast.UnaryOp(ast.USub(), node)
+
+
+def binary(node: ast.BinOp) -> list[ast.expr]:
+    """The opposite operation, and each operand alone."""
+    opposite = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}.get(type(node.op))
+    out = [ast.BinOp(node.left, opposite(), node.right)] if opposite else []
+    alone = [negated(node.right)] if isinstance(node.op, ast.Sub) else [node.right] * isinstance(node.op, (ast.Add, ast.Mult))
+    return [*out, node.left, *alone]
+
+
+def call(node: ast.Call) -> list[ast.expr]:
+    """Without the function (a method: its object alone), and with its first argument negated."""
+    out, method = [], isinstance(node.func, ast.Attribute)
+    of_module = method and isinstance(node.func.value, ast.Name) and node.func.value.id in ("torch", "F", "math", "inspect")
+    if method and not of_module and node.func.attr in ("clamp", "log", "expand", "sort", "repeat_interleave", "reshape"):
+        out.append(node.func.value)
+    if of_module and len(node.args) == 1:
+        out += [node.args[0], ast.Call(node.func, [negated(node.args[0])], node.keywords)]
+    return out
+
+
+def attribute(node: ast.Attribute) -> list[ast.expr]:
+    """Its chosen or rejected twin; what a sort would have sorted; the other extreme, mean or sum."""
+    others = {"min": "max", "max": "min", "mean": "sum", "expm1": "exp", "log1p": "log", "cumsum": "cumprod"}
+    name = swapped(node.attr) if swapped(node.attr) != node.attr else others.get(node.attr)
+    out = [ast.Attribute(node.value, name, node.ctx)] if name else []
+    sorts = node.attr == "values" and isinstance(node.value, ast.Call) and getattr(node.value.func, "attr", "") == "sort"
+    return out + ([node.value.func.value] if sorts else [])
+
+
+def comparison(node: ast.Compare) -> list[ast.expr]:
+    """Each comparison turned, and moved by its boundary."""
+    other = {ast.Eq: [ast.NotEq], ast.NotEq: [ast.Eq], ast.Is: [ast.IsNot], ast.IsNot: [ast.Is], ast.In: [ast.NotIn],
+             ast.NotIn: [ast.In], ast.Lt: [ast.LtE, ast.GtE], ast.LtE: [ast.Lt, ast.Gt], ast.Gt: [ast.GtE, ast.LtE],
+             ast.GtE: [ast.Gt, ast.Lt]}
+    out = []
+    for i, op in enumerate(node.ops):
+        out += [ast.Compare(node.left, node.ops[:i] + [new()] + node.ops[i + 1 :], node.comparators) for new in other[type(op)]]
+    return out
+
+
+def constant(node: ast.Constant) -> list[ast.expr]:
+    if isinstance(node.value, bool):
+        return [ast.Constant(not node.value)]
+    if isinstance(node.value, (int, float)):
+        return [ast.Constant(node.value + 1)]
+    if isinstance(node.value, str) and swapped(node.value) != node.value:
+        return [ast.Constant(swapped(node.value))]
+    return []
+
+
+def replacements(node: ast.AST) -> list[ast.AST]:
+    """Every mutation of one node, its children left alone."""
+    if isinstance(node, ast.Name):
+        return [ast.Name(swapped(node.id), node.ctx)] if isinstance(node.ctx, ast.Load) and swapped(node.id) != node.id else []
+    if isinstance(node, ast.UnaryOp):
+        return [node.operand]
+    if isinstance(node, ast.IfExp):
+        return [node.body, node.orelse]
+    if isinstance(node, ast.BoolOp):
+        return list(node.values)
+    if isinstance(node, ast.FunctionDef):
+        return [without_decorators(node)] if [ast.unparse(d) for d in node.decorator_list] == ["torch.no_grad()"] else []
+    kinds = {ast.BinOp: binary, ast.Call: call, ast.Attribute: attribute, ast.Compare: comparison, ast.Constant: constant}
+    return kinds[type(node)](node) if type(node) in kinds else []
+
+
+def without_decorators(node: ast.FunctionDef) -> ast.FunctionDef:
+    bare = copy.copy(node)
+    bare.decorator_list = []
+    return bare
+
+
+# Every mutant of the file
+
+
+def functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+
+
+def places(function: ast.FunctionDef) -> Iterator[ast.AST]:
+    """The nodes of a function's body that may be changed: no docstring, no annotation, no text of a message."""
+    body = function.body[1:] if ast.get_docstring(function) else function.body
+    messages = {id(part) for node in ast.walk(function) if isinstance(node, (ast.JoinedStr, ast.Raise)) for part in ast.walk(node)}
+    yield function
+    yield from (node for statement in body for node in ast.walk(statement) if id(node) not in messages)
+
+
+def find_mutants() -> list[Mutant]:
+    tree, mutants = ast.parse(SOURCE.read_text(encoding="utf-8")), {}
+    for function in functions(tree):
+        for node in places(function):
+            for new in replacements(node):
+                mutant = Mutant(describe(function, node, new), function.name, with_replaced(tree, node, new))
+                mutants.setdefault(ast.unparse(mutant.tree), mutant)  # two ways to the same text are one
+    return list(mutants.values())
+
+
+def describe(function: ast.FunctionDef, old: ast.AST, new: ast.AST) -> str:
+    if isinstance(old, ast.FunctionDef):
+        return f"{function.name}: without torch.no_grad"
+    return f"{function.name}:{old.lineno - function.lineno} {ast.unparse(old)} -> {ast.unparse(new)}"
+
+
+def with_replaced(tree: ast.Module, old: ast.AST, new: ast.AST) -> ast.Module:
+    """A copy of the tree with `new` where `old` is."""
+
+    def copied(node):
+        if node is old:
+            return copy.deepcopy(new)
+        if isinstance(node, list):
+            return [copied(part) for part in node]
+        if not isinstance(node, ast.AST):
+            return node
+        twin = type(node)(**{name: copied(value) for name, value in ast.iter_fields(node)})
+        return ast.copy_location(twin, node)
+
+    return ast.fix_missing_locations(copied(tree))
+
+
+# Judging one
+
+
+def load(mutant: Mutant) -> types.ModuleType:
+    module = types.ModuleType("losses")
+    sys.modules["losses"] = module  # NamedTuple looks its module up; conformance and test_losses import it by name
+    exec(compile(mutant.tree, str(SOURCE), "exec"), module.__dict__)
+    return module
+
+
+def golden_fails(case: dict) -> bool:
+    return not conformance.case_difference(case, *conformance.ours(case)) < 1e-9
+
+
+def unit_tests() -> Iterator:
+    """The tests of test_losses.py as calls without arguments."""
+    for name, test in vars(test_losses).items():
+        if name.startswith("test_"):
+            marks = getattr(test, "pytestmark", [])
+            values = marks[0].args[1] if marks else [()]
+            names = marks[0].args[0].split(",") if marks else []
+            yield from ((test, value if len(names) > 1 else [value] if names else ()) for value in values)
+
+
+def ordered_cases(function: str) -> list[dict]:
+    """All golden cases: those of the mutated loss first, then one of every file, then the rest."""
+    cases = conformance.load_cases()
+    seen, rank = set(), {}
+    for case in cases:
+        key = (str(case["loss_type"]), *sorted(case["params"]))
+        rank[case["name"]] = 0 if function in conformance.loss_names(case) else 2 if key in seen else 1
+        seen.add(key)
+    return sorted(cases, key=lambda case: rank[case["name"]])
+
+
+def caught_by(mutant: Mutant, keep_going: bool = False) -> str | None:
+    """The name of the first test that fails on the mutant; None where it survives."""
+    try:
+        test_losses.losses = load(mutant)
+        for test, arguments in unit_tests():
+            if fails(lambda test=test, arguments=arguments: test(*arguments)):
+                return test.__name__
+        for case in ordered_cases(mutant.function):
+            if fails(lambda case=case: golden_fails(case)):
+                return case["name"]
+        return None
+    except Exception as error:  # it cannot even be imported
+        return f"import: {error}"
+    finally:
+        sys.modules["losses"] = test_losses.losses = losses
+
+
+def fails(test) -> bool:
+    """Whether the test says so, or raises."""
+    try:
+        return bool(test())
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        return True
+
+
+def main(arguments: list[str]) -> int:
+    wanted = [word for word in arguments if not word.startswith("-")]
+    mutants = [m for m in find_mutants() if not wanted or m.function in wanted]
+    survivors = []
+    for mutant in mutants:
+        by = "" if "--list" in arguments else caught_by(mutant)
+        print(f"{mutant.name}" + (f"   [{by}]" if by else "" if by == "" else "   SURVIVES"), flush=True)
+        if by is None and mutant.name not in EQUIVALENT:
+            survivors.append(mutant.name)
+    print(f"{len(mutants)} mutants, {len(EQUIVALENT)} of them equivalent; {len(survivors)} survive")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
