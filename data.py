@@ -504,10 +504,14 @@ def is_empty(completion: str | list[dict]) -> bool:
 def parse_ratings(row: dict) -> tuple[float, float]:
     """The row's (chosen, rejected) scores, nan where absent."""
     keys = next((keys for keys in RATINGS if keys[0] in row or keys[1] in row), RATINGS[0])
-    for key in keys:
-        if isinstance(row.get(key), bool) or not isinstance(row.get(key), (int, float, type(None))):
-            raise DataError(f'"{key}" is {row[key]!r}; a score is a number')
-    return tuple(math.nan if row.get(key) is None else float(row[key]) for key in keys)
+    scores = [row.get(key) for key in keys]
+    for key, score in zip(keys, scores, strict=True):
+        is_number = (
+            isinstance(score, (int, float)) and not isinstance(score, bool) and abs(score) < 1e38
+        )  # float32, no nan
+        if score is not None and not is_number:
+            raise DataError(f'"{key}" is {repr(score)[:40]}; a score is a finite number')
+    return tuple(math.nan if score is None else float(score) for score in scores)
 
 
 def parse_template_kwargs(row: dict) -> dict:

@@ -125,6 +125,9 @@ class DPOConfig:
     lora_r: int = flag(16, "rank")
     lora_alpha: int = flag(32, "the update is scaled by lora_alpha / lora_r")
     lora_dropout: float = flag(0.05, "dropout before A; needs --disable_dropout false")
+    use_rslora: bool = flag(False, "scale by lora_alpha / sqrt(lora_r) instead")
+    loraplus_lr_ratio: Optional[float] = flag(None, "LoRA+: B learns so many times faster than A")
+    merge_adapter: bool = flag(False, "at the end, add the LoRA to the weights and save a whole model")
     lora_target_modules: Optional[list[str]] = flag(None, "names such as q_proj v_proj lm_head embed_tokens, or "
                                                     "all-linear; unset is q_proj v_proj (or their fused form)")
 
@@ -307,7 +310,7 @@ def check_readers(c: DPOConfig, options: dict, defaults: dict) -> None:
     """Refuse a non-default value that nothing reads in this combination, and reference modes that exclude each other."""
     reads_reference = not (set(c.loss_type) <= losses.NO_REFERENCE or c.reference_free)
     readers = {  # what reads them: (whether it is there, the flags)
-        "--use_peft": (c.use_peft, "lora_r lora_alpha lora_dropout lora_target_modules"),
+        "--use_peft": (c.use_peft, "lora_r lora_alpha lora_dropout lora_target_modules use_rslora"),
         "--sync_ref_model": (c.sync_ref_model, "ref_model_mixup_alpha ref_model_sync_steps"),
         "a loss that has a reference": (reads_reference, "precompute_ref_log_probs ref_model_name_or_path sync_ref_model"),
         "--eval_strategy steps": (c.eval_strategy == "steps", "eval_steps"),
@@ -321,8 +324,6 @@ def check_readers(c: DPOConfig, options: dict, defaults: dict) -> None:
         raise ValueError("--sync_ref_model moves the reference; --precompute_ref_log_probs needs one that stays")
     if c.sync_ref_model and c.use_peft:
         raise ValueError("--sync_ref_model with --use_peft: mixing A and B is not mixing weights; train all weights")
-    if c.use_peft and c.ref_model_name_or_path:
-        raise ValueError("--use_peft with --ref_model_name_or_path: the reference is the model without its adapter")
 
 
 # Ranks
@@ -459,6 +460,26 @@ def scored_lengths(store: data.PairStore, pairs: np.ndarray) -> np.ndarray:  # (
     return np.maximum(np.stack([chosen - (prompt == 0), rejected - (own == 0)], 1), 0)
 
 
+def load_policy(directory: str, dtype: torch.dtype) -> tuple[models.Decoder, dict]:
+    """A model, and its LoRA's settings where `directory` is a PEFT adapter (the model is then its base with it on)."""
+    if not (Path(directory) / "adapter_config.json").exists():
+        return models.load_model(directory, dtype), {}
+    from extras.peft_io import read_settings
+
+    settings = read_settings(Path(directory))
+    model = models.load_model(settings["base_model_name_or_path"], dtype)
+    put_lora(model, settings)
+    models.load_adapter(model, directory)
+    return model, settings
+
+
+def put_lora(model: models.Decoder, settings: dict) -> None:
+    """Wrap the target modules; by default PEFT's, q_proj and v_proj. rsLoRA (arXiv:2312.03732) scales by alpha / sqrt(r)."""
+    targets = settings["target_modules"] or (["qkv_proj"] if model.config.fused_qkv else ["q_proj", "v_proj"])
+    alpha = settings["lora_alpha"] * (settings["r"] ** 0.5 if settings["use_rslora"] else 1.0)
+    models.add_lora(model, settings["r"], alpha, settings["lora_dropout"], targets)
+
+
 # The trainer
 
 
@@ -480,6 +501,7 @@ class DPOTrainer:
         self.output_dir = Path(c.output_dir)
         self.cache_dir = Path(c.cache_dir) if c.cache_dir else Path.home() / ".cache" / "dpo"
         self.bf16 = computes_bf16(self.ranks.device) if c.bf16 is None else c.bf16
+        self.continues = False  # whether an adapter is trained on
         self.tokenizer = processing_class or data.Tokenizer.load(c.model_name_or_path)
         self.options = vars(c) | {"delta": 0.0}
         self.load_model(model)
@@ -493,17 +515,23 @@ class DPOTrainer:
     # set-up
 
     def load_model(self, model) -> None:
+        """The policy: a checkpoint, one with a fresh LoRA on it, or an adapter's directory, whose LoRA is trained on."""
         c = self.args
         torch.manual_seed(c.seed)
-        given = isinstance(model, models.Decoder)
-        self.model = model if given else models.load_model(model or c.model_name_or_path, getattr(torch, c.dtype))
-        size = self.model.config.vocab_size
-        if self.tokenizer.size > size:
-            raise ValueError(f"{c.model_name_or_path}: the tokenizer has {self.tokenizer.size} tokens, the embedding "
-                             f"{size} rows; they do not belong together")
+        self.lora = {} if not c.use_peft else {
+            "r": c.lora_r, "lora_alpha": c.lora_alpha, "lora_dropout": c.lora_dropout, "use_rslora": c.use_rslora,
+            "target_modules": c.lora_target_modules, "base_model_name_or_path": c.model_name_or_path}
+        if isinstance(model, models.Decoder):
+            self.model = model
+        else:
+            self.model, adapter = load_policy(model or c.model_name_or_path, getattr(torch, c.dtype))
+            if adapter and c.use_peft:
+                raise ValueError(f"--use_peft: {c.model_name_or_path} is an adapter already, and is trained on as it is; "
+                                 "for a new one on top, merge it first (--merge_adapter)")
+            self.lora, self.continues = adapter or self.lora, bool(adapter)
+        self.check_vocabulary(self.model)
         if c.use_peft:
-            self.lora_targets = c.lora_target_modules or self.default_targets()
-            models.add_lora(self.model, c.lora_r, c.lora_alpha, c.lora_dropout, self.lora_targets)
+            put_lora(self.model, self.lora)
         self.model.to(self.ranks.device).train(not c.disable_dropout)
         self.model.model.gradient_checkpointing = c.gradient_checkpointing
         self.aux_coef = 0.0
@@ -518,9 +546,10 @@ class DPOTrainer:
             ids = [self.ranks.device.index] if self.ranks.device.type == "cuda" else None
             self.ddp = DistributedDataParallel(self.model, device_ids=ids)
 
-    def default_targets(self) -> list[str]:
-        """PEFT's default for most families."""
-        return ["qkv_proj"] if self.model.config.fused_qkv else ["q_proj", "v_proj"]
+    def check_vocabulary(self, model: models.Decoder) -> None:
+        if self.tokenizer.size > model.config.vocab_size:
+            raise ValueError(f"{self.args.model_name_or_path}: the tokenizer has {self.tokenizer.size} tokens, the "
+                             f"embedding {model.config.vocab_size} rows; they do not belong together")
 
     def load_data(self, train_dataset, eval_dataset) -> None:
         c = self.args
@@ -589,27 +618,29 @@ class DPOTrainer:
         self.needs_ref = not (c.reference_free or set(c.loss_type) <= losses.NO_REFERENCE)
         self.precompute = self.needs_ref and (not c.sync_ref_model if c.precompute_ref_log_probs is None
                                               else c.precompute_ref_log_probs)
-        self.ref_model = ref_model
+        self.ref_model, self.ref_adapter = ref_model, {}
         self.ref_sums = {}  # store digest -> (n, 2, 2), nan where not visited
         if not self.needs_ref:
             return
         if ref_model is None and c.ref_model_name_or_path:
-            self.ref_model = models.load_model(c.ref_model_name_or_path, getattr(torch, c.dtype))
-            if self.ref_model.config.vocab_size != self.model.config.vocab_size:
-                raise ValueError(f"{c.ref_model_name_or_path}: {self.ref_model.config.vocab_size} tokens, the policy has "
-                                 f"{self.model.config.vocab_size}; they must share a tokenizer")
-        elif ref_model is None and not self.precompute and not c.use_peft:
+            self.ref_model, _ = load_policy(c.ref_model_name_or_path, getattr(torch, c.dtype))
+            self.check_vocabulary(self.ref_model)
+        elif ref_model is None and self.continues and not self.precompute:
+            self.ref_adapter = {n: p.detach().clone() for n, p in self.model.named_parameters() if "lora_" in n}
+        elif ref_model is None and not self.precompute and not self.lora:
             self.ref_model = copy.deepcopy(self.model)
         if self.ref_model is not None:
             dtype = None if c.ref_model_dtype is None else getattr(torch, c.ref_model_dtype)
             self.ref_model.requires_grad_(False).eval().to(c.ref_model_device or self.ranks.device, dtype)
 
     def reference_forward(self, batch: data.Batch) -> Tensor:  # (B, 2, 2)
-        """Live reference: a model of its own, or the policy without its adapters (before training: the policy)."""
-        model = self.model if self.ref_model is None else self.ref_model
+        """The reference's sums: from a model of its own, from the policy without its fresh LoRA, or with the LoRA that
+        it continued as it was then; and before training, from the policy."""
+        model, own = self.model if self.ref_model is None else self.ref_model, self.ref_model is not None
         there = batch.to(next(model.parameters()).device)
         autocast = torch.autocast(there.input_ids.device.type, torch.bfloat16, enabled=self.bf16)
-        with torch.no_grad(), autocast, models.adapters_disabled(model):
+        fresh = models.adapters_disabled(model) if self.lora and not own and not self.continues else nullcontext()
+        with torch.no_grad(), autocast, fresh, swapped(model, self.ref_adapter):
             out = model(there.input_ids, there.position_ids, there.spans, there.score_index, there.targets)
             return split_sums(out.logps, there.lengths).to(batch.input_ids.device)
 
@@ -659,11 +690,12 @@ class DPOTrainer:
         return self.ranks.sum(sums)[torch.from_numpy(pairs)].to(wide).cpu()
 
     def reference_key(self, store: data.PairStore) -> str:
-        """Changes with all that changes a reference log-prob: weights, adapters apart, rows, type of arithmetic."""
-        reference = self.ref_model or self.model
+        """Changes with all that changes a reference log-prob: weights, rows, type of arithmetic; and nothing else."""
+        own = self.ref_model is not None
+        reference, adapted = self.ref_model if own else self.model, own or self.continues
         h = hashlib.sha256(f"1 {store.digest} {self.bf16} {self.args.dtype} {reference.config}".encode())
         for name, p in reference.named_parameters():
-            if "lora_" not in name:
+            if adapted or "lora_" not in name:
                 h.update(name.replace(".base_layer.", ".").encode())
                 h.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return h.hexdigest()[:32]
@@ -830,7 +862,7 @@ class DPOTrainer:
                 f"{', '.join(self.train_store.where(int(i)) for i in pairs[:8])} ...; nothing of it was applied. Try a "
                 f"lower --learning_rate, a lower --max_grad_norm, --no_bf16, or look at these pairs")
         for group in self.optimizer.param_groups:
-            group["lr"] = metrics["learning_rate"]
+            group["lr"] = metrics["learning_rate"] * group["ratio"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if "bco_pair" in c.loss_type and c.bco_delta == "running":
@@ -917,12 +949,14 @@ class DPOTrainer:
         return metrics
 
     def make_optimizer(self) -> None:
-        """AdamW; weight decay on matrices only."""
+        """AdamW; weight decay on matrices only; LoRA+ (arXiv:2402.12354) gives B its own learning rate."""
         c = self.args
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         self.trainable, self.trainable_names = [p for _, p in named], [n for n, _ in named]
-        groups = [{"params": [p for p in self.trainable if p.dim() >= 2], "weight_decay": c.weight_decay},
-                  {"params": [p for p in self.trainable if p.dim() < 2], "weight_decay": 0.0}]
+        faster = lambda n: c.loraplus_lr_ratio or 1.0 if "lora_B" in n or "lora_embedding_B" in n else 1.0
+        groups = [{"params": [p for n, p in named if (p.dim() >= 2) == matrices and faster(n) == ratio], "ratio": ratio,
+                   "weight_decay": c.weight_decay if matrices else 0.0}
+                  for matrices in (True, False) for ratio in sorted({faster(n) for n, _ in named})]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=c.learning_rate, eps=c.adam_epsilon,
                                            betas=(c.adam_beta1, c.adam_beta2), fused=c.dtype != "float64")
 
@@ -996,7 +1030,7 @@ class DPOTrainer:
     def load_checkpoint(self, directory: Path) -> None:
         """Go on exactly where `directory` was written."""
         state = models.read_json(directory / "trainer_state.json")
-        if self.args.use_peft:
+        if self.lora:
             models.load_adapter(self.model, directory)
         else:
             copy_weights(directory, self.model)
@@ -1015,16 +1049,13 @@ class DPOTrainer:
         """Write what was trained, with the tokenizer: a Hugging Face checkpoint, or a PEFT adapter."""
         if not self.ranks.first:
             return
-        directory, c = Path(directory or self.output_dir), self.args
-        if c.use_peft:
-            models.save_adapter(self.model, directory, {
-                "r": c.lora_r, "lora_alpha": c.lora_alpha, "lora_dropout": c.lora_dropout,
-                "target_modules": self.lora_targets, "base_model_name_or_path": c.model_name_or_path})
+        last, directory = directory is None, Path(directory or self.output_dir)
+        if last and self.args.merge_adapter:
+            models.merge_lora(self.model)
+        if self.lora and not (last and self.args.merge_adapter):
+            models.save_adapter(self.model, directory, self.lora)
         else:
             models.save_model(self.model, directory)
-            generation = Path(c.model_name_or_path) / "generation_config.json"
-            if generation.exists():
-                shutil.copy(generation, directory)
         self.tokenizer.save(directory)
 
     def write_metrics(self, metrics: dict) -> None:
@@ -1081,6 +1112,20 @@ def from_whole(whole: dict, scored: Scored, batch: data.Batch) -> tuple[Tensor, 
     rows = [whole[i] for i in batch.pair_ids.tolist()]
     values, slopes = torch.stack([v for v, _ in rows]), torch.stack([s for _, s in rows])
     return values, (slopes * torch.cat([scored.logps, scored.chosen_nll[:, None]], 1)).sum(1)
+
+
+@contextmanager
+def swapped(model: nn.Module, values: dict[str, Tensor]):
+    """Within, the named parameters have these values."""
+    parameters = {n: p for n, p in model.named_parameters() if n in values}
+    own = {n: p.data for n, p in parameters.items()}
+    for n, p in parameters.items():
+        p.data = values[n]
+    try:
+        yield
+    finally:
+        for n, p in parameters.items():
+            p.data = own[n]
 
 
 def copy_weights(directory: Path, model: models.Decoder) -> None:

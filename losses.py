@@ -330,7 +330,7 @@ def completion_sums(token_logps: Tensor, lengths: Tensor, ld_alpha: Optional[flo
     (arXiv:2409.06411), which takes the length from the preference. alpha = 1 is the plain sum.
     """
     if ld_alpha is not None:
-        shared = lengths.min(1, keepdim=True).values.expand(-1, 2).reshape(-1).repeat_interleave(lengths.reshape(-1))
+        shared = lengths.min(1, keepdim=True).values.expand(-1, 2).repeat_interleave(lengths.reshape(-1))
         token_logps = torch.where(token_positions(lengths) < shared, token_logps, ld_alpha * token_logps)
     return torch.segment_reduce(token_logps, "sum", lengths=lengths.reshape(-1), initial=0).view(-1, 2)
 

@@ -265,7 +265,7 @@ def rotary_tables(ropes: dict[str, Rope], position_ids: Tensor, dtype: torch.dty
     tables = {}
     with torch.autocast(position_ids.device.type, enabled=False):
         for name, rope in ropes.items():
-            freq = torch.tensor(rope.frequencies, dtype=torch.float32, device=position_ids.device)
+            freq = torch.tensor(rope.frequencies, dtype=torch.float32).to(position_ids.device, non_blocking=True)
             angles = position_ids.float()[:, None] * freq  # (T, D/2)
             angles = torch.cat([angles, angles], -1)[:, None]  # (T, 1, D)
             tables[name] = ((angles.cos() * rope.factor).to(dtype), (angles.sin() * rope.factor).to(dtype))
@@ -386,9 +386,9 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.layer:
             return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        weight = 1 + self.weight if self.offset else self.weight
-        return F.rms_norm(wide, wide.shape[-1:], weight.to(wide.dtype), self.eps).to(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight = self.weight.to(wide) + 1 if self.offset else self.weight.to(wide)
+        return F.rms_norm(x.to(wide), x.shape[-1:], weight, self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -680,15 +680,16 @@ class LoraLinear(nn.Module):
     """base(x) + scaling * B A dropout(x) (arXiv:2106.09685); base is any module that maps x linearly.
 
     A is drawn as PEFT draws it, uniform on +-1/sqrt(in); B is zero, so training starts at the base model. Both are
-    float32 whatever the base is.
+    at least float32 whatever the base is.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
         super().__init__()
         self.base_layer, self.scaling, self.enabled = base, alpha / rank, True
         self.dropout = nn.Dropout(dropout)
-        self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=base.weight.device, dtype=torch.float32)
-        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=base.weight.device, dtype=torch.float32)
+        place = dict(device=base.weight.device, dtype=torch.promote_types(base.weight.dtype, torch.float32))
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False, **place)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False, **place)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
 
@@ -763,6 +764,21 @@ def adapters_disabled(model: nn.Module):
     finally:
         for module in modules:
             module.enabled = True
+
+
+@torch.no_grad()
+def merge_lora(model: Decoder) -> None:
+    """Add each LoRA to its weight and take the wrapper away. Raises ValueError on a tied head or embedding, since one
+    matrix cannot become two."""
+    modules = lora_modules(model)
+    if model.config.tie_word_embeddings and modules.keys() & {"lm_head", "model.embed_tokens"}:
+        raise ValueError("the LoRA is on a head or embedding that share one matrix (tie_word_embeddings): it cannot be "
+                         "merged; keep the adapter, or leave lm_head and embed_tokens out of --lora_target_modules")
+    for name, module in modules.items():
+        parent, _, child = name.rpartition(".")
+        module.base_layer.weight += module.delta().to(module.weight)
+        setattr(model.get_submodule(parent), child, module.base_layer)
+    model.requires_grad_(True)
 
 
 # Files: reading

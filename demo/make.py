@@ -30,7 +30,7 @@ from demo.show import OPINIONS, answers, score
 DEMO = Path(__file__).resolve().parent
 SEED = 2305
 REVIEWS = 20_000  # that the base model learns from
-PAIRS = {"train.jsonl": 1500, "eval.jsonl": 200}  # rows to write
+PROMPTS = {"eval.jsonl": 240, "train.jsonl": 2400}  # distinct ones, answered twice each
 PROMPTS_AT_ONCE = 128  # in one forward of sampling
 VOCAB_SIZE = 944
 END = "<|endoftext|>"
@@ -180,8 +180,8 @@ def train_base(directory: Path) -> None:
 # The pairs
 
 
-def make_pairs(prompts: list[str], wanted: int, model: models.Decoder, tokenizer: Tokenizer) -> list[dict]:
-    """The first `wanted` prompts whose two answers differ in score, with the better one as chosen."""
+def make_pairs(prompts: list[str], model: models.Decoder, tokenizer: Tokenizer) -> list[dict]:
+    """Two answers to each prompt, the one with the higher score as chosen; prompts whose answers tie are left out."""
     rows = []
     for at in range(0, len(prompts), PROMPTS_AT_ONCE):
         asked = prompts[at : at + PROMPTS_AT_ONCE]
@@ -190,9 +190,7 @@ def make_pairs(prompts: list[str], wanted: int, model: models.Decoder, tokenizer
             chosen, rejected = sorted((one, other), key=score, reverse=True)
             if score(chosen) > score(rejected):
                 rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-        if len(rows) >= wanted:
-            return rows[:wanted]
-    raise RuntimeError(f"{len(prompts)} prompts gave {len(rows)} pairs; {wanted} are wanted")
+    return rows
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
@@ -207,9 +205,9 @@ def main() -> int:
     rng = random.Random(SEED + 1)
     prompts = list(dict.fromkeys(write_opening(rng)[1] for _ in range(20_000)))
     rng.shuffle(prompts)
-    for name, wanted in PAIRS.items():  # a prompt is in one of the files at most
-        share, prompts = prompts[: 2 * wanted], prompts[2 * wanted :]
-        write_rows(DEMO / name, make_pairs(share, wanted, model, tokenizer))
+    for name, count in PROMPTS.items():
+        write_rows(DEMO / name, make_pairs(prompts[:count], model, tokenizer))
+        prompts = prompts[count:]  # no prompt is in both files
     return 0
 
 

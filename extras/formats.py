@@ -9,29 +9,30 @@ from typing import Any, BinaryIO
 from data import NEEDS, ROLES, DataError
 
 FROM_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "observation": "tool"} | {r: r for r in ROLES}
-GAP = re.compile(r"\s*[\[,]?\s*")  # what may stand before an element of an array
+# What stands before an element, and what ends the array: at its beginning, and after an element.
+BEFORE = {True: re.compile(r"\s*\[\s*"), False: re.compile(r"\s*,\s*")}
+ENDING = {True: re.compile(r"\s*\[\s*\]\s*"), False: re.compile(r"\s*\]\s*")}
 
 
 def array_rows(stream: BinaryIO) -> Iterator[tuple[int, dict | DataError]]:
     """Elements of one JSON array as (line where it begins, row), read piece by piece. Broken JSON ends the file."""
     decode, decoder = codecs.getincrementaldecoder("utf-8")().decode, json.JSONDecoder()
-    buffer, at, line, size, final = "", 0, 1, 1 << 16, False
-    while True:
-        begin = GAP.match(buffer, at).end()
+    buffer, at, line, first, size, final = "", 0, 1, True, 1 << 16, False
+    while not (final and ENDING[first].fullmatch(buffer, at)):
+        gap = BEFORE[first].match(buffer, at)
+        begin = gap.end() if gap else at
         here = line + buffer.count("\n", at, begin)
-        if final and buffer[begin:].strip() == "]":
-            return
         try:
-            row, end = decoder.raw_decode(buffer, begin)
-            if end == len(buffer) and not final:
-                raise ValueError("the element may go on in the next piece")
-            at, line, size = end, here + buffer.count("\n", begin, end), 1 << 16
+            row, end = decoder.raw_decode(buffer, begin) if gap else (None, None)
+            if end is None or (end == len(buffer) and not final):
+                raise ValueError("a comma or ] is missing")
+            at, line, first, size = end, here + buffer.count("\n", begin, end), False, 1 << 16
             yield here, row if isinstance(row, dict) else DataError(f"found a JSON {type(row).__name__}; {NEEDS}")
         except (ValueError, RecursionError) as error:
             if final or isinstance(error, RecursionError):
                 yield here, DataError(f"broken JSON in the array ({error}); nothing after it can be read")
                 return
-            try:
+            try:  # perhaps the element only goes on in the next piece
                 piece = stream.read(size)
                 size *= 2  # so that an element longer than a piece is parsed again only log(n) times
                 buffer, at, final = buffer[at:] + decode(piece, not piece), 0, not piece

@@ -21,7 +21,7 @@ class LoraEmbedding(nn.Module):
     def __init__(self, base: nn.Embedding, rank: int, alpha: float):
         super().__init__()
         self.base_layer, self.scaling, self.enabled = base, alpha / rank, True
-        place = dict(device=base.weight.device, dtype=torch.float32)
+        place = dict(device=base.weight.device, dtype=torch.promote_types(base.weight.dtype, torch.float32))
         self.lora_embedding_A = nn.Parameter(torch.zeros(rank, base.num_embeddings, **place))
         self.lora_embedding_B = nn.Parameter(torch.randn(base.embedding_dim, rank, **place))
 
@@ -86,7 +86,27 @@ def load_adapter(model: nn.Module, directory: Path) -> None:
         parameter.data.copy_(tensor)
 
 
-def check_settings(config: dict, model: nn.Module, directory: Path) -> None:
+def read_settings(directory: Path) -> dict:
+    """r, lora_alpha, lora_dropout, use_rslora, target_modules, base_model_name_or_path of an adapter's directory.
+
+    The base may be a path relative to the adapter. Raises ValueError for what is more than a plain LoRA.
+    """
+    config = read_json(directory / "adapter_config.json")
+    check_plain(config, directory)
+    base, targets = config.get("base_model_name_or_path"), config.get("target_modules")
+    if not base:
+        raise ValueError(f"{directory / 'adapter_config.json'}: base_model_name_or_path is missing")
+    if not Path(base).exists() and (directory / base).exists():
+        base = str(directory / base)
+    if isinstance(targets, str) and targets != "all-linear":
+        raise ValueError(f"{directory / 'adapter_config.json'}: target_modules is a pattern, {targets!r}; list the modules")
+    return {"r": config["r"], "lora_alpha": config["lora_alpha"], "lora_dropout": config.get("lora_dropout", 0.0),
+            "use_rslora": bool(config.get("use_rslora")), "base_model_name_or_path": base,
+            "target_modules": [targets] if isinstance(targets, str) else targets}
+
+
+def check_plain(config: dict, directory: Path) -> None:
+    """Raises ValueError, by name, for settings that make the adapter more than scaling * B A."""
     extra = [f"{k} = {config[k]!r}" for k in BEYOND_LORA if config.get(k)]
     extra += [f"bias = {config['bias']!r}"] if config.get("bias", "none") != "none" else []
     if extra or config.get("peft_type", "LORA") != "LORA":
@@ -94,6 +114,10 @@ def check_settings(config: dict, model: nn.Module, directory: Path) -> None:
     missing = [k for k in ("r", "lora_alpha") if not config.get(k)]
     if missing:
         raise ValueError(f"{directory / 'adapter_config.json'}: {', '.join(missing)}: missing")
+
+
+def check_settings(config: dict, model: nn.Module, directory: Path) -> None:
+    check_plain(config, directory)
     scaling = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
     for module in lora_modules(model).values():
         if not math.isclose(module.scaling, scaling):

@@ -594,6 +594,27 @@ def test_a_long_array_is_read_piece_by_piece(tmp_path):
     assert [r for _, r in data.read_rows([tmp_path / "a.json"])] == rows
 
 
+def test_an_array_is_held_to_the_grammar_of_json(tmp_path):
+    one = json.dumps(row())
+    for text in ("[%s %s]", "[%s,]", "[,%s]", "[%s", "[%s] %s", "[[%s]", "[%s}", "[%s,,%s]"):
+        (tmp_path / "a.json").write_text(text.replace("%s", one))
+        found = [r for _, r in data.read_rows([tmp_path / "a.json"])]
+        assert isinstance(found[-1], data.DataError) and all(r == row() for r in found[:-1]), text
+    for text, count in (("[]", 0), (" [\n]\n", 0), ("[%s]", 1), ("[%s\n,%s ]\n", 2)):
+        (tmp_path / "a.json").write_text(text.replace("%s", one))
+        assert [r for _, r in data.read_rows([tmp_path / "a.json"])] == [row()] * count, text
+    (tmp_path / "a.json").write_text("[" + " " * 65530 + "123456789, " + one + "]")  # a number across two pieces
+    number, good = (r for _, r in data.read_rows([tmp_path / "a.json"]))
+    assert isinstance(number, data.DataError) and good == row()
+
+
+def test_rows_before_the_damage_of_a_compressed_array_are_read(tmp_path):
+    rows = [row(random.Random(i).randbytes(500).hex()) for i in range(1000)]
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode())[:-1000])
+    *found, damage = (r for _, r in data.read_rows([tmp_path / "a.json.gz"]))
+    assert found == rows[: len(found)] and len(found) > 500 and "damaged" in str(damage)
+
+
 BAD_LINES = {
     "broken JSON": (b'{"prompt": "a", "chosen"', "broken JSON"),
     "two objects": (b"{} {}", "broken JSON.*one JSON object"),
@@ -623,7 +644,8 @@ def test_damaged_files_are_named(tmp_path):
     flipped = bytearray(gzip.compress(lines))
     flipped[len(flipped) // 2] ^= 255
     (tmp_path / "flipped.jsonl.gz").write_bytes(flipped)
-    for name in ("cut", "flipped"):
+    (tmp_path / "garbled.jsonl.gz").write_bytes(gzip.compress(lines)[:10] + b"\xff" * 100)
+    for name in ("cut", "flipped", "garbled"):
         found = [str(r) for _, r in data.read_rows([tmp_path / f"{name}.jsonl.gz"]) if isinstance(r, data.DataError)]
         assert found and "damaged" in found[-1], name
     (tmp_path / "cut.json").write_text(json.dumps([row(), row()])[:-20])
@@ -656,9 +678,9 @@ BAD_ROWS = {
     "empty list": (row([USER], [], [NO]), 'the completion of "chosen" is empty'),
     "empty message": (row([USER], [YES], [say("assistant", "")]), 'the completion of "rejected" is empty'),
     "empty parts": (row([USER], [YES], [say("assistant", [])]), 'the completion of "rejected" is empty'),
-    "same": (row("a", "b", "b"), "chosen and rejected are the same"),
-    "same implicit": ({"chosen": "b", "rejected": "b"}, "chosen and rejected are the same"),
-    "same conversations": (row([USER], [YES], [dict(YES)]), "chosen and rejected are the same"),
+    "same": (row("a", "b", "b"), "chosen and rejected are the same;"),
+    "same implicit": ({"chosen": "b", "rejected": "b"}, "chosen and rejected are the same;"),
+    "same conversations": (row([USER], [YES], [dict(YES)]), "chosen and rejected are the same;"),
     "same tokens": (row("a", "b", "b</s>"), "chosen and rejected are the same tokens"),
     "unknown role": (row([say("robot", "x")], [YES], [NO]), '"prompt".0. has the role .robot.; known are system'),
     "no role": (row([{"content": "x"}], [YES], [NO]), "has the role None"),
@@ -679,7 +701,10 @@ BAD_ROWS = {
     "two systems": (row([say("system", "a"), USER], [YES], [NO], system="b"), "begins with another system message"),
     "system beside text": (row(system="b"), '"system" is set, but the prompt is text'),
     "tools beside text": (row(tools=[{}]), '"tools" is set, but the prompt is text'),
-    "score": (row(chosen_score="9"), '"chosen_score" is .9.; a score is a number'),
+    "score": (row(chosen_score="9"), '"chosen_score" is .9.; a score is a finite number'),
+    "infinite score": (row(score_chosen=math.inf), '"score_chosen" is inf'),
+    "nan score": (row(score_chosen=math.nan), '"score_chosen" is nan'),
+    "huge score": (row(score_rejected=10**400), '"score_rejected" is 1000'),
     "bool score": (row(rejected_score=True), '"rejected_score" is True'),
     "images": (row(images=["a.jpg"]), "the row has images"),
     "lone surrogate": (row("\ud83d"), "half of a surrogate pair"),
@@ -775,6 +800,46 @@ def test_from_value_function_calls_and_observations_become_tool_messages():
     assert from_value_message({"from": "observation", "value": "3"}, "here") == say("tool", "3")
 
 
+def test_rows_of_random_shape_are_tokenized_or_refused_with_a_message(tokenizer):
+    rng, outcomes = random.Random(0), []
+    keys = (
+        "prompt",
+        "chosen",
+        "rejected",
+        "conversations",
+        "tools",
+        "chat_template_kwargs",
+        "system",
+        "images",
+        "question",
+    )
+    words = ("", "a", " ", "x y", "</s>", "\ud800", "user", "assistant", "{", "[]", '{"name": 1, "arguments": {}}')
+    names = ("role", "content", "from", "value", "tool_calls", "thinking", "name", "type", "text")
+
+    def value(depth: int):
+        kind = rng.randrange(9 if depth < 3 else 4)
+        if kind < 4:
+            return rng.choice([None, True, 0, -3.5, 10**400, [], {}, *words])
+        if kind < 6:
+            return [value(depth + 1) for _ in range(rng.randrange(4))]
+        if kind < 7:
+            return {rng.choice(names): value(depth + 1) for _ in range(rng.randrange(4))}
+        roles, contents = ("user", "assistant", "system"), ("a", "b", "", None, [{"type": "text", "text": "t"}])
+        return [say(rng.choice(roles), rng.choice(contents)) for _ in range(rng.randrange(1, 4))]
+
+    for _ in range(4000):
+        some = {key: value(0) for key in keys if rng.random() < (0.8 if key in keys[:3] else 0.1)}
+        mode = rng.choice(["keep_start", "keep_end"])
+        options = data.DataOptions(
+            rng.choice([None, 1, 2, 5, 50]), truncation_mode=mode, need_rejected=rng.random() < 0.8
+        )
+        (outcome,) = data.tokenize_rows([some], tokenizer, options)
+        outcomes.append("pair" if isinstance(outcome, data.Pair) else str(outcome)[-30:])
+        if isinstance(outcome, data.Pair):
+            assert data.collate([outcome]).lengths[0, 0] > 0
+    assert outcomes.count("pair") > 15 and len(set(outcomes)) > 12
+
+
 # Where completions begin
 
 
@@ -824,6 +889,8 @@ def test_without_need_of_rejected_rows_may_lack_it(tokenizer, tmp_path):
     assert ids_of(implicit) == ids_of(both)
     with pytest.raises(data.DataError, match='"rejected" is missing'):
         data.tokenize_pair({"chosen": "abcd"}, tokenizer, options)
+    mixed = [{"prompt": "ab", "chosen": "cd"}, row("ab", "cd", "xy"), {"prompt": "ab", "chosen": "cd"}]
+    assert [ids_of(pair) for pair in data.tokenize_rows(mixed, tokenizer, options)] == [ids_of(alone)] * 3
     store = build(
         write_rows(tmp_path / "r.jsonl", [{"prompt": "ab", "chosen": "cd"}]), tokenizer, tmp_path, need_rejected=False
     )

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -151,25 +152,105 @@ def test_lora_starts_at_its_base_and_adapters_off_is_the_reference(run, live):
     assert any("lora_B" in n and p.abs().sum() > 0 for n, p in weights.items())
 
 
-START = {"sigmoid": math.log(2), "robust": math.log(2), "aot": math.log(2), "aot_pair": math.log(2), "aot_unpaired": math.log(2),
-         "sigmoid_norm": math.log(2), "dpop": math.log(2), "hinge": 1.0, "apo_zero": 1.0, "apo_down": 1.0, "ipo": 25.0,
-         "exo_pair": 2.761231, "nca_pair": 2 * math.log(2), "bco_pair": 2 * math.log(2), "sppo_hard": 50.0, "discopop": 0.846574}
+# Start values: what each loss is where policy equals reference. dn = n_w - n_l and ds, the gap of the rows' scores, are
+# arrays over the pairs of a step.
+LN2 = math.log(2)
+log_sigma = lambda z: -np.log1p(np.exp(-z))
+START = {
+    **dict.fromkeys(("sigmoid", "robust", "aot", "aot_pair", "aot_unpaired", "sigmoid_norm", "dpop"), lambda dn, ds: LN2),
+    **dict.fromkeys(("hinge", "apo_zero", "apo_down"), lambda dn, ds: 1.0),
+    **dict.fromkeys(("nca_pair", "bco_pair"), lambda dn, ds: 2 * LN2),
+    "ipo": lambda dn, ds: 25.0, "sppo_hard": lambda dn, ds: 50.0, "discopop": lambda dn, ds: (LN2 + 1) / 2,
+    "exo_pair": lambda dn, ds: -LN2 - math.log(1e-3 * (1 - 1e-3)) / 2,
+    "rdpo": lambda dn, ds: -log_sigma(0.01 * dn), "odpo": lambda dn, ds: np.log1p(ds), "rpo_sq": lambda dn, ds: ds**2,
+    "rpo_bwd_kl": lambda dn, ds: LN2 + log_sigma(ds) / (1 + np.exp(-ds)) + log_sigma(-ds) / (1 + np.exp(ds)),
+    "rpo_fwd_kl": lambda dn, ds: -LN2 - (log_sigma(ds) + log_sigma(-ds)) / 2}
+WEIGHTS = {name: 1 + i / 10 for i, name in enumerate(sorted(START))}  # all unequal: no two errors cancel
+
+
+def start_of(trainer, step: int, names) -> float:
+    """The weighted sum of the start values of `names`, mean over the pairs of a step (0, 1 ...)."""
+    store, pairs = trainer.train_store, trainer.pairs_of(step)
+    n_w, n_l = dpo.scored_lengths(store, pairs).T
+    s_w, s_l = np.asarray(store.ratings[pairs], np.float64).T
+    return sum(WEIGHTS[name] * float(np.mean(START[name](n_w - n_l, s_w - s_l))) for name in names)
+
+
+def assert_starts(steps: list[dict], trainer, names) -> None:
+    assert steps
+    for m in steps:
+        assert m["loss"] == pytest.approx(start_of(trainer, m["step"] - 1, names), rel=1e-11), m["step"]
+        assert m["rewards/margins"] == pytest.approx(0, abs=1e-12) and m["rewards/chosen"] == pytest.approx(0, abs=1e-12)
+
+
+def all_at_once(names) -> dict:
+    """One run with all of these losses, which stays where it starts."""
+    return dict(loss_type=list(names), loss_weights=[WEIGHTS[name] for name in names], learning_rate=0.0)
+
+
+@pytest.fixture
+def trainers(monkeypatch):
+    """The trainers made during the test, in order."""
+    made, keep = [], dpo.DPOTrainer.train
+    monkeypatch.setattr(dpo.DPOTrainer, "train", lambda self: made.append(self) or keep(self))
+    return made
 
 
 @pytest.mark.parametrize("loss", sorted(START))
-def test_at_learning_rate_0_every_loss_stays_at_its_start_value(run, loss):
-    steps, _ = run(loss_type=[loss], learning_rate=0.0, num_train_epochs=2.0)
-    assert [m["loss"] for m in steps] == pytest.approx([START[loss]] * 6, abs=1e-6)
-    assert all(m["rewards/margins"] == 0 and m["rewards/accuracies"] == 0.5 for m in steps)
+def test_at_learning_rate_0_every_loss_stays_at_its_start_value(run, trainers, loss):
+    steps, _ = run(loss_type=[loss], loss_weights=[WEIGHTS[loss]], learning_rate=0.0, num_train_epochs=2.0)
+    assert len(steps) == 6 and all(m["rewards/margins"] == 0 and m["rewards/accuracies"] == 0.5 for m in steps)
+    assert_starts(steps, trainers[0], [loss])
 
 
+LORA = dict(use_peft=True, lora_r=2)
+
+
+@pytest.mark.parametrize("sorting", [False, True], ids=["pair by pair", "whole batch at once"])
 @pytest.mark.parametrize("mode", [
-    dict(max_length=9), dict(max_length=9, truncation_mode="keep_end"), dict(precompute_ref_log_probs=False),
-    dict(use_peft=True, lora_r=2), dict(gradient_accumulation_steps=2), dict(ld_alpha=0.5), dict(use_peft=True, lora_r=2,
-    precompute_ref_log_probs=False), dict(max_completion_length=3), dict(max_prompt_length=2)], ids=str)
-def test_every_mode_starts_at_log_2(run, mode):
-    steps, _ = run(learning_rate=0.0, **mode)
-    assert [m["loss"] for m in steps] == pytest.approx([math.log(2)] * len(steps), abs=1e-9)
+    {}, dict(precompute_ref_log_probs=False), LORA, LORA | dict(precompute_ref_log_probs=False), dict(max_length=9),
+    dict(max_length=9, truncation_mode="keep_end"), dict(max_completion_length=3), dict(max_prompt_length=2),
+    dict(gradient_accumulation_steps=2, per_device_train_batch_size=3), dict(max_tokens_per_forward=40), dict(ld_alpha=0.5),
+    dict(gradient_checkpointing=True), dict(sync_ref_model=True, ref_model_sync_steps=1)], ids=str)
+def test_every_loss_starts_at_its_closed_value_in_every_mode(run, trainers, mode, sorting):
+    names = [name for name in START if sorting or name not in losses.SORTS_THE_BATCH]
+    steps, _ = run(**all_at_once(names), **mode)
+    assert_starts(steps, trainers[0], names)
+
+
+@pytest.mark.parametrize("mode", [{}, dict(max_length=9, truncation_mode="keep_end")], ids=str)
+def test_every_loss_starts_at_its_closed_value_with_each_prompt_twice(run, trainers, monkeypatch, mode):
+    steps, _ = run("shared", **all_at_once(START), **mode)
+    monkeypatch.setattr(data, "collate", partial(data.collate, share_prefix=False))
+    alone, _ = run("unshared", **all_at_once(START), **mode, precompute_ref_log_probs=False)
+    assert_starts(alone, trainers[1], START)
+    for one, other in zip(steps, alone):
+        assert one["logps/chosen"] == pytest.approx(other["logps/chosen"], rel=1e-12)
+
+
+def test_keep_end_truncation_leaves_pairs_unshared(run, trainers):
+    run(max_length=9, truncation_mode="keep_end")
+    assert (trainers[0].train_store.rejected_prompt_lengths >= 0).sum() > 3
+
+
+@pytest.mark.parametrize("mode", [{}, LORA, dict(precompute_ref_log_probs=False)], ids=str)
+def test_every_loss_is_at_its_closed_value_after_a_resume(run, trainers, tmp_path, mode):
+    options = all_at_once(START) | mode | dict(num_train_epochs=2.0, save_strategy="steps", save_steps=4)
+    run("a", **options)
+    steps, _ = run("a", **options, resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
+    assert_starts(steps, trainers[1], START)
+    assert trainers[1].step == 6 and len(steps) == 6
+
+
+@pytest.mark.parametrize("live", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_loss_starts_at_its_closed_value_on_two_ranks(run, trainers, tiny, pairs_file, tmp_path, live):
+    run(**all_at_once(START))
+    flags = ["--no_precompute_ref_log_probs"] if live else []
+    run_dpo("--model_name_or_path", tiny, "--dataset_name", pairs_file, "--output_dir", tmp_path / "two", "--cache_dir",
+            tmp_path / "cache2", "--dtype", "float64", "--no_bf16", "--use_cpu", "--learning_rate", 0, "--num_train_epochs", 1,
+            "--logging_steps", 1, "--per_device_train_batch_size", 4, "--loss_type", *START, "--loss_weights",
+            *(WEIGHTS[name] for name in START), *flags, ranks=2)
+    assert_starts(read_metrics(tmp_path / "two"), trainers[0], START)
 
 
 def test_bco_delta_is_the_mean_reward_of_earlier_steps(tiny, pairs_file, tmp_path):
@@ -346,3 +427,67 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(run, monkeypa
     monkeypatch.setitem(losses.LOSSES, "sigmoid", lambda x, beta: x.delta_score * math.nan)
     with pytest.raises(FloatingPointError, match=r"step 1: loss nan.*pairs.jsonl:\d+"):
         run()
+
+
+# Adapters
+
+
+def adapter_run(run, tmp_path, **options):
+    """A first adapter, trained a little: its directory."""
+    run("first", use_peft=True, lora_r=4, lora_target_modules=["q_proj", "up_proj"], dtype="float32", learning_rate=1e-2, **options)
+    return tmp_path / "first"
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_continued_adapter_starts_at_log_2_against_itself(run, tmp_path, live):
+    first = adapter_run(run, tmp_path)
+    options = dict(model_name_or_path=str(first), dtype="float32", precompute_ref_log_probs=not live)
+    still, _ = run("still", learning_rate=0.0, **options)
+    assert [m["loss"] for m in still] == pytest.approx([math.log(2)] * 3, abs=1e-6)
+    moved, _ = run("moved", **options)
+    assert moved[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and abs(moved[-1]["loss"] - math.log(2)) > 1e-4
+
+
+def test_live_and_precomputed_references_of_a_continued_adapter_agree(run, tmp_path):
+    first = adapter_run(run, tmp_path)
+    options = dict(model_name_or_path=str(first), dtype="float32", learning_rate=1e-2, num_train_epochs=2.0)
+    assert_same(run("a", **options), run("b", **options, precompute_ref_log_probs=False), 1e-5)
+
+
+def test_another_adapter_can_be_the_reference(run, tmp_path, tiny):
+    first = adapter_run(run, tmp_path)
+    against, _ = run("a", ref_model_name_or_path=str(first), dtype="float32", learning_rate=0.0)
+    assert against[0]["rewards/margins"] != 0
+    mirrored, _ = run("b", model_name_or_path=str(first), ref_model_name_or_path=str(tiny), dtype="float32", learning_rate=0.0)
+    assert [m["rewards/margins"] for m in mirrored] == pytest.approx([-m["rewards/margins"] for m in against], rel=1e-4)
+
+
+def test_a_merged_adapter_is_the_adapted_model(run, tmp_path, tiny):
+    options = dict(use_peft=True, lora_r=4, lora_target_modules=["all-linear"], use_rslora=True, learning_rate=1e-2)
+    run("adapter", **options)
+    run("merged", merge_adapter=True, **options)
+    adapted, _ = dpo.load_policy(tmp_path / "adapter", torch.float64)
+    merged = models.load_model(tmp_path / "merged", torch.float64)
+    ids = torch.arange(3, 15)
+    inputs = (ids, torch.arange(12), torch.tensor([[0, 12, 0, 0]]))
+    assert torch.allclose(adapted.logits(*inputs), merged.logits(*inputs), atol=1e-5)
+    assert not torch.allclose(merged.logits(*inputs), models.load_model(tiny, torch.float64).logits(*inputs), atol=1e-3)
+
+
+def test_loraplus_moves_b_faster(run):
+    options = dict(use_peft=True, lora_r=4, max_steps=1)
+    plain, fast = run("a", **options)[1], run("b", **options, loraplus_lr_ratio=4.0)[1]
+    for name, p in plain.items():
+        if "lora_B" in name:
+            assert torch.allclose(fast[name], 4 * p, rtol=1e-9)
+
+
+def test_adapters_load_in_peft(run, tmp_path, tiny):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    run("a", use_peft=True, lora_r=4, use_rslora=True, lora_target_modules=["all-linear"], dtype="float32", learning_rate=1e-2)
+    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "a")
+    ours, _ = dpo.load_policy(tmp_path / "a", torch.float32)
+    ids = torch.arange(3, 15)
+    with torch.no_grad():
+        logits = ours.logits(ids, torch.arange(12), torch.tensor([[0, 12, 0, 0]]))
+        assert torch.allclose(theirs(ids[None]).logits[0], logits, atol=1e-5)

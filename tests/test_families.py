@@ -46,7 +46,7 @@ CASES = {
     "llama dynamic": ("llama", SIZES | dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0))),
     "llama yarn": ("llama", SIZES | dict(rope_parameters=YARN)),
     "qwen2 yarn": ("qwen2", SIZES | dict(rope_parameters=YARN | dict(
-        beta_fast=4.0, beta_slow=0.5, mscale=0.7, mscale_all_dim=1.2, truncate=False))),
+        rope_theta=100.0, beta_fast=4.0, beta_slow=0.5, mscale=0.7, mscale_all_dim=1.2, truncate=False))),
     "mistral": ("mistral", NARROW | dict(sliding_window=5)),
     "qwen2": ("qwen2", SIZES | dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)),
     "qwen3": ("qwen3", NARROW | dict(attention_bias=True)),
@@ -183,11 +183,38 @@ def test_bf16_autocast_is_as_near_to_float32_as_transformers_is(case):
         with torch.autocast("cpu", torch.bfloat16):
             peer, own = their_logits(theirs)[0].float(), our_logits(ours).float()
             logps = ours(*stream(PAIRS)).logps
+    assert_as_near(own, peer, exact, name)
+    dense = own.log_softmax(-1).gather(-1, stream(PAIRS)[4][:, None])[:, 0]
+    assert (logps - dense).abs().max() < 0.2 and logps.dtype == torch.float32
+
+
+def test_bf16_weights_are_as_near_to_float32_as_in_transformers(case):
+    """The whole model in bf16, as a reference model may be held; exact are the rounded weights in float32."""
+    name, _, directory = case
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.bfloat16, attn_implementation=attention(name)).eval()
+    ours = models.load_model(directory, torch.bfloat16)
+    with torch.no_grad():
+        peer, own = their_logits(theirs)[0].float(), our_logits(ours).float()
+        exact = our_logits(ours.float())
+    assert_as_near(own, peer, exact, name)
+
+
+def assert_as_near(own, peer, exact, name: str) -> None:
     error = lambda x: (x - exact).pow(2).mean().sqrt().item()
     # a token near the border of two experts may go to the other one, in either implementation
     assert error(own) < (3 if name in SPARSE else 1.5) * error(peer) + 1e-3
-    dense = own.log_softmax(-1).gather(-1, stream(PAIRS)[4][:, None])[:, 0]
-    assert (logps - dense).abs().max() < 0.2 and logps.dtype == torch.float32
+
+
+def test_gemma_norms_are_not_rounded_before_they_are_applied():
+    """1 + weight has more digits than bf16 holds."""
+    norm = models.Norm(64, models.read_config(LLAMA | dict(model_type="gemma"))).bfloat16()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        norm.weight.normal_(0, 0.05)
+    x = torch.randn(50, 64, dtype=torch.bfloat16)
+    exact = torch.nn.functional.rms_norm(x.double(), (64,), 1 + norm.weight.double(), norm.eps)
+    assert torch.equal(norm(x), exact.bfloat16())
 
 
 def test_files_come_back_byte_for_byte(case, tmp_path):
@@ -299,6 +326,10 @@ PUBLISHED = {
                        num_hidden_layers=6, num_attention_heads=8, hidden_act="gelu", layer_norm_eps=1e-5,
                        max_position_embeddings=2048, rotary_pct=0.25, rotary_emb_base=10000,
                        use_parallel_residual=True, tie_word_embeddings=False),
+    "Qwen2.5-1.5B": dict(model_type="qwen2", vocab_size=151936, hidden_size=1536, intermediate_size=8960,
+                         num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, hidden_act="silu",
+                         max_position_embeddings=32768, max_window_layers=21, rms_norm_eps=1e-6, rope_theta=1000000.0,
+                         sliding_window=32768, use_sliding_window=False, tie_word_embeddings=True, use_mrope=False),
     "gpt2": dict(model_type="gpt2", vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_positions=1024, n_ctx=1024,
                  activation_function="gelu_new", layer_norm_epsilon=1e-5, attn_pdrop=0.1, embd_pdrop=0.1,
                  resid_pdrop=0.1, summary_type="cls_index", summary_proj_to_labels=True, summary_use_proj=True,
@@ -369,7 +400,15 @@ def test_lengths_that_the_positions_do_not_reach_are_refused():
         models.check_length(config(name), limit)
         with pytest.raises(ValueError, match=f"a sequence of {limit + 1} tokens"):
             models.check_length(config(name), limit + 1)
-    models.check_length(config("phi3 longrope", max_length=60), 10**6)
+    models.check_length(config("phi3 longrope", max_length=33), 10**6)
+
+
+def test_the_pretraining_length_beside_the_rope_keys_wins_over_theirs():
+    raw = random_model("phi3 longrope").config.to_dict()
+    raw["rope_parameters"]["original_max_position_embeddings"] = 16
+    assert models.read_config(raw).ropes[FULL].limit == 32
+    del raw["original_max_position_embeddings"]
+    assert models.read_config(raw).ropes[FULL].limit == 16
 
 
 # 2. Real files
@@ -451,6 +490,13 @@ def test_a_token_weighs_as_many_as_the_sequences_that_hold_it():
     _, _, spans, *_ = stream([([1, 2, 3], [4], [5, 6]), ([7], [8])])
     assert token_weights(spans).tolist() == [2, 2, 2, 1, 1, 1, 1, 1]
     assert token_weights(stream([([1, 2, 3], [4], [5, 6])], shared=False)[2]).tolist() == [1] * 9
+
+
+def test_a_coefficient_that_the_file_leaves_out_is_the_familys(sparse):
+    raw = json.loads((sparse[2] / "config.json").read_text())
+    del raw["router_aux_loss_coef"]
+    theirs = type(sparse[1].config)().router_aux_loss_coef
+    assert models.read_config(raw).moe["router_aux_loss_coef"] == theirs
 
 
 def test_dense_models_have_no_auxiliary_loss():
@@ -604,3 +650,25 @@ def test_embedding_scale_is_rounded_to_the_weights_type():
     ids = torch.arange(5)
     factor = torch.tensor(math.sqrt(48), dtype=torch.bfloat16)
     assert torch.equal(model.model.embed(ids, ids), model.model.embed_tokens(ids) * factor)
+
+
+def test_a_further_family_is_one_entry(tmp_path, monkeypatch):
+    """The README's example: StableLM, LayerNorm and a partial rotation on Llama's layout."""
+    from extras.families import MORE_FAMILIES
+
+    entry = models.Family(
+        dict(norm="layer"), dict(partial_rotary_factor=0.25, use_qkv_bias=False),
+        more=lambda c: dict(qkv_bias=c["use_qkv_bias"]),
+        rename=lambda raw: {"rms_norm_eps" if k == "layer_norm_eps" else k: v for k, v in raw.items()})
+    monkeypatch.setitem(CASES, "stablelm", ("stablelm", SIZES | dict(use_qkv_bias=True)))
+    theirs = random_model("stablelm")
+    theirs.save_pretrained(tmp_path / "a")
+    with pytest.raises(ValueError, match="model_type 'stablelm' is not supported"):
+        models.load_model(tmp_path / "a")
+    monkeypatch.setitem(MORE_FAMILIES, "stablelm", entry)
+    ours = models.load_model(tmp_path / "a")
+    models.save_model(ours, tmp_path / "b")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval()
+    with torch.no_grad():
+        assert (our_logits(ours) - their_logits(theirs)[0]).abs().max() < 1e-5
+        assert torch.equal(their_logits(again)[0], their_logits(theirs)[0])

@@ -14,7 +14,8 @@ NAMES = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "re
 
 def pairs(**columns) -> "losses.PairLogps":
     """Three pairs with log-ratios (1, -3), (-2, 4), (5, 5), so margins 4, -6, 0."""
-    values = [[-9.0, -12.0, -5.0], [-23.0, -4.0, -5.0], [-10.0, -10.0, -10.0], [-20.0, -8.0, -10.0], [2, 8, 5], [4, 1, 5]]
+    policy, ref = [[-9.0, -12.0, -5.0], [-23.0, -4.0, -5.0]], [[-10.0, -10.0, -10.0], [-20.0, -8.0, -10.0]]
+    values = [*policy, *ref, [2, 8, 5], [4, 1, 5]]
     given = dict(zip(NAMES, (torch.tensor(v, dtype=torch.float64) for v in values))) | columns
     return losses.PairLogps(**given)
 
@@ -27,8 +28,16 @@ def test_metrics_by_hand():
     got = {name: value.tolist() for name, value in losses.pair_metrics(pairs(), 0.5).items()}
     assert got == {
         "rewards/chosen": [0.5, -1.0, 2.5], "rewards/rejected": [-1.5, 2.0, 2.5], "rewards/margins": [2.0, -3.0, 0.0],
-        "rewards/accuracies": [1.0, 0.0, 0.5], "logps/chosen": [-9.0, -12.0, -5.0], "logps/rejected": [-23.0, -4.0, -5.0],
-        "kl": [-1.0, 1.0, 5.0]}
+        "rewards/accuracies": [1.0, 0.0, 0.5], "kl": [-1.0, 1.0, 5.0],
+        "logps/chosen": [-9.0, -12.0, -5.0], "logps/rejected": [-23.0, -4.0, -5.0]}
+
+
+def test_every_score_is_0_where_policy_equals_reference():
+    """The constant cancels in every loss that compares two scores, but not in the paper's table."""
+    for name, score in losses.F_DIVERGENCES.items():
+        r = torch.zeros((), dtype=torch.float64)
+        value = score(r, 0.3) if name == "alpha_divergence" else score(r)
+        assert abs(value.item()) < 1e-15, name
 
 
 def test_rewards_ignore_the_f_divergence():
@@ -86,12 +95,14 @@ def test_every_loss_reads_only_flags_that_exist():
 # Refusals
 
 WORKS = [
-    {}, {"label_smoothing": 0.5}, {"label_smoothing": 0.3, "loss_type": ["robust"]}, {"ld_alpha": 0.0}, {"ld_alpha": 1.0},
-    {"loss_type": list(losses.LOSSES)}, {"beta": 3.0, "loss_type": ["simper"]}, {"use_weighting": True, "wpo_clamp": False},
+    {}, {"label_smoothing": 0.5}, {"label_smoothing": 0.3, "loss_type": ["robust"]}, {"ld_alpha": 0.0},
+    {"ld_alpha": 1.0}, {"loss_type": list(losses.LOSSES)}, {"beta": 3.0, "loss_type": ["simper"]},
+    {"use_weighting": True, "wpo_clamp": False}, {"ld_alpha": 0.5, "ld_apply_to_ref": False},
     {"loss_type": ["sigmoid", "sft"], "use_weighting": True}, {"rpo_alpha": 1.0, "rpo_average": "token"},
-    {"loss_type": ["sigmoid", "sft"], "f_divergence_type": "js_divergence"}, {"ld_alpha": 0.5, "ld_apply_to_ref": False},
+    {"loss_type": ["sigmoid", "sft"], "f_divergence_type": "js_divergence"},
     {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
-    {"loss_type": ["sigmoid", "simpo"], "reference_free": True}, {"loss_type": ["sigmoid", "sigmoid_norm"], "ld_alpha": 0.5},
+    {"loss_type": ["sigmoid", "simpo"], "reference_free": True},
+    {"loss_type": ["sigmoid", "sigmoid_norm"], "ld_alpha": 0.5},
     {"loss_type": ["hinge", "cpo"], "label_smoothing": 0.1}, {"loss_type": ["sigmoid", "sft"], "rpo_alpha": 1.0},
     {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]}, {"discopop_tau": 0.01, "loss_type": ["discopop"]},
     *({"loss_type": [name], "f_divergence_type": "forward_kl"} for name in sorted(losses.TAKES_F_DIVERGENCE)),
@@ -105,7 +116,8 @@ REFUSED = [
     ({"beta": 0.0}, "--beta 0.0: it must be above 0"), ({"ld_alpha": 1.01}, "between 0 and 1"),
     ({"ld_alpha": -0.01}, "between 0 and 1"), ({"discopop_tau": 0.0, "loss_type": ["discopop"]}, "above 0"),
     ({"f_divergence_type": "kl"}, "one of reverse_kl forward_kl js_divergence alpha_divergence"),
-    ({"loss_type": ["hinge"], "label_smoothing": 0.1}, "does not read it; aot aot_pair aot_unpaired cpo exo_pair robust sigmoid"),
+    ({"loss_type": ["hinge"], "label_smoothing": 0.1},
+     "does not read it; aot aot_pair aot_unpaired cpo exo_pair robust sigmoid"),
     ({"simpo_gamma": 0.3}, "--simpo_gamma 0.3: --loss_type sigmoid does not read it; alphapo simpo do"),
     ({"sft_average": "sum"}, "cpo orpo sft do"),
     *(({"loss_type": [name], "f_divergence_type": "forward_kl"}, f"f_divergence_type with --loss_type {name}:")

@@ -432,6 +432,7 @@ def test_core_families_load_train_and_save_without_extras(tmp_path):
 import sys, torch, model
 for name in sys.argv[1:]:
     m = model.load_model(name)
+    assert name != "llama" or "torch._dynamo" not in sys.modules  # which would take seconds to import
     model.add_lora(m, 2, 4, 0.0, ["all-linear", "lm_head"])
     ids = torch.arange(3, 9)
     m(ids, torch.arange(6), torch.tensor([[0, 6, 0, 0]]), torch.arange(5), ids[1:]).logps.sum().backward()
@@ -534,8 +535,15 @@ def test_lora_starts_at_the_base_and_the_base_is_still_there(targets):
     models.add_lora(model, 4, 8, 0.0, targets)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
         n for n, _ in model.named_parameters() if "lora_" in n}
-    assert torch.equal(model(*stream(MIXED)).logps, base)
-    randomize_lora(model.double())
+    start = model.double()(*stream(MIXED)).logps
+    assert torch.equal(start, base)
+    moving = {n for n, g in gradients(model, start.sum()).items() if g.abs().max() > 0}
+    for name, module in models.lora_modules(model).items():
+        assert any(n.startswith(name + ".") for n in moving), f"{name} would never learn"
+        if isinstance(module, models.LoraLinear):
+            bound = module.base_layer.in_features ** -0.5
+            assert 0.5 * bound < module.lora_A.weight.abs().max() <= bound
+    randomize_lora(model)
     moved = model(*stream(MIXED)).logps
     assert (moved - base).abs().max() > 0.01
     with models.adapters_disabled(model):
@@ -584,9 +592,10 @@ def test_lora_dropout_acts_in_training_only():
     assert torch.equal(run(), run())
 
 
-def test_lora_targets_that_match_nothing_are_refused():
-    with pytest.raises(ValueError, match="--lora_target_modules c_attn: no such module; this model has .*q_proj"):
-        models.add_lora(make(LLAMA), 4, 8, 0.0, ["q_proj", "c_attn"])
+@pytest.mark.parametrize("target", ["c_attn", "proj"])
+def test_lora_targets_that_match_nothing_are_refused(target):
+    with pytest.raises(ValueError, match=f"--lora_target_modules {target}: no such module; this model has .*q_proj"):
+        models.add_lora(make(LLAMA), 4, 8, 0.0, ["q_proj", target])
 
 
 @pytest.mark.parametrize("change, message", [
@@ -602,6 +611,16 @@ def test_other_adapters_are_refused(change, message, tmp_path):
     models.save_adapter(model, tmp_path, dict(r=4, lora_alpha=8, lora_dropout=0.0) | change)
     with pytest.raises(ValueError, match=message):
         models.load_adapter(model, tmp_path)
+
+
+def test_adapter_config_names_modules_as_short_as_is_unambiguous(tmp_path):
+    for targets, expected in ((["q_proj", "all-linear"], 7), (["layers.0.self_attn.q_proj"], 1)):
+        model = make(LLAMA)
+        names = models.add_lora(model, 4, 8, 0.0, targets)
+        models.save_adapter(model, tmp_path, dict(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets))
+        written = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+        assert len(written) == expected and all(any(n.endswith(w) for w in written) for n in names)
+    assert written == ["model.layers.0.self_attn.q_proj"]
 
 
 def test_an_adapter_of_other_modules_or_rank_is_refused(tmp_path):

@@ -17,6 +17,9 @@ run.json holds
     params         list of steps after which the trained parameters are dumped (0: before any); true: after the last
     save           true writes the trained model or adapter to `out`
 
+or {"runs": [...]}, several such objects, which run one after another in this process: importing TRL takes longer than
+a short run. "threads" is then read from the first.
+
 out/metrics.jsonl gets one object per optimizer step, unrounded: step, epoch, loss, grad_norm (before clipping),
 learning_rate (the one the step used), num_tokens (so far, each prompt twice, no padding), logps/*, logits/*, rewards/*,
 entropy, mean_token_accuracy. With gradient accumulation each is the unweighted mean over the micro-batches, so a ragged
@@ -169,8 +172,8 @@ def make_trainer(run: dict, seconds: Counter):
 
 def timing(trainer, seconds: Counter, rss_after_load: float) -> dict:
     """Wall-clock seconds of each part, pairs/s, memory. `init` includes tokenize, reference and the load of a live
-    reference; `total` is from this script's first line to the last step, without saving; `cpu_seconds`, over all
-    threads, tells whether the machine was shared."""
+    reference; `total` is from this script's first line to the last step, without saving, so that with several runs only
+    the first one's means something; `cpu_seconds`, over all threads, tells whether the machine was shared."""
     seconds["total"] = time.perf_counter() - START
     packages = ("trl", "transformers", "peft", "torch")
     return {"seconds": dict(seconds), "cpu_seconds": time.process_time(), "rows": len(trainer.train_dataset),
@@ -179,16 +182,10 @@ def timing(trainer, seconds: Counter, rss_after_load: float) -> dict:
             "peak_rss_mib": memory_mib("VmHWM"), "versions": {p: importlib.metadata.version(p) for p in packages}}
 
 
-def main(path: str) -> None:
-    """Do what run.json says; the formats of both ends are told at the top of this file."""
-    run, seconds = json.loads(Path(path).read_text(encoding="utf-8")), Counter()
-    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")  # before the imports, which read them
+def train(run: dict, seconds: Counter) -> None:
+    """One run, from its files to its files."""
     out = Path(run["out"])
     out.mkdir(parents=True, exist_ok=True)
-    with clock(seconds, "import"):
-        import torch
-        from trl import DPOTrainer  # noqa: F401 (so that its import is timed here)
-    torch.set_num_threads(run.get("threads", 2))
     trainer, rss_after_load = make_trainer(run, seconds)
     if run.get("peft"):
         trainer.model.save_pretrained(out / "initial")
@@ -202,12 +199,20 @@ def main(path: str) -> None:
         trainer.save_model(str(out))
 
 
-def run_trl(tmp_path, model, data, args, peft=None, adapter=None, **more) -> list[dict]:
-    """Run this script in a fresh interpreter and return its metrics: one dict per step, the last one {"timing": ...}.
+def main(path: str) -> None:
+    """Do what run.json says; the formats of both ends are told at the top of this file."""
+    content, imports = json.loads(Path(path).read_text(encoding="utf-8")), Counter()
+    runs = content.get("runs", [content])
+    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")  # before the imports, which read them
+    with clock(imports, "import"):
+        import torch
+        from trl import DPOTrainer  # noqa: F401 (so that its import is timed here)
+    torch.set_num_threads(runs[0].get("threads", 2))
+    for run in runs:
+        train(run, Counter(imports))
 
-    `data` is one path, a list of paths, or a list of rows; `more` may hold any other key of run.json; `out` is
-    tmp_path/trl if not given. Skips the test where TRL 1.16 is missing; RuntimeError with TRL's words if it fails.
-    """
+
+def skip_without_trl() -> None:
     import pytest
 
     try:
@@ -216,6 +221,32 @@ def run_trl(tmp_path, model, data, args, peft=None, adapter=None, **more) -> lis
         pytest.skip(f"{missing.name} is not installed: pip install trl==1.16.0 peft")
     if not version.startswith("1.16."):
         pytest.skip(f"the peer is trl 1.16, found {version}: pip install trl==1.16.0")
+
+
+def execute(content: dict, path: Path, threads: int) -> None:
+    """Run this script on `content`, written to `path`; RuntimeError with TRL's words if it fails."""
+    path.write_text(json.dumps(content, default=str), encoding="utf-8")
+    command = [sys.executable, str(Path(__file__).resolve()), str(path)]
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"TRL exited with {done.returncode}:\n{done.stderr[-4000:]}")
+
+
+def run_many(tmp_path, runs: dict[str, dict]) -> None:
+    """All runs in one interpreter, each as run.json has them but for `out`, which is tmp_path/name."""
+    skip_without_trl()
+    content = {"runs": [{**run, "out": Path(tmp_path) / name} for name, run in runs.items()]}
+    execute(content, Path(tmp_path) / "runs.json", content["runs"][0].get("threads", 2))
+
+
+def run_trl(tmp_path, model, data, args, peft=None, adapter=None, **more) -> list[dict]:
+    """Run this script in a fresh interpreter and return its metrics: one dict per step, the last one {"timing": ...}.
+
+    `data` is one path, a list of paths, or a list of rows; `more` may hold any other key of run.json; `out` is
+    tmp_path/trl if not given. Skips the test where TRL 1.16 is missing; RuntimeError with TRL's words if it fails.
+    """
+    skip_without_trl()
     tmp_path = Path(tmp_path)
     data = [data] if isinstance(data, (str, Path)) else list(data)
     if data and isinstance(data[0], dict):
@@ -223,12 +254,7 @@ def run_trl(tmp_path, model, data, args, peft=None, adapter=None, **more) -> lis
         data = [tmp_path / "trl-rows.json"]
     run = {"model": model, "data": data, "args": args, "peft": peft, "adapter": adapter}
     run = {**run, "out": tmp_path / "trl", **more}
-    (tmp_path / "run.json").write_text(json.dumps(run, default=str), encoding="utf-8")
-    env = {**os.environ, "OMP_NUM_THREADS": str(run.get("threads", 2))}
-    command = [sys.executable, str(Path(__file__).resolve()), str(tmp_path / "run.json")]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"TRL exited with {done.returncode}:\n{done.stderr[-4000:]}")
+    execute(run, tmp_path / "run.json", run.get("threads", 2))
     return read_rows(str(Path(run["out"]) / "metrics.jsonl"))
 
 

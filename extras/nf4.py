@@ -1,0 +1,519 @@
+"""QLoRA's base model (arXiv:2305.14314): weights in 4 bits, made wide again for one multiplication at a time.
+
+A block of 64 values shares its largest magnitude, absmax; a value is kept as the number of the nearest of 16 levels
+times absmax. NF4's levels are quantiles of a normal distribution, FP4's those of a 4-bit float. Nested ("double")
+quantization keeps the absmax themselves, less their mean, in 8 bits: 4.13 instead of 4.5 bits a weight.
+
+Bit for bit the CPU build of bitsandbytes 0.50, from float32, float16 and bfloat16 weights. Its CUDA kernels round
+otherwise in a matrix's last block where that is incomplete, in FP4 (thresholds of 6 digits; the sign of a zero), in
+blocks of zeros, and in nested codes: CUDA takes the nearest of 256 levels, the CPU build that of one of 65536 equal
+bins, so 1 code in 600 is one off. Reading files is exact, whichever wrote them.
+
+Making a weight wide costs memory traffic that does not depend on the number of tokens: on one CPU core as much as the
+multiplication itself with about 200 tokens in float32, 80 in bfloat16. Long streams hide it.
+"""
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+from typing import Callable, Iterable, NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+       -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+       0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
+FP4 = (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3)  # of 12; bits are sign, exponent, mantissa
+# code numbers in the order of their levels; of FP4's two zeros, number 0 takes what is not above zero
+ORDER = {"nf4": tuple(range(16)), "fp4": (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)}
+NESTED_BLOCK = 256
+TINY = 1e-38  # the smallest absmax that is divided by
+CPU_CHUNK, GPU_CHUNK = 2**20, 2**24  # values made wide at once: what a cache holds; few kernel launches
+
+
+class Quantized(NamedTuple):
+    """A weight in 4 bits: bitsandbytes' packed weight and QuantState."""
+
+    packed: Tensor  # (ceil(values / 2),) uint8; the first of two values is the high half
+    absmax: Tensor  # (blocks,) float32; nested: uint8
+    code: Tensor  # (16,) float32: the levels
+    shape: tuple[int, ...]
+    dtype: torch.dtype  # what the weight was before
+    quant_type: str
+    block_size: int
+    nested_absmax: Optional[Tensor] = None  # (ceil(blocks / 256),) float32
+    nested_code: Optional[Tensor] = None  # (256,) float32
+    nested_offset: Optional[Tensor] = None  # () float32
+
+
+TENSORS = ("packed", "absmax", "code", "nested_absmax", "nested_code", "nested_offset")
+
+
+# Quantization
+
+
+def quantize(tensor: Tensor, quant_type: str = "nf4", block_size: int = 64, nested: bool = False) -> Quantized:
+    """Each value as the nearest level times its block's absmax; blocks run through the flattened tensor.
+
+    A value half-way between two levels takes the lower. Raises ValueError for infinite and not-a-number values.
+    """
+    if quant_type not in ORDER:
+        raise ValueError(f"quantization type {quant_type!r}; known are nf4 and fp4")
+    device = tensor.device
+    code = torch.tensor(NF4, device=device) if quant_type == "nf4" else torch.tensor(FP4, device=device) / 12
+    order = torch.tensor(ORDER[quant_type], device=device)
+    chunk = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK  # multiples of every block size
+    parts = [quantize_blocks(part, code, order, block_size) for part in tensor.detach().reshape(-1).split(chunk)]
+    packed, absmax = (torch.cat(column) for column in zip(*parts))
+    if not torch.isfinite(absmax.mean() if nested else absmax.amax()):
+        raise ValueError("a weight to be quantized has infinite, not-a-number or huge values")
+    state = Quantized(packed, absmax, code, tuple(tensor.shape), tensor.dtype, quant_type, block_size)
+    return nest(state) if nested else state
+
+
+def quantize_blocks(values: Tensor, code: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """packed and absmax of values (n,). An incomplete last block is divided by its absmax, the others are multiplied by
+    the reciprocal, as in bitsandbytes."""
+    short = -len(values) % block_size
+    blocks = F.pad(values.float(), (0, short)).view(-1, block_size)
+    absmax = blocks.abs().amax(1)
+    if short:
+        absmax[-1].clamp_(min=TINY)
+    scaled = blocks * (1 / absmax.clamp(min=TINY))[:, None]
+    if short:
+        scaled[-1] = blocks[-1] / absmax[-1]
+    levels = code[order]
+    index = torch.bucketize(scaled.clamp_(-1, 1), (levels[1:] + levels[:-1]) / 2, out_int32=True)
+    number = order[index].view(-1)[: len(values) + len(values) % 2].to(torch.uint8)
+    return number[0::2] << 4 | number[1::2], absmax
+
+
+def nest(state: Quantized) -> Quantized:
+    """The same with absmax - mean(absmax) in 8 bits."""
+    offset = state.absmax.mean()
+    code = dynamic_levels().to(offset.device)
+    absmax, nested_absmax = quantize_8bit(state.absmax - offset, code)
+    return state._replace(absmax=absmax, nested_absmax=nested_absmax, nested_code=code, nested_offset=offset)
+
+
+def dynamic_levels() -> Tensor:  # (256,)
+    """The 8-bit "dynamic" type (arXiv:1511.04561): a sign, zeros that count the power of ten, a linear fraction."""
+    found = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1)
+        middles = 10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)
+        found += middles.tolist() + (-middles).tolist()
+    return torch.tensor(sorted(found))
+
+
+def quantize_8bit(values: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (n,) uint8 and absmax of blocks of 256: the level nearest to the middle of the bin that a value lies in."""
+    blocks = F.pad(values, (0, -len(values) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    absmax = blocks.abs().amax(1)
+    scaled = (blocks * (1 / absmax)[:, None]).clamp(-1, 1)
+    bins = ((1 + scaled).double() * 0.5 * 65535 + 0.5).float()  # rounded once, as by a fused multiply-add
+    middles = -1 + 2 * torch.arange(65536, device=values.device, dtype=torch.float32) / 65535
+    nearest = torch.bucketize(middles, 0.5 * (code[1:] + code[:-1]), out_int32=True).to(torch.uint8)
+    codes = nearest[bins.nan_to_num(0).long()]  # 0/0, where all absmax are equal: code 0, of absmax 0
+    return codes.view(-1)[: len(values)], absmax
+
+
+# And back
+
+
+def block_scales(state: Quantized) -> Tensor:  # (blocks,) float32
+    if state.nested_absmax is None:
+        return state.absmax
+    wide = state.nested_code[state.absmax.int()]
+    blocks = F.pad(wide, (0, -len(wide) % NESTED_BLOCK)).view(-1, NESTED_BLOCK) * state.nested_absmax[:, None]
+    return blocks.view(-1)[: len(wide)] + state.nested_offset
+
+
+def dequantize(state: Quantized, dtype: Optional[torch.dtype] = None) -> Tensor:
+    """level * absmax in float32, rounded to `dtype`, by default the one the weight had before it was quantized."""
+    size, device = state.block_size, state.packed.device
+    # a byte is the number of a pair of levels, which is moved as one 64-bit word
+    pairs = torch.cartesian_prod(state.code, state.code).view(torch.int64).squeeze(1)  # (256,)
+    scales = block_scales(state)
+    packed = F.pad(state.packed, (0, len(scales) * size // 2 - len(state.packed)))
+    wide = torch.empty(len(scales), size, dtype=dtype or state.dtype, device=device)
+    count = (CPU_CHUNK if device.type == "cpu" else GPU_CHUNK) // size
+    for rows, numbers, scale in zip(wide.split(count), packed.split(count * size // 2), scales.split(count)):
+        values = pairs.index_select(0, numbers.int()).view(torch.float32).view(-1, size)
+        rows.copy_(values.mul_(scale[:, None]))
+    return wide.view(-1)[: torch.Size(state.shape).numel()].view(state.shape)
+
+
+def merge_into_quantized(state: Quantized, delta: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Dequantized weight + delta, added in float32 and rounded once.
+
+    An adapter that was trained over 4 bits belongs on the dequantized weights, not on those from before: the two differ
+    by far more than `delta`.
+    """
+    return (dequantize(state, torch.float32) + delta.detach().float()).to(dtype)
+
+
+def requantize(state: Quantized, weight: Tensor) -> Quantized:
+    """`weight` in the format of `state`."""
+    return quantize(weight.to(state.dtype), state.quant_type, state.block_size, state.nested_absmax is not None)
+
+
+# bitsandbytes' tensors: `weight`, and beside it weight.absmax, weight.quant_map, weight.quant_state.bitsandbytes__nf4 …
+
+FILE_NAMES = dict(absmax="absmax", code="quant_map", nested_absmax="nested_absmax", nested_code="nested_quant_map")
+BESIDE = re.compile(r"(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__(?:nf4|fp4))$")
+
+
+def to_bnb_tensors(name: str, state: Quantized) -> dict[str, Tensor]:
+    """The tensors of a file for the weight `name` ("model.layers.0.self_attn.q_proj.weight")."""
+    settings = dict(quant_type=state.quant_type, blocksize=state.block_size, dtype=dtype_name(state.dtype),
+                    shape=list(state.shape))
+    if state.nested_absmax is not None:
+        settings |= dict(nested_blocksize=NESTED_BLOCK, nested_dtype="float32",
+                         nested_offset=state.nested_offset.item())
+    tensors = {f"{name}.{theirs}": getattr(state, ours) for ours, theirs in FILE_NAMES.items()}
+    encoded = torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
+    tensors |= {name: state.packed[:, None], f"{name}.quant_state.bitsandbytes__{state.quant_type}": encoded}
+    return {n: t for n, t in tensors.items() if t is not None}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def from_bnb_tensors(name: str, tensors: dict[str, Tensor]) -> Quantized:
+    """The weight `name` from it and what is beside it. Raises ValueError where that is incomplete or does not fit."""
+    needed = {"absmax", "quant_map"}
+    beside = {BESIDE.match(n)[2] for n in tensors if n != name}
+    key = next((b for b in beside if b.startswith("quant_state")), None)
+    s = {} if key is None else json.loads(bytes(tensors[f"{name}.{key}"].tolist()))
+    if "nested_offset" in s:
+        needed |= {"nested_absmax", "nested_quant_map"}
+    if beside != needed | {key} or s.get("quant_type") not in ORDER or s.get("nested_blocksize", 256) != NESTED_BLOCK:
+        raise ValueError(f"{name}: not a 4-bit weight that is understood: beside it {sorted(beside)}, settings {s}")
+    packed = tensors[name].contiguous().view(torch.uint8).reshape(-1)  # another bnb_4bit_quant_storage is only a view
+    given = {ours: tensors.get(f"{name}.{theirs}") for ours, theirs in FILE_NAMES.items()}
+    offset = torch.tensor(s["nested_offset"], device=packed.device) if "nested_offset" in s else None
+    state = Quantized(packed, shape=tuple(s["shape"]), dtype=getattr(torch, s["dtype"]), quant_type=s["quant_type"],
+                      block_size=s["blocksize"], nested_offset=offset, **given)
+    check_sizes(name, state)
+    return state
+
+
+def check_sizes(name: str, state: Quantized) -> None:
+    count = torch.Size(state.shape).numel()
+    blocks = -(-count // state.block_size)
+    sizes = dict(packed=-(-count // 2), absmax=blocks, code=16, nested_absmax=-(-blocks // NESTED_BLOCK),
+                 nested_code=256)
+    for field, size in sizes.items():
+        tensor = getattr(state, field)
+        if tensor is not None and tensor.numel() != size:
+            raise ValueError(f"{name}: {field} has {tensor.numel()} values; a weight of shape {state.shape} in blocks "
+                             f"of {state.block_size} needs {size}")
+
+
+# Modules
+
+
+class Stack4bit(nn.Module):
+    """Quantized weights of one shape, in buffers that move with the module.
+
+    Floats lie there as the integers of the same bits: `module.to(torch.bfloat16)` must not round an absmax.
+    """
+
+    def __init__(self, states: list[Quantized]):
+        super().__init__()
+        self.kind = states[0]._replace(**dict.fromkeys(TENSORS))
+        for field in TENSORS:
+            rows = [getattr(s, field) for s in states]
+            stacked = None if rows[0] is None else torch.stack(rows)
+            self.register_buffer(field, stacked if rows[0] is None or stacked.dtype == torch.uint8
+                                 else stacked.float().view(torch.int32))
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    def __getitem__(self, i: int) -> Quantized:
+        rows = {field: getattr(self, field) for field in TENSORS}
+        return self.kind._replace(**{f: t[i] if t.dtype == torch.uint8 else t[i].view(torch.float32)
+                                     for f, t in rows.items() if t is not None})
+
+
+class Matmul4bit(torch.autograd.Function):
+    """x W^T + b. W is made wide in forward and again in backward; the graph keeps the 4 bits alone."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, bias: Optional[Tensor], state: Quantized) -> Tensor:
+        ctx.state = state
+        return F.linear(x, dequantize(state, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad_x = grad_bias = None
+        with torch.autocast(grad.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                grad_x = grad @ dequantize(ctx.state, grad.dtype)
+            if ctx.needs_input_grad[1]:
+                grad_bias = grad.flatten(0, -2).sum(0)
+        return grad_x, grad_bias, None
+
+
+def linear4bit(x: Tensor, state: Quantized, bias: Optional[Tensor], compute_dtype: Optional[torch.dtype]) -> Tensor:
+    """x W^T + b in `compute_dtype`, by default the type nn.Linear would compute in; the result is in that type."""
+    device = x.device.type
+    usual = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = compute_dtype or usual
+    with torch.autocast(device, enabled=False):
+        return Matmul4bit.apply(x.to(dtype), None if bias is None else bias.to(dtype), state).to(usual)
+
+
+class Linear4bit(nn.Linear):
+    """A frozen nn.Linear with its weight in 4 bits; LoRA wraps it like any other. `weight` is made wide when asked."""
+
+    def __init__(self, state: Quantized, bias: Optional[nn.Parameter] = None,
+                 compute_dtype: Optional[torch.dtype] = None):
+        nn.Module.__init__(self)  # nn.Linear's own would make a wide weight
+        self.out_features, self.in_features = state.shape
+        self.stored, self.compute_dtype = Stack4bit([state]), compute_dtype
+        self.register_parameter("bias", bias)
+
+    @property
+    def state(self) -> Quantized:
+        return self.stored[0]
+
+    @property
+    def weight(self) -> Tensor:
+        return dequantize(self.state, self.compute_dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear4bit(x, self.state, self.bias, self.compute_dtype)
+
+
+class Experts4bit(nn.Module):
+    """Experts of extras/moe.py, every matrix quantized by itself; one expert at a time is made wide."""
+
+    def __init__(self, gate_up: list[Quantized], down: list[Quantized], act: Callable,
+                 compute_dtype: Optional[torch.dtype] = None):
+        super().__init__()
+        self.gate_up, self.down = Stack4bit(gate_up), Stack4bit(down)  # gate 0, up 0, gate 1, up 1 …
+        self.act, self.compute_dtype = act, compute_dtype
+
+    def expert(self, number: int, x: Tensor) -> Tensor:
+        gate, up = (linear4bit(x, self.gate_up[2 * number + i], None, self.compute_dtype) for i in (0, 1))
+        return linear4bit(self.act(gate) * up, self.down[number], None, self.compute_dtype)
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """Rows of x, sorted by expert, the first counts[0] for expert 0 and so on."""
+        parts = [self.expert(e, rows) for e, rows in enumerate(x.split(counts.tolist())) if len(rows)]
+        return torch.cat(parts) if parts else x
+
+
+def quantize_stack(weight: Tensor, parts: int, quant_type: str = "nf4", nested: bool = False) -> list[Quantized]:
+    """Every matrix of a stack (experts, parts * out, in) by itself, in the order in which they lie."""
+    return [quantize(matrix, quant_type, nested=nested) for expert in weight for matrix in expert.chunk(parts)]
+
+
+# Models
+
+
+def quantize_linears(model: nn.Module, quant_type: Optional[str] = "nf4", nested: bool = False,
+                     compute_dtype: Optional[torch.dtype] = None, skip: Iterable[str] = ("lm_head",),
+                     read: Optional[Callable[[list[str]], dict]] = None) -> list[str]:
+    """Put the linear layers and the experts of `model` in 4 bits, in place; returns their names.
+
+    Embeddings stay, and so do modules whose dotted name has a part in `skip`. It goes block by block, so that a model
+    on the meta device is loaded without ever being there in full: `read(names)` then gives the parameters of one block
+    by name, as tensors or as what a file had quantized (Quantized; for a stack of experts a list of them). With
+    quant_type None only the latter are in 4 bits.
+    """
+    done = []
+    for block in parameter_blocks(model):
+        values = read([n for own in block.values() for n in own]) if read else None
+        for name, names in block.items():
+            module = model.get_submodule(name)
+            own = {n.rpartition(".")[2]: values.pop(n) if read else model.get_parameter(n).detach() for n in names}
+            stored = any(not torch.is_tensor(v) for v in own.values())
+            wanted = quant_type is not None and not any(f".{s}." in f".{name}." for s in skip)
+            if (stored or wanted) and (isinstance(module, nn.Linear) or is_experts(module)):
+                model.set_submodule(name, in_4bit(name, module, own, quant_type, nested, compute_dtype))
+                done.append(name)
+            elif read:
+                for child, value in own.items():
+                    setattr(module, child, nn.Parameter(value, getattr(module, child).requires_grad))
+    return done
+
+
+def parameter_blocks(model: nn.Module) -> list[dict[str, list[str]]]:
+    """{module: names of its parameters} of each numbered block, and of each module outside of them."""
+    groups = {}
+    for name, _ in model.named_parameters():  # a tied head is not listed twice
+        module = name.rpartition(".")[0]
+        block = re.match(r".*?\.\d+(?=\.)", name)
+        groups.setdefault(block[0] if block else module, {}).setdefault(module, []).append(name)
+    return list(groups.values())
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Stacked matrices and an activation, as extras/moe.py has them."""
+    return all(getattr(getattr(module, n, None), "ndim", 0) == 3 for n in ("gate_up_proj", "down_proj"))
+
+
+def in_4bit(name: str, module: nn.Module, own: dict, quant_type: str, nested: bool, compute_dtype) -> nn.Module:
+    """The counterpart of a linear layer or of experts, from their parameters `own`."""
+    states = {child: as_states(f"{name}.{child}", value, getattr(module, child).shape, quant_type, nested)
+              for child, value in own.items() if child != "bias"}
+    if is_experts(module):
+        return Experts4bit(states["gate_up_proj"], states["down_proj"], module.act, compute_dtype)
+    bias = None if module.bias is None else nn.Parameter(own["bias"], requires_grad=False)
+    return Linear4bit(states["weight"][0], bias, compute_dtype)
+
+
+def as_states(name: str, value, shape: torch.Size, quant_type: str, nested: bool) -> list[Quantized]:
+    """A parameter of this shape, or what a file had of it, as matrices. Raises ValueError where these do not fit."""
+    if torch.is_tensor(value):
+        parts = 2 if name.endswith("gate_up_proj") else 1
+        return quantize_stack(value if value.ndim == 3 else value[None], parts, quant_type, nested)
+    states = [value] if isinstance(value, Quantized) else value
+    rows = sum(s.shape[0] for s in states)
+    if {s.shape[1:] for s in states} != {shape[-1:]} or rows * shape[-1] != shape.numel():
+        raise ValueError(f"{name}: {len(states)} x {states[0].shape}; config.json says {tuple(shape)}")
+    return states
+
+
+def dequantize_linears(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
+    """The reverse, in place: before merging, and before writing a model that is no longer quantized."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear4bit):
+            with torch.device("meta"):
+                wide = nn.Linear(module.in_features, module.out_features, bias=False)
+            wide.weight = nn.Parameter(dequantize(module.state, dtype), requires_grad=False)
+            wide.bias = module.bias
+            model.set_submodule(name, wide)
+        elif isinstance(module, Experts4bit):
+            model.set_submodule(name, wide_experts(module, dtype))
+
+
+def wide_experts(module: Experts4bit, dtype: torch.dtype) -> nn.Module:
+    from extras.moe import Experts
+
+    size, hidden = module.gate_up[0].shape
+    with torch.device("meta"):
+        wide = Experts(hidden, dict(experts=len(module.down), size=size), module.act)
+    for child, stack in (("gate_up_proj", module.gate_up), ("down_proj", module.down)):
+        matrices = torch.stack([dequantize(stack[i], dtype) for i in range(len(stack))])
+        setattr(wide, child, nn.Parameter(matrices.view(getattr(wide, child).shape), requires_grad=False))
+    return wide
+
+
+# Checkpoints
+
+
+def read_bnb_config(config: dict) -> torch.dtype:
+    """compute_dtype of a config.json's "quantization_config"; ValueError unless it is bitsandbytes' in 4 bits.
+
+    What is quantized, and how, each weight says for itself.
+    """
+    if config.get("quant_method", "bitsandbytes") != "bitsandbytes" or not config.get("load_in_4bit"):
+        raise ValueError(f"the checkpoint is quantized ({config.get('quant_method', 'method unknown')}"
+                         f"{', 8 bits' if config.get('load_in_8bit') else ''}); of those only bitsandbytes' with 4 "
+                         "bits are read; use the original one in bf16, fp16 or float32")
+    return getattr(torch, config.get("bnb_4bit_compute_dtype") or "float32")
+
+
+def write_bnb_config(state: Quantized, compute_dtype: Optional[torch.dtype]) -> dict:
+    """The "quantization_config" with which transformers reads such weights."""
+    return dict(quant_method="bitsandbytes", load_in_4bit=True, load_in_8bit=False, bnb_4bit_quant_storage="uint8",
+                bnb_4bit_quant_type=state.quant_type, bnb_4bit_use_double_quant=state.nested_absmax is not None,
+                bnb_4bit_compute_dtype=dtype_name(compute_dtype or torch.float32))
+
+
+def load_4bit(checkpoint, settings: Optional[dict], dtype: torch.dtype, device: str,
+              max_length: Optional[int] = None) -> nn.Module:
+    """model.load_model in 4 bits: `checkpoint` is an opened one, `settings` are those of `quantize_linears`.
+
+    What a file has in 4 bits stays as it is, and then nothing else is quantized; of `settings` only compute_dtype
+    counts. The result's raw_config does not say that it is quantized. Raises ValueError as model.load_model does.
+    """
+    from model import Decoder, check_tensors, find_places, read_config
+
+    raw, settings, beside = dict(checkpoint.raw_config), dict(settings or {}), {}
+    stored = raw.pop("quantization_config", None)
+    if stored:
+        settings = dict(quant_type=None, compute_dtype=settings.get("compute_dtype") or read_bnb_config(stored))
+        for match in filter(None, map(BESIDE.match, checkpoint.files)):
+            beside.setdefault(match[1], []).append(match[0])
+    config = read_config(raw, max_length)
+    layout = find_places(checkpoint.files.keys() - {n for names in beside.values() for n in names}, config)
+    with torch.device("meta"):
+        model = Decoder(config)
+    parameters, in_bits = dict(model.named_parameters()), {layout[theirs].name for theirs in beside}
+    check_tensors(checkpoint, {n: place for n, place in layout.items() if n not in beside},
+                  {n: p for n, p in parameters.items() if n not in in_bits}, config)
+    read = partial(read_block, checkpoint, layout, beside, model, dtype, device)
+    quantize_linears(model, **settings, read=read)
+    model.tie()
+    model.layout, model.raw_config = layout, raw
+    return model
+
+
+def read_block(checkpoint, layout: dict, beside: dict[str, list[str]], model: nn.Module, dtype: torch.dtype,
+               device: str, names: list[str]) -> dict:
+    """These parameters, read from the files: cast to `dtype`, or Quantized where they lie in 4 bits."""
+    from model import open_safetensors, read_tensors
+
+    layout = {theirs: place for theirs, place in layout.items() if place.name in names}
+    files = {n: checkpoint.files[n] for theirs in layout for n in (theirs, *beside.get(theirs, ()))}
+    plain = {theirs: place for theirs, place in layout.items() if theirs not in beside}
+    parameters = {n: model.get_parameter(n) for n in names}
+    values = read_tensors(checkpoint._replace(files=files), plain, parameters, dtype, device)
+    opened, pieces = {f: open_safetensors(checkpoint.directory / f) for f in set(files.values())}, {}
+    for theirs in layout.keys() - plain.keys():
+        tensors = {n: opened[files[n]].get_tensor(n).to(device) for n in (theirs, *beside[theirs])}
+        pieces.setdefault(layout[theirs].name, []).append((layout[theirs].index, from_bnb_tensors(theirs, tensors)))
+    for name, found in pieces.items():
+        found.sort(key=lambda piece: [i.start if isinstance(i, slice) else i for i in piece[0]])
+        states = [state for _, state in found]
+        module = model.get_submodule(name.rpartition(".")[0])
+        keep = isinstance(module, nn.Linear) or is_experts(module)
+        # a router, say, which other code has as a linear layer
+        values[name] = states if keep else dequantize(states[0], dtype)
+    return values
+
+
+def save_4bit(model: nn.Module, directory: Path, compute_dtype: Optional[torch.dtype] = None) -> None:
+    """Write a model in 4 bits as transformers does, in one file, without its LoRA; what is not in 4 bits as it is.
+
+    Raises ValueError for experts that the model's own files hold stacked: bitsandbytes' files have them one by one.
+    """
+    from safetensors.torch import save_file
+
+    from model import write_json
+
+    modules = {n.replace(".base_layer", ""): m for n, m in model.named_modules()}
+    tensors, last = {}, None
+    for theirs, place in model.layout.items():
+        name, _, child = place.name.rpartition(".")
+        state = stored_state(modules[name], child, place.index, theirs)
+        last = state or last
+        value = to_bnb_tensors(theirs, state) if state else {theirs: place.view(getattr(modules[name], child).detach())}
+        tensors |= {n: t.cpu().contiguous() for n, t in value.items()}
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    config = {"quantization_config": write_bnb_config(last, compute_dtype)}
+    write_json(directory / "config.json", model.raw_config | config)
+
+
+def stored_state(module: nn.Module, child: str, index: tuple, name: str) -> Optional[Quantized]:
+    """What a module keeps in 4 bits of a parameter, or of the part of it that `index` says."""
+    if isinstance(module, Linear4bit) and child == "weight":
+        return module.state
+    if not isinstance(module, Experts4bit):
+        return None
+    if not index:
+        raise ValueError(f"{name}: bitsandbytes' files cannot hold stacked experts")
+    if child == "down_proj":
+        return module.down[index[0]]
+    return module.gate_up[2 * index[0] + (index[1].start > 0)]
