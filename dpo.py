@@ -470,7 +470,7 @@ def load_policy(directory: str, dtype: torch.dtype) -> tuple[models.Decoder, dic
     model = models.load_model(settings["base_model_name_or_path"], dtype)
     put_lora(model, settings)
     models.load_adapter(model, directory)
-    return model, settings
+    return model.eval(), settings
 
 
 def put_lora(model: models.Decoder, settings: dict) -> None:

@@ -26,7 +26,7 @@ POINTS = 120  # to the left and right of 0 together
 TOKENS, NATS, GAP = 8.0, -40.0, 2.0
 
 COLUMNS, WIDTH, HEIGHT, TOP = 5, 200, 168, 78  # of the grid; pixels of a cell; pixels above the grid
-LEFT, MIDDLE, RIGHT, LOSS_BAND, SLOPE_BAND = 40, 115, 190, (26, 96), (106, 142)  # inside a cell
+LEFT, MIDDLE, RIGHT, LOSS_BAND, SLOPE_BAND = 44, 118, 192, (26, 96), (106, 142)  # inside a cell
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#767676"  # told apart by all kinds of colour vision, and by their dashes
 
 
@@ -65,8 +65,9 @@ def curves() -> list[Curve]:
 # Drawing
 
 
-def text(x: float, y: float, words: str, size: int = 10, anchor: str = "start", colour: str = "#222222", more: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{colour}"{more}>{words}</text>'
+def text(x: float, y: float, words: str, size: int = 10, anchor: str = "start", colour: str = "#222222") -> str:
+    place = f'x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}"'
+    return f'<text {place} fill="{colour}">{words}</text>'
 
 
 def line(x1: float, y1: float, x2: float, y2: float, colour: str, dash: str = "") -> str:
@@ -96,7 +97,7 @@ def short(value: float, span: float) -> str:
     """The number of an axis; 0 where it could not be told from 0 on it."""
     if abs(value) < 0.005 * span:
         return "0"
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2g}"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2g}" if abs(value) >= 0.01 else f"{value:.1g}"
 
 
 def graph(values: Tensor, band: tuple[int, int], colour: str, dash: str) -> list[str]:
@@ -118,7 +119,7 @@ def panel(curve: Curve, column: int, row: int) -> str:
     start = curve.loss[POINTS // 2 : POINTS // 2 + 1]
     (y,) = scale(start, LOSS_BAND, *padded_range(curve.loss))
     ticks = ((LEFT, -curve.reach), (MIDDLE, 0), (RIGHT, curve.reach))
-    parts = [text(LEFT, 18, curve.title, 12, more=' font-weight="bold"'), text(RIGHT, 18, curve.note, 10, "end", GREY),
+    parts = [text(LEFT, 18, f'<tspan font-weight="bold">{curve.title}</tspan>', 12), text(RIGHT, 18, curve.note, 10, "end", GREY),
              *graph(curve.loss, LOSS_BAND, BLUE, ""), *graph(curve.slope, SLOPE_BAND, ORANGE, "5 2"),
              f'<circle cx="{MIDDLE}" cy="{y:.1f}" r="3" fill="{BLUE}"/>',
              text(MIDDLE + 6, min(max(y - 5, 33), 94), f"{start.item():.3f}".rstrip("0").rstrip("."), 9, colour=BLUE),
@@ -131,13 +132,15 @@ def legend() -> str:
              "Both completions have 8 tokens and -40 nats under the reference; beta is 0.1 where none is given.")
     return "\n".join([
         line(LEFT, 22, LEFT + 28, 22, BLUE), text(LEFT + 34, 26, "loss", 13, colour=BLUE),
-        line(LEFT + 84, 22, LEFT + 112, 22, ORANGE, "5 2"), text(LEFT + 118, 26, "its slope, d loss / d h", 13, colour=ORANGE),
+        line(LEFT + 84, 22, LEFT + 112, 22, ORANGE, "5 2"),
+        text(LEFT + 118, 26, "its slope, d loss / d h", 13, colour=ORANGE),
         *(text(LEFT, 48 + 17 * i, sentence, 12, colour=GREY) for i, sentence in enumerate(words))])
 
 
 def draw(found: list[Curve]) -> str:
     rows = -(-len(found) // COLUMNS)
-    size = f'width="{COLUMNS * WIDTH}" height="{TOP + rows * HEIGHT}" viewBox="0 0 {COLUMNS * WIDTH} {TOP + rows * HEIGHT}"'
+    wide, high = COLUMNS * WIDTH, TOP + rows * HEIGHT
+    size = f'width="{wide}" height="{high}" viewBox="0 0 {wide} {high}"'
     cells = [panel(curve, i % COLUMNS, i // COLUMNS) for i, curve in enumerate(found)]
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="Helvetica, Arial, sans-serif">'
     return "\n".join([head, "<title>Preference losses and their slopes against the margin</title>",

@@ -43,7 +43,8 @@ def bnb():
     package = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes 0.50")
     if not package.__version__.startswith("0.50."):
         pytest.skip(f"needs bitsandbytes 0.50, found {package.__version__}, which may round otherwise")
-    return package.functional
+    with torch.compiler.set_stance("force_eager"):  # it compiles its fallbacks, which takes half a minute
+        yield package.functional
 
 
 # Codes and scales
