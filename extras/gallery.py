@@ -119,7 +119,8 @@ def panel(curve: Curve, column: int, row: int) -> str:
     start = curve.loss[POINTS // 2 : POINTS // 2 + 1]
     (y,) = scale(start, LOSS_BAND, *padded_range(curve.loss))
     ticks = ((LEFT, -curve.reach), (MIDDLE, 0), (RIGHT, curve.reach))
-    parts = [text(LEFT, 18, f'<tspan font-weight="bold">{curve.title}</tspan>', 12), text(RIGHT, 18, curve.note, 10, "end", GREY),
+    parts = [text(LEFT, 18, f'<tspan font-weight="bold">{curve.title}</tspan>', 12),
+             text(RIGHT, 18, curve.note, 10, "end", GREY),
              *graph(curve.loss, LOSS_BAND, BLUE, ""), *graph(curve.slope, SLOPE_BAND, ORANGE, "5 2"),
              f'<circle cx="{MIDDLE}" cy="{y:.1f}" r="3" fill="{BLUE}"/>',
              text(MIDDLE + 6, min(max(y - 5, 33), 94), f"{start.item():.3f}".rstrip("0").rstrip("."), 9, colour=BLUE),

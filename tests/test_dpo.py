@@ -491,3 +491,119 @@ def test_adapters_load_in_peft(run, tmp_path, tiny):
     with torch.no_grad():
         logits = ours.logits(ids, torch.arange(12), torch.tensor([[0, 12, 0, 0]]))
         assert torch.allclose(theirs(ids[None]).logits[0], logits, atol=1e-5)
+
+
+# Bad input through the command line: one message, exit status 2
+
+
+def broken(tiny, directory, damage):
+    """A copy of the tiny checkpoint with one thing wrong."""
+    import shutil
+
+    shutil.copytree(tiny, directory)
+    config, weights = directory / "config.json", directory / "model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "no weights":
+        weights.unlink()
+    elif damage == "no config":
+        config.unlink()
+    elif damage == "missing shard":
+        weights.unlink()
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "m-1.safetensors"}}))
+    elif damage == "unknown family":
+        config.write_text(config.read_text().replace('"llama"', '"lama"'))
+    elif damage == "unknown key":
+        config.write_text(config.read_text().replace('"model_type"', '"wobble": 3, "model_type"'))
+    elif damage == "quantized":
+        config.write_text(config.read_text().replace('"model_type"', '"quantization_config": {"quant_method": "gptq"}, "model_type"'))
+    elif damage == "wrong shape":
+        config.write_text(config.read_text().replace('"intermediate_size": 48', '"intermediate_size": 47'))
+    elif damage == "broken config":
+        config.write_text("{")
+    elif damage == "large tokenizer":
+        text = (directory / "tokenizer.json").read_text()
+        (directory / "tokenizer.json").write_text(text.replace('"yes":', '"more": 900, "yes":'))
+    elif damage == "no tokenizer":
+        (directory / "tokenizer.json").unlink()
+    return directory
+
+
+@pytest.mark.parametrize("damage,words", [
+    ("truncated", "model.safetensors"), ("no weights", "no model.safetensors"), ("no config", "config.json"),
+    ("missing shard", "m-1.safetensors"), ("unknown family", "'lama'"), ("unknown key", "wobble"), ("quantized", "gptq"),
+    ("wrong shape", "mlp.down_proj.weight in model.safetensors"), ("broken config", "config.json"),
+    ("large tokenizer", "do not belong together"), ("no tokenizer", "tokenizer.json")])
+def test_a_bad_model_ends_in_one_message_and_exit_2(tiny, pairs_file, tmp_path, capsys, damage, words):
+    model = broken(tiny, tmp_path / "model", damage)
+    status = dpo.main(["--model_name_or_path", str(model), "--dataset_name", str(pairs_file), "--output_dir",
+                       str(tmp_path / "out"), "--cache_dir", str(tmp_path / "c"), "--use_cpu"])
+    error = capsys.readouterr().err
+    assert status == 2 and words in error and error.count("error:") == 1
+
+
+@pytest.mark.parametrize("line,words", [
+    (b'{"prompt": "the", "chosen": " a"}', "rejected"), (b'{"prompt": "the", "chosen": " a", "rejected": 3}', "rejected"),
+    (b'{"prompt": "the"', "JSON"), (b'{"prompt": "\xff", "chosen": " a", "rejected": " b"}', "UTF-8"),
+    (b'{"prompt": "the", "chosen": "", "rejected": " b"}', "empty"),
+    (b'{"prompt": "the", "chosen": " a", "rejected": " a"}', "same"),
+    (b'{"prompt": [{"role": "boss", "content": "x"}], "chosen": [{"role": "assistant", "content": "a"}],'
+     b' "rejected": [{"role": "assistant", "content": "b"}]}', "boss"), (b"[1]", "object")])
+def test_a_bad_row_ends_in_one_message_and_exit_2_or_is_skipped_and_listed(tiny, tmp_path, capsys, line, words):
+    rows = tmp_path / "rows.jsonl"
+    good = "".join(json.dumps(r) + "\n" for r in make_rows(3)).encode()
+    rows.write_bytes(good + line + b"\n" + good)
+    flags = ["--model_name_or_path", str(tiny), "--dataset_name", str(rows), "--output_dir", str(tmp_path / "out"),
+             "--cache_dir", str(tmp_path / "c"), "--use_cpu", "--max_steps", "1", "--no_bf16"]
+    assert dpo.main(flags) == 2
+    error = capsys.readouterr().err
+    assert "rows.jsonl:4" in error and words in error and error.count("error:") == 1
+    assert dpo.main([*flags, "--on_bad_row", "skip"]) == 0
+    assert "rows.jsonl:4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\n\n"])
+def test_a_missing_or_empty_file_is_named(tiny, tmp_path, capsys, content):
+    if content is not None:
+        (tmp_path / "rows.jsonl").write_bytes(content)
+    assert dpo.main(["--model_name_or_path", str(tiny), "--dataset_name", str(tmp_path / "rows.jsonl"), "--output_dir",
+                     str(tmp_path / "o"), "--cache_dir", str(tmp_path / "c"), "--use_cpu"]) == 2
+    assert "rows.jsonl" in capsys.readouterr().err
+
+
+def test_the_core_trains_with_extras_deleted(tiny, pairs_file, tmp_path):
+    import shutil
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+
+    for name in ("losses.py", "data.py", "model.py", "dpo.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    done = subprocess.run([sys.executable, str(tmp_path / "dpo.py"), "--model_name_or_path", tiny, "--dataset_name", pairs_file,
+                           "--output_dir", tmp_path / "out", "--cache_dir", tmp_path / "c", "--use_cpu", "--max_steps", "2",
+                           "--save_steps", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "model.safetensors").exists() and (tmp_path / "out" / "checkpoint-2").is_dir()
+
+
+def test_losses_data_and_model_do_not_import_one_another():
+    import ast
+
+    from conftest import ROOT
+
+    for name in ("losses", "data", "model"):
+        tree = ast.parse((ROOT / f"{name}.py").read_text("utf-8"))
+        imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        imported |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        assert not imported & {"losses", "data", "model", "dpo"} and "pickle" not in imported
+
+
+def test_the_four_packages_bring_everything_that_is_imported():
+    """torch needs jinja2, tokenizers huggingface_hub, and that tqdm and PyYAML: nothing is installed for us alone."""
+    from importlib.metadata import requires
+
+    needs = lambda package: {r.split(";")[0].strip().split()[0].split(">")[0].split("=")[0].split("<")[0].split("!")[0].split("[")[0].lower()
+                             for r in requires(package) or () if "extra ==" not in r}
+    assert "jinja2" in needs("torch") and "huggingface-hub" in {n.replace("_", "-") for n in needs("tokenizers")}
+    assert {"tqdm", "pyyaml"} <= needs("huggingface_hub")

@@ -338,8 +338,22 @@ def agrees_with_trl(name: str, **changes) -> bool:
     return case_difference(BY_NAME[name], loss.item(), conformance.gradients(loss, inputs)) < 1e-9
 
 
-def test_trl_differs_from_the_golden_files_only_where_a_reason_is_known(trl):
-    results = [conformance.judge(case, "trl", conformance.trl) for case in CASES]
+@pytest.fixture(scope="module")
+def trl_results(trl):
+    return [conformance.judge(case, "trl", conformance.trl) for case in CASES]
+
+
+def test_the_table_of_the_readme_is_what_the_runner_finds(trl_results):
+    text = (TESTS / "README.md").read_text()
+    for loss in LOSSES:
+        counts = Counter(r.outcome for r in trl_results if r.loss == loss)
+        differ = f", {counts['differs']} differ" if counts["differs"] else ""
+        theirs = f"{counts['agrees']}{differ}" if counts["agrees"] or counts["differs"] else "–"
+        assert f"| `{loss}` | {len(of(loss))} | {len(of(loss))} | {theirs} |" in text, loss
+
+
+def test_trl_differs_from_the_golden_files_only_where_a_reason_is_known(trl_results):
+    results = trl_results
     assert [r for r in results if r.reason == "not explained"] == []
     counts = Counter(r.outcome for r in results)
     assert counts["agrees"] > 200 and counts["differs"] < 70

@@ -224,6 +224,15 @@ def test_the_trajectory_is_met_step_by_step(tmp_path):
     assert len(state) == len(final) and close(final, TRAJECTORY["final"], 1e-8)
 
 
+def test_the_readme_gives_the_hyper_parameters_of_the_trajectory():
+    text, h = (ROOT / "tests" / "README.md").read_text(), TRAJECTORY["hyper_parameters"]
+    command = text[text.index("python dpo.py --model_name_or_path tests/golden") :].split("\n\n")[0]
+    config = dpo.parse_config(command.replace("\\\n", " ").split()[2:])
+    assert (config.max_steps, config.per_device_train_batch_size) == (h["steps"], h["pairs_per_step"])
+    assert all(getattr(config, name) == h[name] for name in h.keys() - {"steps", "pairs_per_step"})
+    assert not config.shuffle_dataset and config.dtype == "float64" and config.bf16 is False
+
+
 def test_the_trajectory_clips_some_steps_and_ends_an_epoch_with_a_smaller_batch():
     h, norms = TRAJECTORY["hyper_parameters"], [step["grad_norm"] for step in TRAJECTORY["steps"]]
     clipped = sum(norm > h["max_grad_norm"] for norm in norms)
