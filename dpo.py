@@ -460,14 +460,21 @@ def scored_lengths(store: data.PairStore, pairs: np.ndarray) -> np.ndarray:  # (
     return np.maximum(np.stack([chosen - (prompt == 0), rejected - (own == 0)], 1), 0)
 
 
-def load_policy(directory: str, dtype: torch.dtype) -> tuple[models.Decoder, dict]:
+def longest(store: data.PairStore) -> int:
+    """Tokens of the longest sequence, prompt and completion."""
+    prompt, chosen, rejected = np.asarray(store.lengths).T
+    own = np.where(store.rejected_prompt_lengths < 0, prompt, store.rejected_prompt_lengths)
+    return int(max((prompt + chosen).max(), (own + rejected).max()))
+
+
+def load_policy(directory: str, dtype: torch.dtype, max_length: Optional[int] = None) -> tuple[models.Decoder, dict]:
     """A model, and its LoRA's settings where `directory` is a PEFT adapter (the model is then its base with it on)."""
     if not (Path(directory) / "adapter_config.json").exists():
-        return models.load_model(directory, dtype), {}
+        return models.load_model(directory, dtype, max_length=max_length), {}
     from extras.peft_io import read_settings
 
     settings = read_settings(Path(directory))
-    model = models.load_model(settings["base_model_name_or_path"], dtype)
+    model = models.load_model(settings["base_model_name_or_path"], dtype, max_length=max_length)
     put_lora(model, settings)
     models.load_adapter(model, directory)
     return model.eval(), settings
@@ -524,7 +531,7 @@ class DPOTrainer:
         if isinstance(model, models.Decoder):
             self.model = model
         else:
-            self.model, adapter = load_policy(model or c.model_name_or_path, getattr(torch, c.dtype))
+            self.model, adapter = load_policy(model or c.model_name_or_path, getattr(torch, c.dtype), c.max_length)
             if adapter and c.use_peft:
                 raise ValueError(f"--use_peft: {c.model_name_or_path} is an adapter already, and is trained on as it is; "
                                  "for a new one on top, merge it first (--merge_adapter)")
@@ -534,13 +541,11 @@ class DPOTrainer:
             put_lora(self.model, self.lora)
         self.model.to(self.ranks.device).train(not c.disable_dropout)
         self.model.model.gradient_checkpointing = c.gradient_checkpointing
-        self.aux_coef = 0.0
-        if self.model.config.moe is not None:
-            self.aux_coef = c.router_aux_loss_coef
-            if self.aux_coef is None:
-                self.aux_coef = self.model.raw_config.get("router_aux_loss_coef", 0.0)
-        elif c.router_aux_loss_coef:
+        moe = self.model.config.moe
+        if moe is None and c.router_aux_loss_coef is not None:
             raise ValueError("--router_aux_loss_coef: this model has no experts")
+        self.aux_coef = 0.0 if moe is None else moe["router_aux_loss_coef"]
+        self.aux_coef = self.aux_coef if c.router_aux_loss_coef is None else c.router_aux_loss_coef
         self.ddp = self.model
         if self.ranks.world > 1:
             ids = [self.ranks.device.index] if self.ranks.device.type == "cuda" else None
@@ -569,6 +574,8 @@ class DPOTrainer:
             self.train_pairs = np.sort(order[held_out:])
         if not len(self.train_pairs):
             raise ValueError(f"{c.dataset_name}: no pair is left to train on; lower --eval_fraction")
+        for store in filter(None, (self.train_store, self.eval_store)):
+            models.check_length(self.model.config, longest(store))
         self.check_ratings()
 
     def open_store(self, dataset, options: data.DataOptions) -> data.PairStore:
@@ -623,7 +630,7 @@ class DPOTrainer:
         if not self.needs_ref:
             return
         if ref_model is None and c.ref_model_name_or_path:
-            self.ref_model, _ = load_policy(c.ref_model_name_or_path, getattr(torch, c.dtype))
+            self.ref_model, _ = load_policy(c.ref_model_name_or_path, getattr(torch, c.dtype), c.max_length)
             self.check_vocabulary(self.ref_model)
         elif ref_model is None and self.continues and not self.precompute:
             self.ref_adapter = {n: p.detach().clone() for n, p in self.model.named_parameters() if "lora_" in n}

@@ -99,7 +99,8 @@ def read_settings(directory: Path) -> dict:
     if not Path(base).exists() and (directory / base).exists():
         base = str(directory / base)
     if isinstance(targets, str) and targets != "all-linear":
-        raise ValueError(f"{directory / 'adapter_config.json'}: target_modules is a pattern, {targets!r}; list the modules")
+        raise ValueError(f"{directory / 'adapter_config.json'}: target_modules is a pattern, {targets!r}; "
+                         "list the modules")
     return {"r": config["r"], "lora_alpha": config["lora_alpha"], "lora_dropout": config.get("lora_dropout", 0.0),
             "use_rslora": bool(config.get("use_rslora")), "base_model_name_or_path": base,
             "target_modules": [targets] if isinstance(targets, str) else targets}

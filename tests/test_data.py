@@ -1123,7 +1123,8 @@ def test_pairs_of_several_files_know_their_file(tokenizer, tmp_path):
     assert [store.where(i) for i in range(3)] == [f"{two}:1", f"{one}:1", f"{one}:2"]
 
 
-def test_worker_processes_give_the_same_store(tmp_path):
+def test_worker_processes_give_the_same_store(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CHUNK_ROWS", 50)
     directory = write_tokenizer(tmp_path / "t")
     tokenizer = data.Tokenizer.load(directory, chat_template="{{ messages | tojson }}")
     rows = [row([say("user", str(i))], [YES], [NO]) for i in range(600)] + [row(chosen="")]
