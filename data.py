@@ -847,9 +847,7 @@ def build_store(
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.part-", dir=cache_dir))
     except OSError as error:
-        raise DataError(
-            f"{cache_dir}: cannot hold the token store ({error.strerror}); give another --cache_dir"
-        ) from None
+        raise DataError(f"{cache_dir}: cannot hold the token store ({error.strerror}); change --cache_dir") from None
     try:
         outcomes = tokenize_files(files, tokenizer, options, num_proc, progress)
         meta = write_pairs(scratch, outcomes, files, on_bad_row == "stop")

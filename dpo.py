@@ -299,6 +299,8 @@ def check_config(c: DPOConfig) -> None:
     for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "num_train_epochs"):
         if not 0 <= options[name] < math.inf:
             raise ValueError(f"--{name} {options[name]}: it must be 0 or more")
+    if c.bf16 and c.dtype == "float64":
+        raise ValueError("--bf16 --dtype float64: bfloat16 autocast is for float32 weights")
     if not 0 <= c.eval_fraction < 1:
         raise ValueError(f"--eval_fraction {c.eval_fraction}: a share of the pairs, 0 <= share < 1")
     if c.eval_fraction and c.eval_dataset_name:
@@ -467,6 +469,16 @@ def longest(store: data.PairStore) -> int:
     return int(max((prompt + chosen).max(), (own + rejected).max()))
 
 
+def tokenizer_home(directory: str) -> str:
+    """Where the tokenizer lies: PEFT's adapters may leave it with their base."""
+    settings = Path(directory) / "adapter_config.json"
+    if (Path(directory) / "tokenizer.json").exists() or not settings.exists():
+        return directory
+    from extras.peft_io import read_settings
+
+    return read_settings(Path(directory))["base_model_name_or_path"]
+
+
 def load_policy(directory: str, dtype: torch.dtype, max_length: Optional[int] = None) -> tuple[models.Decoder, dict]:
     """A model, and its LoRA's settings where `directory` is a PEFT adapter (the model is then its base with it on)."""
     if not (Path(directory) / "adapter_config.json").exists():
@@ -507,15 +519,16 @@ class DPOTrainer:
         self.ranks = start_ranks(c.use_cpu, c.ddp_timeout)
         self.output_dir = Path(c.output_dir)
         self.cache_dir = Path(c.cache_dir) if c.cache_dir else Path.home() / ".cache" / "dpo"
-        self.bf16 = computes_bf16(self.ranks.device) if c.bf16 is None else c.bf16
+        self.bf16 = c.dtype == "float32" and computes_bf16(self.ranks.device) if c.bf16 is None else c.bf16
         self.continues = False  # whether an adapter is trained on
-        self.tokenizer = processing_class or data.Tokenizer.load(c.model_name_or_path)
+        self.tokenizer = processing_class or data.Tokenizer.load(tokenizer_home(c.model_name_or_path))
         self.options = vars(c) | {"delta": 0.0}
         self.load_model(model)
         self.load_data(train_dataset, eval_dataset)
         self.load_reference(ref_model)
         self.plan_steps()
         self.step, self.num_tokens, self.pairs_done, self.pending = 0, 0, 0, []
+        self.order = -1, None  # epoch, and its pairs in order
         self.delta_sum, self.delta_count = 0.0, 0
         self.checkpoint = self.find_checkpoint()
 
@@ -670,19 +683,20 @@ class DPOTrainer:
         self.ref_model = None  # it has served
 
     def read_reference(self, path: Path, count: int) -> Tensor:  # (count, 2, 2)
-        """The cached sums, nan where there are none; a damaged file counts as none."""
-        self.ranks.barrier()
-        sums = torch.full((count, 2, 2), torch.nan, dtype=torch.promote_types(getattr(torch, self.args.dtype), torch.float32))
-        if path.exists():
+        """The sums that rank 0 finds cached, nan where there are none; a damaged file counts as none."""
+        dtype = torch.promote_types(getattr(torch, self.args.dtype), torch.float32)
+        sums = torch.full((count, 2, 2), torch.nan if self.ranks.first else 0.0, dtype=dtype)
+        if self.ranks.first and path.exists():
             try:
                 with safe_open(path, "pt") as f:
                     found, digest = f.get_tensor("ref"), f.metadata()["sha256"]
-                if hashlib.sha256(found.numpy().data).hexdigest() == digest and found.shape == sums.shape:
-                    return found
-                self.say(f"{path}: damaged; the reference is run again")
             except (SafetensorError, KeyError):
+                found, digest = sums, None
+            if hashlib.sha256(found.numpy().data).hexdigest() == digest and found.shape == sums.shape:
+                sums = found
+            else:
                 self.say(f"{path}: damaged; the reference is run again")
-        return sums
+        return self.ranks.sum(sums.to(self.ranks.device)).cpu()
 
     def run_reference(self, store: data.PairStore, pairs: np.ndarray) -> Tensor:  # (P, 2, 2)
         """Reference sums of `pairs`, shared out among the ranks."""
@@ -709,11 +723,9 @@ class DPOTrainer:
 
     def visited(self) -> np.ndarray:
         """The training pairs that the run's steps touch, sorted."""
-        epochs = math.ceil(self.total_steps / self.steps_per_epoch)
         if self.total_steps >= self.steps_per_epoch:
             return self.train_pairs
-        return np.sort(np.unique(np.concatenate(
-            [self.pairs_of(step) for step in range(min(self.total_steps, epochs * self.steps_per_epoch))])))
+        return np.sort(np.concatenate([np.arange(0), *(self.pairs_of(step) for step in range(self.total_steps))]))
 
     def sync_reference(self) -> None:
         """TR-DPO (arXiv:2404.09656): ref <- alpha policy + (1 - alpha) ref."""
@@ -726,8 +738,10 @@ class DPOTrainer:
     def pairs_of(self, step: int) -> np.ndarray:
         """The global batch of a step: a slice of its epoch's order, a function of seed and step alone."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = data.epoch_order(len(self.train_pairs), self.args.seed, epoch, self.args.shuffle_dataset)
-        return self.train_pairs[order[within * self.global_batch : (within + 1) * self.global_batch]]
+        if self.order[0] != epoch:
+            order = data.epoch_order(len(self.train_pairs), self.args.seed, epoch, self.args.shuffle_dataset)
+            self.order = epoch, self.train_pairs[order]
+        return self.order[1][within * self.global_batch : (within + 1) * self.global_batch]
 
     def forwards(self, store: data.PairStore, pairs: np.ndarray, size: int) -> list[np.ndarray]:
         """This rank's micro-batches of a global batch; every rank gets equally many, empty ones at the end."""

@@ -332,7 +332,8 @@ def completion_sums(token_logps: Tensor, lengths: Tensor, ld_alpha: Optional[flo
     if ld_alpha is not None:
         shared = lengths.min(1, keepdim=True).values.expand(-1, 2).repeat_interleave(lengths.reshape(-1))
         token_logps = torch.where(token_positions(lengths) < shared, token_logps, ld_alpha * token_logps)
-    return torch.segment_reduce(token_logps, "sum", lengths=lengths.reshape(-1), initial=0).view(-1, 2)
+    sums = torch.segment_reduce(token_logps, "sum", lengths=lengths.reshape(-1), initial=0, unsafe=True)  # safe takes no B = 0
+    return sums.view(lengths.shape)
 
 
 def token_positions(lengths: Tensor) -> Tensor:  # (N,)

@@ -29,17 +29,17 @@ from demo.show import OPINIONS, answers, score
 
 DEMO = Path(__file__).resolve().parent
 SEED = 2305
-REVIEWS = 20_000  # that the base model learns from
+REVIEWS = 60_000  # that the base model learns from
 PROMPTS = {"eval.jsonl": 240, "train.jsonl": 2400}  # distinct ones, answered twice each
 PROMPTS_AT_ONCE = 128  # in one forward of sampling
-VOCAB_SIZE = 944
+VOCAB_SIZE = 944  # 256 bytes, the words of the grammar, and the pieces they are merged from
 END = "<|endoftext|>"
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCAB_SIZE, "hidden_size": 128,
     "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 32, "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 256,
-    "tie_word_embeddings": True, "initializer_range": 0.02, "eos_token_id": 0, "torch_dtype": "float32"}
+    "tie_word_embeddings": True, "initializer_range": 0.06, "eos_token_id": 0, "torch_dtype": "float32"}
 
 
 # The grammar
@@ -155,26 +155,25 @@ def random_model() -> models.Decoder:
     for p in model.parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=LLAMA["initializer_range"])
-    model.layout, model.raw_config = {}, LLAMA
+    model.layout, model.raw_config, model.generation_config = {}, LLAMA, None
     return model
 
 
 def train_base(directory: Path) -> None:
-    """directory/reviews.jsonl, a tokenizer, random weights, then `dpo.py --loss_type sft`; demo/model gets the result."""
+    """From a corpus, a tokenizer and random weights, all in `directory`, to demo/model, by the trainer itself."""
     rng = random.Random(SEED)
     reviews = [write_review(rng) for _ in range(REVIEWS)]
     write_rows(directory / "reviews.jsonl", reviews)
-    start = directory / "start"
-    models.save_model(random_model(), start)
-    train_tokenizer([r["prompt"] + r["chosen"] for r in reviews], start)
-    dpo.DPOTrainer(args=dpo.DPOConfig(
-        model_name_or_path=str(start), dataset_name=str(directory / "reviews.jsonl"), output_dir=str(directory / "base"),
-        cache_dir=str(directory / "cache"), loss_type=["sft"], per_device_train_batch_size=32, num_train_epochs=1,
-        learning_rate=4e-3, lr_scheduler_type="cosine", warmup_steps=0.05, weight_decay=0.05, logging_steps=50, save_strategy="no",
-        bf16=False, use_cpu=True, disable_tqdm=True, seed=SEED)).train()
-    base = models.load_model(directory / "base", torch.bfloat16)  # half the size, and near enough
-    models.save_model(base, DEMO / "model")
-    Tokenizer.load(directory / "base").save(DEMO / "model")
+    models.save_model(random_model(), directory / "start")
+    train_tokenizer([r["prompt"] + r["chosen"] for r in reviews], directory / "start")
+    trainer = dpo.DPOTrainer(args=dpo.DPOConfig(
+        model_name_or_path=str(directory / "start"), dataset_name=str(directory / "reviews.jsonl"), loss_type=["sft"],
+        output_dir=str(directory / "base"), cache_dir=str(directory / "cache"), per_device_train_batch_size=16,
+        num_train_epochs=1, learning_rate=2e-3, lr_scheduler_type="cosine", warmup_steps=0.05, weight_decay=0.05,
+        adam_beta2=0.98, logging_steps=0.05, save_strategy="no", bf16=False, use_cpu=True, seed=SEED))
+    trainer.train()
+    models.save_model(trainer.model, DEMO / "model", torch.bfloat16)  # half the size, and near enough
+    trainer.tokenizer.save(DEMO / "model")
 
 
 # The pairs

@@ -77,8 +77,9 @@ def real_tokenizer(tmp_path_factory):
         if name == "stories260K":
             return shared_path("models/stories260K")
         if name not in unpacked:
+            packed = shared_path(f"tokenizers/{name}")
             unpacked[name] = tmp_path_factory.mktemp(name)
-            for path in shared_path(f"tokenizers/{name}").glob("*.xz"):
+            for path in packed.glob("*.xz"):
                 (unpacked[name] / path.stem).write_bytes(lzma.decompress(path.read_bytes()))
         return unpacked[name]
 

@@ -271,12 +271,12 @@ def test_bco_delta_is_the_mean_reward_of_earlier_steps(tiny, pairs_file, tmp_pat
     assert used == pytest.approx(earlier, abs=1e-12) and used[0] == 0 and abs(used[5]) > 1e-3
 
 
-def test_two_ranks_equal_one_with_twice_the_batch(run, tiny, pairs_file, tmp_path):
-    one = run("one", loss_type=["sigmoid", "sft", "aot"])
+@pytest.mark.parametrize("flags", [["--loss_type", "sigmoid", "sft", "aot"], ["--precompute_ref_log_probs", "false"]], ids=" ".join)
+def test_two_ranks_equal_one_with_twice_the_batch(run, tiny, pairs_file, tmp_path, flags):
+    one = run("one", **{flags[0][2:]: flags[1:] if flags[0] == "--loss_type" else False})
     run_dpo("--model_name_or_path", tiny, "--dataset_name", pairs_file, "--output_dir", tmp_path / "two", "--cache_dir",
             tmp_path / "cache2", "--dtype", "float64", "--no_bf16", "--use_cpu", "--learning_rate", "3e-3", "--num_train_epochs", 1,
-            "--logging_steps", 1, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2,
-            "--loss_type", "sigmoid", "sft", "aot", ranks=2)
+            "--logging_steps", 1, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4, *flags, ranks=2)
     assert_same(one, (read_metrics(tmp_path / "two"), load_file(tmp_path / "two" / "model.safetensors")), 1e-9)
 
 

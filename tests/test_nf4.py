@@ -104,22 +104,25 @@ def test_blocks_run_over_the_ends_of_rows(bnb, width):
 
 
 def golden_values(case: dict) -> torch.Tensor:
-    """The input: spelled out, or x_i = (((i * 2654435761 mod 2^32) >> 8) / 2^23 - 1) / 2^(i // 64 mod 5)."""
-    values = case["values"]
+    """The input, as the file's `about` tells."""
+    values, shape = case["values"], torch.Size(case["shape"])
     if isinstance(values, int):
         i = torch.arange(values)
         values = (((i * 2654435761 % 2**32) >> 8) / 2**23 - 1) / 2 ** (i // 64 % 5)
-    return torch.as_tensor(values, dtype=torch.float32).to(getattr(torch, case["dtype"])).view(case["shape"])
+    values = torch.as_tensor(values, dtype=torch.float32)
+    if len(values) < shape.numel():
+        values = F.pad(values[:, None], (0, 63))
+    return values.to(getattr(torch, case["dtype"])).view(shape)
 
 
 def golden_cases() -> list[dict]:
     return json.loads(GOLDEN.read_text())["cases"]
 
 
-@pytest.mark.parametrize("number", range(12))
+@pytest.mark.parametrize("number", range(19))
 def test_golden_vectors(number):
     case = golden_cases()[number]
-    state = nf4.quantize(golden_values(case), case["quant_type"], case["block_size"], case["nested"])
+    state = nf4.quantize(golden_values(case), case["quant_type"], nested=case["nested"])
     got = outcome(state.packed, state.absmax, state.nested_absmax, state.nested_offset)
     assert got == case["expected"], case["name"]
 
@@ -129,7 +132,7 @@ def test_golden_nested_levels():
 
 
 def test_golden_file_has_the_cases_that_are_tested():
-    assert len(golden_cases()) == 12 and {c["nested"] for c in golden_cases()} == {True, False}
+    assert [c["name"] for c in golden_cases()] == [c["name"] for c in golden_inputs()] and len(golden_cases()) == 19
 
 
 def test_golden_file_is_what_bitsandbytes_gives(bnb):
@@ -453,6 +456,13 @@ def test_merging_an_adapter_into_dequantized_weights_gives_its_log_probs():
     assert (logps(narrow) - expected).abs().max() < 1e-5
 
 
+def test_the_reverse_gives_one_type_throughout():
+    narrow = make(CONFIGS["llama"], torch.float32)
+    nf4.quantize_linears(narrow)
+    nf4.dequantize_linears(narrow, torch.bfloat16)
+    assert {p.dtype for n, p in narrow.named_parameters() if "_proj." in n} == {torch.bfloat16}
+
+
 # Experts
 
 
@@ -480,10 +490,12 @@ def test_stacked_experts_are_linear_layers_one_by_one(quant_type, nested):
     assert torch.equal(*(torch.autograd.grad(o.square().sum(), x)[0] for o in (out, expected)))
 
 
-def test_experts_without_tokens_make_nothing():
-    experts = make_experts()
+def test_experts_without_tokens_are_not_made_wide(monkeypatch):
+    experts, made, dequantize = make_experts(), [], nf4.dequantize
     packed = nf4.in_4bit("experts", experts, dict(experts.named_parameters()), "nf4", False, None)
-    assert packed(torch.randn(0, 40), torch.tensor([0, 0, 0])).shape == (0, 40)
+    monkeypatch.setattr(nf4, "dequantize", lambda *state: made.append(state) or dequantize(*state))
+    assert packed(torch.randn(5, 40), torch.tensor([0, 5, 0])).shape == (5, 40) and len(made) == 3
+    assert packed(torch.randn(0, 40), torch.tensor([0, 0, 0])).shape == (0, 40) and len(made) == 3
 
 
 # Loading
@@ -749,20 +761,34 @@ def outcome(packed, absmax, nested_absmax, nested_offset) -> dict:
 
 
 def golden_inputs() -> list[dict]:
-    """Three short tensors in four ways each but one, and one long enough for two blocks of nested scales."""
     torch.manual_seed(7)
     steps = torch.cat([torch.zeros(64), torch.full((64,), -0.3), torch.arange(-8, 9) / 8])
-    inputs = {"normal": torch.randn(3, 43), "bfloat16": (torch.randn(2, 64) * 0.02).bfloat16(), "steps": steps}
-    cases = [dict(name=f"{name}, {t}{', nested' * nested}", quant_type=t, block_size=64, nested=nested,
-                  dtype=nf4.dtype_name(x.dtype), shape=list(x.shape), values=x.flatten().tolist())
-             for name, x in inputs.items() for t, nested in TYPES]
-    return cases[:-1] + [dict(name="formula, nf4, nested", quant_type="nf4", block_size=64, nested=True,
-                              dtype="float32", shape=[16500], values=16500)]
+    inputs = [("normal", torch.randn(3, 43), TYPES), ("bfloat16", (torch.randn(2, 64) * 0.02).bfloat16(), TYPES),
+              ("steps", steps, TYPES), ("zeros last", torch.cat([torch.ones(64), torch.zeros(9)]), TYPES[::2]),
+              ("one block", torch.randn(40), TYPES[1:2]), ("half-way", half_way(), TYPES[::2])]
+    cases = [dict(name=f"{name}, {t}{', nested' * nested}", quant_type=t, nested=nested, dtype=nf4.dtype_name(x.dtype),
+                  shape=list(x.shape), values=x.flatten().tolist()) for name, x, ways in inputs for t, nested in ways]
+    torch.manual_seed(164)  # scales which one rounding, two roundings and none put into different bins
+    scales = (torch.rand(258) + 0.5).tolist()
+    return cases + [
+        dict(name="long, nf4, nested", quant_type="nf4", nested=True, dtype="float32", shape=[16500], values=16500),
+        dict(name="scales, nf4, nested", quant_type="nf4", nested=True, dtype="float32", shape=[258, 64], values=scales)]
+
+
+def half_way() -> torch.Tensor:
+    """Thresholds of both types times an absmax, and the floats below them: in a whole block and in an incomplete one."""
+    torch.manual_seed(2)  # an absmax that is not the same divided by as multiplied by its reciprocal
+    absmax = torch.rand(1) + 0.5
+    at = torch.cat([codes.sort().values.unfold(0, 2, 1).mean(1) for codes in (
+        torch.tensor(nf4.NF4), torch.tensor(nf4.FP4) / 12)]) * absmax
+    block = torch.cat([at, torch.nextafter(at, torch.zeros(1)), absmax])
+    return torch.cat([block, torch.zeros(64 - len(block)), block])
 
 
 ABOUT = """4-bit weights as bitsandbytes gives them: quantize_4bit, with compress_statistics where nested. values: the
-flattened input, exact in dtype; a number n stands for n values x_i = (((i * 2654435761 mod 2^32) >> 8) / 2^23 - 1) /
-2^(floor(i / 64) mod 5). packed, and absmax where nested: bytes in hexadecimal; of two values in a byte of packed the
+flattened input, exact in dtype, in blocks of 64; a number n stands for n values x_i =
+(((i * 2654435761 mod 2^32) >> 8) / 2^23 - 1) / 2^(floor(i / 64) mod 5), fewer values than the shape has are the first
+of each block, and the others are 0. packed, and absmax where nested: bytes in hexadecimal; of two values in a byte of packed the
 first is the high half. nested_code: the 256 levels of nested absmax. Floats are float32, in full."""
 
 
@@ -771,8 +797,8 @@ def golden_file() -> dict:
 
     functional, cases = bitsandbytes.functional, golden_inputs()
     for case in cases:
-        packed, state = functional.quantize_4bit(golden_values(case), blocksize=case["block_size"],
-                                                 quant_type=case["quant_type"], compress_statistics=case["nested"])
+        packed, state = functional.quantize_4bit(golden_values(case), quant_type=case["quant_type"],
+                                                 compress_statistics=case["nested"])
         case["expected"] = outcome(packed, state.absmax, state.state2 and state.state2.absmax, state.offset)
     return dict(format=1, made_with=f"bitsandbytes {bitsandbytes.__version__}, CPU build",
                 about=" ".join(ABOUT.split()), nested_code=functional.create_dynamic_map().tolist(), cases=cases)

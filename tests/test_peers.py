@@ -96,22 +96,27 @@ def test_ten_steps_on_chat_equal_trl(tmp_path, chat_model, real_pairs, name):
 # Every loss and option that TRL has, through the command line; one process of TRL, whose import takes long, makes all
 # of its runs. Not here: combinations that TRL refuses or gets wrong (tests/README.md lists them).
 
-PLAIN = """sigmoid hinge ipo nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop sft
-    sigmoid_norm""".split()
+PLAIN = "sigmoid hinge ipo nca_pair robust bco_pair sppo_hard apo_zero apo_down discopop sft sigmoid_norm".split()
 ZERO_DELTA = {"bco_pair": {"bco_delta": "zero"}}  # TRL has no running mean
 ALPHA = {"f_divergence_type": "alpha_divergence"}
 WPO, UNCLAMPED = {"use_weighting": True}, {"wpo_clamp": False}
 MPO = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
+EIGHT = {"per_device_train_batch_size": 8, "learning_rate": 3e-3}
 CASES = {  # name: (shared flags, ours alone, TRL's alone)
     **{name: ({"loss_type": [name]}, ZERO_DELTA.get(name, {}), {}) for name in PLAIN},
     "exo_pair": ({"loss_type": ["exo_pair"]}, {}, {"label_smoothing": 1e-3}),  # ours means 1e-3 by its 0
     "sigmoid_norm, beta 5": ({"loss_type": ["sigmoid_norm"], "beta": 5.0}, {}, {}),
     "sigmoid, beta 0.7": ({"beta": 0.7}, {}, {}),
     "discopop, tau 0.3": ({"loss_type": ["discopop"], "discopop_tau": 0.3}, {}, {}),
-    **{f"{name}, smoothed": ({"loss_type": [name], "label_smoothing": 0.15}, {}, {})
-       for name in ("robust", "exo_pair", "aot", "aot_unpaired")},
-    **{f"{name}, {kind}": ({"loss_type": [name], "f_divergence_type": kind}, {}, {"label_smoothing": smoothing})
-       for name, smoothing in (("sigmoid", 0.0), ("hinge", 0.0), ("robust", 0.0), ("exo_pair", 1e-3), ("discopop", 0.0))
+    "robust, smoothed": ({"loss_type": ["robust"], "label_smoothing": 0.15}, {}, {}),
+    "exo_pair, smoothed": ({"loss_type": ["exo_pair"], "label_smoothing": 0.15}, {}, {}),
+    # one forward of 8 pairs, whose margins change places; sigmoid to compare with
+    **{f"{name}, 8 pairs": (EIGHT | {"loss_type": [name]}, {}, {}) for name in ("sigmoid", "aot", "aot_unpaired")},
+    **{f"{name}, smoothed": (EIGHT | {"loss_type": [name], "label_smoothing": 0.15}, {}, {})
+       for name in ("aot", "aot_unpaired")},
+    **{f"{name}, {kind}": ({"loss_type": [name], "f_divergence_type": kind} | smoothed, {}, {})
+       for name, smoothed in (("sigmoid", {}), ("hinge", {}), ("discopop", {}), ("robust", {"label_smoothing": 0.1}),
+                              ("exo_pair", {"label_smoothing": 1e-3}))
        for kind in ("forward_kl", "js_divergence")},
     "sigmoid, alpha 0.3": (ALPHA, {"f_alpha_divergence_coef": 0.3}, {"f_alpha_divergence_coef": 0.7}),
     "hinge, alpha 0.5": (ALPHA | {"loss_type": ["hinge"]}, {}, {}),
@@ -176,6 +181,13 @@ def test_every_loss_and_option_of_trl_trains_as_it_does(name, trl_runs, shared, 
     assert dpo.main([*map(str, OURS), *words(places | COMMON | both | ours)]) == 0
     theirs = losses_of(trl_runs / name)
     assert len(theirs) == 3 and losses_of(tmp_path / "out") == pytest.approx(theirs, rel=5e-4)
+
+
+def test_no_two_cases_are_the_same_run(trl_runs):
+    """Else a flag that one of them is about would not have been tried."""
+    runs = {name: losses_of(trl_runs / name) for name in CASES}
+    alike = {frozenset((a, b)) for a in runs for b in runs if a < b and runs[a] == pytest.approx(runs[b], rel=1e-3)}
+    assert alike == {frozenset(("sigmoid", "robust"))}  # equal without smoothing
 
 
 def test_all_losses_of_trl_are_among_the_cases():

@@ -1,0 +1,246 @@
+"""Completions: the stream of training goes on, a token per sequence at a time, with keys and values kept.
+
+A sequence being written is a span, as in training, of which only the last token is new; the rest of it, and the prompt
+that is its prefix, lie in a cache. Samples of one prompt share it as the two completions of a pair do. What a sequence
+draws depends on the seed and on its own number, not on what is written beside it (but for rounding).
+
+Sizes: S sequences, V vocabulary, T new tokens, K kv heads, D head dim.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple, Optional
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model import CachedPlan, Call, Decoder, ModelConfig, check_length, has_flash, plan_varlen, span_mask
+
+
+class Sampling(NamedTuple):
+    """How tokens are chosen and when to stop, with transformers' meaning of each name.
+
+    temperature 0 is greedy; top_k 0 and top_p 1 leave out nothing. The order is repetition penalty, temperature, top_k,
+    top_p. `stop_ids` end a sequence and are its last token.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    max_new_tokens: int = 256
+    stop_ids: frozenset[int] = frozenset()
+
+
+def check_sampling(o: Sampling) -> None:
+    """Raises ValueError for what means nothing."""
+    rules = {"temperature": (o.temperature >= 0, "0 (greedy) or more"), "top_k": (o.top_k >= 0, "0 (all) or more"),
+             "top_p": (0 < o.top_p <= 1, "above 0, at most 1"), "seed": (o.seed >= 0, "0 or more"),
+             "repetition_penalty": (o.repetition_penalty > 0, "above 0 (1 is none)"),
+             "max_new_tokens": (o.max_new_tokens >= 1, "at least 1")}
+    for name, (good, rule) in rules.items():
+        if not good:
+            raise ValueError(f"--{name} {getattr(o, name)}: it must be {rule}")
+
+
+# Choosing a token
+
+
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:  # (S, V)
+    """Logits of the tokens a sequence has seen are divided by the penalty, or multiplied where negative
+    (arXiv:1909.05858 section 4.1, in the form for logits of either sign)."""
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def distribution(logits: Tensor, o: Sampling) -> Tensor:  # (S, V)
+    """Probabilities after temperature, top_k (ties with the k-th stay) and top_p (arXiv:1904.09751: the fewest of the
+    likeliest tokens that hold that much; always one)."""
+    logits = logits / o.temperature
+    if o.top_k:
+        least = logits.topk(min(o.top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if o.top_p < 1:
+        ascending, order = logits.sort()
+        dropped = ascending.softmax(-1).cumsum(-1) <= 1 - o.top_p
+        dropped[:, -1] = False
+        logits = logits.masked_fill(dropped.scatter(1, order, dropped), -torch.inf)
+    return logits.softmax(-1)
+
+
+def draw(probs: Tensor, uniform: Tensor) -> Tensor:  # (S,)
+    """One token per row of probs (S, V), by inversion at uniform (S,) in [0, 1)."""
+    cumulative = probs.double().cumsum(-1)
+    at = (uniform * cumulative[:, -1])[:, None]
+    return torch.searchsorted(cumulative, at, right=True).squeeze(1).clamp(max=probs.shape[-1] - 1)
+
+
+# Sequences and their places in the stream
+
+
+@dataclass
+class Sequence:
+    """One completion being written: the span [start, end) of the stream, after a prefix."""
+
+    number: int  # prompt x samples + sample
+    start: int
+    end: int
+    prefix: tuple[int, int]
+    position: int  # of the next token
+    random: np.random.Generator
+    tokens: list[int] = field(default_factory=list)
+
+
+class Cache:
+    """Keys and values of all layers for a stream of `size` places.
+
+    Spans are rows (start, end, prefix_start, prefix_end, new): only the last `new` tokens of a span are in the input.
+    `ids` are the tokens that lie in it where it holds one sequence from place 0 on.
+    """
+
+    def __init__(self, size: int):
+        self.size, self.ids, self.layers = size, [], []
+
+    def allocate(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (self.size, config.num_key_value_heads, config.head_dim)
+        self.layers = [tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in "kv") for _ in config.windows]
+        self.position_ids = torch.zeros(self.size, dtype=torch.int64, device=device)
+
+    def grow(self, size: int) -> None:
+        """Room for `size` places; what is kept stays."""
+        if size > self.size:
+            pad = lambda x: torch.cat([x, x.new_zeros(size - self.size, *x.shape[1:])])
+            self.layers = [(pad(k), pad(v)) for k, v in self.layers]
+            self.position_ids = pad(self.position_ids) if self.layers else None
+            self.size = size
+
+    def plan(self, config: ModelConfig, spans: Tensor, position_ids: Tensor, dtype: torch.dtype) -> list[dict]:
+        """{window: plan} of each layer; called by `model.Stack` with the spans (S, 5) of what is new."""
+        device = position_ids.device
+        if not self.layers:
+            self.allocate(config, dtype, device)
+        rows = spans.tolist()
+        places = torch.cat([torch.arange(row[1] - row[4], row[1]) for row in rows]).to(device)  # (T,)
+        self.position_ids[places] = position_ids
+        if has_flash(config, device, dtype):
+            plans = dict.fromkeys(config.windows, plan_varlen(spans[:, :4], device, spans[:, 4]))
+        else:
+            plans = {window: self.calls(rows, window) for window in set(config.windows)}
+        return [{window: CachedPlan(plans[window], *kept, places)} for window, kept in zip(config.windows, self.layers)]
+
+    def calls(self, rows: list[list[int]], window: Optional[int]) -> list[Call]:
+        calls, at = [], 0
+        for start, end, prefix_start, prefix_end, new in rows:
+            keys = ((prefix_start, prefix_end), (start, end)) if prefix_end > prefix_start else ((start, end),)
+            length, mask = sum(b - a for a, b in keys), None
+            if new not in (1, length) or (window is not None and length > window):
+                key_positions = torch.cat([self.position_ids[a:b] for a, b in keys])
+                mask = span_mask(self.position_ids[end - new:end], key_positions, window)
+            calls.append(Call(at, at + new, keys, mask))
+            at += new
+        return calls
+
+
+def place(prompts: list[list[int]], o: Sampling, samples: int, first: int) -> tuple[list[Sequence], int]:
+    """Sequences with room for their tokens, and the stream's size. A prompt with one sample is part of its span."""
+    sequences, at = [], 0
+    for i, prompt in enumerate(prompts):
+        end = at + len(prompt)
+        for sample in range(samples):
+            own, number = end + sample * o.max_new_tokens, i * samples + sample
+            random = np.random.Generator(np.random.Philox(key=np.array([o.seed, first + number], np.uint64)))
+            start, prefix = (at, (0, 0)) if samples == 1 else (own, (at, end))
+            sequences.append(Sequence(number, start, own, prefix, len(prompt), random))
+        at = end + samples * o.max_new_tokens
+    return sequences, at
+
+
+# Writing
+
+
+def forward(model: Decoder, ids: list[int], positions: list[int], spans: list[tuple], cache: Cache) -> Tensor:
+    """Logits (S, V), float32, after the last new token of every span."""
+    device = next(model.parameters()).device
+    spans = torch.tensor(spans, dtype=torch.int32)  # (S, 5)
+    last = (spans[:, 4].cumsum(0) - 1).to(device)
+    ids, positions = (torch.tensor(x, device=device) for x in (ids, positions))
+    return model.logits(ids, positions, spans, last, cache).float()
+
+
+def read_prompts(model: Decoder, prompts: list[list[int]], sequences: list[Sequence], cache: Cache) -> Tensor:
+    """Logits (S, V) at the end of every sequence's prompt. Of a single one, what the cache has is not read again."""
+    ids, positions, spans = [], [], []
+    samples = len(sequences) // len(prompts)
+    for prompt, sequence in zip(prompts, sequences[::samples]):
+        known = 0
+        if len(sequences) == 1:
+            same = [a == b for a, b in zip(cache.ids, prompt[:-1])]
+            known = same.index(False) if False in same else len(same)
+            cache.ids = list(prompt)
+        start = sequence.start if samples == 1 else sequence.prefix[0]
+        spans.append((start, start + len(prompt), 0, 0, len(prompt) - known))
+        ids += prompt[known:]
+        positions += range(known, len(prompt))
+    return forward(model, ids, positions, spans, cache).repeat_interleave(samples, 0)
+
+
+def read_tokens(model: Decoder, sequences: list[Sequence], cache: Cache) -> Tensor:
+    """Logits (S, V) after the last token of every sequence, which is read."""
+    for s in sequences:
+        s.end, s.position = s.end + 1, s.position + 1
+    ids, spans = [s.tokens[-1] for s in sequences], [(s.start, s.end, *s.prefix, 1) for s in sequences]
+    if cache.ids:
+        cache.ids += ids
+    return forward(model, ids, [s.position - 1 for s in sequences], spans, cache)
+
+
+@torch.no_grad()
+def generate(model: Decoder, prompts: list[list[int]], o: Sampling, samples: int = 1, cache: Optional[Cache] = None,
+             first: int = 0) -> Iterator[dict[int, int]]:
+    """Yields {number of the sequence: its next token} until all have stopped; numbers are prompt x samples + sample.
+
+    `first` is added to the number for the random draws, so that a list of prompts may come in pieces. A `cache` is kept
+    by the caller between the turns of one conversation (one prompt, one sample). Raises ValueError for a prompt without
+    tokens, and where prompt and completion are longer than the model's positions reach.
+    """
+    check_sampling(o)
+    if not all(prompts):
+        raise ValueError("a prompt without a single token: there is nothing to continue")
+    check_length(model.config, max(map(len, prompts)) + o.max_new_tokens)
+    sequences, size = place(prompts, o, samples, first)
+    cache = cache or Cache(size)
+    cache.grow(size)
+    logits = read_prompts(model, prompts, sequences, cache)
+    seen = None
+    if o.repetition_penalty != 1:
+        seen = torch.zeros_like(logits, dtype=torch.bool)
+        for s in sequences:
+            seen[s.number, prompts[s.number // samples]] = True
+    while sequences:
+        rows = [s.number for s in sequences]
+        tokens = choose(logits if seen is None else penalize(logits, seen[rows], o.repetition_penalty), sequences, o)
+        if seen is not None:
+            seen[rows, tokens] = True
+        for s, token in zip(sequences, tokens):
+            s.tokens.append(token)
+        yield dict(zip(rows, tokens))
+        sequences = [s for s in sequences if s.tokens[-1] not in o.stop_ids and len(s.tokens) < o.max_new_tokens]
+        logits = read_tokens(model, sequences, cache) if sequences else None
+
+
+def choose(logits: Tensor, sequences: list[Sequence], o: Sampling) -> list[int]:
+    if o.temperature == 0:
+        return logits.argmax(-1).tolist()
+    uniform = torch.tensor([s.random.random() for s in sequences], dtype=torch.float64, device=logits.device)
+    return draw(distribution(logits, o), uniform).tolist()
+
+
+def complete(model: Decoder, prompts: list[list[int]], o: Sampling, samples: int = 1,
+             first: int = 0) -> list[list[int]]:
+    """The tokens of every sequence: prompt 0's samples, then prompt 1's, and so on."""
+    written = [[] for _ in range(len(prompts) * samples)]
+    for step in generate(model, prompts, o, samples, first=first):
+        for number, token in step.items():
+            written[number].append(token)
+    return written

@@ -1,0 +1,116 @@
+"""A model with all that it needs to answer: weights, adapter, tokenizer, and how it is to be sampled."""
+
+import argparse
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import torch
+
+import model as models
+from data import Tokenizer
+from extras.generate import Sampling, check_sampling
+
+FROM_CONFIG = ("temperature", "top_k", "top_p", "repetition_penalty")
+# Options of generation_config.json that would change the text and are not known here, with what leaves it alone.
+UNKNOWN = {
+    **dict.fromkeys(("min_p", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size", "min_length", "min_new_tokens"), 0),
+    **dict.fromkeys(("typical_p", "num_beams", "encoder_repetition_penalty", "guidance_scale"), 1),
+    **dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "top_h", "penalty_alpha",
+                     "forced_bos_token_id", "forced_eos_token_id", "force_words_ids", "constraints"), None)}
+
+
+class Speaker(NamedTuple):
+    """A model with all that it needs to answer."""
+
+    name: str
+    model: models.Decoder
+    tokenizer: Tokenizer
+    sampling: Sampling
+    raw: bool
+
+
+# Loading
+
+
+def find_model(name: str) -> Path:
+    """A directory as it is, else from the hub."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    from extras.hub import local_model
+
+    return local_model(name)
+
+
+def load(name: str, args: argparse.Namespace) -> Speaker:
+    """A checkpoint, or an adapter on the base that it names. Raises ValueError for what cannot be loaded."""
+    directory = find_model(name)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
+    whole, settings = directory, None
+    if (directory / "adapter_config.json").exists():
+        from extras.peft_io import read_settings
+
+        settings = read_settings(directory)
+        whole = find_model(settings["base_model_name_or_path"])
+    model = models.load_model(whole, dtype, device, args.max_length)
+    if settings:
+        from dpo import put_lora
+
+        put_lora(model, settings)
+        models.load_adapter(model, directory)
+    has_tokenizer = (directory / "tokenizer.json").exists()
+    tokenizer = Tokenizer.load(directory if has_tokenizer else whole, args.chat_template)
+    raw = args.raw or not tokenizer.templates
+    if raw and args.system is not None:
+        raise ValueError(f"--system: {name} is not asked through a chat template, which alone could place it")
+    return Speaker(name, model.eval(), tokenizer, read_sampling(model, tokenizer, args), raw)
+
+
+def read_sampling(model: models.Decoder, tokenizer: Tokenizer, args: argparse.Namespace) -> Sampling:
+    """The command line over generation_config.json. Raises ValueError for an option of the file that is not known."""
+    given = {} if args.no_generation_config else dict(model.generation_config or {})
+    odd = [f"{k} = {given[k]!r}" for k, neutral in UNKNOWN.items() if given.get(k) not in (None, neutral)]
+    if odd:
+        raise ValueError(f"generation_config.json: {', '.join(odd)}: not supported here; --no_generation_config reads "
+                         "nothing of that file but the end tokens")
+    chosen = {k: getattr(args, k) if getattr(args, k) is not None else given.get(k) for k in FROM_CONFIG}
+    chosen |= {"temperature": 0.0} if args.greedy else {}
+    ends = (model.generation_config or {}).get("eos_token_id", model.raw_config.get("eos_token_id"))
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    sampling = Sampling(**{k: v for k, v in chosen.items() if v is not None}, seed=args.seed,
+                        max_new_tokens=args.max_new_tokens, stop_ids=frozenset(ends))
+    check_sampling(sampling)
+    return sampling
+
+
+# Prompts and answers
+
+
+def encode_prompt(speaker: Speaker, prompt: str | list[dict], system: Optional[str] = None) -> list[int]:
+    """Token ids of a conversation up to where the assistant speaks, or of a text to continue."""
+    tokenizer = speaker.tokenizer
+    if isinstance(prompt, str) and speaker.raw:
+        ids = tokenizer.encode(prompt)
+        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers end every text
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if system is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    return tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True), add_special_tokens=False)
+
+
+def decode(speaker: Speaker, tokens: list[int]) -> str:
+    return speaker.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def pieces(speaker: Speaker, tokens: Iterable[int]) -> Iterator[str]:
+    """The text as it grows. A character whose bytes have not all come waits for the rest."""
+    so_far, text, shown = [], "", ""
+    for token in tokens:
+        so_far.append(token)
+        text = decode(speaker, so_far)
+        if text.startswith(shown) and not text.endswith("\ufffd"):
+            yield text[len(shown):]
+            shown = text
+    yield text[len(shown):]

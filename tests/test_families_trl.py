@@ -1,0 +1,119 @@
+"""Every family beside TRL 1.16, through the command line: random tiny checkpoints, a word tokenizer, two steps.
+
+No family needs a wider tolerance than another. Gemma 2's soft-capped scores, which transformers computes by its eager
+attention only, agree as closely as the others' (1e-6 in the logits). One number has another meaning: of a mixture of
+experts TRL logs as `loss` the sum that is minimized, pairs' loss + coefficient x `aux_loss`; here `loss` is the pairs'
+alone, so that it starts at its closed form, and `aux_loss` stands beside it.
+"""
+
+import json
+import math
+
+import pytest
+import torch
+import trl_peer
+from conftest import make_rows, read_metrics
+from safetensors.torch import load_file
+from test_families import CASES, SPARSE, attention, our_logits, random_model, their_logits
+from test_peers import OURS, assert_agree, words
+
+import dpo
+import model as models
+from extras.families import MORE_FAMILIES
+
+transformers = pytest.importorskip("transformers", reason="needs transformers")
+
+FAMILIES = """llama mistral qwen2 qwen3 gemma gemma2 gemma3 phi3 olmo2 smollm3 granite gpt2 pythia
+    mixtral qwen2_moe qwen3_moe olmoe""".split()
+WINDOWED = ("mistral", "qwen2", "gemma2", "gemma3", "phi3", "mixtral")
+ROWS = make_rows(8, seed=1)
+COMMON = {"per_device_train_batch_size": 4, "max_steps": 2, "learning_rate": 1e-3}
+LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["all-linear"], "learning_rate": 1e-2}
+TOLERANCE = 2e-5  # of max(1, |TRL's|), ten times that for rewards; found below 1e-6, and GELU for its tanh form is 1e-4
+COEFFICIENT = 0.1  # a hundred times most families' own, so that what it does to the gradients shows
+
+
+def flags_of(name: str) -> dict:
+    return COMMON | ({"router_aux_loss_coef": COEFFICIENT} if name in SPARSE else {})
+
+
+@pytest.fixture(scope="session")
+def families(tiny, tmp_path_factory):
+    """Directory with pairs.jsonl and each family's checkpoint, NAME/model; processes of one test session share it."""
+    filelock = pytest.importorskip("filelock")  # a package that huggingface_hub needs
+    directory = tmp_path_factory.getbasetemp()
+    directory = (directory.parent if directory.name.startswith("popen-") else directory) / "families"
+    with filelock.FileLock(f"{directory}.lock"):
+        if not (directory / "done").exists():
+            for name in FAMILIES:
+                random_model(name).save_pretrained(directory / name / "model")
+                for file in ("tokenizer.json", "tokenizer_config.json"):
+                    (directory / name / "model" / file).write_bytes((tiny / file).read_bytes())
+            (directory / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ROWS), encoding="utf-8")
+            (directory / "done").touch()
+    return directory
+
+
+@pytest.fixture(scope="session")
+def trl_runs(families):
+    """The same directory with TRL's metrics of each family in NAME/trl: one process of TRL, whose import takes long."""
+    import filelock
+
+    with filelock.FileLock(f"{families}.lock"):
+        if not (families / "trl-done").exists():
+            run = {"data": [families / "pairs.jsonl"], "threads": 1}
+            trl_peer.run_many(families, {f"{name}/trl": run | {
+                "model": families / name / "model", "args": trl_peer.FLOAT32 | flags_of(name)} for name in FAMILIES})
+            (families / "trl-done").touch()
+    return families
+
+
+def train(directory, name: str, out, flags: dict) -> list[dict]:
+    """Train by the command line, in this process; the metrics of its steps."""
+    places = {"model_name_or_path": directory / name / "model", "dataset_name": directory / "pairs.jsonl",
+              "output_dir": out, "cache_dir": out.parent / "cache"}
+    assert dpo.main([*map(str, OURS), *words(places | flags)]) == 0
+    return read_metrics(out)
+
+
+def as_trl_logs(step: dict) -> dict:
+    """Our metrics of a step, with what TRL calls the loss of a mixture of experts."""
+    return step | {"loss": step["loss"] + COEFFICIENT * step.get("aux_loss", 0.0)}
+
+
+def test_every_family_is_here_and_every_window_is_crossed(families):
+    assert {CASES[name][0] for name in FAMILIES} == models.FAMILIES.keys() | MORE_FAMILIES.keys()
+    lengths = [len(f"{row['prompt']} {row[side]}".split()) for row in ROWS for side in ("chosen", "rejected")]
+    assert len(set(lengths)) > 5
+    windows = {name: dpo.load_policy(families / name / "model", torch.float32)[0].config.windows for name in FAMILIES}
+    assert {name for name in FAMILIES if any(windows[name])} == set(WINDOWED)
+    longer = {name: sum(n > max(filter(None, windows[name])) for n in lengths) for name in WINDOWED}
+    assert min(longer.values()) >= len(lengths) / 2, longer
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_two_steps_equal_trl(name, trl_runs, tmp_path):
+    theirs = [step for step in read_metrics(trl_runs / name / "trl") if "loss" in step]
+    ours = train(trl_runs, name, tmp_path / "out", flags_of(name))
+    assert len(theirs) == len(ours) == 2 and abs(ours[1]["rewards/margins"]) > 1e-4  # the first update shows
+    assert_agree(theirs, [as_trl_logs(step) for step in ours], TOLERANCE)
+    assert ours[1]["rewards/accuracies"] == theirs[1]["rewards/accuracies"]
+    for t, o in zip(theirs, ours):
+        assert ("aux_loss" in o) == ("aux_loss" in t) == (name in SPARSE)
+        assert o.get("aux_loss", 0.0) == pytest.approx(t.get("aux_loss", 0.0), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_lora_on_all_linear_layers_trains_and_loads_in_peft(name, families, tmp_path):
+    peft = pytest.importorskip("peft", reason="needs peft")
+    ours = train(families, name, tmp_path / "out", flags_of(name) | LORA)
+    assert ours[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) != ours[1]["loss"]
+    adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(tensor.abs().max() > 0 for tensor in adapter.values())
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        families / name / "model", attn_implementation=attention(name)).eval()
+    with torch.no_grad():
+        untrained = their_logits(base)[0]
+        theirs = their_logits(peft.PeftModel.from_pretrained(base, tmp_path / "out").eval())[0]
+        again = our_logits(dpo.load_policy(tmp_path / "out", torch.float32)[0])
+    assert (again - theirs).abs().max() < 2e-5 < 1e-3 < (theirs - untrained).abs().max()
