@@ -56,10 +56,7 @@ class DroppedPair(DataError):
 
 
 def find_files(spec: str | Path | list) -> list[Path]:
-    """Files named by a path, a glob, a directory (its .jsonl and .json, gzipped or not) or several of these, in order.
-
-    Raises DataError when one of them names nothing.
-    """
+    """Files named by a path, a glob, a directory or several of these, in order. Raises DataError where one has none."""
     found: list[Path] = []
     for one in [spec] if isinstance(spec, (str, Path)) else spec:
         path = Path(one).expanduser()
@@ -76,6 +73,14 @@ def find_files(spec: str | Path | list) -> list[Path]:
     return list(dict.fromkeys(found))  # a file that two globs match is read once
 
 
+def attempt(function: Callable, *arguments) -> Any:
+    """What the function returns, or the DataError that it raises: one bad row does not end the others."""
+    try:
+        return function(*arguments)
+    except DataError as error:
+        return error
+
+
 def parse_line(line: bytes) -> dict:
     """One JSON object. Raises DataError on anything else."""
     try:
@@ -90,13 +95,8 @@ def parse_line(line: bytes) -> dict:
 
 
 def line_rows(stream: Iterable[bytes]) -> Iterator[tuple[int, dict | DataError]]:
-    """JSON Lines as (line number, row); blank lines are skipped, and a bad line does not end the file."""
-    for number, line in enumerate(stream, 1):
-        if line.strip():
-            try:
-                yield number, parse_line(line)
-            except DataError as error:
-                yield number, error
+    """JSON Lines as (line number, row); blank lines are skipped."""
+    return ((number, attempt(parse_line, line)) for number, line in enumerate(stream, 1) if line.strip())
 
 
 def file_rows(path: Path) -> Iterator[tuple[int, dict | DataError]]:
@@ -176,8 +176,7 @@ def compile_template(source: str) -> jinja2.Template:
     if tuple(map(int, re.findall(r"\d+", jinja2.__version__)[:3])) < (3, 1, 6):
         raise DataError(f"jinja2 {jinja2.__version__} has known sandbox escapes; pip install -U 'jinja2>=3.1.6'")
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
-    )
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = to_json
     environment.globals |= {
         "raise_exception": raise_exception,
@@ -191,6 +190,9 @@ def compile_template(source: str) -> jinja2.Template:
         raise DataError(f"the chat template is broken at its line {error.lineno}: {error.message}") from None
 
 
+REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
 def template_message(message: dict) -> dict:
     """A message as templates expect it: no null fields, and one reasoning text under the names that are in use."""
     message = {key: value for key, value in message.items() if value is not None}
@@ -200,12 +202,10 @@ def template_message(message: dict) -> dict:
 
 # The tokenizer
 
-REASONING = ("reasoning_content", "thinking", "reasoning")
 TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model"),
-    *("additional_chat_templates/*.jinja", "chat_templates/*.jinja"),
-)
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
+    "additional_chat_templates/*.jinja", "chat_templates/*.jinja")
 
 
 def read_json(path: Path) -> dict:
@@ -221,12 +221,6 @@ def tokenizer_files(directory: Path) -> list[Path]:
     return [path for name in TOKENIZER_FILES for path in sorted(directory.glob(name)) if path.is_file()]
 
 
-def read_config(directory: Path) -> dict:
-    """tokenizer_config.json; where it is of the older kind special_tokens_map.json overrides it, as in transformers."""
-    config = read_json(directory / "tokenizer_config.json")
-    return config if "added_tokens_decoder" in config else config | read_json(directory / "special_tokens_map.json")
-
-
 def token_text(token: Any) -> Any:
     return token.get("content") if isinstance(token, dict) else token
 
@@ -234,17 +228,16 @@ def token_text(token: Any) -> Any:
 def named_tokens(config: dict) -> dict[str, str]:
     """{"bos_token": "<s>", ...}: the usual names, then those that a model adds (image_token, ...)."""
     extra = config.get("extra_special_tokens")
-    named = {key: token_text(value) for key, value in config.items() if key.endswith("_token")}
-    named |= {key: token_text(value) for key, value in extra.items()} if isinstance(extra, dict) else {}
-    return {key: text for key, text in named.items() if isinstance(text, str)}
+    named = {key: value for key, value in config.items() if key.endswith("_token")}
+    named |= extra if isinstance(extra, dict) else {}
+    return {key: token_text(value) for key, value in named.items() if isinstance(token_text(value), str)}
 
 
 def tokens_to_add(config: dict, known: list[tokenizers.AddedToken]) -> list[tokenizers.AddedToken]:
     """What the configuration adds to tokenizer.json's tokens, or says otherwise of them, as transformers does it."""
     same, named = set(map(repr, known)), list(named_tokens(config).values())
     listed = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
-    tokens = [tokenizers.AddedToken(**entry) for _, entry in listed]
-    tokens = [token for token in tokens if repr(token) not in same]
+    tokens = [token for _, entry in listed if repr(token := tokenizers.AddedToken(**entry)) not in same]
     for token in tokens:
         token.special = token.special or token.content in named
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
@@ -258,8 +251,8 @@ def load_backend(directory: Path, config: dict) -> tokenizers.Tokenizer:
     """tokenizer.json with the configuration's additions. Raises DataError."""
     path = directory / "tokenizer.json"
     if not path.is_file():
-        hint = "transformers.AutoTokenizer.from_pretrained(...).save_pretrained(...) makes one"
-        raise DataError(f"{directory}: no tokenizer.json; {hint}")
+        raise DataError(f"{directory}: no tokenizer.json; "
+                        "transformers.AutoTokenizer.from_pretrained(...).save_pretrained(...) makes one")
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust side raises plain Exception
@@ -305,15 +298,15 @@ class Tokenizer:
 
     def __init__(self, directory: str | Path, chat_template: str | None = None):
         self.directory = Path(directory).expanduser()
-        config = read_config(self.directory)
+        config = read_json(self.directory / "tokenizer_config.json")
+        if "added_tokens_decoder" not in config:  # of the older kind, which the other file overrides
+            config |= read_json(self.directory / "special_tokens_map.json")
         self.backend = load_backend(self.directory, config)
         self.special_tokens = named_tokens(config)
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         self.bos_token, self.eos_token, self.pad_token, self.unk_token = map(self.special_tokens.get, names)
-        self.bos_token_id, self.eos_token_id, self.pad_token_id = (
-            None if token is None else self.backend.token_to_id(token)
-            for token in (self.bos_token, self.eos_token, self.pad_token)
-        )
+        self.bos_token_id, self.eos_token_id = (
+            None if token is None else self.backend.token_to_id(token) for token in (self.bos_token, self.eos_token))
         self.size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
         self.chat_template = chat_template
         self.templates = choose_templates(find_templates(self.directory), chat_template)
@@ -353,10 +346,10 @@ class Tokenizer:
     def render(self, messages: list[dict], add_generation_prompt: bool = False, tools=None, **kwargs) -> str:
         """A conversation as the template's text; `kwargs` are the template's. Raises DataError with its message."""
         template = self.template(tools)
-        values = {"documents": None, **self.special_tokens, **kwargs}
-        values |= {"tools": tools, "add_generation_prompt": add_generation_prompt}
+        values = {"documents": None, **self.special_tokens, **kwargs, "messages": list(map(template_message, messages)),
+                  "tools": tools, "add_generation_prompt": add_generation_prompt}
         try:
-            return template.render(messages=[template_message(message) for message in messages], **values)
+            return template.render(values)
         except Exception as error:  # a template is a program: it fails in every way that a program can
             raise DataError(f"the chat template refused the conversation: {error or type(error).__name__}") from None
 
@@ -370,8 +363,9 @@ class Tokenizer:
                 shutil.copyfile(path, target)
         for name, source in chosen.items():
             file = "chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja"
-            (Path(directory) / file).parent.mkdir(parents=True, exist_ok=True)
-            (Path(directory) / file).write_text(source, "utf-8", newline="")
+            target = Path(directory) / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(source, "utf-8", newline="")
 
 
 # From a row to a pair of token ids
@@ -382,47 +376,40 @@ RESERVED_KWARGS = ("messages", "add_generation_prompt", "continue_final_message"
 
 
 class DataOptions(NamedTuple):
-    """All that changes the token ids of a pair, beside the tokenizer. Lengths in tokens.
-
-    `need_rejected` is False where only chosen completions are trained on (loss_type sft alone).
-    """
+    """All that changes the token ids of a pair, beside the tokenizer. Lengths in tokens, None for no limit."""
 
     max_length: int | None = 1024
     max_prompt_length: int | None = None
     max_completion_length: int | None = None
-    truncation_mode: str = "keep_start"
-    need_rejected: bool = True
+    truncation_mode: str = "keep_start"  # or "keep_end"
+    need_rejected: bool = True  # False where only chosen completions are trained on (loss_type sft alone)
 
 
 class Pair(NamedTuple):
-    """One prompt with two completions, as int32 token ids.
-
-    `rejected_prompt_ids` is None while both completions share the prompt; else the pair is two whole sequences.
-    Ratings are the row's own scores, nan where it has none. `flags` are what the report counts.
-    """
+    """One prompt with two completions, as int32 token ids."""
 
     prompt_ids: np.ndarray
     chosen_ids: np.ndarray
     rejected_ids: np.ndarray
-    rejected_prompt_ids: np.ndarray | None = None
-    chosen_rating: float = math.nan
+    rejected_prompt_ids: np.ndarray | None = None  # None: the same prompt; else the pair is two whole sequences
+    chosen_rating: float = math.nan  # the row's own score, where it has one
     rejected_rating: float = math.nan
-    flags: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()  # what the report counts
 
 
 class RowTexts(NamedTuple):
-    """What is tokenized of a row: the prompt alone, then the prompt with each completion."""
+    """What is tokenized of a row."""
 
-    texts: list[str]
-    add_special_tokens: bool
+    texts: list[str]  # the prompt alone, then the prompt with each completion
+    add_special_tokens: bool  # to text; a chat template writes its own
     ratings: tuple[float, float]
 
 
 def check_options(options: DataOptions):
     """Raises DataError unless lengths are positive and the mode is known."""
-    for name in ("max_length", "max_prompt_length", "max_completion_length"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise DataError(f"{name} is {getattr(options, name)}; it must be at least 1, or unset for no limit")
+    for name, length in options._asdict().items():
+        if name.endswith("_length") and length is not None and length < 1:
+            raise DataError(f"{name} is {length}; it must be at least 1, or unset for no limit")
     if options.truncation_mode not in ("keep_start", "keep_end"):
         raise DataError(f"truncation_mode is {options.truncation_mode!r}; take keep_start or keep_end")
 
@@ -451,11 +438,16 @@ def parse_turns(row: dict, key: str) -> str | list[dict]:
     value = row[key]
     if isinstance(value, str):
         return value
-    if not isinstance(value, (list, dict)):
+    messages = [value] if isinstance(value, dict) else value
+    if not isinstance(messages, list):
         kind = "null" if value is None else f"a {type(value).__name__}"
         raise DataError(f'"{key}" is {kind}; it must be text or a list of messages')
-    messages = value if isinstance(value, list) else [value]
     return [parse_message(message, f'"{key}"[{index}]') for index, message in enumerate(messages)]
+
+
+def common_prefix_length(left, right) -> int:
+    """How many first tokens, characters or messages are equal."""
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
 def extract_prompt(chosen, rejected):
@@ -464,11 +456,8 @@ def extract_prompt(chosen, rejected):
     The completions begin at the first character (or message) that differs, or at the space before it, since tokens
     carry the space in front of a word. Where one begins the other, its last character (message) is its completion.
     """
-    shortest = min(len(chosen), len(rejected))
-    at = next((i for i in range(shortest) if chosen[i] != rejected[i]), None)
-    if at is None:
-        at = max(shortest - 1, 0)
-    elif at > 0 and chosen[at - 1] == " ":
+    at, shortest = common_prefix_length(chosen, rejected), min(len(chosen), len(rejected))
+    if at > 0 and (at == shortest or chosen[at - 1] == " "):
         at -= 1
     return chosen[:at], chosen[at:], rejected[at:]
 
@@ -504,14 +493,11 @@ def is_empty(completion: str | list[dict]) -> bool:
 def parse_ratings(row: dict) -> tuple[float, float]:
     """The row's (chosen, rejected) scores, nan where absent."""
     keys = next((keys for keys in RATINGS if keys[0] in row or keys[1] in row), RATINGS[0])
-    scores = [row.get(key) for key in keys]
-    for key, score in zip(keys, scores, strict=True):
-        is_number = (
-            isinstance(score, (int, float)) and not isinstance(score, bool) and abs(score) < 1e38
-        )  # float32, no nan
-        if score is not None and not is_number:
+    scores = {key: row[key] for key in keys if row.get(key) is not None}
+    for key, score in scores.items():
+        if type(score) not in (int, float) or not abs(score) < 1e38:  # float32's range, and no nan
             raise DataError(f'"{key}" is {repr(score)[:40]}; a score is a finite number')
-    return tuple(math.nan if score is None else float(score) for score in scores)
+    return tuple(float(scores.get(key, math.nan)) for key in keys)
 
 
 def parse_template_kwargs(row: dict) -> dict:
@@ -531,7 +517,7 @@ def parse_template_kwargs(row: dict) -> dict:
 def chat_texts(row: dict, prompt: list, completions: list[list], tokenizer: Tokenizer) -> list[str]:
     """The rendered prompt with the header of an answer, then the rendered whole conversations."""
     system = row.get("system")
-    if not isinstance(system, (str, type(None))):
+    if not isinstance(system, str | None):
         raise DataError(f'"system" is a {type(system).__name__}; it must be text')
     if system and prompt[:1] != [{"role": "system", "content": system}]:
         prompt = [{"role": "system", "content": system}, *prompt]
@@ -566,16 +552,9 @@ def row_texts(row: dict, tokenizer: Tokenizer, options: DataOptions) -> RowTexts
             raise DataError(f'the completion of "{name}" is empty; give an answer, or remove the row')
     is_plain = isinstance(prompt, str)
     texts = (plain_texts if is_plain else chat_texts)(row, prompt, completions, tokenizer)
-    try:
-        "".join(texts).encode("utf-8")
-    except UnicodeEncodeError:
-        raise DataError("the text has half of a surrogate pair (\\ud83d alone, say); write whole characters") from None
+    if re.search("[\ud800-\udfff]", "".join(texts)):
+        raise DataError("the text has half of a surrogate pair (\\ud83d alone, say); write whole characters")
     return RowTexts(texts, is_plain, parse_ratings(row))
-
-
-def common_prefix_length(left: list[int], right: list[int]) -> int:
-    """How many first tokens are equal."""
-    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
 def cut_sequence(prompt: list[int], completion: list[int], options: DataOptions) -> tuple[list[int], list[int]]:
@@ -620,8 +599,7 @@ def make_pair(ids: list[list[int]], ratings: tuple[float, float], options: DataO
     flags = {
         "unclean_prefix": length < len(head),
         "truncated": any(len(p) + len(c) < len(whole) for (p, c), whole in zip(sequences, wholes, strict=True)),
-        "same_after_truncation": len(wholes) == 2 and sequences[0] == sequences[1],
-    }
+        "same_after_truncation": len(wholes) == 2 and sequences[0] == sequences[1]}
     if not options.need_rejected:
         other, rejected = prompt, []
     arrays = [np.asarray(part, np.int32) for part in (prompt, chosen, rejected)]
@@ -631,22 +609,13 @@ def make_pair(ids: list[list[int]], ratings: tuple[float, float], options: DataO
 
 def tokenize_rows(rows: list[dict | DataError], tokenizer: Tokenizer, options: DataOptions) -> list[Pair | DataError]:
     """Rows as pairs, by two calls of the tokenizer, which uses all cores; an error stands in its row's place."""
-    outcomes: list[Any] = []
-    for row in rows:
-        try:
-            outcomes.append(row if isinstance(row, DataError) else row_texts(row, tokenizer, options))
-        except DataError as error:
-            outcomes.append(error)
+    outcomes = [row if isinstance(row, DataError) else attempt(row_texts, row, tokenizer, options) for row in rows]
     for special in (True, False):
         places = [i for i, o in enumerate(outcomes) if isinstance(o, RowTexts) and o.add_special_tokens == special]
-        texts = [text for i in places for text in outcomes[i].texts]
-        encoded = iter(tokenizer.encode_batch(texts, special) if texts else [])
+        encoded = iter(tokenizer.encode_batch([text for i in places for text in outcomes[i].texts], special))
         for i in places:
             ids = list(islice(encoded, len(outcomes[i].texts)))
-            try:
-                outcomes[i] = make_pair(ids, outcomes[i].ratings, options)
-            except DataError as error:
-                outcomes[i] = error
+            outcomes[i] = attempt(make_pair, ids, outcomes[i].ratings, options)
     return outcomes
 
 
@@ -678,8 +647,7 @@ class PairStore:
             meta = json.loads((self.directory / "meta.json").read_text("utf-8"))
             self.stream, table, self.ratings, self.places = (
                 np.memmap(self.directory / f"{name}.bin", dtype, mode="r").reshape(-1, width)
-                for name, (dtype, width) in ARRAYS.items()
-            )
+                for name, (dtype, width) in ARRAYS.items())
             if (len(self.stream), len(self.ratings)) != (np.maximum(table, 0).sum(), len(table)):
                 raise ValueError("arrays of unequal length")
         except (OSError, ValueError) as error:
@@ -698,11 +666,11 @@ class PairStore:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Pair:
-        prompt, chosen, rejected = map(int, self.lengths[index])
+        prompt, chosen, rejected = self.lengths[index].tolist()
         ids = np.asarray(self.stream[self.ends[index] - self.tokens[index] : self.ends[index], 0])
         prompt_ids, chosen_ids, own_prompt, rejected_ids = np.split(ids, [prompt, prompt + chosen, len(ids) - rejected])
         own_prompt = None if self.rejected_prompt_lengths[index] < 0 else own_prompt
-        return Pair(prompt_ids, chosen_ids, rejected_ids, own_prompt, *map(float, self.ratings[index]))
+        return Pair(prompt_ids, chosen_ids, rejected_ids, own_prompt, *self.ratings[index].tolist())
 
     def where(self, index: int) -> str:
         """File and line of a pair, for messages."""
@@ -718,10 +686,11 @@ def count_outcome(report: dict, place: str, outcome: Pair | DataError):
     report["rows"] += 1
     if isinstance(outcome, Pair):
         names = ["kept", *outcome.flags]
+    elif isinstance(outcome, DroppedPair):
+        names = [f"dropped, as {outcome}"]
     else:
-        names = [f"dropped, as {outcome}" if isinstance(outcome, DroppedPair) else "bad"]
-        if names == ["bad"] and len(report["bad_rows"]) < 100:
-            report["bad_rows"].append(f"{place}: {outcome}")
+        names = ["bad"]
+        report["bad_rows"] += [f"{place}: {outcome}"][: 100 - len(report["bad_rows"])]
     for name in names:
         report["counts"][name] = report["counts"].get(name, 0) + 1
         report["first"].setdefault(name, place)
@@ -733,39 +702,26 @@ def describe(report: dict) -> list[str]:
         "bad": "skipped, as unusable",
         "unclean_prefix": "the prompt's last tokens change when a completion follows, which then begins there",
         "truncated": "truncated",
-        "same_after_truncation": "chosen and rejected are the same after truncation",
-    }
-    counts = report["counts"]
-    lines = [f"{counts.get('kept', 0):,} pairs from {report['rows']:,} rows"]
-    lines += [
-        f"{explained.get(name, name)}: {counts[name]:,} (first: {report['first'][name]})"
-        for name in (*explained, *sorted(counts.keys() - explained.keys() - {"kept"}))
-        if name in counts
-    ]
-    return lines + [f"skipped {bad}" for bad in report["bad_rows"]]
-
-
-def refuse_empty(report: dict, files: list[Path]):
-    """Raises DataError when no pair is left."""
-    names = ", ".join(map(str, files))
-    if not report["rows"]:
-        raise DataError(f"{names}: no rows; {NEEDS}")
-    if not report["counts"].get("kept"):
-        raise DataError(f"{names}: no pair is left; " + "; ".join(describe(report)[:5]))
+        "same_after_truncation": "chosen and rejected are the same after truncation"}
+    counts, first = report["counts"], report["first"]
+    names = [*explained, *sorted(counts.keys() - explained.keys() - {"kept"})]
+    return [f"{counts.get('kept', 0):,} pairs from {report['rows']:,} rows",
+            *(f"{explained.get(n, n)}: {counts[n]:,} (first: {first[n]})" for n in names if n in counts),
+            *(f"skipped {bad}" for bad in report["bad_rows"])]
 
 
 def pair_pieces(pair: Pair, place: tuple[int, int]) -> tuple[np.ndarray, ...]:
     """One pair as it is written to the four arrays, in their order."""
-    own_prompt = np.zeros(0, np.int32) if pair.rejected_prompt_ids is None else pair.rejected_prompt_ids
-    lengths = [len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)]
-    lengths.append(-1 if pair.rejected_prompt_ids is None else len(own_prompt))
-    stream = np.concatenate([pair.prompt_ids, pair.chosen_ids, own_prompt, pair.rejected_ids])
+    prompt, chosen, rejected, own_prompt = pair[:4]
+    shared, own_prompt = own_prompt is None, prompt[:0] if own_prompt is None else own_prompt
+    stream = np.concatenate([prompt, chosen, own_prompt, rejected])
+    lengths = len(prompt), len(chosen), len(rejected), -1 if shared else len(own_prompt)
     values = stream, lengths, (pair.chosen_rating, pair.rejected_rating), place
     return tuple(np.asarray(value, dtype) for value, (dtype, _) in zip(values, ARRAYS.values(), strict=True))
 
 
-def write_pairs(directory: Path, outcomes: Iterable[Outcome], files: list[Path], stop: bool) -> dict:
-    """Appends pairs to the array files; returns what meta.json holds. Raises DataError, at a bad row if `stop`."""
+def write_pairs(directory: Path, outcomes: Iterable[Outcome], files: list[Path], stop: bool):
+    """Writes the arrays and meta.json. Raises DataError at a bad row if `stop`, and when no pair is left."""
     report = {"rows": 0, "counts": {}, "first": {}, "bad_rows": []}
     numbers = {str(path): number for number, path in enumerate(files)}
     hashes = [hashlib.sha256() for _ in ARRAYS]
@@ -784,9 +740,12 @@ def write_pairs(directory: Path, outcomes: Iterable[Outcome], files: list[Path],
         for stream in streams:
             stream.flush()
             os.fsync(stream.fileno())
-    refuse_empty(report, files)
+    if not report["counts"].get("kept"):
+        why = "; ".join(["no pair is left", *describe(report)[:5]]) if report["rows"] else f"no rows; {NEEDS}"
+        raise DataError(f"{', '.join(numbers)}: {why}")
     digest = hashlib.sha256("".join(sha.hexdigest() for sha in hashes[:3]).encode())  # of pairs, not of their places
-    return {"files": list(numbers), "digest": digest.hexdigest(), "report": report}
+    meta = {"files": list(numbers), "digest": digest.hexdigest(), "report": report}
+    (directory / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
 
 
 def store_key(files: list[Path], *parts) -> str:
@@ -804,9 +763,8 @@ def tokenize_chunk(chunk: list[tuple], tokenizer: Tokenizer, options: DataOption
     return list(zip(places, tokenize_rows(rows, tokenizer, options), strict=True))
 
 
-def tokenize_files(
-    files: list[Path], tokenizer: Tokenizer, options: DataOptions, num_proc: int | None, progress
-) -> Iterator[Outcome]:
+def tokenize_files(files: list[Path], tokenizer: Tokenizer, options: DataOptions, num_proc: int | None,
+                   progress: Callable[[int], None] | None) -> Iterator[Outcome]:
     """Every row's outcome, in order, with a bounded number of rows in memory."""
     rows, done = read_rows(files), 0
     chunks = iter(lambda: list(islice(rows, CHUNK_ROWS)), [])
@@ -822,15 +780,9 @@ def tokenize_files(
             progress(done)
 
 
-def build_store(
-    files: list[Path],
-    tokenizer: Tokenizer,
-    options: DataOptions,
-    cache_dir: str | Path,
-    on_bad_row: str = "stop",
-    num_proc: int | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> PairStore:
+def build_store(files: list[Path], tokenizer: Tokenizer, options: DataOptions, cache_dir: str | Path,
+                on_bad_row: str = "stop", num_proc: int | None = None,
+                progress: Callable[[int], None] | None = None) -> PairStore:
     """Tokenizes files into a store inside cache_dir, or opens the one that is there for the same contents and options.
 
     One process calls this; others open `store.directory`. The store is written beside its place and renamed, so that
@@ -845,21 +797,18 @@ def build_store(
         return PairStore.open(target)
     try:
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.part-", dir=cache_dir))
+        temporary = tempfile.TemporaryDirectory(prefix=f"{target.name}.part-", dir=cache_dir)
     except OSError as error:
         raise DataError(f"{cache_dir}: cannot hold the token store ({error.strerror}); change --cache_dir") from None
-    try:
+    with temporary as scratch:
         outcomes = tokenize_files(files, tokenizer, options, num_proc, progress)
-        meta = write_pairs(scratch, outcomes, files, on_bad_row == "stop")
-        (scratch / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
-        scratch.chmod(0o755)  # mkdtemp's are for their owner alone
+        write_pairs(Path(scratch), outcomes, files, on_bad_row == "stop")
+        os.chmod(scratch, 0o755)  # temporary directories are for their owner alone
         try:
             os.rename(scratch, target)
         except OSError:
             if not target.exists():  # else another run was faster, with the same arrays
                 raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return PairStore.open(target)
 
 
@@ -894,12 +843,8 @@ class Batch(NamedTuple):
 
     def to(self, device) -> "Batch":
         """The batch on a device, except `spans`, which the attention reads on the CPU."""
-        moved = {
-            name: value.to(device, non_blocking=True)
-            for name, value in self._asdict().items()
-            if isinstance(value, Tensor) and name != "spans"
-        }
-        return self._replace(**moved)
+        tensors = {k: v for k, v in self._asdict().items() if isinstance(v, Tensor) and k != "spans"}
+        return self._replace(**{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
 
 
 class Layout(NamedTuple):
@@ -935,11 +880,11 @@ def pair_layouts(pair: Pair, share_prefix: bool) -> list[Layout]:
     """A pair as one shared piece, or as two whole sequences."""
     if share_prefix and pair.rejected_prompt_ids is None and len(pair.prompt_ids):
         return [shared_layout(pair)]
+    chosen = whole_layout(pair.prompt_ids, pair.chosen_ids)
+    if not len(pair.rejected_ids):
+        return [chosen._replace(lengths=[*chosen.lengths, 0])]
     own_prompt = pair.prompt_ids if pair.rejected_prompt_ids is None else pair.rejected_prompt_ids
-    layouts = [whole_layout(pair.prompt_ids, pair.chosen_ids)]
-    if len(pair.rejected_ids):
-        return [*layouts, whole_layout(own_prompt, pair.rejected_ids)]
-    return [layouts[0]._replace(lengths=[*layouts[0].lengths, 0])]
+    return [chosen, whole_layout(own_prompt, pair.rejected_ids)]
 
 
 def collate(pairs: list[Pair], pair_ids=None, share_prefix: bool = True) -> Batch:
@@ -953,16 +898,10 @@ def collate(pairs: list[Pair], pair_ids=None, share_prefix: bool = True) -> Batc
     input_ids, position_ids, spans, score_index, targets, lengths = columns
     shared = [pair for pair in pairs if share_prefix and pair.rejected_prompt_ids is None and len(pair.rejected_ids)]
     return Batch(
-        input_ids,
-        position_ids,
-        spans.to(torch.int32),
-        score_index,
-        targets,
-        lengths.view(-1, 2),
-        torch.as_tensor(np.asarray(range(len(pairs)) if pair_ids is None else pair_ids, np.int64)),
-        size + sum(len(pair.prompt_ids) for pair in shared),
-        torch.tensor([(pair.chosen_rating, pair.rejected_rating) for pair in pairs], dtype=torch.float32),
-    )
+        input_ids, position_ids, spans.to(torch.int32), score_index, targets, lengths.view(-1, 2),
+        pair_ids=torch.as_tensor(np.asarray(range(len(pairs)) if pair_ids is None else pair_ids, np.int64)),
+        num_tokens=size + sum(len(pair.prompt_ids) for pair in shared),
+        ratings=torch.tensor([(pair.chosen_rating, pair.rejected_rating) for pair in pairs], dtype=torch.float32))
 
 
 def empty_batch() -> Batch:
@@ -986,9 +925,8 @@ def epoch_order(n: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
     return np.argsort(words, kind="stable")
 
 
-def micro_batches(
-    order: np.ndarray, tokens: np.ndarray, max_pairs: int, max_tokens: int | None = None
-) -> list[np.ndarray]:
+def micro_batches(order: np.ndarray, tokens: np.ndarray, max_pairs: int,
+                  max_tokens: int | None = None) -> list[np.ndarray]:
     """Cuts `order` into consecutive forwards of at most max_pairs pairs and max_tokens stream tokens.
 
     `tokens` are those of every pair of the store. A pair longer than max_tokens stands alone.

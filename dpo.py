@@ -877,6 +877,7 @@ class DPOTrainer:
         sums = torch.cat([sums, torch.tensor([tokens], dtype=torch.float64, device=sums.device)])
         *sums, tokens = self.ranks.sum(sums).tolist()
         metrics = metrics_of(sums, len(pairs)) | {"grad_norm": float(norm), "learning_rate": self.learning_rate()}
+        metrics["loss"] += self.aux_coef * metrics.get("aux_loss", 0.0)  # what is minimised, as TRL logs it
         if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
             raise FloatingPointError(
                 f"step {self.step + 1}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; pairs "
@@ -1175,7 +1176,14 @@ def main(argv: Optional[list[str]] = None) -> int:
             if int(os.environ.get("RANK", 0)) == 0:
                 print(f"error: {error}", file=sys.stderr)
             return 2
-        trainer.train()
+        if trainer.args.model_name_or_path == str(HERE / "demo" / "model"):
+            from demo import show  # the same prompts, answered before and after
+
+            before = show.sample(trainer)
+            trainer.train()
+            show.compare(before, show.sample(trainer))
+        else:
+            trainer.train()
         return 0
 
 

@@ -247,17 +247,12 @@ def make_rope(kind: str, rope: dict, dim: int, max_length: Optional[int]) -> Rop
         return Rope(*scaled_rope(kind, rope, freq, max_length))
     if kind == "linear":
         freq = freq / rope["factor"]
-    if kind == "llama3":
-        freq = llama3_frequencies(rope, freq)
+    if kind == "llama3":  # long wavelengths divided by `factor`, short ones kept, a smooth ramp between
+        low, high, old = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
+        wavelength = 2 * math.pi / freq
+        smooth = ((old / wavelength - low) / (high - low)).clamp(0, 1)
+        freq = (1 - smooth) * freq / rope["factor"] + smooth * freq
     return Rope(tuple(freq.tolist()), limit=rope["max_position_embeddings"] if kind == "dynamic" else None)
-
-
-def llama3_frequencies(rope: dict, freq: Tensor) -> Tensor:
-    """Llama 3.1: long wavelengths divided by `factor`, short ones kept, a smooth ramp between."""
-    low, high, old = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
-    wavelength = 2 * math.pi / freq
-    smooth = ((old / wavelength - low) / (high - low)).clamp(0, 1)
-    return (1 - smooth) * freq / rope["factor"] + smooth * freq
 
 
 def rotary_tables(ropes: dict[str, Rope], position_ids: Tensor, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
@@ -404,9 +399,8 @@ class Attention(nn.Module):
             self.v_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * D, C, bias=config.o_bias)
         if config.qk_norm:
-            per_head = config.qk_norm == "head"
-            self.q_norm = Norm(D if per_head else H * D, config)
-            self.k_norm = Norm(D if per_head else K * D, config)
+            q_size, k_size = (D, D) if config.qk_norm == "head" else (H * D, K * D)
+            self.q_norm, self.k_norm = Norm(q_size, config), Norm(k_size, config)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (T, H, D), (T, K, D), (T, K, D)
         c = self.config
@@ -568,11 +562,11 @@ class Decoder(nn.Module):
         return out._replace(aux_loss=load_balancing_loss(routed, spans, self.config.moe["per_token"]))
 
     def head_terms(self, hidden: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """[(input, weight)] with logits = sum of input @ weight^T; a LoRA on the head is a second term."""
-        hidden = hidden * self.config.logit_scale
-        if isinstance(self.lm_head, LoraLinear):
-            return self.lm_head.terms(hidden)
-        return [(hidden, self.lm_head.weight)]
+        """[(input, weight)] with logits = sum of input @ weight^T; a LoRA on the head is a second term, so that W + BA
+        is never built."""
+        hidden, head = hidden * self.config.logit_scale, self.lm_head
+        has_lora = isinstance(head, LoraLinear) and head.enabled
+        return [(hidden, head.weight)] + ([(head.low_rank(hidden), head.lora_B.weight)] if has_lora else [])
 
     def logits(self, input_ids: Tensor, position_ids: Tensor, spans: Tensor) -> Tensor:  # (T, V)
         """Every logit, for generation and tests; training never builds them."""
@@ -704,10 +698,6 @@ class LoraLinear(nn.Module):
         out = self.base_layer(x)
         return out + self.lora_B(self.low_rank(x)).to(out.dtype) if self.enabled else out
 
-    def terms(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """As the head's terms: W + BA is never built."""
-        return [(x, self.weight)] + ([(self.low_rank(x), self.lora_B.weight)] if self.enabled else [])
-
     def delta(self) -> Tensor:
         """scaling * B A, what merging adds to the weight."""
         return self.scaling * (self.lora_B.weight @ self.lora_A.weight)
@@ -722,17 +712,23 @@ def add_lora(model: Decoder, rank: int, alpha: float, dropout: float, targets: l
     """
     model.requires_grad_(False)
     modules = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))}
-    matched = {t: [n for n, m in modules.items() if is_target(t, n, m, model.config)] for t in targets}
+    chosen = set()
     for target in targets:
-        if not matched[target]:
+        matched = {n for n, m in modules.items() if is_target(target, n, m, model.config)}
+        if not matched:
             known = " ".join(sorted({n.rpartition(".")[2] for n in modules}))
             raise ValueError(f"--lora_target_modules {target}: no such module; this model has {known}"
                              + (" (LoRA on experts and their router is not supported)" if model.config.moe else ""))
-    chosen = [n for n in modules if any(n in names for names in matched.values())]
-    for name in chosen:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, wrap(modules[name], rank, alpha, dropout))
-    return chosen
+        chosen |= matched
+    names = [n for n in modules if n in chosen]  # in the model's order, which the random draws follow
+    for name in names:
+        if isinstance(modules[name], nn.Embedding):
+            from extras.peft_io import LoraEmbedding
+
+            replace_module(model, name, LoraEmbedding(modules[name], rank, alpha))
+        else:
+            replace_module(model, name, LoraLinear(modules[name], rank, alpha, dropout))
+    return names
 
 
 def is_target(target: str, name: str, module: nn.Module, config: ModelConfig) -> bool:
@@ -741,12 +737,9 @@ def is_target(target: str, name: str, module: nn.Module, config: ModelConfig) ->
     return any(f".{n}".endswith(f".{target}") for n in (name, file_name(name, config)))
 
 
-def wrap(base: nn.Module, rank: int, alpha: float, dropout: float) -> nn.Module:
-    if isinstance(base, nn.Embedding):
-        from extras.peft_io import LoraEmbedding
-
-        return LoraEmbedding(base, rank, alpha)
-    return LoraLinear(base, rank, alpha, dropout)
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 def lora_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -768,16 +761,15 @@ def adapters_disabled(model: nn.Module):
 
 @torch.no_grad()
 def merge_lora(model: Decoder) -> None:
-    """Add each LoRA to its weight and take the wrapper away. Raises ValueError on a tied head or embedding, since one
-    matrix cannot become two."""
+    """Add each LoRA to its weight and take the wrapper away; ValueError on a tied head or embedding: one matrix cannot
+    become two."""
     modules = lora_modules(model)
     if model.config.tie_word_embeddings and modules.keys() & {"lm_head", "model.embed_tokens"}:
         raise ValueError("the LoRA is on a head or embedding that share one matrix (tie_word_embeddings): it cannot be "
                          "merged; keep the adapter, or leave lm_head and embed_tokens out of --lora_target_modules")
     for name, module in modules.items():
-        parent, _, child = name.rpartition(".")
         module.base_layer.weight += module.delta().to(module.weight)
-        setattr(model.get_submodule(parent), child, module.base_layer)
+        replace_module(model, name, module.base_layer)
     model.requires_grad_(True)
 
 
@@ -969,14 +961,12 @@ def save_model(model: Decoder, directory: str | Path, dtype: Optional[torch.dtyp
 
 def save_shards(tensors: dict[str, Tensor], directory: Path, dtype: torch.dtype) -> None:
     """Write views of the parameters; one shard at a time is gathered in memory."""
-    shards, size, total = [[]], 0, 0
-    for name, tensor in tensors.items():
-        nbytes = tensor.numel() * dtype.itemsize
+    sizes, shards, size, weight_map = {n: t.numel() * dtype.itemsize for n, t in tensors.items()}, [[]], 0, {}
+    for name, nbytes in sizes.items():
         if size + nbytes > SHARD_BYTES and shards[-1]:
             shards, size = shards + [[]], 0
         shards[-1].append(name)
-        size, total = size + nbytes, total + nbytes
-    weight_map = {}
+        size += nbytes
     for i, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         shard, seen = {}, set()
@@ -988,7 +978,7 @@ def save_shards(tensors: dict[str, Tensor], directory: Path, dtype: torch.dtype)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         write_json(directory / "model.safetensors.index.json",
-                   {"metadata": {"total_size": total}, "weight_map": weight_map})
+                   {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -202,8 +202,7 @@ def main() -> int:
         train_base(Path(scratch))
     model, tokenizer = models.load_model(DEMO / "model"), Tokenizer.load(DEMO / "model")
     rng = random.Random(SEED + 1)
-    prompts = list(dict.fromkeys(write_opening(rng)[1] for _ in range(20_000)))
-    rng.shuffle(prompts)
+    prompts = list(dict.fromkeys(write_opening(rng)[1] for _ in range(REVIEWS)))  # each once, in the order drawn
     for name, count in PROMPTS.items():
         write_rows(DEMO / name, make_pairs(prompts[:count], model, tokenizer))
         prompts = prompts[count:]  # no prompt is in both files

@@ -6,6 +6,7 @@ minus words of blame. demo/make.py ranked the pairs by it; the model never sees 
 
 import json
 import re
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ OPINIONS = {
 }
 PRAISE, BLAME = (frozenset(" ".join(words[side] for words in OPINIONS.values()).split()) for side in (0, 1))
 
+EVAL = Path(__file__).with_name("eval.jsonl")
 SAMPLES = 64  # answers behind each mean score
 SHOWN = 4  # of them on the screen
 SEED = 7
@@ -70,3 +72,28 @@ def answers(model, tokenizer, prompts: list[str], seed: int, max_new_tokens: int
         if not unfinished:
             break
     return [tokenizer.decode(ids[start:], skip_special_tokens=True) for ids, start in zip(texts, starts)]
+
+
+def sample(trainer) -> list[tuple[str, str]]:
+    """(prompt, answer) for the first prompts of demo/eval.jsonl, on rank 0; nothing on other ranks."""
+    if not trainer.ranks.first:
+        return []
+    prompts = [json.loads(line)["prompt"] for line in EVAL.read_text("utf-8").splitlines()[:SAMPLES]]
+    training = trainer.model.training
+    trainer.model.eval()
+    texts = answers(trainer.model, trainer.tokenizer, prompts, SEED)
+    trainer.model.train(training)
+    return list(zip(prompts, texts))
+
+
+def mean_score(samples: list[tuple[str, str]]) -> float:
+    return sum(score(answer) for _, answer in samples) / len(samples)
+
+
+def compare(before: list[tuple[str, str]], after: list[tuple[str, str]]) -> None:
+    """Print both mean scores and the first few answers side by side; nothing where `sample` gave nothing."""
+    for (prompt, old), (_, new) in list(zip(before, after))[:SHOWN]:
+        print(f"\n{prompt}\n  before {score(old):+.0f} {old}\n  after  {score(new):+.0f} {new}")
+    if before:
+        print(f"\nwords of praise minus words of blame, mean of {len(before)} answers: "
+              f"before {mean_score(before):+.2f}, after {mean_score(after):+.2f}")

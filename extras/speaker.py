@@ -14,10 +14,10 @@ from extras.generate import Sampling, check_sampling
 FROM_CONFIG = ("temperature", "top_k", "top_p", "repetition_penalty")
 # Options of generation_config.json that would change the text and are not known here, with what leaves it alone.
 UNKNOWN = {
-    **dict.fromkeys(("min_p", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size", "min_length", "min_new_tokens"), 0),
-    **dict.fromkeys(("typical_p", "num_beams", "encoder_repetition_penalty", "guidance_scale"), 1),
-    **dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "top_h", "penalty_alpha",
-                     "forced_bos_token_id", "forced_eos_token_id", "force_words_ids", "constraints"), None)}
+    **dict.fromkeys("min_p epsilon_cutoff eta_cutoff no_repeat_ngram_size min_length min_new_tokens".split(), 0),
+    **dict.fromkeys("typical_p num_beams encoder_repetition_penalty guidance_scale".split(), 1),
+    **dict.fromkeys("bad_words_ids suppress_tokens begin_suppress_tokens sequence_bias top_h penalty_alpha "
+                    "forced_bos_token_id forced_eos_token_id force_words_ids constraints".split(), None)}
 
 
 class Speaker(NamedTuple):

@@ -1,13 +1,12 @@
 """Every family beside TRL 1.16, through the command line: random tiny checkpoints, a word tokenizer, two steps.
 
 No family needs a wider tolerance than another. Gemma 2's soft-capped scores, which transformers computes by its eager
-attention only, agree as closely as the others' (1e-6 in the logits). One number has another meaning: of a mixture of
-experts TRL logs as `loss` the sum that is minimized, pairs' loss + coefficient x `aux_loss`; here `loss` is the pairs'
-alone, so that it starts at its closed form, and `aux_loss` stands beside it.
+attention only, agree as closely as the others' (2e-6 in the logits).
 """
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -29,7 +28,8 @@ WINDOWED = ("mistral", "qwen2", "gemma2", "gemma3", "phi3", "mixtral")
 ROWS = make_rows(8, seed=1)
 COMMON = {"per_device_train_batch_size": 4, "max_steps": 2, "learning_rate": 1e-3}
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["all-linear"], "learning_rate": 1e-2}
-TOLERANCE = 2e-5  # of max(1, |TRL's|), ten times that for rewards; found below 1e-6, and GELU for its tanh form is 1e-4
+TOLERANCE = 1e-5  # of max(1, |TRL's|), ten times that for rewards; found below 1e-6, and GELU for its tanh form is 2e-5
+ON_EXPERTS = re.compile(r"\.mlp\.(experts|gate)\.")
 COEFFICIENT = 0.1  # a hundred times most families' own, so that what it does to the gradients shows
 
 
@@ -76,11 +76,6 @@ def train(directory, name: str, out, flags: dict) -> list[dict]:
     return read_metrics(out)
 
 
-def as_trl_logs(step: dict) -> dict:
-    """Our metrics of a step, with what TRL calls the loss of a mixture of experts."""
-    return step | {"loss": step["loss"] + COEFFICIENT * step.get("aux_loss", 0.0)}
-
-
 def test_every_family_is_here_and_every_window_is_crossed(families):
     assert {CASES[name][0] for name in FAMILIES} == models.FAMILIES.keys() | MORE_FAMILIES.keys()
     lengths = [len(f"{row['prompt']} {row[side]}".split()) for row in ROWS for side in ("chosen", "rejected")]
@@ -96,7 +91,7 @@ def test_two_steps_equal_trl(name, trl_runs, tmp_path):
     theirs = [step for step in read_metrics(trl_runs / name / "trl") if "loss" in step]
     ours = train(trl_runs, name, tmp_path / "out", flags_of(name))
     assert len(theirs) == len(ours) == 2 and abs(ours[1]["rewards/margins"]) > 1e-4  # the first update shows
-    assert_agree(theirs, [as_trl_logs(step) for step in ours], TOLERANCE)
+    assert_agree(theirs, ours, TOLERANCE)
     assert ours[1]["rewards/accuracies"] == theirs[1]["rewards/accuracies"]
     for t, o in zip(theirs, ours):
         assert ("aux_loss" in o) == ("aux_loss" in t) == (name in SPARSE)
@@ -105,9 +100,12 @@ def test_two_steps_equal_trl(name, trl_runs, tmp_path):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_lora_on_all_linear_layers_trains_and_loads_in_peft(name, families, tmp_path):
+    """All linear layers are PEFT's, save that ours are never experts or routers; PEFT counts them in for the other
+    mixtures of experts, not for qwen2_moe."""
     peft = pytest.importorskip("peft", reason="needs peft")
     ours = train(families, name, tmp_path / "out", flags_of(name) | LORA)
-    assert ours[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) != ours[1]["loss"]
+    balance = COEFFICIENT * ours[0].get("aux_loss", 0.0)  # the loss is what is minimised, experts' balance included
+    assert ours[0]["loss"] == pytest.approx(math.log(2) + balance, abs=1e-6) != ours[1]["loss"]
     adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert all(tensor.abs().max() > 0 for tensor in adapter.values())
     base = transformers.AutoModelForCausalLM.from_pretrained(
@@ -117,3 +115,6 @@ def test_lora_on_all_linear_layers_trains_and_loads_in_peft(name, families, tmp_
         theirs = their_logits(peft.PeftModel.from_pretrained(base, tmp_path / "out").eval())[0]
         again = our_logits(dpo.load_policy(tmp_path / "out", torch.float32)[0])
     assert (again - theirs).abs().max() < 2e-5 < 1e-3 < (theirs - untrained).abs().max()
+    fresh = transformers.AutoModelForCausalLM.from_pretrained(families / name / "model")
+    fresh = peft.get_peft_model(fresh, peft.LoraConfig(r=4, target_modules="all-linear"))
+    assert adapter.keys() == {n for n in peft.get_peft_model_state_dict(fresh) if not ON_EXPERTS.search(n)}
