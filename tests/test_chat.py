@@ -174,7 +174,7 @@ def test_distribution_is_that_of_transformers_processors():
     logits, ids = torch.randn(6, 50) * 3, torch.randint(0, 50, (6, 9))
     seen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, ids, True)
     cases = [(1.0, 0.7, 0, 1.0), (1.3, 1.0, 0, 1.0), (1.0, 1.0, 5, 1.0), (1.0, 1.0, 0, 0.6), (1.2, 1.7, 12, 0.8),
-             (0.8, 0.5, 50, 0.01)]
+             (0.8, 0.5, 50, 0.01), (1.0, 1.0, 0, 1e-9)]
     for penalty, temperature, top_k, top_p in cases:
         o = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
         expected = theirs.RepetitionPenaltyLogitsProcessor(penalty)(ids, logits)

@@ -85,6 +85,14 @@ def test_sums_and_positions_of_completions_laid_end_to_end():
     assert losses.completion_sums(values, lengths, 0.5).tolist() == [[4.0, 8.0], [0.0, 24.0]]
 
 
+def test_a_forward_without_pairs_has_no_sums():
+    """A rank that has no pair left in a step runs it all the same."""
+    none = torch.zeros(0, requires_grad=True)
+    for alpha in (None, 0.5):
+        sums = losses.completion_sums(none, torch.zeros(0, 2, dtype=torch.int64), alpha)
+        assert sums.shape == (0, 2) and sums.requires_grad
+
+
 def test_every_loss_reads_only_flags_that_exist():
     known = {*dpo.DPOConfig.__annotations__, "delta"}
     assert len(losses.LOSSES) == 27

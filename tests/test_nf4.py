@@ -413,6 +413,8 @@ def test_a_model_in_4_bits_is_the_wide_one_with_these_weights(name):
     assert any(isinstance(m, nf4.Linear4bit) for m in narrow.modules())
     assert not any(isinstance(m, (nf4.Linear4bit, nf4.Experts4bit)) for m in wide.modules())
     assert (logps(narrow) - logps(wide)).abs().max() < 1e-5
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(logps(narrow), logps(wide), atol=0.02)
     assert (logps(narrow) - logps(make(CONFIGS[name], torch.float32))).abs().max() > 1e-3
 
 
