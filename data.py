@@ -217,7 +217,7 @@ def read_json(path: Path) -> dict:
 
 
 def tokenizer_files(directory: Path) -> list[Path]:
-    """The files of a tokenizer, as far as they are there, in a fixed order."""
+    """The files of a tokenizer that are there, in a fixed order."""
     return [path for name in TOKENIZER_FILES for path in sorted(directory.glob(name)) if path.is_file()]
 
 
@@ -557,26 +557,22 @@ def row_texts(row: dict, tokenizer: Tokenizer, options: DataOptions) -> RowTexts
     return RowTexts(texts, is_plain, parse_ratings(row))
 
 
-def cut_sequence(prompt: list[int], completion: list[int], options: DataOptions) -> tuple[list[int], list[int]]:
-    """(prompt, completion), together at most max_length tokens: the first ones, or the last ones."""
-    over = len(prompt) + len(completion) - (options.max_length or sys.maxsize)
-    if over <= 0:
-        return prompt, completion
-    if options.truncation_mode == "keep_start":
-        return prompt, completion[:-over]
-    return prompt[over:], completion[max(0, over - len(prompt)) :]
-
-
 def truncate(prompt: list[int], completions: list[list[int]], options: DataOptions) -> list[tuple[list, list]]:
     """[(prompt, completion)] after max_prompt_length, max_completion_length and max_length. Raises DroppedPair.
 
-    max_prompt_length keeps the prompt's last tokens, max_completion_length a completion's first, as in TRL 0.18.
+    max_prompt_length keeps the prompt's last tokens, max_completion_length a completion's first, as in TRL 0.18;
+    max_length the first or the last of both together, by truncation_mode.
     """
+    keeps_start, limit = options.truncation_mode == "keep_start", options.max_length or sys.maxsize
     prompt = prompt[-(options.max_prompt_length or sys.maxsize) :]
-    if options.truncation_mode == "keep_start" and len(prompt) >= (options.max_length or sys.maxsize):
+    if keeps_start and len(prompt) >= limit:
         raise DroppedPair("the prompt alone fills max_length")
-    completions = [completion[: options.max_completion_length] for completion in completions]
-    sequences = [cut_sequence(prompt, completion, options) for completion in completions]
+    sequences = []
+    for completion in completions:
+        whole = prompt + completion[: options.max_completion_length]
+        begin = 0 if keeps_start else max(0, len(whole) - limit)
+        border = max(begin, len(prompt))
+        sequences.append((whole[begin:border], whole[border : begin + limit]))
     if any(len(prompt) + len(completion) < 2 for prompt, completion in sequences):
         raise DroppedPair("truncation leaves nothing to score")
     return sequences
@@ -847,15 +843,7 @@ class Batch(NamedTuple):
         return self._replace(**{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
 
 
-class Layout(NamedTuple):
-    """A piece of a stream that begins at 0: arrays named as in Batch."""
-
-    input_ids: np.ndarray
-    position_ids: np.ndarray
-    spans: np.ndarray
-    score_index: np.ndarray
-    targets: np.ndarray
-    lengths: list[int]
+Layout = NamedTuple("Layout", [(name, Any) for name in Batch._fields[:6]])  # arrays of a piece that begins at 0
 
 
 def shared_layout(pair: Pair) -> Layout:
@@ -890,10 +878,10 @@ def pair_layouts(pair: Pair, share_prefix: bool) -> list[Layout]:
 def collate(pairs: list[Pair], pair_ids=None, share_prefix: bool = True) -> Batch:
     """The pairs as one stream. `share_prefix` False lays each pair as two whole sequences; the numbers are the same."""
     layouts, size = [], 0
-    for layout in (layout for pair in pairs for layout in pair_layouts(pair, share_prefix)):
-        spans = layout.spans + size * (layout.spans[:, [1, 1, 3, 3]] > 0)  # no prefix stays 0, 0
-        layouts.append(layout._replace(spans=spans, score_index=layout.score_index + size))
-        size += len(layout.input_ids)
+    for one in (layout for pair in pairs for layout in pair_layouts(pair, share_prefix)):
+        spans = one.spans + size * (one.spans[:, [1, 1, 3, 3]] > 0)  # no prefix stays 0, 0
+        layouts.append(one._replace(spans=spans, score_index=one.score_index + size))
+        size += len(one.input_ids)
     columns = (torch.from_numpy(np.concatenate(column).astype(np.int64)) for column in zip(*layouts, strict=True))
     input_ids, position_ids, spans, score_index, targets, lengths = columns
     shared = [pair for pair in pairs if share_prefix and pair.rejected_prompt_ids is None and len(pair.rejected_ids)]

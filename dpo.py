@@ -16,6 +16,7 @@ import argparse
 import copy
 import dataclasses
 import difflib
+import glob
 import hashlib
 import json
 import math
@@ -63,6 +64,7 @@ class DPOConfig:
     """Every option of a run. Names and defaults are TRL 1.16's where it has the option."""
 
     model_name_or_path: Optional[str] = flag(None, "directory (or hub id) of the model to train", "model")
+    model_revision: Optional[str] = flag(None, "branch, tag or commit of a model on the hub; unset is its main branch")
     output_dir: Optional[str] = flag(None, "where the trained model, checkpoints and metrics.jsonl go")
     dtype: str = flag("float32", "type of the weights: float32, bfloat16, float64")
     disable_dropout: bool = flag(True, "no dropout, in LoRA neither")
@@ -71,6 +73,9 @@ class DPOConfig:
                                                  "unset takes config.json's")
 
     dataset_name: Optional[str] = flag(None, "preference pairs: file, glob or directory of .jsonl, .json, .gz; or hub id", "data")
+    dataset_config: Optional[str] = flag(None, "which configuration, or folder, of a data set on the hub")
+    dataset_train_split: str = flag("train", "its split to train on")
+    dataset_test_split: str = flag("test", "its split to evaluate on, with --eval_strategy")
     eval_dataset_name: Optional[str] = flag(None, "pairs to evaluate on, likewise")
     eval_fraction: float = flag(0.0, "share of the training pairs that is held out for evaluation instead")
     max_length: Optional[int] = flag(1024, "prompt + completion are cut to so many tokens; none for no limit")
@@ -164,6 +169,12 @@ class DPOConfig:
     save_total_limit: Optional[int] = flag(None, "keep so many checkpoints")
     resume_from_checkpoint: Optional[str] = flag(None, "true (the newest in output_dir) or a checkpoint-N directory")
 
+    push_to_hub: bool = flag(False, "at the end, upload output_dir with a model card; needs a token", "the hub")
+    hub_model_id: Optional[str] = flag(None, "owner/name of the repository; unset is output_dir's name, your own")
+    hub_private_repo: Optional[bool] = flag(None, "make it private; unset is its owner's default")
+    hub_revision: Optional[str] = flag(None, "the branch to push to")
+    hub_token: Optional[str] = flag(None, "token to write with; unset is that of `hf auth login` or HF_TOKEN")
+
 
 CHOICES = {
     "dtype": ("float32", "bfloat16", "float64"),
@@ -181,7 +192,8 @@ NO_EFFECT = set("""
     ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph gradient_checkpointing_kwargs
     precompute_ref_batch_size logging_strategy logging_nan_inf_filter log_level log_level_replica log_on_each_node
     skip_memory_metrics overwrite_output_dir do_train do_eval prediction_loss_only include_num_input_tokens_seen
-    average_tokens_across_devices ignore_bias_buffers lora_task_type model_revision torch_empty_cache_steps use_liger_kernel
+    average_tokens_across_devices ignore_bias_buffers lora_task_type torch_empty_cache_steps use_liger_kernel
+    hub_strategy hub_always_push
     save_safetensors half_precision_backend trust_remote_code run_name project tf32""".split())
 
 
@@ -316,6 +328,8 @@ def check_readers(c: DPOConfig, options: dict, defaults: dict) -> None:
         "--sync_ref_model": (c.sync_ref_model, "ref_model_mixup_alpha ref_model_sync_steps"),
         "a loss that has a reference": (reads_reference, "precompute_ref_log_probs ref_model_name_or_path sync_ref_model"),
         "--eval_strategy steps": (c.eval_strategy == "steps", "eval_steps"),
+        "--eval_strategy steps or epoch": (c.eval_strategy != "no" or bool(c.eval_dataset_name), "dataset_test_split"),
+        "--push_to_hub": (c.push_to_hub, "hub_model_id hub_private_repo hub_revision hub_token"),
         "--disable_dropout false": (not c.disable_dropout, "lora_dropout"),
         "--loss_type bco_pair": ("bco_pair" in c.loss_type, "bco_delta")}
     for reader, (there, names) in readers.items():
@@ -469,24 +483,43 @@ def longest(store: data.PairStore) -> int:
     return int(max((prompt + chosen).max(), (own + rejected).max()))
 
 
-def tokenizer_home(directory: str) -> str:
+def tokenizer_home(directory: str, ranks: Ranks) -> str:
     """Where the tokenizer lies: PEFT's adapters may leave it with their base."""
     settings = Path(directory) / "adapter_config.json"
     if (Path(directory) / "tokenizer.json").exists() or not settings.exists():
         return directory
     from extras.peft_io import read_settings
 
-    return read_settings(Path(directory))["base_model_name_or_path"]
+    return find_model(read_settings(Path(directory))["base_model_name_or_path"], ranks)
 
 
-def load_policy(directory: str, dtype: torch.dtype, max_length: Optional[int] = None) -> tuple[models.Decoder, dict]:
+def on_hub(name) -> bool:
+    """Whether a name of a model or of data is none of a path or glob here, so that the hub is asked."""
+    return isinstance(name, str) and not Path(name).expanduser().exists() and not glob.has_magic(name)
+
+
+def find_model(name: str, ranks: Optional[Ranks] = None, revision: Optional[str] = None) -> str:
+    """The directory of a model: `name` as it is, else from the hub, at the commit that rank 0 found and fetched."""
+    if not on_hub(name) and revision is None:
+        return name
+    from extras import hub
+
+    hub.check_id(name, "model")  # before the ranks wait for one another
+    if ranks is not None:
+        revision = ranks.from_first(lambda: {"commit": hub.local_model(name, revision).name})["commit"]
+    return str(hub.local_model(name, revision))
+
+
+def load_policy(directory: str, dtype: torch.dtype, max_length: Optional[int] = None,
+                ranks: Optional[Ranks] = None) -> tuple[models.Decoder, dict]:
     """A model, and its LoRA's settings where `directory` is a PEFT adapter (the model is then its base with it on)."""
     if not (Path(directory) / "adapter_config.json").exists():
         return models.load_model(directory, dtype, max_length=max_length), {}
     from extras.peft_io import read_settings
 
     settings = read_settings(Path(directory))
-    model = models.load_model(settings["base_model_name_or_path"], dtype, max_length=max_length)
+    base = find_model(settings["base_model_name_or_path"], ranks)
+    model = models.load_model(base, dtype, max_length=max_length)
     put_lora(model, settings)
     models.load_adapter(model, directory)
     return model.eval(), settings
@@ -521,8 +554,13 @@ class DPOTrainer:
         self.cache_dir = Path(c.cache_dir) if c.cache_dir else Path.home() / ".cache" / "dpo"
         self.bf16 = c.dtype == "float32" and computes_bf16(self.ranks.device) if c.bf16 is None else c.bf16
         self.continues = False  # whether an adapter is trained on
-        self.tokenizer = processing_class or data.Tokenizer.load(tokenizer_home(c.model_name_or_path))
+        if not isinstance(model, models.Decoder):
+            model = find_model(model or c.model_name_or_path, self.ranks, c.model_revision)
+        home = model if isinstance(model, str) else c.model_name_or_path
+        self.tokenizer = processing_class or data.Tokenizer.load(tokenizer_home(home, self.ranks))
         self.options = vars(c) | {"delta": 0.0}
+        if c.push_to_hub:
+            self.create_repository()
         self.load_model(model)
         self.load_data(train_dataset, eval_dataset)
         self.load_reference(ref_model)
@@ -544,7 +582,7 @@ class DPOTrainer:
         if isinstance(model, models.Decoder):
             self.model = model
         else:
-            self.model, adapter = load_policy(model or c.model_name_or_path, getattr(torch, c.dtype), c.max_length)
+            self.model, adapter = load_policy(model, getattr(torch, c.dtype), c.max_length, self.ranks)
             if adapter and c.use_peft:
                 raise ValueError(f"--use_peft: {c.model_name_or_path} is an adapter already, and is trained on as it is; "
                                  "for a new one on top, merge it first (--merge_adapter)")
@@ -573,12 +611,14 @@ class DPOTrainer:
         c = self.args
         options = data.DataOptions(c.max_length, c.max_prompt_length, c.max_completion_length, c.truncation_mode,
                                    need_rejected=set(c.loss_type) != {"sft"})
-        self.train_store = self.open_store(train_dataset or c.dataset_name, options)
+        self.train_store = self.open_store(train_dataset or c.dataset_name, c.dataset_train_split, options)
         self.train_pairs = np.arange(len(self.train_store))  # those that are trained on
         self.eval_store, self.eval_pairs = None, np.arange(0)
         eval_dataset = eval_dataset or c.eval_dataset_name
+        if c.eval_strategy != "no" and not eval_dataset and not c.eval_fraction:  # the other split
+            eval_dataset = c.dataset_name if train_dataset is None and on_hub(c.dataset_name) else None
         if eval_dataset is not None:
-            self.eval_store = self.open_store(eval_dataset, options)
+            self.eval_store = self.open_store(eval_dataset, c.dataset_test_split, options)
             self.eval_pairs = np.arange(len(self.eval_store))
         elif c.eval_fraction:
             order = data.epoch_order(len(self.train_store), c.seed, 2**32, shuffle=True)  # an epoch no run reaches
@@ -591,13 +631,22 @@ class DPOTrainer:
             models.check_length(self.model.config, longest(store))
         self.check_ratings()
 
-    def open_store(self, dataset, options: data.DataOptions) -> data.PairStore:
+    def find_rows(self, dataset, split: str) -> list[Path]:
+        """Files of pairs: those that a path or glob names, else a split of a data set on the hub."""
+        config = self.args.dataset_config
+        if not on_hub(dataset) and config is None:
+            return data.find_files(dataset)
+        from extras import hub
+
+        return hub.local_dataset(dataset, config, split)
+
+    def open_store(self, dataset, split: str, options: data.DataOptions) -> data.PairStore:
         """The tokenized pairs: made, or found in the cache, by rank 0 and opened by all."""
         if isinstance(dataset, data.PairStore):
             return dataset
 
         def build() -> dict:
-            store = data.build_store(data.find_files(dataset), self.tokenizer, options, self.cache_dir,
+            store = data.build_store(self.find_rows(dataset, split), self.tokenizer, options, self.cache_dir,
                                      self.args.on_bad_row, self.args.dataset_num_proc)
             for line in data.describe(store.report):
                 self.say(f"{dataset}: {line}")
@@ -643,7 +692,8 @@ class DPOTrainer:
         if not self.needs_ref:
             return
         if ref_model is None and c.ref_model_name_or_path:
-            self.ref_model, _ = load_policy(c.ref_model_name_or_path, getattr(torch, c.dtype), c.max_length)
+            home = find_model(c.ref_model_name_or_path, self.ranks)
+            self.ref_model, _ = load_policy(home, getattr(torch, c.dtype), c.max_length, self.ranks)
             self.check_vocabulary(self.ref_model)
         elif ref_model is None and self.continues and not self.precompute:
             self.ref_adapter = {n: p.detach().clone() for n, p in self.model.named_parameters() if "lora_" in n}
@@ -932,6 +982,8 @@ class DPOTrainer:
         if self.eval_store is not None:
             metrics = metrics | self.evaluate()
         self.save_model()
+        if c.push_to_hub:
+            self.push_to_hub()
         return metrics
 
     @torch.no_grad()
@@ -1079,6 +1131,24 @@ class DPOTrainer:
         else:
             models.save_model(self.model, directory)
         self.tokenizer.save(directory)
+
+    def create_repository(self) -> None:
+        """Before training, so that a missing token or right costs no run."""
+        from extras import hub
+
+        c, default = self.args, self.output_dir.resolve().name
+        make = lambda: {"id": hub.create(c.hub_model_id or default, c.hub_private_repo, c.hub_token)}
+        self.hub_model_id = self.ranks.from_first(make)["id"]
+
+    def push_to_hub(self) -> None:
+        """Upload output_dir, with a model card."""
+        if not self.ranks.first:
+            return
+        from extras import card, hub
+
+        card.write_card(self.output_dir, vars(self.args), vars(DPOConfig()), self.hub_model_id)
+        address = hub.push(self.output_dir, self.hub_model_id, None, self.args.hub_revision, self.args.hub_token)
+        self.say(f"pushed to {address}")
 
     def write_metrics(self, metrics: dict) -> None:
         if self.ranks.first:

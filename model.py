@@ -284,7 +284,7 @@ class Call(NamedTuple):
     start: int
     end: int
     keys: tuple[tuple[int, int], ...]
-    mask: Optional[Tensor]  # (queries, keys) True where attended; None is plain causal
+    mask: Optional[Tensor]  # (queries, keys) True where attended; None is plain causal, a single query sees every key
 
 
 def plan_calls(spans: Tensor, position_ids: Tensor, window: Optional[int]) -> list[Call]:
@@ -320,26 +320,44 @@ class VarlenPlan(NamedTuple):
     max_keys: int
 
 
-def plan_varlen(spans: Tensor, device: torch.device) -> VarlenPlan:
+def plan_varlen(spans: Tensor, device: torch.device, queries: Optional[Tensor] = None) -> VarlenPlan:
+    """`queries` (S,): how many of each span's last tokens ask; unset is all of them."""
     start, end, prefix_start, prefix_end = spans.long().unbind(1)
-    queries, keys = end - start, end - start + prefix_end - prefix_start
+    keys = end - start + prefix_end - prefix_start
+    queries = end - start if queries is None else queries
     index = torch.cat([torch.cat([torch.arange(c, d), torch.arange(a, b)]) for a, b, c, d in spans.tolist()])
     cu = lambda n: F.pad(n.cumsum(0), (1, 0)).int().to(device, non_blocking=True)
     return VarlenPlan(index.to(device, non_blocking=True), cu(queries), cu(keys), int(queries.max()), int(keys.max()))
 
 
+class CachedPlan(NamedTuple):
+    """A plan over keys and values of a layer that are kept; `attend` adds the stream's own at their places."""
+
+    plan: list[Call] | VarlenPlan
+    keys: Tensor  # (places, K, D)
+    values: Tensor  # (places, K, D)
+    places: Tensor  # (T,) of this stream's tokens
+
+
+def has_flash(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `varlen_attn` computes this model's attention."""
+    D = config.head_dim
+    return (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and D % 8 == 0 and D <= 256
+            and dtype in (torch.bfloat16, torch.float16) and config.attn_softcap is None)
+
+
 def plan_attention(config: ModelConfig, spans: Tensor, position_ids: Tensor, dtype: torch.dtype) -> dict:
     """{window: plan} for one stream; made once and used by every layer."""
-    device, D = position_ids.device, config.head_dim
-    flash = (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and D % 8 == 0 and D <= 256
-             and dtype in (torch.bfloat16, torch.float16) and config.attn_softcap is None)
-    if flash:
-        return dict.fromkeys(config.windows, plan_varlen(spans, device))
+    if has_flash(config, position_ids.device, dtype):
+        return dict.fromkeys(config.windows, plan_varlen(spans, position_ids.device))
     return {window: plan_calls(spans, position_ids, window) for window in set(config.windows)}
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan, window: Optional[int], config: ModelConfig) -> Tensor:  # (T, H, D)
     """softmax(q k^T scale) v over the spans of the stream; q (T, H, D), k and v (T, K, D)."""
+    if isinstance(plan, CachedPlan):
+        plan, keys, values, places = plan
+        k, v = keys.index_copy_(0, places, k), values.index_copy_(0, places, v)
     if isinstance(plan, VarlenPlan):
         from torch.nn.attention.varlen import varlen_attn
 
@@ -361,8 +379,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan, window: Optional[int], config:
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], scale: float) -> Tensor:
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, n, D)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale,
-                                         enable_gqa=q.shape[1] != k.shape[1])
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale,
+                                         is_causal=mask is None and q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1])
     return out[0].transpose(0, 1)
 
 
@@ -508,18 +526,23 @@ class Stack(nn.Module):
             x = x * torch.tensor(scale, dtype=x.dtype).item()  # rounded to the type, as Gemma was trained
         return x + self.embed_positions(position_ids) if self.config.learned_positions else x
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, spans: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Hidden states (T, C), and the router's logits (T, experts) of each sparse layer."""
+    def forward(self, input_ids: Tensor, position_ids: Tensor, spans: Tensor,
+                cache=None) -> tuple[Tensor, list[Tensor]]:
+        """Hidden states (T, C), and the router's logits (T, experts) of each sparse layer.
+
+        With a `cache` (extras/generate.py) the stream goes on where an earlier one ended.
+        """
         x, routed = self.embed(input_ids, position_ids), []
         tables = rotary_tables(self.config.ropes, position_ids, x.dtype)
         device = x.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        plans = plan_attention(self.config, spans, position_ids, compute)
-        for layer in self.layers:
+        stream = (self.config, spans, position_ids, compute)
+        plans = cache.plan(*stream) if cache else [plan_attention(*stream)] * len(self.layers)
+        for layer, plan in zip(self.layers, plans):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, router_logits = checkpoint(layer, x, tables, plans, use_reentrant=False)
+                x, router_logits = checkpoint(layer, x, tables, plan, use_reentrant=False)
             else:
-                x, router_logits = layer(x, tables, plans)
+                x, router_logits = layer(x, tables, plan)
             routed += [] if router_logits is None else [router_logits]
         return self.norm(x), routed
 
@@ -568,9 +591,11 @@ class Decoder(nn.Module):
         has_lora = isinstance(head, LoraLinear) and head.enabled
         return [(hidden, head.weight)] + ([(head.low_rank(hidden), head.lora_B.weight)] if has_lora else [])
 
-    def logits(self, input_ids: Tensor, position_ids: Tensor, spans: Tensor) -> Tensor:  # (T, V)
-        """Every logit, for generation and tests; training never builds them."""
-        hidden, _ = self.model(input_ids, position_ids, spans)
+    def logits(self, input_ids: Tensor, position_ids: Tensor, spans: Tensor, rows: Optional[Tensor] = None,
+               cache=None) -> Tensor:  # (T, V), or (len(rows), V)
+        """Logits of all positions or of `rows`, for generation and tests; training never builds them."""
+        hidden, _ = self.model(input_ids, position_ids, spans, cache)
+        hidden = hidden if rows is None else hidden[rows]
         logits = sum(F.linear(x, w) for x, w in self.head_terms(hidden))
         cap = self.config.final_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import yaml
-from conftest import ROOT, make_rows
+from conftest import ROOT, make_rows, read_metrics, run_dpo
 from hub_server import HubServer
 
 from extras import card, hub, splits
@@ -514,3 +514,45 @@ def test_the_card_of_an_adapter_over_local_files(tmp_path):
     assert "base_model" not in front and "datasets" not in front and front["library_name"] == "peft"
     assert str(tmp_path) not in text and "`base` trained with" in text and "on `x.jsonl`" in text
     assert "AutoPeftModelForCausalLM" in text and f"]({card.PICTURE})" in text and "No metrics were logged" in text
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_documented_command(ranks, server, environment, client, tiny, tmp_path, monkeypatch):
+    """Two ranks fetch every file once; the split for evaluation is found; the adapter that is pushed names its base on
+    the hub, and answers."""
+    for name, value in (environment | {"HF_TOKEN": "good-token"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    server.add("model", "org/tiny", contents(tiny))
+    server.add("dataset", "org/pairs", {f"data/{split}-00000-of-00001.parquet": parquet(make_rows(9, seed))
+                                        for seed, split in enumerate(("train", "test"))} | {"README.md": b"# pairs"})
+    run_dpo("--model_name_or_path", "org/tiny", "--dataset_name", "org/pairs", "--num_train_epochs", 1,
+            "--logging_steps", 1, "--eval_strategy", "epoch", "--output_dir", "tiny-DPO", "--use_peft", "--push_to_hub",
+            ranks=ranks)
+    fetched = server.downloaded()
+    assert sorted(fetched) == sorted({*contents(tiny), "README.md", "data/train-00000-of-00001.parquet",
+                                      "data/test-00000-of-00001.parquet"})
+    assert {"loss", "eval_loss"} <= {key for line in read_metrics(tmp_path / "tiny-DPO") for key in line}
+    pushed = server.repos["model", "me/tiny-DPO"].files("main")[1]
+    assert json.loads(pushed["adapter_config.json"])["base_model_name_or_path"] == "org/tiny"
+    assert b"base_model: org/tiny\nbase_model_relation: adapter\n" in pushed["README.md"]
+    assert str(tmp_path).encode() not in b"".join(c for n, c in pushed.items() if not n.endswith(".safetensors"))
+    code = """
+import io, sys
+from extras import chat
+sys.stdin = io.StringIO("the cat")
+show(chat.main(["me/tiny-DPO", "--max_new_tokens", "3", "--device", "cpu"]))
+"""
+    assert client(code) == 0
+
+
+def test_names_that_are_nowhere_are_exit_2(server, environment, tiny, tmp_path, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    server.add("model", "org/tiny", contents(tiny))
+    out = tmp_path / "out"
+    for (model, dataset), message in {("org/absent", "org/pairs"): "org/absent: no such path here and no such model on",
+                                      ("org/tiny", "org/pairs"): "org/pairs: no such path here and no such dataset on",
+                                      ("./nowhere", "x.jsonl"): "./nowhere: no such directory here"}.items():
+        done = run_dpo("--model_name_or_path", model, "--dataset_name", dataset, "--output_dir", out, expect=2)
+        assert message in done.stderr and "Traceback" not in done.stderr
