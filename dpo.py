@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -52,11 +52,12 @@ REF_BLOCK = 4096  # pairs between two writes of the reference cache
 # Configuration and command line
 
 
-def flag(default, text: str, group: str = ""):
-    """A configuration field with its help; `group` opens a new group of `--help`."""
-    factory = (lambda: list(default)) if isinstance(default, list) else dataclasses.MISSING
-    value = dataclasses.MISSING if isinstance(default, list) else default
-    return field(default=value, default_factory=factory, metadata={"help": text, "group": group})
+def flag(default, text: str, group: str = "", choices: tuple = (), least: Optional[float] = None):
+    """A configuration field with its help; `group` opens a new group of `--help`, `least` is its smallest value."""
+    meta = {"help": text + (f": {', '.join(choices)}" if choices else ""), "group": group, "choices": choices, "least": least}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=meta)
+    return field(default=default, metadata=meta)
 
 
 @dataclass
@@ -66,42 +67,43 @@ class DPOConfig:
     model_name_or_path: Optional[str] = flag(None, "directory (or hub id) of the model to train", "model")
     model_revision: Optional[str] = flag(None, "branch, tag or commit of a model on the hub; unset is its main branch")
     output_dir: Optional[str] = flag(None, "where the trained model, checkpoints and metrics.jsonl go")
-    dtype: str = flag("float32", "type of the weights: float32, bfloat16, float64")
+    dtype: str = flag("float32", "type of the weights", choices=("float32", "bfloat16", "float64"))
     disable_dropout: bool = flag(True, "no dropout, in LoRA neither")
     gradient_checkpointing: bool = flag(False, "compute each block's activations twice to hold them once")
     router_aux_loss_coef: Optional[float] = flag(None, "weight of the load-balancing loss of mixture-of-experts models; "
-                                                 "unset takes config.json's")
+                                                 "unset takes config.json's", least=0)
 
     dataset_name: Optional[str] = flag(None, "preference pairs: file, glob or directory of .jsonl, .json, .gz; or hub id", "data")
     dataset_config: Optional[str] = flag(None, "which configuration, or folder, of a data set on the hub")
     dataset_train_split: str = flag("train", "its split to train on")
     dataset_test_split: str = flag("test", "its split to evaluate on, with --eval_strategy")
     eval_dataset_name: Optional[str] = flag(None, "pairs to evaluate on, likewise")
-    eval_fraction: float = flag(0.0, "share of the training pairs that is held out for evaluation instead")
-    max_length: Optional[int] = flag(1024, "prompt + completion are cut to so many tokens; none for no limit")
-    max_prompt_length: Optional[int] = flag(None, "prompts are cut to so many tokens first")
-    max_completion_length: Optional[int] = flag(None, "completions are cut to so many tokens first")
-    truncation_mode: str = flag("keep_start", "which end of a sequence a cut keeps: keep_start, keep_end")
-    on_bad_row: str = flag("stop", "unusable rows: stop names the first, skip counts and lists them")
+    eval_fraction: float = flag(0.0, "share of the training pairs that is held out for evaluation instead", least=0)
+    max_length: Optional[int] = flag(1024, "prompt + completion are cut to so many tokens; none for no limit", least=1)
+    max_prompt_length: Optional[int] = flag(None, "prompts are cut to so many tokens first", least=1)
+    max_completion_length: Optional[int] = flag(None, "completions are cut to so many tokens first", least=1)
+    truncation_mode: str = flag("keep_start", "which end of a sequence a cut keeps", choices=("keep_start", "keep_end"))
+    on_bad_row: str = flag("stop", "unusable rows; stop names the first, skip counts and lists them", choices=("stop", "skip"))
     shuffle_dataset: bool = flag(True, "shuffle each epoch, by seed and epoch alone; false keeps file order")
-    dataset_num_proc: Optional[int] = flag(None, "processes that tokenize")
+    dataset_num_proc: Optional[int] = flag(None, "processes that tokenize", least=1)
     cache_dir: Optional[str] = flag(None, "where tokenized pairs and reference log-probs are kept; unset is ~/.cache/dpo")
 
     loss_type: list[str] = flag(["sigmoid"], "one or more of: " + " ".join(sorted(losses.LOSSES)), "loss")
     loss_weights: Optional[list[float]] = flag(None, "weight of each loss type; unset is 1 each")
     beta: float = flag(0.1, "strength of the tie to the reference (ipo: the paper's tau)")
     label_smoothing: float = flag(0.0, "probability that a label is flipped (sigmoid, robust, exo_pair, aot, cpo)")
-    f_divergence_type: str = flag("reverse_kl", "scores of f-DPO: " + " ".join(losses.F_DIVERGENCES))
+    f_divergence_type: str = flag("reverse_kl", "scores of f-DPO", choices=tuple(losses.F_DIVERGENCES))
     f_alpha_divergence_coef: float = flag(0.5, "alpha of alpha_divergence, u^-alpha")
     reference_free: bool = flag(False, "take the reference's log-probs as 0")
     ld_alpha: Optional[float] = flag(None, "LD-DPO: weight of the tokens beyond the shorter completion's length")
     ld_apply_to_ref: bool = flag(True, "LD-DPO weighs the reference's log-probs too")
     use_weighting: bool = flag(False, "WPO: weigh pairs by how likely the policy is to have written them")
     wpo_clamp: bool = flag(True, "WPO: weights are at most 1, as the authors have it (TRL does not clamp)")
-    rpo_alpha: Optional[float] = flag(None, "RPO: add so much of the chosen completion's negative log-likelihood")
-    rpo_average: str = flag("sequence", "its average: sequence (mean of per-token means) or token")
-    sft_average: str = flag("token", "average of sft, orpo, cpo: token (over the global batch), sequence, or sum (none)")
-    ipo_average: str = flag("token", "ipo: log-ratios per token, or their sum")
+    rpo_alpha: Optional[float] = flag(None, "RPO: add so much of the chosen completion's negative log-likelihood", least=0)
+    rpo_average: str = flag("sequence", "its average; sequence is the mean of per-token means", choices=("sequence", "token"))
+    sft_average: str = flag("token", "average of sft, orpo, cpo; token is over the global batch, sum is none",
+                            choices=("token", "sequence", "sum"))
+    ipo_average: str = flag("token", "ipo: log-ratios per token, or their sum", choices=("token", "sum"))
     discopop_tau: float = flag(0.05, "discopop: temperature of the blend")
     simpo_gamma: float = flag(0.5, "simpo, alphapo: target margin (the authors' flag is this over beta)")
     alphapo_alpha: float = flag(0.25, "alphapo: shape of the reward")
@@ -110,63 +112,67 @@ class DPOConfig:
     dpop_lambda: float = flag(50.0, "dpop: penalty where chosen falls below the reference")
     rdpo_alpha: float = flag(0.01, "rdpo: penalty per token of length difference")
     odpo_alpha: float = flag(1.0, "odpo: weight of the offset from the rows' scores")
-    odpo_margin: str = flag("log", "odpo: offset by the log of the score gap, or the raw gap")
+    odpo_margin: str = flag("log", "odpo: offset by the log of the score gap, or the raw gap", choices=("log", "raw"))
     rpo_eta: float = flag(1.0, "rpo_sq, rpo_bwd_kl, rpo_fwd_kl: scale of the rows' score gap")
-    bco_delta: str = flag("running", "bco_pair's delta: running (mean reward of earlier steps), first (this step's "
-                          "included, as TRL 0.18), zero (as TRL 1.16)")
+    bco_delta: str = flag("running", "bco_pair's delta: the running mean reward of earlier steps, this step's own first "
+                          "(as TRL 0.18), or zero (as TRL 1.16)", choices=("running", "first", "zero"))
     exact_global_loss: Optional[bool] = flag(None, "compute the loss over the whole global batch at once, at the price of "
                                              "one more forward; unset does so where a loss sorts the batch")
 
     precompute_ref_log_probs: Optional[bool] = flag(None, "run the reference once, before training, and keep no copy; "
                                                     "unset does so unless the reference moves", "reference")
     ref_model_name_or_path: Optional[str] = flag(None, "another model as reference; unset is the model as it starts")
-    ref_model_dtype: Optional[str] = flag(None, "hold it in this type; bfloat16 halves its memory")
+    ref_model_dtype: Optional[str] = flag(None, "hold it in this type; bfloat16 halves its memory",
+                                          choices=("float32", "bfloat16", "float64"))
     ref_model_device: Optional[str] = flag(None, "hold it there; cpu frees the GPU and is slow")
     sync_ref_model: bool = flag(False, "TR-DPO: move the reference towards the policy")
     ref_model_mixup_alpha: float = flag(0.6, "TR-DPO: share of the policy in the moved reference")
-    ref_model_sync_steps: int = flag(512, "TR-DPO: steps between moves")
+    ref_model_sync_steps: int = flag(512, "TR-DPO: steps between moves", least=1)
 
     use_peft: bool = flag(False, "train a LoRA; the reference is the model without it", "LoRA")
-    lora_r: int = flag(16, "rank")
+    lora_r: int = flag(16, "rank", least=1)
     lora_alpha: int = flag(32, "the update is scaled by lora_alpha / lora_r")
-    lora_dropout: float = flag(0.05, "dropout before A; needs --disable_dropout false")
+    lora_dropout: float = flag(0.05, "dropout before A; needs --disable_dropout false", least=0)
     use_rslora: bool = flag(False, "scale by lora_alpha / sqrt(lora_r) instead")
     loraplus_lr_ratio: Optional[float] = flag(None, "LoRA+: B learns so many times faster than A")
     merge_adapter: bool = flag(False, "at the end, add the LoRA to the weights and save a whole model")
     lora_target_modules: Optional[list[str]] = flag(None, "names such as q_proj v_proj lm_head embed_tokens, or "
                                                     "all-linear; unset is q_proj v_proj (or their fused form)")
 
-    per_device_train_batch_size: int = flag(8, "pairs in one forward", "training")
-    gradient_accumulation_steps: int = flag(1, "forwards in one optimizer step")
-    max_tokens_per_forward: Optional[int] = flag(None, "cut forwards further, to at most so many tokens: bounds memory")
-    num_train_epochs: float = flag(3.0, "passes over the pairs")
+    per_device_train_batch_size: int = flag(8, "pairs in one forward", "training", least=1)
+    gradient_accumulation_steps: int = flag(1, "forwards in one optimizer step", least=1)
+    max_tokens_per_forward: Optional[int] = flag(None, "cut forwards further, to at most so many tokens: bounds memory", least=1)
+    num_train_epochs: float = flag(3.0, "passes over the pairs", least=0)
     max_steps: int = flag(-1, "stop after so many optimizer steps; -1 leaves it to num_train_epochs")
-    optim: str = flag("adamw_torch_fused", "the optimizer; adamw_torch is the same")
-    learning_rate: float = flag(1e-6, "peak learning rate of AdamW")
-    lr_scheduler_type: str = flag("linear", "linear, cosine, constant, constant_with_warmup")
-    warmup_steps: float = flag(0, "steps of linear warm-up; below 1, a share of all steps")
-    warmup_ratio: float = flag(0.0, "the older name of that share")
-    weight_decay: float = flag(0.0, "decoupled decay of matrices (norms and biases are left alone)")
-    adam_beta1: float = flag(0.9, "decay of AdamW's first moment")
-    adam_beta2: float = flag(0.999, "decay of AdamW's second moment")
-    adam_epsilon: float = flag(1e-8, "AdamW's epsilon")
-    max_grad_norm: float = flag(1.0, "clip gradients to this norm; 0 does not")
+    optim: str = flag("adamw_torch_fused", "the optimizer; both are the same", choices=("adamw_torch_fused", "adamw_torch"))
+    learning_rate: float = flag(1e-6, "peak learning rate of AdamW", least=0)
+    lr_scheduler_type: str = flag("linear", "how the learning rate falls",
+                                  choices=("linear", "cosine", "constant", "constant_with_warmup"))
+    warmup_steps: float = flag(0, "steps of linear warm-up; below 1, a share of all steps", least=0)
+    warmup_ratio: float = flag(0.0, "the older name of that share", least=0)
+    weight_decay: float = flag(0.0, "decoupled decay of matrices (norms and biases are left alone)", least=0)
+    adam_beta1: float = flag(0.9, "decay of AdamW's first moment", least=0)
+    adam_beta2: float = flag(0.999, "decay of AdamW's second moment", least=0)
+    adam_epsilon: float = flag(1e-8, "AdamW's epsilon", least=0)
+    max_grad_norm: float = flag(1.0, "clip gradients to this norm; 0 does not", least=0)
     bf16: Optional[bool] = flag(None, "bfloat16 autocast over float32 weights; unset is on where the device computes it")
     seed: int = flag(42, "of shuffling, LoRA's start and dropout")
     use_cpu: bool = flag(False, "train on the CPU though there is a GPU")
-    ddp_timeout: int = flag(1800, "seconds after which ranks give one another up")
+    ddp_timeout: int = flag(1800, "seconds after which ranks give one another up", least=1)
 
-    logging_steps: float = flag(10, "steps between lines of metrics; below 1, a share of all steps", "evaluation and files")
+    logging_steps: float = flag(10, "steps between lines of metrics; below 1, a share of all steps", "evaluation and files", least=0)
     logging_first_step: bool = flag(False, "log the first step too")
     disable_tqdm: Optional[bool] = flag(None, "no progress bar; unset shows one at a terminal")
-    report_to: str = flag("none", "loggers besides metrics.jsonl: none")
-    eval_strategy: str = flag("no", "steps, epoch, or no: only once, at the end, where there are pairs to evaluate on")
-    eval_steps: Optional[float] = flag(None, "steps between evaluations; unset is logging_steps")
+    report_to: str = flag("none", "loggers besides metrics.jsonl", choices=("none",))
+    eval_strategy: str = flag("no", "when to evaluate; no is once, at the end, where there are pairs for it",
+                              choices=("no", "steps", "epoch"))
+    eval_steps: Optional[float] = flag(None, "steps between evaluations; unset is logging_steps", least=0)
     eval_on_start: bool = flag(False, "evaluate before the first step too")
-    per_device_eval_batch_size: int = flag(8, "pairs in one forward of evaluation and of the reference pass")
-    save_strategy: str = flag("steps", "when to write checkpoint-N, from which a run resumes: steps, epoch, no")
-    save_steps: float = flag(500, "steps between checkpoints; below 1, a share of all steps")
-    save_total_limit: Optional[int] = flag(None, "keep so many checkpoints")
+    per_device_eval_batch_size: int = flag(8, "pairs in one forward of evaluation and of the reference pass", least=1)
+    save_strategy: str = flag("steps", "when to write checkpoint-N, from which a run resumes",
+                              choices=("no", "steps", "epoch"))
+    save_steps: float = flag(500, "steps between checkpoints; below 1, a share of all steps", least=0)
+    save_total_limit: Optional[int] = flag(None, "keep so many checkpoints", least=1)
     resume_from_checkpoint: Optional[str] = flag(None, "true (the newest in output_dir) or a checkpoint-N directory")
 
     push_to_hub: bool = flag(False, "at the end, upload output_dir with a model card; needs a token", "the hub")
@@ -175,15 +181,6 @@ class DPOConfig:
     hub_revision: Optional[str] = flag(None, "the branch to push to")
     hub_token: Optional[str] = flag(None, "token to write with; unset is that of `hf auth login` or HF_TOKEN")
 
-
-CHOICES = {
-    "dtype": ("float32", "bfloat16", "float64"),
-    "ref_model_dtype": ("float32", "bfloat16", "float64"), "truncation_mode": ("keep_start", "keep_end"),
-    "on_bad_row": ("stop", "skip"), "rpo_average": ("sequence", "token"), "sft_average": ("token", "sequence", "sum"),
-    "ipo_average": ("token", "sum"), "odpo_margin": ("log", "raw"), "bco_delta": ("running", "first", "zero"),
-    "lr_scheduler_type": ("linear", "cosine", "constant", "constant_with_warmup"),
-    "optim": ("adamw_torch_fused", "adamw_torch"), "report_to": ("none",),
-    "eval_strategy": ("no", "steps", "epoch"), "save_strategy": ("no", "steps", "epoch")}
 
 # Flags of TRL that steer only its machinery: taken, named once, without effect.
 NO_EFFECT = set("""
@@ -209,32 +206,50 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole(value) -> int:
-    """int, but 2.5 is no whole number."""
-    if float(value) != int(float(value)):
+    """int, but neither 2.5 nor `true` is a whole number."""
+    if isinstance(value, bool) or float(value) != int(float(value)):
         raise ValueError(value)
-    return int(float(value))
+    return int(value) if isinstance(value, (int, str)) and str(value).lstrip("+-").isdigit() else int(float(value))
+
+
+def truth(value) -> bool:
+    return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[str(value).lower()]
+
+
+def number(value) -> float:
+    """float, but `true` is no number, and neither is nan."""
+    if isinstance(value, bool) or math.isnan(float(value)):
+        raise ValueError(value)
+    return float(value)
+
+
+PARSERS = {"bool": (truth, "true or false"), "int": (whole, "a whole number"), "float": (number, "a number"), "str": (str, "a text")}
 
 
 def parse_value(name: str, value):
     """`value` (text, or from a config file) as the type of DPOConfig's field `name`. Raises ValueError."""
-    kind = str(DPOConfig.__annotations__[name])
+    field = DPOConfig.__dataclass_fields__[name]
+    kind = str(field.type)
     if "Optional" in kind and str(value).lower() in ("none", "null"):
         return None
-    if "list" in kind:
-        value = value if isinstance(value, (list, tuple)) else [value]
-    elif "bool" in kind:
-        value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(str(value).lower())
-    cast = whole if "int" in kind else float if "float" in kind else (lambda v: v) if "bool" in kind else str
+    parse, wanted = next(PARSERS[k] for k in PARSERS if k in kind)
+    values = value if isinstance(value, (list, tuple)) else [value]
     try:
-        value = [cast(v) for v in value] if "list" in kind else cast(value)
-        if value is None:
+        parsed = [parse(v) for v in values]
+        if not parsed or ("list" not in kind and len(parsed) > 1):
             raise ValueError
-    except (TypeError, ValueError):
-        wanted = "true or false" if "bool" in kind else "a whole number" if cast is whole else "a number"
+    except (TypeError, ValueError, KeyError, OverflowError):
         raise ValueError(f"--{name} {value}: {wanted} is expected") from None
-    if name in CHOICES and value not in CHOICES[name]:
-        raise ValueError(f"--{name} {value}: one of {', '.join(CHOICES[name])} is expected")
-    return value
+    return parsed if "list" in kind else parsed[0]
+
+
+def check_field(field: dataclasses.Field, value) -> None:
+    """Raise ValueError for a value that is none of the field's choices, below its least, or infinite."""
+    choices, least = field.metadata["choices"], field.metadata["least"]
+    if value is not None and choices and value not in choices:
+        raise ValueError(f"--{field.name} {value}: one of {', '.join(choices)} is expected")
+    if value is not None and least is not None and not least <= value < math.inf:
+        raise ValueError(f"--{field.name} {value}: it must be {least} or more")
 
 
 def build_parser() -> Parser:
@@ -300,21 +315,16 @@ def parse_config(argv: list[str]) -> DPOConfig:
 def check_config(c: DPOConfig) -> None:
     """Raise ValueError for what cannot be run, before anything is read."""
     options, defaults = vars(c), vars(DPOConfig())
+    for f in dataclasses.fields(DPOConfig):
+        check_field(f, options[f.name])
     losses.check_losses(options, defaults)
     for name in ("model_name_or_path", "dataset_name", "output_dir"):
         if options[name] is None:
             raise ValueError(f"--{name} is missing")
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "lora_r",
-                 "ref_model_sync_steps", "max_tokens_per_forward", "save_total_limit", "logging_steps", "save_steps"):
-        if options[name] is not None and options[name] <= 0:
-            raise ValueError(f"--{name} {options[name]}: it must be above 0")
-    for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "num_train_epochs"):
-        if not 0 <= options[name] < math.inf:
-            raise ValueError(f"--{name} {options[name]}: it must be 0 or more")
     if c.bf16 and c.dtype == "float64":
         raise ValueError("--bf16 --dtype float64: bfloat16 autocast is for float32 weights")
-    if not 0 <= c.eval_fraction < 1:
-        raise ValueError(f"--eval_fraction {c.eval_fraction}: a share of the pairs, 0 <= share < 1")
+    if c.eval_fraction >= 1:
+        raise ValueError(f"--eval_fraction {c.eval_fraction}: a share of the pairs, below 1")
     if c.eval_fraction and c.eval_dataset_name:
         raise ValueError("--eval_fraction and --eval_dataset_name: choose one")
     check_readers(c, options, defaults)
@@ -563,7 +573,7 @@ class DPOTrainer:
             self.create_repository()
         self.load_model(model)
         self.load_data(train_dataset, eval_dataset)
-        self.load_reference(ref_model)
+        self.load_ref(ref_model)
         self.plan_steps()
         self.step, self.num_tokens, self.pairs_done, self.pending = 0, 0, 0, []
         self.order = -1, None  # epoch, and its pairs in order
@@ -595,8 +605,8 @@ class DPOTrainer:
         moe = self.model.config.moe
         if moe is None and c.router_aux_loss_coef is not None:
             raise ValueError("--router_aux_loss_coef: this model has no experts")
-        self.aux_coef = 0.0 if moe is None else moe["router_aux_loss_coef"]
-        self.aux_coef = self.aux_coef if c.router_aux_loss_coef is None else c.router_aux_loss_coef
+        declared = 0.0 if moe is None else moe["router_aux_loss_coef"]
+        self.aux_coef = declared if c.router_aux_loss_coef is None else c.router_aux_loss_coef
         self.ddp = self.model
         if self.ranks.world > 1:
             ids = [self.ranks.device.index] if self.ranks.device.type == "cuda" else None
@@ -681,7 +691,7 @@ class DPOTrainer:
 
     # the reference
 
-    def load_reference(self, ref_model) -> None:
+    def load_ref(self, ref_model) -> None:
         """Decide where reference log-probs come from: nowhere, a pass before training, or a live model."""
         c = self.args
         self.needs_ref = not (c.reference_free or set(c.loss_type) <= losses.NO_REFERENCE)
@@ -703,7 +713,7 @@ class DPOTrainer:
             dtype = None if c.ref_model_dtype is None else getattr(torch, c.ref_model_dtype)
             self.ref_model.requires_grad_(False).eval().to(c.ref_model_device or self.ranks.device, dtype)
 
-    def reference_forward(self, batch: data.Batch) -> Tensor:  # (B, 2, 2)
+    def ref_forward(self, batch: data.Batch) -> Tensor:  # (B, 2, 2)
         """The reference's sums: from a model of its own, from the policy without its fresh LoRA, or with the LoRA that
         it continued as it was then; and before training, from the policy."""
         model, own = self.model if self.ref_model is None else self.ref_model, self.ref_model is not None
@@ -714,25 +724,25 @@ class DPOTrainer:
             out = model(there.input_ids, there.position_ids, there.spans, there.score_index, there.targets)
             return split_sums(out.logps, there.lengths).to(batch.input_ids.device)
 
-    def precompute_reference(self) -> None:
+    def precompute_ref(self) -> None:
         """Run the reference over the pairs this run will visit, once, and remember them on disk, block by block.
 
         Blocks are cut by pair number, so that a pass that was interrupted and resumed computes what a whole one does.
         """
         visits = [(self.train_store, self.visited())] + [(self.eval_store, self.eval_pairs)] * (self.eval_store is not None)
         for store, wanted in visits:
-            path = self.cache_dir / f"ref-{self.reference_key(store)}.safetensors"
-            sums = self.read_reference(path, len(store))
+            path = self.cache_dir / f"ref-{self.ref_key(store)}.safetensors"
+            sums = self.read_ref(path, len(store))
             for block in np.split(wanted, np.flatnonzero(np.diff(wanted // REF_BLOCK)) + 1):
                 if sums[block].isnan().any():
-                    sums[block] = self.run_reference(store, block)
+                    sums[block] = self.ref_pass(store, block)
                     if self.ranks.first:
                         digest = {"sha256": hashlib.sha256(sums.numpy().data).hexdigest()}
                         write_atomically(path, safetensors_bytes({"ref": sums}, digest))
             self.ref_sums[store.digest] = sums
         self.ref_model = None  # it has served
 
-    def read_reference(self, path: Path, count: int) -> Tensor:  # (count, 2, 2)
+    def read_ref(self, path: Path, count: int) -> Tensor:  # (count, 2, 2)
         """The sums that rank 0 finds cached, nan where there are none; a damaged file counts as none."""
         dtype = torch.promote_types(getattr(torch, self.args.dtype), torch.float32)
         sums = torch.full((count, 2, 2), torch.nan if self.ranks.first else 0.0, dtype=dtype)
@@ -748,7 +758,7 @@ class DPOTrainer:
                 self.say(f"{path}: damaged; the reference is run again")
         return self.ranks.sum(sums.to(self.ranks.device)).cpu()
 
-    def run_reference(self, store: data.PairStore, pairs: np.ndarray) -> Tensor:  # (P, 2, 2)
+    def ref_pass(self, store: data.PairStore, pairs: np.ndarray) -> Tensor:  # (P, 2, 2)
         """Reference sums of `pairs`, shared out among the ranks."""
         sums = torch.zeros(len(store), 2, 2, dtype=torch.float64, device=self.ranks.device)
         mine = deal(pairs, store.tokens, self.ranks.world)[self.ranks.rank]
@@ -756,11 +766,11 @@ class DPOTrainer:
                                      self.args.max_tokens_per_forward)
         for rows in self.progress(batches, "reference"):
             batch = self.batch(store, rows)
-            sums[batch.pair_ids] = self.reference_forward(batch).double()
+            sums[batch.pair_ids] = self.ref_forward(batch).double()
         wide = torch.promote_types(getattr(torch, self.args.dtype), torch.float32)
         return self.ranks.sum(sums)[torch.from_numpy(pairs)].to(wide).cpu()
 
-    def reference_key(self, store: data.PairStore) -> str:
+    def ref_key(self, store: data.PairStore) -> str:
         """Changes with all that changes a reference log-prob: weights, rows, type of arithmetic; and nothing else."""
         own = self.ref_model is not None
         reference, adapted = self.ref_model if own else self.model, own or self.continues
@@ -777,7 +787,7 @@ class DPOTrainer:
             return self.train_pairs
         return np.sort(np.concatenate([np.arange(0), *(self.pairs_of(step) for step in range(self.total_steps))]))
 
-    def sync_reference(self) -> None:
+    def sync_ref(self) -> None:
         """TR-DPO (arXiv:2404.09656): ref <- alpha policy + (1 - alpha) ref."""
         with torch.no_grad():
             for ref, policy in zip(self.ref_model.parameters(), self.model.parameters()):
@@ -837,7 +847,7 @@ class DPOTrainer:
         """The batch's reference sums: precomputed, or from the live reference."""
         if not self.needs_ref or batch.ref_logps is not None:
             return batch.ref_logps
-        return self.reference_forward(batch)
+        return self.ref_forward(batch)
 
     @torch.no_grad()
     def score_all(self, store: data.PairStore, pairs: np.ndarray, batches: list[data.Batch]):
@@ -846,7 +856,8 @@ class DPOTrainer:
         Each rank writes its pairs' rows into a table of zeros; the sum over ranks is the whole.
         """
         order = np.argsort(pairs)
-        table = torch.zeros(len(pairs), 10 + 4, dtype=torch.float64, device=self.ranks.device)
+        columns = (2, 1, 1, len(STATS), 4)  # logps, chosen_nll, wpo, stats, reference sums
+        table = torch.zeros(len(pairs), sum(columns), dtype=torch.float64, device=self.ranks.device)
         for batch in batches:
             if len(batch.pair_ids):
                 with self.autocast():
@@ -856,10 +867,11 @@ class DPOTrainer:
                 table[rows] = torch.cat([scored.logps, scored.chosen_nll[:, None], scored.wpo[:, None], scored.stats,
                                          ref.flatten(1)], 1).double()
         table = self.ranks.sum(table).to(torch.promote_types(getattr(torch, self.args.dtype), torch.float32))
-        scored = Scored(table[:, :2], table[:, 2], table[:, 3], table[:, 4:10])
+        logps, nll, wpo, stats, ref = table.split(columns, 1)
+        scored = Scored(logps, nll[:, 0], wpo[:, 0], stats)
         lengths = torch.from_numpy(scored_lengths(store, pairs)).to(table)
         ratings = torch.from_numpy(np.array(store.ratings[pairs])).to(table)
-        return self.pair_logps(scored, lengths, ratings, table[:, 10:].view(-1, 2, 2), lengths[:, 0].mean()), scored
+        return self.pair_logps(scored, lengths, ratings, ref.reshape(-1, 2, 2), lengths[:, 0].mean()), scored
 
     def global_losses(self, pairs: np.ndarray, batches: list[data.Batch]) -> dict[int, tuple[Tensor, Tensor]]:
         """{pair id: (its loss, d sum of losses / d its (logps, nll))}, over the whole global batch at once.
@@ -899,14 +911,16 @@ class DPOTrainer:
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.ranks.device)
         for i, batch in enumerate(batches):
             share = len(batch.pair_ids) / len(pairs)
-            with nullcontext() if self.ranks.world == 1 or i == len(batches) - 1 else self.ddp.no_sync():
+            last = i == len(batches) - 1  # ranks exchange gradients once a step
+            with nullcontext() if last or self.ranks.world == 1 else self.ddp.no_sync():
                 with self.autocast():
                     scored, aux = score(self.ddp, batch, c)
                 x = self.pair_logps(scored, batch.lengths, batch.ratings, self.ref_of(batch), tokens_per_pair)
-                values = through = self.pair_losses(x, scored) if whole is None else None
-                if whole is not None:
-                    values, through = from_whole(whole, scored, batch)
-                loss = through.sum() / len(pairs)
+                if whole is None:
+                    values = surrogate = self.pair_losses(x, scored)
+                else:  # values to report, and a linear form to differentiate
+                    values, surrogate = from_whole(whole, scored, batch)
+                loss = surrogate.sum() / len(pairs)
                 if aux is not None and self.aux_coef:
                     loss = loss + self.aux_coef * aux * share
                 (loss * self.ranks.world).backward()  # DDP averages
@@ -944,7 +958,7 @@ class DPOTrainer:
         self.num_tokens += int(tokens)
         self.pairs_done += len(pairs)
         if c.sync_ref_model and self.step % c.ref_model_sync_steps == 0:
-            self.sync_reference()
+            self.sync_ref()
         return metrics
 
     def learning_rate(self) -> float:
@@ -962,7 +976,7 @@ class DPOTrainer:
         """Run all steps, log, evaluate, checkpoint, and save the model to output_dir; returns the last metrics."""
         c = self.args
         if self.precompute:
-            self.precompute_reference()
+            self.precompute_ref()
         self.make_optimizer()
         self.start_output()
         if c.eval_on_start and self.step == 0:
@@ -992,7 +1006,7 @@ class DPOTrainer:
         started = time.perf_counter()
         store, pairs = self.eval_store, self.eval_pairs
         if self.precompute and store.digest not in self.ref_sums:
-            self.precompute_reference()
+            self.precompute_ref()
         rows = self.forwards(store, pairs, self.args.per_device_eval_batch_size)
         x, scored = self.score_all(store, pairs, (self.batch(store, r) for r in self.progress(rows, "evaluation")))
         sums = step_sums(x, scored, self.pair_losses(x, scored), None, 0.0, self.args.beta)

@@ -188,7 +188,7 @@ def nca_pair(x: PairLogps, beta: float) -> Tensor:  # (B,)
 def bco_pair(x: PairLogps, beta: float, delta: float) -> Tensor:  # (B,)
     """-log sigma(beta r_w - delta) - log sigma(-(beta r_l - delta)): BCO (arXiv:2404.04656), no gradient through delta.
 
-    Batch-coupled: delta tracks 1/2 (E_w[beta r] + E_l[beta r]); `--bco_delta` says how (see `BcoDelta` in dpo.py).
+    Batch-coupled: delta tracks 1/2 (E_w[beta r] + E_l[beta r]); `--bco_delta` says how.
     """
     return -F.logsigmoid(beta * x.chosen_logratios - delta) - F.logsigmoid(delta - beta * x.rejected_logratios)
 

@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import textbook
 import torch
 from conftest import make_rows, read_metrics, run_dpo
 from safetensors.torch import load_file
@@ -14,7 +15,6 @@ import data
 import dpo
 import losses
 import model as models
-import textbook
 
 COMMON = dict(dtype="float64", bf16=False, use_cpu=True, learning_rate=3e-3, num_train_epochs=1.0, logging_steps=1,
               save_strategy="no", disable_tqdm=True, per_device_train_batch_size=8)
@@ -95,14 +95,14 @@ def test_the_cached_reference_is_read_and_is_the_same(run, tmp_path, monkeypatch
     first = run("a")
     cached = list((tmp_path / "cache").glob("ref-*.safetensors"))
     assert len(cached) == 1
-    monkeypatch.setattr(dpo.DPOTrainer, "run_reference", None)  # a second pass would fail
+    monkeypatch.setattr(dpo.DPOTrainer, "ref_pass", None)  # a second pass would fail
     assert_same(first, run("b", beta=0.1))
 
 
 def test_an_interrupted_reference_pass_goes_on_and_is_bitwise_the_same(run, tmp_path, monkeypatch):
     monkeypatch.setattr(dpo, "REF_BLOCK", 5)
     whole = run("whole", cache_dir=str(tmp_path / "elsewhere"))
-    keep, blocks = dpo.DPOTrainer.run_reference, []
+    keep, blocks = dpo.DPOTrainer.ref_pass, []
 
     def dies_in_the_third(self, store, pairs):
         blocks.append(list(pairs))
@@ -110,7 +110,7 @@ def test_an_interrupted_reference_pass_goes_on_and_is_bitwise_the_same(run, tmp_
             raise KeyboardInterrupt
         return keep(self, store, pairs)
 
-    monkeypatch.setattr(dpo.DPOTrainer, "run_reference", dies_in_the_third)
+    monkeypatch.setattr(dpo.DPOTrainer, "ref_pass", dies_in_the_third)
     with pytest.raises(KeyboardInterrupt):
         run("cut")
     resumed = run("cut")
@@ -362,7 +362,7 @@ def test_learning_rate_schedules(run, kind, shape):
     (["--truncation_mode", "middle"], "one of keep_start, keep_end"),
     (["--bf16", "maybe"], "true or false"),
     (["--sync_ref_model", "--precompute_ref_log_probs"], "moves the reference"),
-    (["--per_device_train_batch_size", "0"], "must be above 0"),
+    (["--per_device_train_batch_size", "0"], "must be 1 or more"),
     (["--resume_from_checkpoint", "nowhere"], "no checkpoint there"),
     (["--dataset_name", "missing.jsonl"], "missing.jsonl"),
     (["--model_name_or_path", "missing-model"], "missing-model"),
