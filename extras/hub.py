@@ -151,6 +151,8 @@ def local_dataset(name: str, config: Optional[str] = None, split: str = "train",
         names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
         return [path / file for file in split_files(name, names, read_card(path), config, split)]
     if path.exists() or glob.has_magic(name):
+        if config is not None or revision is not None:
+            raise ValueError(f"{name}: a config or a revision ({config or revision}) is for data sets on the hub")
         return find_files(name)
     check_id(name, "dataset")
     with explained(name, "dataset", revision):

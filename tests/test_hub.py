@@ -369,6 +369,8 @@ def test_local_paths_are_taken_as_they_are(tmp_path):
         (tmp_path / name).write_bytes(jsonl(make_rows(1)))
     assert hub.local_dataset(str(tmp_path / "a.jsonl")) == [tmp_path / "a.jsonl"]
     assert hub.local_dataset(str(tmp_path / "?.jsonl")) == [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    with pytest.raises(ValueError, match="a config or a revision .en. is for data sets on the hub"):
+        hub.local_dataset(str(tmp_path / "a.jsonl"), "en")
     assert hub.local_dataset(str(tmp_path)) == [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     assert hub.local_dataset(str(tmp_path / "tree"), split="test") == [tmp_path / "tree/data/test-00000-of-00001.jsonl"]
 

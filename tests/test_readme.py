@@ -1,0 +1,46 @@
+"""Every command of the README runs: these here, the demo in test_demo.py, the tests by CI."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+COMMANDS = re.findall(r"^    ((?:python|torchrun|echo|venv|python3) .*)$", (ROOT / "README.md").read_text("utf-8"), re.M)
+ELSEWHERE = {  # where else a command is run
+    "python3 -m venv venv && venv/bin/pip install -r requirements.txt && venv/bin/python dpo.py": "test_demo.py",
+    "venv/bin/pip install -r tests/requirements.txt && venv/bin/python -m pytest": ".ci/run"}
+
+
+def test_the_readme_has_commands_and_the_tests_command_is_what_ci_runs():
+    assert len(COMMANDS) >= 7 and set(ELSEWHERE) <= set(COMMANDS)
+    ci = (ROOT / ".ci" / "run").read_text("utf-8")
+    assert "venv/bin/pip install -q -r tests/requirements.txt && venv/bin/python -m pytest" in ci
+
+
+@pytest.fixture(scope="module")
+def workplace(tiny, pairs_file, tmp_path_factory):
+    """A folder where MODEL and prefs.jsonl are."""
+    here = tmp_path_factory.mktemp("readme")
+    shutil.copytree(tiny, here / "MODEL")
+    shutil.copy(pairs_file, here / "prefs.jsonl")
+    return here
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ELSEWHERE])
+def test_command(command, workplace):
+    """With one thread and two ranks for eight; `python` and `torchrun` are those of this environment."""
+    said = ""
+    if command.startswith("echo"):
+        said, command = command.removeprefix("echo ").split(" | ")
+    words = shlex.split(command.replace("--nproc_per_node=8", "--nproc_per_node=2"))
+    if words[0] == "torchrun":
+        words = ["python", "-m", "torch.distributed.run", "--standalone", *words[1:]]
+    words = [sys.executable, *(str(ROOT / w) if w.endswith(".py") else w for w in words[1:])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HOME": str(workplace), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=workplace, input=said, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
