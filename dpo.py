@@ -23,6 +23,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -281,23 +282,27 @@ def read_config_file(path: str) -> dict:
         if path.endswith(".toml"):
             import tomllib
 
-            return tomllib.loads(text)
-        if path.endswith(".json"):
-            return json.loads(text)
-        import yaml
+            settings = tomllib.loads(text)
+        elif path.endswith(".json"):
+            settings = json.loads(text)
+        else:
+            import yaml
 
-        return yaml.safe_load(text) or {}
+            settings = yaml.safe_load(text) or {}
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}") from None
     except Exception as error:  # each parser raises its own kind
         raise ValueError(f"--config {path}: {error}") from None
+    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
+        raise ValueError(f"--config {path}: found a {type(settings).__name__}; each entry must be an option's name and its value")
+    return settings
 
 
 def parse_config(argv: list[str]) -> DPOConfig:
     """DPOConfig from a command line; without model and data set, the demo's settings lie under it."""
     given = vars(build_parser().parse_args(argv))
     path = given.pop("config", None)
-    settings = read_config_file(path) if path else {}
+    settings = {} if path is None else read_config_file(path)
     if not {"model_name_or_path", "dataset_name"} & (given.keys() | settings.keys()):
         demo = read_config_file(str(HERE / "demo" / "config.toml"))
         settings = {k: str(HERE / v) if k.endswith(("_path", "dataset_name")) else v for k, v in demo.items()} | settings
@@ -1058,8 +1063,8 @@ class DPOTrainer:
         if self.ranks.first:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             path = self.output_dir / "metrics.jsonl"
-            lines = path.read_text("utf-8").splitlines() if checkpoint is not None and path.exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= self.step]
+            lines = path.read_text("utf-8", "replace").splitlines() if checkpoint is not None and path.exists() else []
+            kept = [line for line in lines if step_of(line) <= self.step]
             write_atomically(path, "".join(line + "\n" for line in kept).encode())
         self.ranks.barrier()
 
@@ -1074,11 +1079,14 @@ class DPOTrainer:
             return None
         if not (found[-1] / "trainer_state.json").exists():
             raise ValueError(f"--resume_from_checkpoint {asked}: no checkpoint there")
-        run = models.read_json(found[-1] / "trainer_state.json")["run"]
+        state = models.read_json(found[-1] / "trainer_state.json")
+        run = state["run"] if isinstance(state.get("run"), dict) else {}
         for name, value in self.must_match().items():
             if run.get(name) != value:
                 raise ValueError(f"{found[-1]}: {name} was {run.get(name)!r} there and is {value!r} now; resume with the "
                                  f"same settings, or start a new run in another --output_dir")
+        trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        check_checkpoint(found[-1], state, self.total_steps, trainable)
         return found[-1]
 
     def checkpoints(self) -> list[Path]:
@@ -1091,7 +1099,7 @@ class DPOTrainer:
         c = self.args
         same = {name: getattr(c, name) for name in (
             "loss_type", "loss_weights", "beta", "learning_rate", "seed", "lr_scheduler_type", "use_peft", "lora_r",
-            "max_length", "shuffle_dataset")}
+            "max_length", "shuffle_dataset", "dtype")}
         return same | {"global_batch": self.global_batch, "total_steps": self.total_steps, "data": self.train_store.digest}
 
     def save_checkpoint(self) -> None:
@@ -1238,6 +1246,46 @@ def copy_weights(directory: Path, model: models.Decoder) -> None:
     """Overwrite `model` with the checkpoint's weights, keeping type and device."""
     loaded = models.load_model(directory, next(model.parameters()).dtype)
     model.load_state_dict(loaded.state_dict())
+
+
+def step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl. One torn by a kill is of steps that are run again: after all others."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def check_checkpoint(directory: Path, state: dict, total_steps: int, trainable: dict[str, nn.Parameter]) -> None:
+    """Raise ValueError for a damaged checkpoint, from its headers, before anything is run."""
+    kinds = {"step": int, "num_tokens": int, "pairs_done": int, "pending": list, "delta_sum": (int, float), "delta_count": int}
+    odd = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
+    if odd or not 0 < state["step"] <= total_steps:
+        raise ValueError(f"{directory / 'trainer_state.json'}: {', '.join(odd) or 'step'} is missing or has no meaning; "
+                         "resume from another checkpoint")
+    adapter = (directory / "adapter_config.json").exists()
+    files = {"adapter_model.safetensors"} if adapter else set(models.open_checkpoint(directory).files.values())
+    for file in files:
+        models.open_safetensors(directory / file)
+    path = directory / "optimizer.safetensors"
+    opened = models.open_safetensors(path)
+    found = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+    wanted = {f"{name}.{key}": tuple(p.shape) if key != "step" else () for name, p in trainable.items()
+              for key in ("step", "exp_avg", "exp_avg_sq")}
+    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if wrong:
+        raise ValueError(f"{path}: {wrong[0]} is {found.get(wrong[0], 'missing')}, this run has "
+                         f"{wanted.get(wrong[0], 'none')}; it is of another model, or damaged")
+
+
+def check_writable(directory: Path) -> None:
+    """Make `directory`; raise ValueError where no file can be written to it, before hours are spent."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise ValueError(f"--output_dir {directory}: cannot be written to ({getattr(error, 'strerror', None) or error})") from None
 
 
 def write_atomically(path: Path, content: bytes) -> None:
