@@ -484,7 +484,9 @@ def test_a_conversation_at_a_terminal(chatty):
     wait(0)
     first = until_prompt("the cat")
     again, second = until_prompt("/again"), until_prompt("sun and moon")
-    os.write(outer, b"/new\n/quit\n")
+    until_prompt("/new")
+    anew = until_prompt("the dog")
+    os.write(outer, b"/quit\n")
     assert process.wait(60) == 0
     os.close(outer)
     model, tokenizer = models.load_model(chatty), data.Tokenizer.load(chatty)
@@ -497,3 +499,4 @@ def test_a_conversation_at_a_terminal(chatty):
     one = "<s> user the cat </s> <s> assistant"
     assert (first, again) == (expected(one, 0), expected(one, 1)) and first != again
     assert second == expected(f"{one} {again} </s> <s> user sun and moon </s> <s> assistant", 2)
+    assert anew == expected("<s> user the dog </s> <s> assistant", 3)
