@@ -324,8 +324,16 @@ def check_config(c: DPOConfig) -> None:
         check_field(f, options[f.name])
     losses.check_losses(options, defaults)
     for name in ("model_name_or_path", "dataset_name", "output_dir"):
-        if options[name] is None:
+        if not options[name]:
             raise ValueError(f"--{name} is missing")
+    for name in ("logging_steps", "eval_steps", "save_steps"):
+        if options[name] == 0:
+            raise ValueError(f"--{name} 0: it must be above 0")
+    for name in ("adam_beta1", "adam_beta2", "lora_dropout"):
+        if options[name] >= 1:
+            raise ValueError(f"--{name} {options[name]}: it must be below 1")
+    if not 0 <= c.seed < 2**32:
+        raise ValueError(f"--seed {c.seed}: 0 <= seed < 2^32")
     if c.bf16 and c.dtype == "float64":
         raise ValueError("--bf16 --dtype float64: bfloat16 autocast is for float32 weights")
     if c.eval_fraction >= 1:
@@ -498,6 +506,15 @@ def longest(store: data.PairStore) -> int:
     return int(max((prompt + chosen).max(), (own + rejected).max()))
 
 
+def fingerprint(model: nn.Module) -> str:
+    """Tells models apart without reading all of them: a hash of each parameter's name, shape and first thousand values."""
+    h = hashlib.sha256()
+    for name, p in model.named_parameters():
+        h.update(f"{name} {tuple(p.shape)}".encode())
+        h.update(p.detach().flatten()[:1000].cpu().contiguous().view(torch.uint8).numpy().data)
+    return h.hexdigest()[:16]
+
+
 def tokenizer_home(directory: str, ranks: Ranks) -> str:
     """Where the tokenizer lies: PEFT's adapters may leave it with their base."""
     settings = Path(directory) / "adapter_config.json"
@@ -584,6 +601,7 @@ class DPOTrainer:
         self.order = -1, None  # epoch, and its pairs in order
         self.delta_sum, self.delta_count = 0.0, 0
         self.checkpoint = self.find_checkpoint()
+        self.ranks.from_first(partial(check_writable, self.output_dir))
 
     # set-up
 
@@ -612,6 +630,7 @@ class DPOTrainer:
             raise ValueError("--router_aux_loss_coef: this model has no experts")
         declared = 0.0 if moe is None else moe["router_aux_loss_coef"]
         self.aux_coef = declared if c.router_aux_loss_coef is None else c.router_aux_loss_coef
+        self.started_from = fingerprint(self.model)
         self.ddp = self.model
         if self.ranks.world > 1:
             ids = [self.ranks.device.index] if self.ranks.device.type == "cuda" else None
@@ -640,6 +659,9 @@ class DPOTrainer:
             held_out = max(1, round(c.eval_fraction * len(order)))
             self.eval_store, self.eval_pairs = self.train_store, np.sort(order[:held_out])
             self.train_pairs = np.sort(order[held_out:])
+        elif c.eval_strategy != "no" or c.eval_on_start:
+            what = "eval_on_start" if c.eval_on_start else "eval_strategy"
+            raise ValueError(f"--{what}: there are no pairs to evaluate on; give --eval_dataset_name or --eval_fraction")
         if not len(self.train_pairs):
             raise ValueError(f"{c.dataset_name}: no pair is left to train on; lower --eval_fraction")
         for store in filter(None, (self.train_store, self.eval_store)):
@@ -909,7 +931,7 @@ class DPOTrainer:
     def train_step(self) -> dict:
         """Loss, gradients and update of one global batch; returns the step's metrics."""
         c, store, pairs = self.args, self.train_store, self.pairs_of(self.step)
-        torch.manual_seed((c.seed * 1_000_003 + self.step) * 65_537 + self.ranks.rank)  # dropout; no RNG state to save
+        torch.manual_seed(((c.seed * 1_000_003 + self.step) * 65_537 + self.ranks.rank) % 2**63)  # dropout; no RNG state to save
         batches = [self.batch(store, rows) for rows in self.forwards(store, pairs, c.per_device_train_batch_size)]
         whole = self.global_losses(pairs, batches) if self.couples_the_batch() else None
         tokens_per_pair = float(scored_lengths(store, pairs)[:, 0].mean())
@@ -1100,7 +1122,8 @@ class DPOTrainer:
         same = {name: getattr(c, name) for name in (
             "loss_type", "loss_weights", "beta", "learning_rate", "seed", "lr_scheduler_type", "use_peft", "lora_r",
             "max_length", "shuffle_dataset", "dtype")}
-        return same | {"global_batch": self.global_batch, "total_steps": self.total_steps, "data": self.train_store.digest}
+        return same | {"global_batch": self.global_batch, "total_steps": self.total_steps, "data": self.train_store.digest,
+                       "model": self.started_from}
 
     def save_checkpoint(self) -> None:
         """checkpoint-N: a loadable model with the optimizer's state and the run's position; written beside, then renamed."""
@@ -1299,23 +1322,36 @@ def write_atomically(path: Path, content: bytes) -> None:
     os.replace(scratch, path)
 
 
+def refuse(error: Exception, status: int) -> int:
+    """Say once what is wrong, and return the exit status."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"error: {error}", file=sys.stderr)
+    return status
+
+
+def train(trainer: DPOTrainer) -> None:
+    """Train; the demo answers the same prompts before and after."""
+    if trainer.args.model_name_or_path != str(HERE / "demo" / "model"):
+        trainer.train()
+        return
+    from demo import show
+
+    before = show.sample(trainer)
+    trainer.train()
+    show.compare(before, show.sample(trainer))
+
+
 def main(argv: Optional[list[str]] = None) -> int:
     """Exit status: 0 trained and saved; 2 unusable arguments or data, with one message; 1 else."""
     with ending_ranks():
         try:
             trainer = DPOTrainer(args=parse_config(sys.argv[1:] if argv is None else argv))
         except (ValueError, OSError) as error:
-            if int(os.environ.get("RANK", 0)) == 0:
-                print(f"error: {error}", file=sys.stderr)
-            return 2
-        if trainer.args.model_name_or_path == str(HERE / "demo" / "model"):
-            from demo import show  # the same prompts, answered before and after
-
-            before = show.sample(trainer)
-            trainer.train()
-            show.compare(before, show.sample(trainer))
-        else:
-            trainer.train()
+            return refuse(error, 2)
+        try:
+            train(trainer)
+        except FloatingPointError as error:  # the message says where and what to try
+            return refuse(error, 1)
         return 0
 
 

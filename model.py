@@ -830,8 +830,8 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if index.exists():
         files = read_json(index).get("weight_map")
-        if not isinstance(files, dict):
-            raise ValueError(f"{index}: no \"weight_map\" in it")
+        if not isinstance(files, dict) or not all(isinstance(f, str) and Path(f).name == f for f in files.values()):
+            raise ValueError(f"{index}: no \"weight_map\" from tensors to files of this directory in it")
         missing = sorted({f for f in files.values() if not (directory / f).exists()})
         if missing:
             raise ValueError(f"{index}: names {', '.join(missing)}, which the directory lacks; download it again")

@@ -308,6 +308,19 @@ def test_resume_refuses_another_run(run):
         run("a", beta=0.2, resume_from_checkpoint="true")
 
 
+def test_resume_refuses_another_model(run, tiny, tmp_path):
+    import shutil
+
+    from safetensors.torch import save_file
+
+    other = tmp_path / "other"
+    shutil.copytree(tiny, other)
+    save_file({n: t * 1.01 for n, t in load_file(tiny / "model.safetensors").items()}, other / "model.safetensors")
+    run("a", save_strategy="epoch")
+    with pytest.raises(ValueError, match="model was"):
+        run("a", model_name_or_path=str(other), resume_from_checkpoint="true")
+
+
 def test_eval_metrics_are_those_of_all_pairs_at_once(run, tmp_path, pairs_file):
     run("a", eval_dataset_name=str(pairs_file), eval_on_start=True, learning_rate=0.0, per_device_eval_batch_size=4)
     first, *_, last = [m for m in read_metrics(tmp_path / "a") if "eval_loss" in m]
@@ -347,6 +360,10 @@ def test_learning_rate_schedules(run, kind, shape):
 
 @pytest.mark.parametrize("flags,words", [
     (["--no_such_flag", "1"], "no such flag"),
+    (["--adam_beta1", "1"], "must be below 1"),
+    (["--seed", "-1"], "0 <= seed"),
+    (["--save_steps", "0"], "above 0"),
+    (["--eval_steps", "-3", "--eval_strategy", "steps"], "--eval_steps"),
     (["--bta", "0.2"], "did you mean --beta"),
     (["--beta", "high"], "--beta high: a number is expected"),
     (["--beta", "-1"], "must be above 0"),
