@@ -428,10 +428,11 @@ def start_ranks(use_cpu: bool, timeout: int) -> Ranks:
 
 @contextmanager
 def ending_ranks():
-    """Leave the other processes in order, whatever happens inside."""
+    """Leave the other processes in order, and this one as it was, whatever happens inside."""
     try:
         yield
     finally:
+        torch.set_flush_denormal(False)
         if dist.is_initialized():
             dist.destroy_process_group()
 

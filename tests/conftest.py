@@ -16,6 +16,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def denormals():
+    """A trainer flushes denormals to zero; the next test starts without."""
+    yield
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Real checkpoints and pairs; they are not part of the repository."""
