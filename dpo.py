@@ -21,7 +21,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -36,7 +35,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -601,7 +599,11 @@ class DPOTrainer:
         self.step, self.num_tokens, self.pairs_done, self.pending = 0, 0, 0, []
         self.order = -1, None  # epoch, and its pairs in order
         self.delta_sum, self.delta_count = 0.0, 0
-        self.checkpoint = self.find_checkpoint()
+        self.checkpoint = None
+        if c.resume_from_checkpoint is not None:
+            from extras import checkpoints
+
+            self.checkpoint = checkpoints.find(self)
         self.ranks.from_first(partial(check_writable, self.output_dir))
 
     # set-up
@@ -1020,7 +1022,9 @@ class DPOTrainer:
             if self.eval_every and self.step % self.eval_every == 0 and not last:
                 self.evaluate()
             if self.save_every and self.step % self.save_every == 0:
-                self.save_checkpoint()
+                from extras import checkpoints
+
+                checkpoints.save(self)
         if self.eval_store is not None:
             metrics = metrics | self.evaluate()
         self.save_model()
@@ -1079,91 +1083,15 @@ class DPOTrainer:
     # files
 
     def start_output(self) -> None:
-        """Resume where asked; else begin metrics.jsonl anew."""
-        checkpoint = self.checkpoint
-        if checkpoint is not None:
-            self.load_checkpoint(checkpoint)
-        if self.ranks.first:
+        """Go on from the checkpoint where there is one; else begin metrics.jsonl anew."""
+        if self.checkpoint is not None:
+            from extras import checkpoints
+
+            checkpoints.load(self, self.checkpoint)
+        elif self.ranks.first:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            path = self.output_dir / "metrics.jsonl"
-            lines = path.read_text("utf-8", "replace").splitlines() if checkpoint is not None and path.exists() else []
-            kept = [line for line in lines if step_of(line) <= self.step]
-            write_atomically(path, "".join(line + "\n" for line in kept).encode())
+            (self.output_dir / "metrics.jsonl").write_bytes(b"")
         self.ranks.barrier()
-
-    def find_checkpoint(self) -> Optional[Path]:
-        """The directory --resume_from_checkpoint means, or None to start afresh. Raises ValueError if it is another run."""
-        asked = self.args.resume_from_checkpoint
-        if asked is None or str(asked).lower() == "false":
-            return None
-        found = self.checkpoints() if str(asked).lower() == "true" else [Path(asked)]
-        if not found:
-            self.say(f"{self.output_dir}: no checkpoint yet, starting from the beginning")
-            return None
-        if not (found[-1] / "trainer_state.json").exists():
-            raise ValueError(f"--resume_from_checkpoint {asked}: no checkpoint there")
-        state = models.read_json(found[-1] / "trainer_state.json")
-        run = state["run"] if isinstance(state.get("run"), dict) else {}
-        for name, value in self.must_match().items():
-            if run.get(name) != value:
-                raise ValueError(f"{found[-1]}: {name} was {run.get(name)!r} there and is {value!r} now; resume with the "
-                                 f"same settings, or start a new run in another --output_dir")
-        trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        check_checkpoint(found[-1], state, self.total_steps, trainable)
-        return found[-1]
-
-    def checkpoints(self) -> list[Path]:
-        """checkpoint-N directories of output_dir, oldest first."""
-        found = [p for p in self.output_dir.glob("checkpoint-*") if p.name[11:].isdigit()]
-        return sorted(found, key=lambda p: int(p.name[11:]))
-
-    def must_match(self) -> dict:
-        """What a checkpoint must share with the run that resumes from it."""
-        c = self.args
-        same = {name: getattr(c, name) for name in (
-            "loss_type", "loss_weights", "beta", "learning_rate", "seed", "lr_scheduler_type", "use_peft", "lora_r",
-            "max_length", "shuffle_dataset", "dtype")}
-        return same | {"global_batch": self.global_batch, "total_steps": self.total_steps, "data": self.train_store.digest,
-                       "model": self.started_from}
-
-    def save_checkpoint(self) -> None:
-        """checkpoint-N: a loadable model with the optimizer's state and the run's position; written beside, then renamed."""
-        if self.ranks.first:
-            target, scratch = self.output_dir / f"checkpoint-{self.step}", self.output_dir / f".checkpoint-{self.step}"
-            shutil.rmtree(scratch, ignore_errors=True)
-            self.save_model(scratch)
-            state = {f"{name}.{key}": value.cpu() for name, p in zip(self.trainable_names, self.trainable)
-                     for key, value in self.optimizer.state[p].items()}
-            save_file(state, scratch / "optimizer.safetensors")
-            if self.args.sync_ref_model:
-                models.save_model(self.ref_model, scratch / "ref_model")
-            models.write_json(scratch / "trainer_state.json", {
-                "step": self.step, "num_tokens": self.num_tokens, "pairs_done": self.pairs_done, "pending": self.pending,
-                "delta_sum": self.delta_sum, "delta_count": self.delta_count, "run": self.must_match()})
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(scratch, target)
-            if self.args.save_total_limit:
-                for old in self.checkpoints()[: -self.args.save_total_limit]:
-                    shutil.rmtree(old)
-        self.ranks.barrier()
-
-    def load_checkpoint(self, directory: Path) -> None:
-        """Go on exactly where `directory` was written."""
-        state = models.read_json(directory / "trainer_state.json")
-        if self.lora:
-            models.load_adapter(self.model, directory)
-        else:
-            copy_weights(directory, self.model)
-        if self.args.sync_ref_model:
-            copy_weights(directory / "ref_model", self.ref_model)
-        moments = load_file(directory / "optimizer.safetensors", device=str(self.ranks.device))
-        for name, p in zip(self.trainable_names, self.trainable):
-            self.optimizer.state[p] = {key: moments[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-        self.step, self.num_tokens, self.pairs_done = state["step"], state["num_tokens"], state["pairs_done"]
-        self.pending, self.delta_sum, self.delta_count = state["pending"], state["delta_sum"], state["delta_count"]
-        if self.delta_count:
-            self.options["delta"] = self.delta_sum / self.delta_count
-        self.say(f"resuming from {directory}, step {self.step} of {self.total_steps}")
 
     def save_model(self, directory: Optional[Path] = None) -> None:
         """Write what was trained, with the tokenizer: a Hugging Face checkpoint, or a PEFT adapter."""
@@ -1264,42 +1192,6 @@ def swapped(model: nn.Module, values: dict[str, Tensor]):
     finally:
         for n, p in parameters.items():
             p.data = own[n]
-
-
-def copy_weights(directory: Path, model: models.Decoder) -> None:
-    """Overwrite `model` with the checkpoint's weights, keeping type and device."""
-    loaded = models.load_model(directory, next(model.parameters()).dtype)
-    model.load_state_dict(loaded.state_dict())
-
-
-def step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl. One torn by a kill is of steps that are run again: after all others."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-
-
-def check_checkpoint(directory: Path, state: dict, total_steps: int, trainable: dict[str, nn.Parameter]) -> None:
-    """Raise ValueError for a damaged checkpoint, from its headers, before anything is run."""
-    kinds = {"step": int, "num_tokens": int, "pairs_done": int, "pending": list, "delta_sum": (int, float), "delta_count": int}
-    odd = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
-    if odd or not 0 < state["step"] <= total_steps:
-        raise ValueError(f"{directory / 'trainer_state.json'}: {', '.join(odd) or 'step'} is missing or has no meaning; "
-                         "resume from another checkpoint")
-    adapter = (directory / "adapter_config.json").exists()
-    files = {"adapter_model.safetensors"} if adapter else set(models.open_checkpoint(directory).files.values())
-    for file in files:
-        models.open_safetensors(directory / file)
-    path = directory / "optimizer.safetensors"
-    opened = models.open_safetensors(path)
-    found = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
-    wanted = {f"{name}.{key}": tuple(p.shape) if key != "step" else () for name, p in trainable.items()
-              for key in ("step", "exp_avg", "exp_avg_sq")}
-    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-    if wrong:
-        raise ValueError(f"{path}: {wrong[0]} is {found.get(wrong[0], 'missing')}, this run has "
-                         f"{wanted.get(wrong[0], 'none')}; it is of another model, or damaged")
 
 
 def check_writable(directory: Path) -> None:

@@ -601,9 +601,9 @@ def test_the_core_trains_with_extras_deleted(tiny, pairs_file, tmp_path):
         shutil.copy(ROOT / name, tmp_path)
     done = subprocess.run([sys.executable, str(tmp_path / "dpo.py"), "--model_name_or_path", tiny, "--dataset_name", pairs_file,
                            "--output_dir", tmp_path / "out", "--cache_dir", tmp_path / "c", "--use_cpu", "--max_steps", "2",
-                           "--save_steps", "1"], capture_output=True, text=True)
+                           "--save_strategy", "no"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "model.safetensors").exists() and (tmp_path / "out" / "checkpoint-2").is_dir()
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_losses_data_and_model_do_not_import_one_another():
