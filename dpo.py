@@ -28,6 +28,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Callable, NamedTuple, Optional
 
@@ -134,9 +135,18 @@ class DPOConfig:
     lora_dropout: float = flag(0.05, "dropout before A; needs --disable_dropout false", least=0)
     use_rslora: bool = flag(False, "scale by lora_alpha / sqrt(lora_r) instead")
     loraplus_lr_ratio: Optional[float] = flag(None, "LoRA+: B learns so many times faster than A")
-    merge_adapter: bool = flag(False, "at the end, add the LoRA to the weights and save a whole model")
+    merge_adapter: bool = flag(False, "at the end, add the LoRA to the weights and save a whole model (a base in 4 bits "
+                               "is made wide for it, and written in bfloat16)")
     lora_target_modules: Optional[list[str]] = flag(None, "names such as q_proj v_proj lm_head embed_tokens, or "
                                                     "all-linear; unset is q_proj v_proj (or their fused form)")
+
+    load_in_4bit: bool = flag(False, "QLoRA: hold the base, and a reference of its own, in 4 bits; files of bitsandbytes that "
+                              "are in 4 bits need no flag")
+    bnb_4bit_quant_type: str = flag("nf4", "which 16 levels a weight may have", choices=("nf4", "fp4"))
+    use_bnb_nested_quant: bool = flag(False, "quantize the scales of the 4 bits too")
+    bnb_4bit_compute_dtype: Optional[str] = flag(None, "type in which weights of 4 bits are multiplied; unset is that of "
+                                                 "the other layers", choices=("float32", "bfloat16", "float16"))
+    load_in_8bit: bool = flag(False, "refused: use --load_in_4bit")
 
     per_device_train_batch_size: int = flag(8, "pairs in one forward", "training", least=1)
     gradient_accumulation_steps: int = flag(1, "forwards in one optimizer step", least=1)
@@ -189,7 +199,7 @@ NO_EFFECT = set("""
     precompute_ref_batch_size logging_strategy logging_nan_inf_filter log_level log_level_replica log_on_each_node
     skip_memory_metrics overwrite_output_dir do_train do_eval prediction_loss_only include_num_input_tokens_seen
     average_tokens_across_devices ignore_bias_buffers lora_task_type torch_empty_cache_steps use_liger_kernel
-    hub_strategy hub_always_push
+    hub_strategy hub_always_push bnb_4bit_quant_storage
     save_safetensors half_precision_backend trust_remote_code run_name project tf32""".split())
 
 
@@ -351,6 +361,7 @@ def check_readers(c: DPOConfig, options: dict, defaults: dict) -> None:
         "--eval_strategy steps": (c.eval_strategy == "steps", "eval_steps"),
         "--eval_strategy steps or epoch": (c.eval_strategy != "no" or bool(c.eval_dataset_name), "dataset_test_split"),
         "--push_to_hub": (c.push_to_hub, "hub_model_id hub_private_repo hub_revision hub_token"),
+        "--load_in_4bit": (c.load_in_4bit, "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_compute_dtype"),
         "--disable_dropout false": (not c.disable_dropout, "lora_dropout"),
         "--loss_type bco_pair": ("bco_pair" in c.loss_type, "bco_delta")}
     for reader, (there, names) in readers.items():
@@ -361,6 +372,10 @@ def check_readers(c: DPOConfig, options: dict, defaults: dict) -> None:
         raise ValueError("--sync_ref_model moves the reference; --precompute_ref_log_probs needs one that stays")
     if c.sync_ref_model and c.use_peft:
         raise ValueError("--sync_ref_model with --use_peft: mixing A and B is not mixing weights; train all weights")
+    if c.load_in_8bit:
+        raise ValueError("--load_in_8bit: LLM.int8 rounds the activations too, and which of their columns it spares depends on "
+                         "all tokens of a forward, so that a pair's log-probs would depend on what it is batched with; use "
+                         "--load_in_4bit, which is also smaller")
 
 
 # Ranks
@@ -506,9 +521,9 @@ def longest(store: data.PairStore) -> int:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Tells models apart without reading all of them: a hash of each parameter's name, shape and first thousand values."""
+    """Tells models apart without reading all of them: a hash of each tensor's name, shape and first thousand values."""
     h = hashlib.sha256()
-    for name, p in model.named_parameters():
+    for name, p in chain(model.named_parameters(), model.named_buffers()):  # buffers: weights in 4 bits
         h.update(f"{name} {tuple(p.shape)}".encode())
         h.update(p.detach().flatten()[:1000].cpu().contiguous().view(torch.uint8).numpy().data)
     return h.hexdigest()[:16]
@@ -542,18 +557,25 @@ def find_model(name: str, ranks: Optional[Ranks] = None, revision: Optional[str]
 
 
 def load_policy(directory: str, dtype: torch.dtype, max_length: Optional[int] = None,
-                ranks: Optional[Ranks] = None) -> tuple[models.Decoder, dict]:
+                ranks: Optional[Ranks] = None, four_bit: Optional[dict] = None) -> tuple[models.Decoder, dict]:
     """A model, and its LoRA's settings where `directory` is a PEFT adapter (the model is then its base with it on)."""
     if not (Path(directory) / "adapter_config.json").exists():
-        return models.load_model(directory, dtype, max_length=max_length), {}
+        return models.load_model(directory, dtype, max_length=max_length, four_bit=four_bit), {}
     from extras.peft_io import read_settings
 
     settings = read_settings(Path(directory))
     base = find_model(settings["base_model_name_or_path"], ranks)
-    model = models.load_model(base, dtype, max_length=max_length)
+    model = models.load_model(base, dtype, max_length=max_length, four_bit=four_bit)
     put_lora(model, settings)
     models.load_adapter(model, directory)
     return model.eval(), settings
+
+
+def four_bit_settings(c: DPOConfig) -> Optional[dict]:
+    """How the flags have a model quantized (nf4.quantize_linears); None: not, or as its files are."""
+    compute_dtype = None if c.bnb_4bit_compute_dtype is None else getattr(torch, c.bnb_4bit_compute_dtype)
+    settings = dict(quant_type=c.bnb_4bit_quant_type, nested=c.use_bnb_nested_quant, compute_dtype=compute_dtype)
+    return settings if c.load_in_4bit else None
 
 
 def put_lora(model: models.Decoder, settings: dict) -> None:
@@ -618,12 +640,15 @@ class DPOTrainer:
         if isinstance(model, models.Decoder):
             self.model = model
         else:
-            self.model, adapter = load_policy(model, getattr(torch, c.dtype), c.max_length, self.ranks)
+            self.model, adapter = load_policy(model, getattr(torch, c.dtype), c.max_length, self.ranks, four_bit_settings(c))
             if adapter and c.use_peft:
                 raise ValueError(f"--use_peft: {c.model_name_or_path} is an adapter already, and is trained on as it is; "
                                  "for a new one on top, merge it first (--merge_adapter)")
             self.lora, self.continues = adapter or self.lora, bool(adapter)
         self.check_vocabulary(self.model)
+        if self.model.four_bit and not self.lora:
+            raise ValueError(f"{c.model_name_or_path}: weights in 4 bits are not trained themselves: add --use_peft for a LoRA "
+                             "on them, or train the original ones")
         if c.use_peft:
             put_lora(self.model, self.lora)
         self.model.to(self.ranks.device).train(not c.disable_dropout)
@@ -637,7 +662,7 @@ class DPOTrainer:
         self.ddp = self.model
         if self.ranks.world > 1:
             ids = [self.ranks.device.index] if self.ranks.device.type == "cuda" else None
-            self.ddp = DistributedDataParallel(self.model, device_ids=ids)
+            self.ddp = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)  # all read the same
 
     def check_vocabulary(self, model: models.Decoder) -> None:
         if self.tokenizer.size > model.config.vocab_size:
@@ -733,7 +758,7 @@ class DPOTrainer:
             return
         if ref_model is None and c.ref_model_name_or_path:
             home = find_model(c.ref_model_name_or_path, self.ranks)
-            self.ref_model, _ = load_policy(home, getattr(torch, c.dtype), c.max_length, self.ranks)
+            self.ref_model, _ = load_policy(home, getattr(torch, c.dtype), c.max_length, self.ranks, four_bit_settings(c))
             self.check_vocabulary(self.ref_model)
         elif ref_model is None and self.continues and not self.precompute:
             self.ref_adapter = {n: p.detach().clone() for n, p in self.model.named_parameters() if "lora_" in n}

@@ -568,6 +568,7 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
         self.layout, self.raw_config, self.generation_config = {}, {}, None  # what load_model found in the files
+        self.four_bit = None  # how its linear layers are quantized, where they are (extras/nf4.py)
 
     def tie(self) -> None:
         if self.config.tie_word_embeddings:
@@ -706,7 +707,8 @@ class LoraLinear(nn.Module):
         super().__init__()
         self.base_layer, self.scaling, self.enabled = base, alpha / rank, True
         self.dropout = nn.Dropout(dropout)
-        place = dict(device=base.weight.device, dtype=torch.promote_types(base.weight.dtype, torch.float32))
+        weight = base.weight  # asked for once: in 4 bits it is made wide on the way
+        place = dict(device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
         self.lora_A = nn.Linear(base.in_features, rank, bias=False, **place)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False, **place)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
@@ -792,6 +794,10 @@ def merge_lora(model: Decoder) -> None:
     if model.config.tie_word_embeddings and modules.keys() & {"lm_head", "model.embed_tokens"}:
         raise ValueError("the LoRA is on a head or embedding that share one matrix (tie_word_embeddings): it cannot be "
                          "merged; keep the adapter, or leave lm_head and embed_tokens out of --lora_target_modules")
+    if model.four_bit:
+        from extras.nf4 import merge_4bit
+
+        return merge_4bit(model)
     for name, module in modules.items():
         module.base_layer.weight += module.delta().to(module.weight)
         replace_module(model, name, module.base_layer)
@@ -864,13 +870,18 @@ def open_safetensors(path: Path):
 
 
 def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu",
-               max_length: Optional[int] = None) -> Decoder:
+               max_length: Optional[int] = None, four_bit: Optional[dict] = None) -> Decoder:
     """Decoder with the directory's weights, cast to `dtype` on the way; `max_length` as in `read_config`.
 
-    `model.layout` remembers how the files name and cut the parameters, for `save_model`. Raises ValueError listing
-    every missing, unexpected and misshaped tensor with its file, before any weight is read.
+    With `four_bit`, the settings of nf4.quantize_linears, or where the files are quantized so, its linear layers are in
+    4 bits. `model.layout` remembers how the files name and cut the parameters, for `save_model`. Raises ValueError
+    listing every missing, unexpected and misshaped tensor with its file, before any weight is read.
     """
     checkpoint = open_checkpoint(directory)
+    if four_bit is not None or checkpoint.raw_config.get("quantization_config"):
+        from extras.nf4 import load_4bit
+
+        return load_4bit(checkpoint, four_bit, dtype, device, max_length)
     try:
         config = read_config(checkpoint.raw_config, max_length)
         layout = find_places(checkpoint.files, config)
@@ -883,9 +894,13 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device
     model.load_state_dict(read_tensors(checkpoint, layout, parameters, dtype, device), strict=False, assign=True)
     model.tie()
     model.layout, model.raw_config = layout, checkpoint.raw_config
-    generation = checkpoint.directory / "generation_config.json"
-    model.generation_config = read_json(generation) if generation.exists() else None
+    model.generation_config = read_generation_config(checkpoint.directory)
     return model.requires_grad_(True)
+
+
+def read_generation_config(directory: Path) -> Optional[dict]:
+    path = directory / "generation_config.json"
+    return read_json(path) if path.exists() else None
 
 
 def file_name(name: str, config: ModelConfig) -> str:
@@ -970,9 +985,13 @@ def save_model(model: Decoder, directory: str | Path, dtype: Optional[torch.dtyp
     """Write the weights as they were laid out in the files read, in shards of at most 5 GB, cast to `dtype` if given.
 
     config.json is written with that dtype, generation_config.json where there was one. LoRA wrappers are left out:
-    this is the base model (merge first to keep what was learned).
+    this is the base model (merge first to keep what was learned). What is in 4 bits is written so.
     """
     directory = Path(directory)
+    if model.four_bit:
+        from extras.nf4 import save_4bit
+
+        return save_4bit(model, directory, model.four_bit.get("compute_dtype"))
     directory.mkdir(parents=True, exist_ok=True)
     parameters = {n.replace(".base_layer.", "."): p.detach() for n, p in model.named_parameters() if "lora_" not in n}
     layout = model.layout or find_places([file_name(n, model.config) for n in parameters], model.config)

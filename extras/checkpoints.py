@@ -16,7 +16,7 @@ from torch import nn
 import model as models
 
 MUST_MATCH = ("loss_type", "loss_weights", "beta", "learning_rate", "seed", "lr_scheduler_type", "use_peft", "lora_r",
-              "max_length", "shuffle_dataset", "dtype")
+              "max_length", "shuffle_dataset", "dtype", "bnb_4bit_compute_dtype")
 
 
 def find(trainer) -> Optional[Path]:

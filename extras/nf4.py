@@ -160,15 +160,6 @@ def dequantize(state: Quantized, dtype: Optional[torch.dtype] = None) -> Tensor:
     return wide.view(-1)[: torch.Size(state.shape).numel()].view(state.shape)
 
 
-def merge_into_quantized(state: Quantized, delta: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Dequantized weight + delta, added in float32 and rounded once.
-
-    An adapter that was trained over 4 bits belongs on the dequantized weights, not on those from before: the two differ
-    by far more than `delta`.
-    """
-    return (dequantize(state, torch.float32) + delta.detach().float()).to(dtype)
-
-
 def requantize(state: Quantized, weight: Tensor) -> Quantized:
     """`weight` in the format of `state`."""
     return quantize(weight.to(state.dtype), state.quant_type, state.block_size, state.nested_absmax is not None)
@@ -397,17 +388,22 @@ def as_states(name: str, value, shape: torch.Size, quant_type: str, nested: bool
 
 
 def dequantize_linears(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
-    """The reverse, in place: before merging, and before writing a model that is no longer quantized."""
+    """The reverse, in place: before writing a model that is no longer quantized."""
     for name, module in list(model.named_modules()):
         if isinstance(module, Linear4bit):
-            with torch.device("meta"):
-                wide = nn.Linear(module.in_features, module.out_features, bias=False)
-            wide.weight = nn.Parameter(dequantize(module.state, dtype), requires_grad=False)
-            bias = module.bias
-            wide.bias = None if bias is None else nn.Parameter(bias.detach().to(dtype), requires_grad=False)
-            model.set_submodule(name, wide)
+            model.set_submodule(name, wide_linear(module, dtype))
         elif isinstance(module, Experts4bit):
             model.set_submodule(name, wide_experts(module, dtype))
+    model.four_bit = None
+
+
+def wide_linear(module: Linear4bit, dtype: torch.dtype) -> nn.Linear:
+    with torch.device("meta"):
+        wide = nn.Linear(module.in_features, module.out_features, bias=False)
+    wide.weight = nn.Parameter(dequantize(module.state, dtype), requires_grad=False)
+    bias = module.bias
+    wide.bias = None if bias is None else nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+    return wide
 
 
 def wide_experts(module: Experts4bit, dtype: torch.dtype) -> nn.Module:
@@ -422,18 +418,52 @@ def wide_experts(module: Experts4bit, dtype: torch.dtype) -> nn.Module:
     return wide
 
 
+@torch.no_grad()
+def merge_4bit(model: nn.Module, again: bool = False, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Merge the LoRA of a model in 4 bits: each weight is dequantized, added to in float32, and rounded to `dtype` once.
+
+    An adapter that was trained over 4 bits belongs on the dequantized weights, not on those from before: the two differ
+    by far more than what it learned. The merged model takes the memory of `dtype`; on a GPU that may be more than there
+    is, so it is put on the CPU. With `again` the merged weights are quantized again, which rounds what was learned a
+    second time, and the others stay the 4 bits they are.
+    """
+    from model import lora_modules, replace_module
+
+    if not again:
+        model.cpu()
+    for name, module in lora_modules(model).items():
+        base, delta = module.base_layer, module.delta().float()
+        if not isinstance(base, Linear4bit):
+            base.weight.copy_((base.weight.float() + delta).to(dtype))
+        elif again:
+            merged = requantize(base.state, dequantize(base.state, torch.float32) + delta)
+            base = Linear4bit(merged, base.bias, base.compute_dtype)
+        else:
+            base = wide_linear(base, torch.float32)
+            base.weight += delta
+        replace_module(model, name, base if again else base.to(dtype))
+    if not again:
+        dequantize_linears(model, dtype)
+        model.to(dtype).requires_grad_(True)
+
+
 # Checkpoints
 
 
-def read_bnb_config(config: dict) -> torch.dtype:
+def read_bnb_config(config: dict, asked: dict) -> torch.dtype:
     """compute_dtype of a config.json's "quantization_config"; ValueError unless it is bitsandbytes' in 4 bits.
 
-    What is quantized, and how, each weight says for itself.
+    What is quantized, and how, each weight says for itself; ValueError where another kind is asked for.
     """
     if config.get("quant_method", "bitsandbytes") != "bitsandbytes" or not config.get("load_in_4bit"):
         raise ValueError(f"the checkpoint is quantized ({config.get('quant_method', 'method unknown')}"
                          f"{', 8 bits' if config.get('load_in_8bit') else ''}); of those only bitsandbytes' with 4 "
                          "bits are read; use the original one in bf16, fp16 or float32")
+    is_nested = bool(config.get("bnb_4bit_use_double_quant"))
+    if asked.get("quant_type", "nf4") not in ("nf4", config.get("bnb_4bit_quant_type")) or asked.get("nested", False) > is_nested:
+        raise ValueError(f"the checkpoint is in 4 bits already ({config.get('bnb_4bit_quant_type')}"
+                         f"{', nested' if is_nested else ''}); of other kinds are --bnb_4bit_quant_type and "
+                         "--use_bnb_nested_quant for the original one in bf16, fp16 or float32")
     return getattr(torch, config.get("bnb_4bit_compute_dtype") or "float32")
 
 
@@ -451,16 +481,20 @@ def load_4bit(checkpoint, settings: Optional[dict], dtype: torch.dtype, device: 
     What a file has in 4 bits stays as it is, and then nothing else is quantized; of `settings` only compute_dtype
     counts. The result's raw_config does not say that it is quantized. Raises ValueError as model.load_model does.
     """
-    from model import Decoder, check_tensors, find_places, read_config
+    from model import Decoder, check_tensors, find_places, read_config, read_generation_config
 
     raw, settings, beside = dict(checkpoint.raw_config), dict(settings or {}), {}
     stored = raw.pop("quantization_config", None)
-    if stored:
-        settings = dict(quant_type=None, compute_dtype=settings.get("compute_dtype") or read_bnb_config(stored))
-        for match in filter(None, map(BESIDE.match, checkpoint.files)):
-            beside.setdefault(match[1], []).append(match[0])
-    config = read_config(raw, max_length)
-    layout = find_places(checkpoint.files.keys() - {n for names in beside.values() for n in names}, config)
+    try:
+        if stored:
+            compute_dtype = read_bnb_config(stored, settings)
+            settings = dict(quant_type=None, compute_dtype=settings.get("compute_dtype") or compute_dtype)
+            for match in filter(None, map(BESIDE.match, checkpoint.files)):
+                beside.setdefault(match[1], []).append(match[0])
+        config = read_config(raw, max_length)
+        layout = find_places(checkpoint.files.keys() - {n for names in beside.values() for n in names}, config)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.directory}: {error}") from None
     with torch.device("meta"):
         model = Decoder(config)
     parameters, in_bits = dict(model.named_parameters()), {layout[theirs].name for theirs in beside}
@@ -469,8 +503,9 @@ def load_4bit(checkpoint, settings: Optional[dict], dtype: torch.dtype, device: 
     read = partial(read_block, checkpoint, layout, beside, model, dtype, device)
     quantize_linears(model, **settings, read=read)
     model.tie()
-    model.layout, model.raw_config = layout, raw
-    return model
+    model.layout, model.raw_config, model.four_bit = layout, raw, settings
+    model.generation_config = read_generation_config(checkpoint.directory)
+    return model.requires_grad_(True)
 
 
 def read_block(checkpoint, layout: dict, beside: dict[str, list[str]], model: nn.Module, dtype: torch.dtype,
@@ -500,6 +535,8 @@ def read_block(checkpoint, layout: dict, beside: dict[str, list[str]], model: nn
 def save_4bit(model: nn.Module, directory: Path, compute_dtype: Optional[torch.dtype] = None) -> None:
     """Write a model in 4 bits as transformers does, in one file, without its LoRA; what is not in 4 bits as it is.
 
+    transformers computes in `compute_dtype`, by default in float32.
+
     Raises ValueError for experts that the model's own files hold stacked: bitsandbytes' files have them one by one.
     """
     from safetensors.torch import save_file
@@ -519,6 +556,8 @@ def save_4bit(model: nn.Module, directory: Path, compute_dtype: Optional[torch.d
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     config = {"quantization_config": write_bnb_config(last, compute_dtype)}
     write_json(directory / "config.json", model.raw_config | config)
+    if model.generation_config is not None:
+        write_json(directory / "generation_config.json", model.generation_config)
 
 
 def stored_state(module: nn.Module, child: str, index: tuple, name: str) -> Optional[Quantized]:
