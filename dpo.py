@@ -135,17 +135,17 @@ class DPOConfig:
     lora_dropout: float = flag(0.05, "dropout before A; needs --disable_dropout false", least=0)
     use_rslora: bool = flag(False, "scale by lora_alpha / sqrt(lora_r) instead")
     loraplus_lr_ratio: Optional[float] = flag(None, "LoRA+: B learns so many times faster than A")
-    merge_adapter: bool = flag(False, "at the end, add the LoRA to the weights and save a whole model (a base in 4 bits "
-                               "is made wide for it, and written in bfloat16)")
+    merge_adapter: bool = flag(False, "at the end, add the LoRA to the weights and save a whole model; over 4 bits, to "
+                                      "the weights made wide, in bfloat16")
     lora_target_modules: Optional[list[str]] = flag(None, "names such as q_proj v_proj lm_head embed_tokens, or "
                                                     "all-linear; unset is q_proj v_proj (or their fused form)")
 
-    load_in_4bit: bool = flag(False, "QLoRA: hold the base, and a reference of its own, in 4 bits; files of bitsandbytes that "
-                              "are in 4 bits need no flag")
+    load_in_4bit: bool = flag(False, "QLoRA: hold the base, and a reference of its own, in 4 bits; files that are in "
+                                     "bitsandbytes' 4 bits need no flag")
     bnb_4bit_quant_type: str = flag("nf4", "which 16 levels a weight may have", choices=("nf4", "fp4"))
     use_bnb_nested_quant: bool = flag(False, "quantize the scales of the 4 bits too")
-    bnb_4bit_compute_dtype: Optional[str] = flag(None, "type in which weights of 4 bits are multiplied; unset is that of "
-                                                 "the other layers", choices=("float32", "bfloat16", "float16"))
+    bnb_4bit_compute_dtype: Optional[str] = flag(None, "type in which weights of 4 bits are multiplied; unset is that "
+                                                 "of the other layers", choices=("float32", "bfloat16", "float16"))
     load_in_8bit: bool = flag(False, "refused: use --load_in_4bit")
 
     per_device_train_batch_size: int = flag(8, "pairs in one forward", "training", least=1)
@@ -373,8 +373,8 @@ def check_readers(c: DPOConfig, options: dict, defaults: dict) -> None:
     if c.sync_ref_model and c.use_peft:
         raise ValueError("--sync_ref_model with --use_peft: mixing A and B is not mixing weights; train all weights")
     if c.load_in_8bit:
-        raise ValueError("--load_in_8bit: LLM.int8 rounds the activations too, and which of their columns it spares depends on "
-                         "all tokens of a forward, so that a pair's log-probs would depend on what it is batched with; use "
+        raise ValueError("--load_in_8bit: LLM.int8 rounds activations too, and which columns it spares depends on all "
+                         "tokens of a forward: a pair's log-probs would depend on what it is batched with; use "
                          "--load_in_4bit, which is also smaller")
 
 
@@ -571,13 +571,6 @@ def load_policy(directory: str, dtype: torch.dtype, max_length: Optional[int] = 
     return model.eval(), settings
 
 
-def four_bit_settings(c: DPOConfig) -> Optional[dict]:
-    """How the flags have a model quantized (nf4.quantize_linears); None: not, or as its files are."""
-    compute_dtype = None if c.bnb_4bit_compute_dtype is None else getattr(torch, c.bnb_4bit_compute_dtype)
-    settings = dict(quant_type=c.bnb_4bit_quant_type, nested=c.use_bnb_nested_quant, compute_dtype=compute_dtype)
-    return settings if c.load_in_4bit else None
-
-
 def put_lora(model: models.Decoder, settings: dict) -> None:
     """Wrap the target modules; by default PEFT's, q_proj and v_proj. rsLoRA (arXiv:2312.03732) scales by alpha / sqrt(r)."""
     targets = settings["target_modules"] or (["qkv_proj"] if model.config.fused_qkv else ["q_proj", "v_proj"])
@@ -640,15 +633,15 @@ class DPOTrainer:
         if isinstance(model, models.Decoder):
             self.model = model
         else:
-            self.model, adapter = load_policy(model, getattr(torch, c.dtype), c.max_length, self.ranks, four_bit_settings(c))
+            self.model, adapter = self.load_policy(model)
             if adapter and c.use_peft:
                 raise ValueError(f"--use_peft: {c.model_name_or_path} is an adapter already, and is trained on as it is; "
                                  "for a new one on top, merge it first (--merge_adapter)")
             self.lora, self.continues = adapter or self.lora, bool(adapter)
         self.check_vocabulary(self.model)
         if self.model.four_bit and not self.lora:
-            raise ValueError(f"{c.model_name_or_path}: weights in 4 bits are not trained themselves: add --use_peft for a LoRA "
-                             "on them, or train the original ones")
+            raise ValueError(f"{c.model_name_or_path}: weights in 4 bits are not trained themselves: add --use_peft for "
+                             "a LoRA on them, or train the original ones")
         if c.use_peft:
             put_lora(self.model, self.lora)
         self.model.to(self.ranks.device).train(not c.disable_dropout)
@@ -663,6 +656,14 @@ class DPOTrainer:
         if self.ranks.world > 1:
             ids = [self.ranks.device.index] if self.ranks.device.type == "cuda" else None
             self.ddp = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)  # all read the same
+
+    def load_policy(self, directory: str) -> tuple[models.Decoder, dict]:
+        """As the flags have it: type, longest sequence, and whether it is put in 4 bits."""
+        c = self.args
+        compute_dtype = None if c.bnb_4bit_compute_dtype is None else getattr(torch, c.bnb_4bit_compute_dtype)
+        four_bit = dict(quant_type=c.bnb_4bit_quant_type, nested=c.use_bnb_nested_quant, compute_dtype=compute_dtype)
+        return load_policy(directory, getattr(torch, c.dtype), c.max_length, self.ranks,
+                           four_bit if c.load_in_4bit else None)
 
     def check_vocabulary(self, model: models.Decoder) -> None:
         if self.tokenizer.size > model.config.vocab_size:
@@ -758,7 +759,7 @@ class DPOTrainer:
             return
         if ref_model is None and c.ref_model_name_or_path:
             home = find_model(c.ref_model_name_or_path, self.ranks)
-            self.ref_model, _ = load_policy(home, getattr(torch, c.dtype), c.max_length, self.ranks, four_bit_settings(c))
+            self.ref_model, _ = self.load_policy(home)
             self.check_vocabulary(self.ref_model)
         elif ref_model is None and self.continues and not self.precompute:
             self.ref_adapter = {n: p.detach().clone() for n, p in self.model.named_parameters() if "lora_" in n}
@@ -829,8 +830,9 @@ class DPOTrainer:
         """Changes with all that changes a reference log-prob: weights, rows, type of arithmetic; and nothing else."""
         own = self.ref_model is not None
         reference, adapted = self.ref_model if own else self.model, own or self.continues
-        h = hashlib.sha256(f"1 {store.digest} {self.bf16} {self.args.dtype} {reference.config}".encode())
-        for name, p in reference.named_parameters():
+        in_4bit = (reference.four_bit or {}).get("compute_dtype")
+        h = hashlib.sha256(f"1 {store.digest} {self.bf16} {self.args.dtype} {in_4bit} {reference.config}".encode())
+        for name, p in chain(reference.named_parameters(), reference.named_buffers()):
             if adapted or "lora_" not in name:
                 h.update(name.replace(".base_layer.", ".").encode())
                 h.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)

@@ -347,6 +347,7 @@ def quantize_linears(model: nn.Module, quant_type: Optional[str] = "nf4", nested
             elif read:
                 for child, value in own.items():
                     setattr(module, child, nn.Parameter(value, getattr(module, child).requires_grad))
+    model.four_bit = dict(quant_type=quant_type, nested=nested, compute_dtype=compute_dtype)
     return done
 
 
@@ -420,7 +421,7 @@ def wide_experts(module: Experts4bit, dtype: torch.dtype) -> nn.Module:
 
 @torch.no_grad()
 def merge_4bit(model: nn.Module, again: bool = False, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Merge the LoRA of a model in 4 bits: each weight is dequantized, added to in float32, and rounded to `dtype` once.
+    """Merge the LoRA of a model in 4 bits: weights are dequantized, added to in float32, and rounded to `dtype` once.
 
     An adapter that was trained over 4 bits belongs on the dequantized weights, not on those from before: the two differ
     by far more than what it learned. The merged model takes the memory of `dtype`; on a GPU that may be more than there
@@ -460,7 +461,8 @@ def read_bnb_config(config: dict, asked: dict) -> torch.dtype:
                          f"{', 8 bits' if config.get('load_in_8bit') else ''}); of those only bitsandbytes' with 4 "
                          "bits are read; use the original one in bf16, fp16 or float32")
     is_nested = bool(config.get("bnb_4bit_use_double_quant"))
-    if asked.get("quant_type", "nf4") not in ("nf4", config.get("bnb_4bit_quant_type")) or asked.get("nested", False) > is_nested:
+    other = asked.get("quant_type", "nf4") not in ("nf4", config.get("bnb_4bit_quant_type"))
+    if other or asked.get("nested", False) > is_nested:
         raise ValueError(f"the checkpoint is in 4 bits already ({config.get('bnb_4bit_quant_type')}"
                          f"{', nested' if is_nested else ''}); of other kinds are --bnb_4bit_quant_type and "
                          "--use_bnb_nested_quant for the original one in bf16, fp16 or float32")
@@ -503,7 +505,7 @@ def load_4bit(checkpoint, settings: Optional[dict], dtype: torch.dtype, device: 
     read = partial(read_block, checkpoint, layout, beside, model, dtype, device)
     quantize_linears(model, **settings, read=read)
     model.tie()
-    model.layout, model.raw_config, model.four_bit = layout, raw, settings
+    model.layout, model.raw_config = layout, raw
     model.generation_config = read_generation_config(checkpoint.directory)
     return model.requires_grad_(True)
 

@@ -1,7 +1,7 @@
 """4-bit weights: bit for bit bitsandbytes', equal to the wide layers they stand for, wide for one product at a time.
 
 `golden/nf4.json` holds what bitsandbytes gives; `python tests/test_nf4.py` writes it again where that is installed
-(`pip install --no-deps bitsandbytes==0.50.2`), and then the tests against the package itself run too.
+(`pip install bitsandbytes==0.50.2`), and then the tests against the package itself run too.
 """
 
 import copy
@@ -232,12 +232,29 @@ def test_chunks_do_not_show(monkeypatch):
 
 
 def test_merging_dequantizes_then_adds_then_rounds_once():
-    weight, delta = torch.randn(16, 24), torch.randn(16, 24) * 0.01
-    state = nf4.quantize(weight)
-    merged = nf4.merge_into_quantized(state, delta)
-    assert merged.dtype == torch.bfloat16
-    assert torch.equal(merged, (nf4.dequantize(state).double() + delta).to(torch.bfloat16))
-    assert not torch.equal(merged, (weight + delta).to(torch.bfloat16))
+    wide, model = make(CONFIGS["llama"], torch.float32), make(CONFIGS["llama"], torch.float32)
+    nf4.quantize_linears(model, nested=True)
+    with_lora(model, ["q_proj", "lm_head"])
+    name = "model.layers.0.self_attn.q_proj"
+    module = model.get_submodule(name)
+    expected, delta = nf4.dequantize(module.base_layer.state).double() + module.delta().double(), module.delta()
+    head = (model.lm_head.weight + model.lm_head.delta()).to(torch.bfloat16)
+    models.merge_lora(model)
+    merged = model.get_submodule(name).weight
+    assert torch.allclose(merged.double(), expected, rtol=1.001 * 2**-8, atol=0)  # half a step of bfloat16
+    assert torch.equal(model.lm_head.weight, head) and model.four_bit is None
+    assert not torch.equal(merged, (wide.get_submodule(name).weight + delta).to(torch.bfloat16))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and not list(model.buffers())
+
+
+def test_quantizing_the_merged_weights_again_leaves_the_others_as_they_are():
+    model = with_lora(four_bit_pair("llama", nested=True)[0], ["q_proj"])
+    module = model.model.layers[1].self_attn.q_proj
+    wanted = nf4.quantize(nf4.dequantize(module.base_layer.state) + module.delta(), nested=True)
+    other = model.model.layers[1].self_attn.k_proj.state
+    nf4.merge_4bit(model, again=True)
+    assert same_state(model.model.layers[1].self_attn.q_proj.state, wanted) and not models.lora_modules(model)
+    assert same_state(model.model.layers[1].self_attn.k_proj.state, other) and model.four_bit
 
 
 @pytest.mark.parametrize("quant_type, nested", TYPES)
@@ -466,12 +483,7 @@ def test_gradient_checkpointing_changes_nothing():
 def test_merging_an_adapter_into_dequantized_weights_gives_its_log_probs():
     narrow = with_lora(four_bit_pair("llama")[0], ["q_proj", "down_proj"])
     expected = logps(narrow)
-    for name, module in models.lora_modules(narrow).items():
-        merged = nn.Linear(module.base_layer.in_features, module.base_layer.out_features)
-        merged.weight.data = nf4.merge_into_quantized(module.base_layer.state, module.delta(), torch.float32)
-        merged.bias = module.base_layer.bias
-        narrow.set_submodule(name, merged)
-    nf4.dequantize_linears(narrow, torch.float32)
+    nf4.merge_4bit(narrow, dtype=torch.float32)
     assert (logps(narrow) - expected).abs().max() < 1e-5
 
 
@@ -614,7 +626,7 @@ def test_what_a_4_bit_checkpoint_leaves_wide_stays_wide(tmp_path):
     directory = file_of("llama", tmp_path / "wide")
     settings = dict(quant_type="nf4", skip=("lm_head", "layers.0"))
     nf4.save_4bit(nf4.load_4bit(models.open_checkpoint(directory), settings, torch.float32, "cpu"), tmp_path / "narrow")
-    again = nf4.load_4bit(models.open_checkpoint(tmp_path / "narrow"), dict(quant_type="fp4"), torch.float32, "cpu")
+    again = nf4.load_4bit(models.open_checkpoint(tmp_path / "narrow"), {}, torch.float32, "cpu")
     assert {n.split(".")[2] for n in states(again)} == {"1"}
     assert {s.quant_type for s in states(again).values()} == {"nf4"}
 
@@ -655,6 +667,14 @@ def test_other_quantizations_are_refused_by_name(config, says, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(quantization_config=config)))
     with pytest.raises(ValueError, match=says):
         nf4.load_4bit(models.open_checkpoint(tmp_path), {}, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("asked", [dict(quant_type="fp4"), dict(nested=True)], ids=str)
+def test_another_kind_than_a_4_bit_checkpoint_has_is_refused(asked, tmp_path):
+    directory = file_of("llama", tmp_path / "wide")
+    nf4.save_4bit(nf4.load_4bit(models.open_checkpoint(directory), {}, torch.float32, "cpu"), tmp_path / "narrow")
+    with pytest.raises(ValueError, match="narrow: the checkpoint is in 4 bits already .nf4.;"):
+        models.load_model(tmp_path / "narrow", four_bit=asked)
 
 
 @pytest.mark.parametrize("name, drop, says", [
