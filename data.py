@@ -27,14 +27,11 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from datetime import datetime
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import numpy as np
 import tokenizers
 import torch
@@ -131,75 +128,6 @@ def read_rows(files: Iterable[str | Path]) -> Iterator[tuple[str, dict | DataErr
             raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-# The chat template
-
-
-class GenerationTag(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %} marks what the assistant says; here it only renders its body."""
-
-    tags = frozenset({"generation"})
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-
-class TemplateNamespace(jinja2.utils.Namespace):
-    """namespace() of a template, without underscore names, which could reach Python's internals."""
-
-    def __init__(*args, **kwargs):
-        jinja2.utils.Namespace.__init__(args[0])
-        for name, value in dict(*args[1:], **kwargs).items():
-            args[0][name] = value
-
-    def __setitem__(self, name, value):
-        if str(name).startswith("_"):
-            raise jinja2.sandbox.SecurityError(f"a chat template may not set the name {name!r}")
-        super().__setitem__(name, value)
-
-
-def raise_exception(message):
-    raise jinja2.TemplateError(message)
-
-
-def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """Jinja's own `tojson` escapes HTML, which a prompt must not."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def compile_template(source: str) -> jinja2.Template:
-    """A chat template in jinja's immutable sandbox, with what transformers offers to templates. Raises DataError.
-
-    strftime_now is the clock: where a template prints the date (Llama 3.2's does, unless chat_template_kwargs give
-    date_string), tokens depend on the day of tokenization, as in TRL.
-    """
-    if tuple(map(int, re.findall(r"\d+", jinja2.__version__)[:3])) < (3, 1, 6):
-        raise DataError(f"jinja2 {jinja2.__version__} has known sandbox escapes; pip install -U 'jinja2>=3.1.6'")
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols])
-    environment.filters["tojson"] = to_json
-    environment.globals |= {
-        "raise_exception": raise_exception,
-        "strftime_now": lambda form: datetime.now().strftime(form),
-        "namespace": TemplateNamespace,
-        "dict": lambda *args, **kwargs: dict(*args, **kwargs),  # a function has no attributes to climb from, a type has
-    }
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise DataError(f"the chat template is broken at its line {error.lineno}: {error.message}") from None
-
-
-REASONING = ("reasoning_content", "thinking", "reasoning")
-
-
-def template_message(message: dict) -> dict:
-    """A message as templates expect it: no null fields, and one reasoning text under the names that are in use."""
-    message = {key: value for key, value in message.items() if value is not None}
-    reasoning = next((message[key] for key in REASONING if key in message), None)
-    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
-
-
 # The tokenizer
 
 TOKENIZER_FILES = (
@@ -264,31 +192,6 @@ def load_backend(directory: Path, config: dict) -> tokenizers.Tokenizer:
     return backend
 
 
-def find_templates(directory: Path) -> dict[str, str]:
-    """{name: source}; files beside the tokenizer win over tokenizer_config.json, which may list several by name."""
-    sources = {path.stem: path.read_text("utf-8") for path in tokenizer_files(directory) if path.suffix == ".jinja"}
-    if "chat_template" in sources:
-        sources["default"] = sources.pop("chat_template")
-    for name in ("tokenizer_config.json", "chat_template.json"):
-        sources = sources or read_json(directory / name).get("chat_template") or {}
-    if isinstance(sources, list):
-        sources = {entry["name"]: entry["template"] for entry in sources}
-    return {"default": sources} if isinstance(sources, str) else sources
-
-
-def choose_templates(templates: dict[str, str], choice: str | None) -> dict[str, str]:
-    """The user's --chat_template: the name of a template, a .jinja file, a model directory, or the template itself."""
-    if choice is None:
-        return templates
-    if choice in templates or "{" in choice:
-        return {"default": templates.get(choice, choice)}
-    if Path(choice).is_dir():
-        return find_templates(Path(choice))
-    if Path(choice).is_file():
-        return {"default": Path(choice).read_text("utf-8")}
-    raise DataError(f"chat template {choice!r} is neither a file, nor a template, nor one of {sorted(templates)}")
-
-
 class Tokenizer:
     """tokenizer.json and the configuration beside it: encodes, decodes, renders conversations by the chat template.
 
@@ -309,9 +212,7 @@ class Tokenizer:
             None if token is None else self.backend.token_to_id(token) for token in (self.bos_token, self.eos_token))
         self.size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
         self.chat_template = chat_template
-        self.templates = choose_templates(find_templates(self.directory), chat_template)
-        self.compiled: dict[str, jinja2.Template] = {}
-        digest = hashlib.sha256(json.dumps(sorted(self.templates.items())).encode())
+        digest = hashlib.sha256(b"" if chat_template is None else json.dumps(sorted(self.templates.items())).encode())
         for path in tokenizer_files(self.directory):
             digest.update(f"{path.name}:{hashlib.sha256(path.read_bytes()).hexdigest()};".encode())
         self.digest = digest.hexdigest()
@@ -333,25 +234,18 @@ class Tokenizer:
         """The text of token ids."""
         return self.backend.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)
 
-    def template(self, tools: list | None) -> jinja2.Template:
-        """The compiled template: "tool_use" where there are tools and there is one, else "default"."""
-        name = "tool_use" if tools is not None and "tool_use" in self.templates else "default"
-        if name not in self.templates:
-            what = f"has only the chat templates {sorted(self.templates)}" if self.templates else "has no chat template"
-            raise DataError(f"the tokenizer in {self.directory} {what}; conversations need one, give --chat_template")
-        if name not in self.compiled:
-            self.compiled[name] = compile_template(self.templates[name])
-        return self.compiled[name]
+    @cached_property
+    def templates(self) -> dict[str, str]:
+        """{name: source} of the chat templates there are; "default" is the one that is used."""
+        from extras.conversations import choose_templates, find_templates
+
+        return choose_templates(find_templates(self.directory), self.chat_template)
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False, tools=None, **kwargs) -> str:
         """A conversation as the template's text; `kwargs` are the template's. Raises DataError with its message."""
-        template = self.template(tools)
-        values = {"documents": None, **self.special_tokens, **kwargs, "messages": list(map(template_message, messages)),
-                  "tools": tools, "add_generation_prompt": add_generation_prompt}
-        try:
-            return template.render(values)
-        except Exception as error:  # a template is a program: it fails in every way that a program can
-            raise DataError(f"the chat template refused the conversation: {error or type(error).__name__}") from None
+        from extras.conversations import render
+
+        return render(self, messages, add_generation_prompt, tools, **kwargs)
 
     def save(self, directory: str | Path):
         """Copies the tokenizer's files byte for byte; templates that the user chose take the place of its own."""
@@ -372,7 +266,7 @@ class Tokenizer:
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 RATINGS = (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"), ("chosen_rating", "rejected_rating"))
-RESERVED_KWARGS = ("messages", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize")
+REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class DataOptions(NamedTuple):
@@ -500,36 +394,6 @@ def parse_ratings(row: dict) -> tuple[float, float]:
     return tuple(float(scores.get(key, math.nan)) for key in keys)
 
 
-def parse_template_kwargs(row: dict) -> dict:
-    """The row's chat_template_kwargs, with its tools (a list or JSON of one) as "tools"."""
-    tools, kwargs = row.get("tools"), row.get("chat_template_kwargs") or {}
-    if not isinstance(kwargs, dict) or any(name in kwargs for name in RESERVED_KWARGS):
-        raise DataError(f'"chat_template_kwargs" must be an object without any of {", ".join(RESERVED_KWARGS)}')
-    try:
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-    except ValueError as error:
-        raise DataError(f'"tools" is broken JSON ({error}); give a list of tool descriptions') from None
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise DataError('"tools" must be a list of objects, or JSON of such a list')
-    return {"tools": tools, **kwargs}
-
-
-def chat_texts(row: dict, prompt: list, completions: list[list], tokenizer: Tokenizer) -> list[str]:
-    """The rendered prompt with the header of an answer, then the rendered whole conversations."""
-    system = row.get("system")
-    if not isinstance(system, str | None):
-        raise DataError(f'"system" is a {type(system).__name__}; it must be text')
-    if system and prompt[:1] != [{"role": "system", "content": system}]:
-        prompt = [{"role": "system", "content": system}, *prompt]
-    if not prompt:
-        raise DataError("the prompt is empty: chosen and rejected share no message; give the prompt")
-    if [message["role"] for message in prompt[:2]] == ["system", "system"]:
-        raise DataError('"system" is set, but the prompt begins with another system message; keep one of them')
-    kwargs = parse_template_kwargs(row)
-    head = tokenizer.render(prompt, add_generation_prompt=True, **kwargs)
-    return [head, *(tokenizer.render(prompt + completion, **kwargs) for completion in completions)]
-
-
 def plain_texts(row: dict, prompt: str, completions: list[str], tokenizer: Tokenizer) -> list[str]:
     """The prompt, then prompt + completion, each ending with EOS."""
     for key in ("system", "tools"):
@@ -551,7 +415,12 @@ def row_texts(row: dict, tokenizer: Tokenizer, options: DataOptions) -> RowTexts
         if is_empty(completion):
             raise DataError(f'the completion of "{name}" is empty; give an answer, or remove the row')
     is_plain = isinstance(prompt, str)
-    texts = (plain_texts if is_plain else chat_texts)(row, prompt, completions, tokenizer)
+    if is_plain:
+        texts = plain_texts(row, prompt, completions, tokenizer)
+    else:
+        from extras.conversations import chat_texts
+
+        texts = chat_texts(row, prompt, completions, tokenizer)
     if re.search("[\ud800-\udfff]", "".join(texts)):
         raise DataError("the text has half of a surrogate pair (\\ud83d alone, say); write whole characters")
     return RowTexts(texts, is_plain, parse_ratings(row))

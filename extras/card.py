@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import yaml
 
-from data import find_templates
+from extras.conversations import find_templates
 from extras.hub import is_hub_id
 
 ALWAYS = ("loss_type", "beta", "learning_rate", "lr_scheduler_type", "num_train_epochs", "per_device_train_batch_size",

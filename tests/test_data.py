@@ -471,7 +471,7 @@ def test_the_sandbox_refuses_escapes():
     messages = [say("user", "x")]
     for source in escapes:
         tokenizer = SimpleNamespace(
-            template=lambda tools, source=source: data.compile_template(source), special_tokens={}
+            templates={"default": source}, special_tokens={}
         )
         with pytest.raises(data.DataError, match="refused"):
             data.Tokenizer.render(tokenizer, messages)
