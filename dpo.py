@@ -30,7 +30,7 @@ from datetime import timedelta
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -64,9 +64,9 @@ def flag(default, text: str, group: str = "", choices: tuple = (), least: Option
 class DPOConfig:
     """Every option of a run. Names and defaults are TRL 1.16's where it has the option."""
 
-    model_name_or_path: Optional[str] = flag(None, "directory (or hub id) of the model to train", "model")
+    output_dir: Optional[str] = flag(None, "where the trained model, checkpoints and metrics.jsonl go", "model")
+    model_name_or_path: Optional[str] = flag(None, "directory (or hub id) of the model to train")
     model_revision: Optional[str] = flag(None, "branch, tag or commit of a model on the hub; unset is its main branch")
-    output_dir: Optional[str] = flag(None, "where the trained model, checkpoints and metrics.jsonl go")
     dtype: str = flag("float32", "type of the weights", choices=("float32", "bfloat16", "float64"))
     disable_dropout: bool = flag(True, "no dropout, in LoRA neither")
     gradient_checkpointing: bool = flag(False, "compute each block's activations twice to hold them once")
@@ -582,18 +582,23 @@ def put_lora(model: models.Decoder, settings: dict) -> None:
 
 
 class DPOTrainer:
-    """Trains `model` (a path, or a Decoder) on pairs; see DPOConfig for every option.
+    """Trains `model` on pairs; see DPOConfig for every option, and docs/api.md for what may be given as an object.
 
-    `train_dataset` and `eval_dataset` are paths or PairStores; unset, the configuration names them.
+    Models are directories, hub ids or Decoders; data sets are paths, hub ids, PairStores or rows (a list of dicts, a
+    datasets.Dataset). What is unset the configuration names.
     """
 
-    def __init__(self, model=None, ref_model=None, args: Optional[DPOConfig] = None, train_dataset=None,
-                 eval_dataset=None, processing_class: Optional[data.Tokenizer] = None):
-        self.args = c = args or DPOConfig()
-        if model is not None and c.model_name_or_path is None:
-            c.model_name_or_path = str(model) if isinstance(model, (str, Path)) else "model"
-        if train_dataset is not None and c.dataset_name is None:
-            c.dataset_name = "train_dataset" if isinstance(train_dataset, data.PairStore) else str(train_dataset)
+    def __init__(self, model: Any = None, ref_model: Any = None, args: Optional[DPOConfig] = None,
+                 train_dataset: Any = None, eval_dataset: Any = None, processing_class: Any = None, peft_config: Any = None):
+        c = args or DPOConfig()
+        given = dict(model=model, ref_model=ref_model, train_dataset=train_dataset, eval_dataset=eval_dataset,
+                     processing_class=processing_class, peft_config=peft_config)
+        if any(value is not None for value in given.values()):
+            from extras import objects
+
+            c, given = objects.accept(c, given)
+            model, ref_model, train_dataset, eval_dataset, processing_class, _ = given.values()
+        self.args = c
         check_config(c)
         self.ranks = start_ranks(c.use_cpu, c.ddp_timeout)
         self.output_dir = Path(c.output_dir)
@@ -616,9 +621,7 @@ class DPOTrainer:
         self.delta_sum, self.delta_count = 0.0, 0
         self.checkpoint = None
         if c.resume_from_checkpoint is not None:
-            from extras import checkpoints
-
-            self.checkpoint = checkpoints.find(self)
+            self.find_checkpoint(c.resume_from_checkpoint)
         self.ranks.from_first(partial(check_writable, self.output_dir))
 
     # set-up
@@ -699,6 +702,10 @@ class DPOTrainer:
 
     def find_rows(self, dataset, split: str) -> list[Path]:
         """Files of pairs: those that a path or glob names, else a split of a data set on the hub."""
+        if not isinstance(dataset, str):
+            from extras.objects import rows_file
+
+            return rows_file(dataset, self.cache_dir)
         config = self.args.dataset_config
         if not on_hub(dataset) and config is None:
             return data.find_files(dataset)
@@ -714,8 +721,9 @@ class DPOTrainer:
         def build() -> dict:
             store = data.build_store(self.find_rows(dataset, split), self.tokenizer, options, self.cache_dir,
                                      self.args.on_bad_row, self.args.dataset_num_proc)
+            name = dataset if isinstance(dataset, str) else f"{split} rows"
             for line in data.describe(store.report):
-                self.say(f"{dataset}: {line}")
+                self.say(f"{name}: {line}")
             return {"directory": str(store.directory)}
 
         return data.PairStore.open(self.ranks.from_first(build)["directory"])
@@ -1029,9 +1037,11 @@ class DPOTrainer:
 
     # the loop
 
-    def train(self) -> dict:
+    def train(self, resume_from_checkpoint: Any = None) -> dict:
         """Run all steps, log, evaluate, checkpoint, and save the model to output_dir; returns the last metrics."""
         c = self.args
+        if resume_from_checkpoint is not None:
+            self.find_checkpoint(str(resume_from_checkpoint))
         if self.precompute:
             self.precompute_ref()
         self.make_optimizer()
@@ -1064,6 +1074,8 @@ class DPOTrainer:
         """Metrics over all evaluation pairs at once, as `eval_...`; also a line of metrics.jsonl."""
         started = time.perf_counter()
         store, pairs = self.eval_store, self.eval_pairs
+        if store is None:
+            raise ValueError("there are no pairs to evaluate on; give eval_dataset, --eval_dataset_name or --eval_fraction")
         if self.precompute and store.digest not in self.ref_sums:
             self.precompute_ref()
         rows = self.forwards(store, pairs, self.args.per_device_eval_batch_size)
@@ -1109,6 +1121,12 @@ class DPOTrainer:
 
     # files
 
+    def find_checkpoint(self, asked: str) -> None:
+        from extras import checkpoints
+
+        self.args.resume_from_checkpoint = asked
+        self.checkpoint = checkpoints.find(self)
+
     def start_output(self) -> None:
         """Go on from the checkpoint where there is one; else begin metrics.jsonl anew."""
         if self.checkpoint is not None:
@@ -1120,11 +1138,12 @@ class DPOTrainer:
             (self.output_dir / "metrics.jsonl").write_bytes(b"")
         self.ranks.barrier()
 
-    def save_model(self, directory: Optional[Path] = None) -> None:
+    def save_model(self, output_dir: Optional[str | Path] = None) -> None:
         """Write what was trained, with the tokenizer: a Hugging Face checkpoint, or a PEFT adapter."""
         if not self.ranks.first:
             return
-        last, directory = directory is None, Path(directory or self.output_dir)
+        directory = Path(output_dir or self.output_dir)
+        last = directory == self.output_dir
         if last and self.args.merge_adapter:
             models.merge_lora(self.model)
         if self.lora and not (last and self.args.merge_adapter):
@@ -1141,14 +1160,18 @@ class DPOTrainer:
         make = lambda: {"id": hub.create(c.hub_model_id or default, c.hub_private_repo, c.hub_token)}
         self.hub_model_id = self.ranks.from_first(make)["id"]
 
-    def push_to_hub(self) -> None:
-        """Upload output_dir, with a model card."""
+    def push_to_hub(self, commit_message: str = "Trained with DPO", dataset_name: Optional[str] = None) -> None:
+        """Upload output_dir, with a model card (which tells `dataset_name` where the rows were objects)."""
+        c = self.args
+        if not c.push_to_hub:
+            self.create_repository()
         if not self.ranks.first:
             return
         from extras import card, hub
 
-        card.write_card(self.output_dir, vars(self.args), vars(DPOConfig()), self.hub_model_id)
-        address = hub.push(self.output_dir, self.hub_model_id, None, self.args.hub_revision, self.args.hub_token)
+        settings = vars(c) | {"dataset_name": dataset_name or c.dataset_name}
+        card.write_card(self.output_dir, settings, vars(DPOConfig()), self.hub_model_id)
+        address = hub.push(self.output_dir, self.hub_model_id, None, c.hub_revision, c.hub_token, commit_message)
         self.say(f"pushed to {address}")
 
     def write_metrics(self, metrics: dict) -> None:
