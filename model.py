@@ -83,6 +83,7 @@ class ModelConfig:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     moe: Optional[dict] = None  # made by extras/families.py, read by extras/moe.py
+    vision: Optional[dict] = None  # made and read by extras/vision.py
     other_names: bool = False  # its files name or lay out parameters otherwise: extras/layouts.py
 
 
@@ -136,6 +137,10 @@ def read_config(raw: dict, max_length: Optional[int] = None) -> ModelConfig:
     Raises ValueError, by name, for what is not supported: other model types, quantized and encoder-decoder models, and
     keys that are neither read nor known to be harmless and have a value that could mean something.
     """
+    if "vision_config" in raw:
+        from extras.vision import read_vision_config
+
+        return read_vision_config(raw, max_length)
     family = find_family(raw)
     c = read_keys(family.rename(raw), family.keys)
     same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -519,6 +524,10 @@ class Stack(nn.Module):
             self.embed_positions = make_embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = Norm(config.hidden_size, config)
+        if config.vision is not None:
+            from extras.vision import Vision
+
+            self.vision = Vision(config)
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:  # (T, C)
         x, scale = self.embed_tokens(input_ids), self.config.embed_scale
@@ -526,14 +535,17 @@ class Stack(nn.Module):
             x = x * torch.tensor(scale, dtype=x.dtype).item()  # rounded to the type, as Gemma was trained
         return x + self.embed_positions(position_ids) if self.config.learned_positions else x
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, spans: Tensor,
-                cache=None) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, input_ids: Tensor, position_ids: Tensor, spans: Tensor, cache=None,
+                pictures=None) -> tuple[Tensor, list[Tensor]]:
         """Hidden states (T, C), and the router's logits (T, experts) of each sparse layer.
 
-        With a `cache` (extras/generate.py) the stream goes on where an earlier one ended.
+        With a `cache` (extras/generate.py) the stream goes on where an earlier one ended; `pictures`
+        (extras/vision.py) take the places of their tokens.
         """
         x, routed = self.embed(input_ids, position_ids), []
         tables = rotary_tables(self.config.ropes, position_ids, x.dtype)
+        if self.config.vision is not None:
+            x, tables = self.vision(x, tables, pictures, self.config.ropes, self.gradient_checkpointing)
         device = x.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         stream = (self.config, spans, position_ids, compute)
@@ -568,6 +580,7 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
         self.layout, self.raw_config, self.generation_config = {}, {}, None  # what load_model found in the files
+        self.no_lora: tuple[str, ...] = ()  # beginnings of names that LoRA leaves alone
         self.four_bit = None  # how its linear layers are quantized, where they are (extras/nf4.py)
 
     def tie(self) -> None:
@@ -575,9 +588,9 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, spans: Tensor, score_index: Tensor,
-                targets: Tensor) -> TokenLogps:
+                targets: Tensor, pictures=None) -> TokenLogps:
         """Log-probs of `targets` (N,) at the hidden states `score_index` (N,) of the stream `input_ids` (T,)."""
-        hidden, routed = self.model(input_ids, position_ids, spans)
+        hidden, routed = self.model(input_ids, position_ids, spans, pictures=pictures)
         out = token_logps(self.head_terms(hidden[score_index]), targets, self.config.final_softcap)
         if self.config.moe is None:
             return out
@@ -738,7 +751,8 @@ def add_lora(model: Decoder, rank: int, alpha: float, dropout: float, targets: l
     that matches nothing.
     """
     model.requires_grad_(False)
-    modules = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))}
+    modules = {n: m for n, m in model.named_modules()
+               if isinstance(m, (nn.Linear, nn.Embedding)) and not n.startswith(model.no_lora)}
     chosen = set()
     for target in targets:
         matched = {n for n, m in modules.items() if is_target(target, n, m, model.config)}

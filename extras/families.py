@@ -15,8 +15,8 @@ def find_family(raw: dict) -> Family:
         raise ValueError(f"model_type {name!r} is an encoder-decoder model; only decoders are supported")
     if raw.get("kv_lora_rank"):
         raise ValueError(f"model_type {name!r} has multi-head latent attention (kv_lora_rank), which is not supported")
-    if "vision_config" in raw or "audio_config" in raw:
-        raise ValueError(f"model_type {name!r} reads images or sound; text-only decoders are supported "
+    if "audio_config" in raw:
+        raise ValueError(f"model_type {name!r} reads sound; text-only decoders are supported "
                          f"({', '.join(families)})")
     remote = (raw.get("auto_map") or {}).get("AutoModelForCausalLM", "").rpartition(".")[2]
     if name not in families:

@@ -26,6 +26,7 @@ MODULES = {
         "model.layers.*.mlp.up_proj": "gpt_neox.layers.*.mlp.dense_h_to_4h",
         "model.layers.*.mlp.down_proj": "gpt_neox.layers.*.mlp.dense_4h_to_h"}}
 OLDER = {"embed_out": "lm_head"}  # how files of GPT-NeoX still name what transformers 5 calls lm_head
+VISION = ("llava", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl")
 TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # GPT-2 keeps (in, out)
 CONSTANTS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$")  # causal masks in old files
 PREFIXES = {"model.language_model.": "model.", "language_model.": ""}  # "language_model.model.layers", as LLaVA's
@@ -54,6 +55,10 @@ def llama_keys(raw: dict) -> dict:
 
 def other_name(name: str, family: str) -> str:
     """Hugging Face's name of a module or parameter of ours."""
+    if family in VISION:
+        from extras.vision import other_name
+
+        return other_name(name, family)
     return rename(name, MODULES.get(family, {}))
 
 
@@ -68,6 +73,10 @@ def rename(name: str, names: dict[str, str]) -> str:
 
 def other_places(names: Iterable[str], family: str, moe: Optional[dict]) -> dict[str, tuple]:
     """{tensor name in the files: (our parameter, index into it, transposed)}; constants are left out."""
+    if family in VISION:
+        from extras.vision import our_name
+
+        return {name: (our_name(name), (), False) for name in names if not name.endswith("position_ids")}
     back = {theirs: ours for ours, theirs in MODULES.get(family, {}).items()} | OLDER
     places = {}
     for name in names:

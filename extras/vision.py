@@ -56,6 +56,7 @@ def read_vision_config(raw: dict, max_length: Optional[int] = None) -> ModelConf
     text = {k: v for k, v in text.items() if not UNREAD.match(k) or k == "vocab_size"}
     text["tie_word_embeddings"] = raw.get("tie_word_embeddings", (raw.get("text_config") or {}).get(
         "tie_word_embeddings", False))
+    text["quantization_config"] = raw.get("quantization_config")
     config = read_config(text, max_length)
     return replace(config, model_type=kind, other_names=True, vision=vision | {"text_size": config.hidden_size})
 

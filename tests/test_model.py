@@ -456,7 +456,7 @@ assert "extras" not in sys.modules
     (dict(model_type="deepseek_v2", kv_lora_rank=512, auto_map={}), "'deepseek_v2' has multi-head latent attention"),
     (dict(model_type="mine", auto_map={"AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}), "needs remote code"),
     (dict(auto_map={"AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}), "auto_map names code of its own"),
-    (dict(model_type="llava", vision_config={}), "'llava' reads images or sound"),
+    (dict(model_type="paligemma", vision_config={}), "'paligemma' reads images or sound"),
     (dict(quantization_config={"quant_method": "gptq", "bits": 4}), "quantized .gptq."),
     (dict(quantization_config={"quant_method": "fp8"}), "quantized .fp8."),
     (dict(new_scale=3.0), "new_scale = 3.0: not understood for model_type 'llama'"),

@@ -1,0 +1,140 @@
+"""Vision-language models against transformers: names, log-probs, gradients, shared prefixes."""
+
+import pytest
+import torch
+
+import model as models
+from vision_tiny import FAMILIES, IMAGE, make_checkpoint, random_pictures, theirs_forward
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request, tmp_path_factory):
+    """(family, transformers' model, ours from its files)."""
+    directory = tmp_path_factory.mktemp(request.param)
+    theirs = make_checkpoint(request.param, directory)
+    return request.param, theirs, models.load_model(directory), directory
+
+
+def stream_of(sequences, image_pixels, grids, family):
+    """Sequences as spans without prefix, with their pictures."""
+    from extras import qwen_vl, vision
+
+    ids = torch.cat([torch.tensor(s) for s in sequences])
+    positions = torch.cat([torch.arange(len(s)) for s in sequences])
+    ends = torch.tensor([len(s) for s in sequences]).cumsum(0).tolist()
+    spans = torch.tensor([[b, e, 0, 0] for b, e in zip([0, *ends], ends)], dtype=torch.int32)
+    place = (ids == IMAGE).nonzero().flatten()
+    axes = None
+    if "qwen" in family:
+        by_start = {int(s[0]): [tuple(g) for g in grids[i : i + 1].tolist()] for i, s in enumerate(spans)}
+        axes = torch.from_numpy(qwen_vl.stream_axes(ids.numpy(), spans.numpy(), IMAGE, by_start, 2))
+    return ids, positions, spans, vision.Pictures(image_pixels, grids, place, torch.arange(len(place)), axes)
+
+
+def test_logits_equal_transformers(pair):
+    family, theirs, ours, _ = pair
+    sequences, pixels, grids = random_pictures(family)
+    expected = theirs_forward(theirs, family, sequences, pixels, grids)
+    ids, positions, spans, pictures = stream_of(sequences, pixels, grids, family)
+    hidden, _ = ours.model(ids, positions, spans, pictures=pictures)
+    logits = sum(x @ w.T for x, w in ours.head_terms(hidden))
+    expected = torch.cat([expected[i, : len(s)] for i, s in enumerate(sequences)])
+    assert (logits - expected).abs().max() < 1e-4
+    assert logits.std() > 1e-3
+
+
+def test_gradients_equal_transformers(pair):
+    family, theirs, ours, _ = pair
+    sequences, pixels, grids = random_pictures(family)
+    weight = torch.randn(200, generator=torch.Generator().manual_seed(1))
+    expected = theirs_forward(theirs, family, sequences, pixels, grids)
+    theirs.zero_grad()
+    (torch.cat([expected[i, : len(s)] for i, s in enumerate(sequences)]).log_softmax(-1) * weight).sum().backward()
+    ids, positions, spans, pictures = stream_of(sequences, pixels, grids, family)
+    ours.zero_grad()
+    hidden, _ = ours.model(ids, positions, spans, pictures=pictures)
+    (sum(x @ w.T for x, w in ours.head_terms(hidden)).log_softmax(-1) * weight).sum().backward()
+    got = {models.file_name(n, ours.config): p.grad for n, p in ours.named_parameters()}
+    seen = 0
+    for name, p in theirs.named_parameters():
+        grad = got[name]
+        if p.grad is None:
+            assert grad is None or not grad.any(), name
+            continue
+        seen += 1
+        assert (grad - p.grad).norm() <= 1e-3 * p.grad.norm() + 1e-6, name
+    assert seen > 40
+
+
+def test_saved_checkpoints_have_the_files_names_and_load_in_transformers(pair, tmp_path):
+    family, theirs, ours, directory = pair
+    models.save_model(ours, tmp_path)
+    with models.safe_open(tmp_path / "model.safetensors", "pt") as mine:
+        with models.safe_open(directory / "model.safetensors", "pt") as original:
+            assert set(mine.keys()) == set(original.keys())
+            assert all(torch.equal(mine.get_tensor(n), original.get_tensor(n)) for n in mine.keys())
+    again = type(theirs).from_pretrained(tmp_path)
+    state = theirs.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in again.state_dict().items())
+
+
+def test_the_newer_prefixes_load_too(pair, tmp_path):
+    """What transformers calls its modules; files of either time hold one or the other."""
+    family, theirs, ours, directory = pair
+    tied = ours.config.tie_word_embeddings
+    state = {n: p.contiguous() for n, p in theirs.state_dict().items() if not (tied and n == "lm_head.weight")}
+    models.save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((directory / "config.json").read_text())
+    again = models.load_model(tmp_path)
+    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), ours.parameters(), strict=True))
+
+
+def test_an_unknown_vision_family_is_refused_by_name():
+    with pytest.raises(ValueError, match="paligemma"):
+        models.read_config({"model_type": "paligemma", "vision_config": {}, "text_config": {}})
+
+
+def test_a_key_that_may_change_the_numbers_is_refused():
+    raw = {"model_type": "llava", "text_config": {"model_type": "llama"},
+           "vision_config": {"model_type": "clip_vision_model", "strange_feature": 3}}
+    with pytest.raises(ValueError, match="strange_feature"):
+        models.read_config(raw)
+
+
+def test_a_shared_prefix_with_pictures_equals_two_sequences_in_float64(pair):
+    """Log-probs and gradients of prompt chosen rejected, the picture encoded once, against two whole sequences."""
+    from extras import qwen_vl, vision
+
+    family, _, _, directory = pair
+    ours = models.load_model(directory, torch.float64)
+    sequences, pixels, grids = random_pictures(family)
+    prompt, pixels, grids = sequences[0], pixels, grids
+    tiles = pixels if "qwen" in family else pixels[:1]
+    if "qwen" in family:
+        tiles, grids = pixels[: int(grids[0].prod())], grids[:1]
+    chosen, rejected = [5, 6, 7, 8], [9, 10, 11]
+    p, outs = len(prompt), []
+    layouts = [([prompt + chosen + rejected], [[0, p, 0, 0], [p, p + 4, 0, p], [p + 4, p + 7, 0, p]],
+                [*range(p + 4), *range(p, p + 3)], [p - 1, *range(p, p + 3), p - 1, p + 4, p + 5], 1),
+               ([prompt + chosen, prompt + rejected], [[0, p + 4, 0, 0], [p + 4, 2 * p + 7, 0, 0]],
+                [*range(p + 4), *range(p + 3)], [*range(p - 1, p + 3), *range(2 * p + 3, 2 * p + 6)], 2)]
+    for parts, spans, positions, score, times in layouts:
+        ids, spans = torch.tensor([t for part in parts for t in part]), torch.tensor(spans, dtype=torch.int32)
+        place = (ids == IMAGE).nonzero().flatten()
+        source = torch.arange(len(place) // times).repeat(times)
+        axes = None
+        if "qwen" in family:
+            starts = {int(s[0]): [tuple(grids[0].tolist())] for s in spans if s[2] == s[3]}
+            axes = torch.from_numpy(qwen_vl.stream_axes(ids.numpy(), spans.numpy(), IMAGE, starts, 2))
+        pictures = vision.Pictures(tiles.double(), grids, place, source, axes)
+        out = ours(ids, torch.tensor(positions), spans, torch.tensor(score), torch.tensor(chosen + rejected), pictures)
+        ours.zero_grad()
+        (out.logps * torch.linspace(-1, 1, 7, dtype=torch.float64)).sum().backward()
+        outs.append((out.logps.detach(), {n: p.grad.clone() for n, p in ours.named_parameters() if p.grad is not None}))
+    (logps, grads), (other, other_grads) = outs
+    assert (logps - other).abs().max() < 1e-8
+    assert grads.keys() == other_grads.keys()
+    assert max((grads[n] - other_grads[n]).abs().max() for n in grads) < 1e-8
+    assert sum("vision.tower" in n and bool(g.any()) for n, g in grads.items()) > 10

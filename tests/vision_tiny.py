@@ -1,0 +1,75 @@
+"""Tiny random vision-language checkpoints in transformers' own layout, and inputs for them."""
+
+import torch
+
+FAMILIES = ("llava", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl")
+IMAGE = 150
+TEXT = dict(vocab_size=200, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2)
+TOWER = dict(hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=7)
+
+
+def make_checkpoint(family: str, directory, vocab_size: int = 200, image: int = IMAGE, **more):
+    """A random model of a family, saved to `directory` (or not, where it is None)."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+    text = TEXT | dict(vocab_size=vocab_size) | more
+    rope = dict(rope_type="default", mrope_section=[1, 1, 2], rope_theta=1e4)
+    ids = dict(image_token_id=image, video_token_id=image + 1, vision_start_token_id=image + 2, vision_end_token_id=image + 3)
+    llama = hf.LlamaConfig(**text)
+    if family == "llava":
+        config = hf.LlavaConfig(vision_config=hf.CLIPVisionConfig(**TOWER, projection_dim=16), text_config=llama,
+                                image_token_index=image, image_token_id=image)
+        model = hf.LlavaForConditionalGeneration(config)
+    elif family == "idefics3":
+        config = hf.Idefics3Config(vision_config=TOWER, text_config=llama, image_token_id=image, scale_factor=2)
+        model = hf.Idefics3ForConditionalGeneration(config)
+    elif family == "smolvlm":
+        config = hf.SmolVLMConfig(vision_config=TOWER, text_config=llama, image_token_id=image, scale_factor=2,
+                                  tie_word_embeddings=True)
+        model = hf.SmolVLMForConditionalGeneration(config)
+    elif family == "qwen2_vl":
+        tower = dict(depth=2, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2, patch_size=4)
+        model = hf.Qwen2VLForConditionalGeneration(
+            hf.Qwen2VLConfig(text_config=text | dict(rope_parameters=rope), vision_config=tower, **ids))
+    else:
+        tower = dict(depth=3, hidden_size=32, out_hidden_size=32, intermediate_size=48, num_heads=2, patch_size=4,
+                     window_size=16, fullatt_block_indexes=[1])
+        model = hf.Qwen2_5_VLForConditionalGeneration(
+            hf.Qwen2_5_VLConfig(text_config=text | dict(rope_parameters=rope), vision_config=tower, **ids))
+    for name, p in model.named_parameters():  # norms and biases that do something, weights that let pictures be seen
+        torch.nn.init.normal_(p, 1.0 if "norm" in name and name.endswith("weight") or "ln_q.weight" in name else 0.0, 0.1)
+    model.eval()
+    if directory is not None:
+        model.save_pretrained(directory)
+    return model
+
+
+def random_pictures(family: str):
+    """Two sequences with a picture each: (token ids, pixels as the tower reads them, (h, w) of each in patches)."""
+    g = torch.Generator().manual_seed(0)
+    if "qwen" in family:
+        grids = torch.tensor([[6, 10], [4, 8]])
+        pixels = torch.randn(60 + 32, 3 * 2 * 4 * 4, generator=g)
+        counts = [15, 8]
+    else:
+        grids = torch.zeros(0, 2).long()
+        pixels = torch.randn(2, 3, 28, 28, generator=g)
+        counts = [16 if family == "llava" else 4] * 2
+    frame = lambda n: [IMAGE + 2] * ("qwen" in family) + [IMAGE] * n + [IMAGE + 3] * ("qwen" in family)
+    return [[3, 4, *frame(counts[0]), 20, 21, 22], [7, *frame(counts[1]), 30, 31]], pixels, grids
+
+
+def theirs_forward(model, family: str, sequences, pixels, grids) -> torch.Tensor:
+    """transformers' logits (2, length, vocabulary), padded on the right."""
+    longest = max(map(len, sequences))
+    ids = torch.tensor([s + [0] * (longest - len(s)) for s in sequences])
+    mask = torch.tensor([[1] * len(s) + [0] * (longest - len(s)) for s in sequences])
+    more = {"pixel_values": pixels}
+    if "qwen" in family:
+        more["image_grid_thw"] = torch.cat([torch.ones(len(grids), 1).long(), grids], 1)
+        more["mm_token_type_ids"] = (ids == IMAGE).int()
+    elif family != "llava":
+        more["pixel_values"] = pixels[:, None]
+    return model(input_ids=ids, attention_mask=mask, **more).logits
