@@ -21,8 +21,8 @@ import hashlib
 import json
 import math
 import os
+import platform
 import sys
-import tempfile
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -182,7 +182,13 @@ class DPOConfig:
                               choices=("no", "steps", "epoch"))
     save_steps: float = flag(500, "steps between checkpoints; below 1, a share of all steps", least=0)
     save_total_limit: Optional[int] = flag(None, "keep so many checkpoints", least=1)
+    load_best_model_at_end: bool = flag(False, "keep the checkpoint of the best evaluation, and end with it")
+    metric_for_best_model: Optional[str] = flag(None, "the metric that says which is best; unset is loss")
+    greater_is_better: Optional[bool] = flag(None, "whether more of it is better; unset unless its name ends in loss")
+    early_stopping_patience: Optional[int] = flag(None, "stop after so many evaluations that were no better", least=1)
+    early_stopping_threshold: float = flag(0.0, "by which an evaluation must be better to count", least=0)
     resume_from_checkpoint: Optional[str] = flag(None, "true (the newest in output_dir) or a checkpoint-N directory")
+    force_resume: bool = flag(False, "resume though data or settings are not those of the checkpoint")
 
     push_to_hub: bool = flag(False, "at the end, upload output_dir with a model card; needs a token", "the hub")
     hub_model_id: Optional[str] = flag(None, "owner/name of the repository; unset is output_dir's name, your own")
@@ -360,6 +366,9 @@ def check_readers(c: DPOConfig, options: dict, defaults: dict) -> None:
         "a loss that has a reference": (reads_reference, "precompute_ref_log_probs ref_model_name_or_path sync_ref_model"),
         "--eval_strategy steps": (c.eval_strategy == "steps", "eval_steps"),
         "--eval_strategy steps or epoch": (c.eval_strategy != "no" or bool(c.eval_dataset_name), "dataset_test_split"),
+        "--load_best_model_at_end": (c.load_best_model_at_end, "metric_for_best_model greater_is_better early_stopping_patience"),
+        "--early_stopping_patience": (c.early_stopping_patience is not None, "early_stopping_threshold"),
+        "--resume_from_checkpoint": (c.resume_from_checkpoint is not None, "force_resume"),
         "--push_to_hub": (c.push_to_hub, "hub_model_id hub_private_repo hub_revision hub_token"),
         "--load_in_4bit": (c.load_in_4bit, "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_compute_dtype"),
         "--disable_dropout false": (not c.disable_dropout, "lora_dropout"),
@@ -368,6 +377,10 @@ def check_readers(c: DPOConfig, options: dict, defaults: dict) -> None:
         for name in names.split():
             if not there and options[name] != defaults[name]:
                 raise ValueError(f"--{name} {options[name]}: read only with {reader}")
+    if c.load_best_model_at_end:
+        from extras import checkpoints
+
+        checkpoints.check_options(c, set(metrics_of([0.0] * len(SUMS), 1)))
     if c.sync_ref_model and c.precompute_ref_log_probs:
         raise ValueError("--sync_ref_model moves the reference; --precompute_ref_log_probs needs one that stays")
     if c.sync_ref_model and c.use_peft:
@@ -403,15 +416,15 @@ class Ranks(NamedTuple):
             dist.barrier()
 
     def from_first(self, make: Callable[[], dict]) -> dict:
-        """`make()` is run by rank 0 and its JSON object handed to all; a ValueError there is raised on every rank."""
+        """`make()` is run by rank 0 and its JSON object handed to all; a ValueError or OSError there is raised on every rank."""
         if self.world == 1:
             return make()
         answer = b""
         if self.first:
             try:
                 answer = json.dumps({"value": make()}).encode()
-            except ValueError as error:
-                answer = json.dumps({"error": str(error)}).encode()
+            except (ValueError, OSError) as error:
+                answer = json.dumps({"error": str(error), "of_system": isinstance(error, OSError)}).encode()
         size = torch.tensor([len(answer)], device=self.device)
         dist.broadcast(size, 0)
         body = torch.empty(int(size), dtype=torch.uint8, device=self.device)
@@ -420,7 +433,7 @@ class Ranks(NamedTuple):
         dist.broadcast(body, 0)
         answer = json.loads(bytes(body.cpu().numpy()))
         if "error" in answer:
-            raise ValueError(answer["error"])
+            raise (OSError if answer["of_system"] else ValueError)(answer["error"])
         return answer["value"]
 
 
@@ -619,10 +632,12 @@ class DPOTrainer:
         self.step, self.num_tokens, self.pairs_done, self.pending = 0, 0, 0, []
         self.order = -1, None  # epoch, and its pairs in order
         self.delta_sum, self.delta_count = 0.0, 0
-        self.checkpoint = None
-        if c.resume_from_checkpoint is not None:
+        self.evaluation, self.best = {}, {"step": 0, "value": None, "directory": None, "waited": 0}
+        self.signal, self.leaving = 0, False  # what this process was told, and whether a rank was
+        self.ranks.from_first(self.claim_output)
+        self.checkpoint = None  # where to go on from
+        if c.resume_from_checkpoint is not None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
             self.find_checkpoint(c.resume_from_checkpoint)
-        self.ranks.from_first(partial(check_writable, self.output_dir))
 
     # set-up
 
@@ -1003,8 +1018,9 @@ class DPOTrainer:
         """Clip, step, and turn the step's sums over all ranks into metrics."""
         c = self.args
         norm = nn.utils.clip_grad_norm_(self.trainable, c.max_grad_norm or math.inf)
-        sums = torch.cat([sums, torch.tensor([tokens], dtype=torch.float64, device=sums.device)])
-        *sums, tokens = self.ranks.sum(sums).tolist()
+        sums = torch.cat([sums, torch.tensor([tokens, self.signal > 0], dtype=torch.float64, device=sums.device)])
+        *sums, tokens, told = self.ranks.sum(sums).tolist()
+        self.leaving = told > 0
         metrics = metrics_of(sums, len(pairs)) | {"grad_norm": float(norm), "learning_rate": self.learning_rate()}
         metrics["loss"] += self.aux_coef * metrics.get("aux_loss", 0.0)  # what is minimised, as TRL logs it
         if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
@@ -1051,19 +1067,18 @@ class DPOTrainer:
         started, metrics = time.perf_counter(), {}
         self.started_at = (started, self.pairs_done, self.num_tokens)
         bar = self.progress(range(self.step, self.total_steps), "training", initial=self.step, total=self.total_steps)
-        for _ in bar:
+        steps = bar
+        if self.save_every:  # writes checkpoints between the steps: where due, and on SIGTERM or SIGUSR1
+            from extras import checkpoints
+
+            steps = checkpoints.saving(self, bar)
+        for _ in steps:
             self.pending.append(self.train_step())
             last = self.step == self.total_steps
             if self.step % self.log_every == 0 or last or (self.step == 1 and c.logging_first_step):
                 metrics = self.log_step(bar)
-            if self.eval_every and self.step % self.eval_every == 0 and not last:
-                self.evaluate()
-            if self.save_every and self.step % self.save_every == 0:
-                from extras import checkpoints
-
-                checkpoints.save(self)
-        if self.eval_store is not None:
-            metrics = metrics | self.evaluate()
+            if self.eval_store is not None and (last or self.eval_every and self.step % self.eval_every == 0):
+                metrics = metrics | self.evaluate()
         self.save_model()
         if c.push_to_hub:
             self.push_to_hub()
@@ -1083,7 +1098,8 @@ class DPOTrainer:
         sums = step_sums(x, scored, self.pair_losses(x, scored), None, 0.0, self.args.beta)
         metrics = {f"eval_{k}": v for k, v in metrics_of(sums.tolist(), len(pairs)).items()}
         metrics["eval_runtime"] = time.perf_counter() - started
-        self.write_metrics({"step": self.step, "epoch": self.step / self.steps_per_epoch} | metrics)
+        self.evaluation = {"step": self.step, "epoch": self.step / self.steps_per_epoch} | metrics
+        self.write_metrics(self.evaluation)
         self.say(f"step {self.step}: eval loss {metrics['eval_loss']:.4f}  accuracy "
                  f"{metrics['eval_rewards/accuracies']:.3f}  margin {metrics['eval_rewards/margins']:.4f}")
         return metrics
@@ -1121,7 +1137,7 @@ class DPOTrainer:
 
     # files
 
-    def find_checkpoint(self, asked: str) -> None:
+    def find_checkpoint(self, asked: Optional[str]) -> None:
         from extras import checkpoints
 
         self.args.resume_from_checkpoint = asked
@@ -1132,11 +1148,13 @@ class DPOTrainer:
         if self.checkpoint is not None:
             from extras import checkpoints
 
-            checkpoints.load(self, self.checkpoint)
+            checkpoints.load(self)
         elif self.ranks.first:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
             (self.output_dir / "metrics.jsonl").write_bytes(b"")
         self.ranks.barrier()
+
+    def claim_output(self) -> None:
+        self.lock = claim(self.output_dir)
 
     def save_model(self, output_dir: Optional[str | Path] = None) -> None:
         """Write what was trained, with the tokenizer: a Hugging Face checkpoint, or a PEFT adapter."""
@@ -1244,14 +1262,29 @@ def swapped(model: nn.Module, values: dict[str, Tensor]):
             p.data = own[n]
 
 
-def check_writable(directory: Path) -> None:
-    """Make `directory`; raise ValueError where no file can be written to it, before hours are spent."""
+def claim(directory: Path):
+    """Make `directory` and lock it, as long as the returned file is open. Raises ValueError, before hours are spent, where it
+    cannot be written to, or another process trains into it."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
+        lock = open(directory / ".lock", "a+")
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise ValueError(f"--output_dir {directory}: cannot be written to ({getattr(error, 'strerror', None) or error})") from None
+    lock.seek(0)
+    me, holder = f"{platform.node()} {os.getpid()}", lock.read()
+    try:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if holder != me:  # an older trainer of this process is not in the way
+            raise ValueError(f"--output_dir {directory}: another run ({holder}: host, process) writes to it") from None
+    except (ImportError, OSError):  # systems that cannot lock
+        pass
+    lock.truncate(0)
+    lock.write(me)
+    lock.flush()
+    return lock
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -1293,7 +1326,7 @@ def main(argv: Optional[list[str]] = None) -> int:
             return refuse(error, 2)
         try:
             train(trainer)
-        except FloatingPointError as error:  # the message says where and what to try
+        except (FloatingPointError, OSError) as error:  # the message says where and what to try
             return refuse(error, 1)
         return 0
 
