@@ -211,7 +211,7 @@ class Tokenizer:
         self.bos_token_id, self.eos_token_id = (
             None if token is None else self.backend.token_to_id(token) for token in (self.bos_token, self.eos_token))
         self.size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
-        self.chat_template = chat_template
+        self.chat_template, self.renderer = chat_template, None
         digest = hashlib.sha256(b"" if chat_template is None else json.dumps(sorted(self.templates.items())).encode())
         for path in tokenizer_files(self.directory):
             digest.update(f"{path.name}:{hashlib.sha256(path.read_bytes()).hexdigest()};".encode())
@@ -245,7 +245,8 @@ class Tokenizer:
         """A conversation as the template's text; `kwargs` are the template's. Raises DataError with its message."""
         from extras.conversations import render
 
-        return render(self, messages, add_generation_prompt, tools, **kwargs)
+        (text,) = render(self, [(messages, add_generation_prompt)], tools, **kwargs)
+        return text
 
     def save(self, directory: str | Path):
         """Copies the tokenizer's files byte for byte; templates that the user chose take the place of its own."""

@@ -40,31 +40,33 @@ def template_message(message: dict) -> dict:
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
-def template_source(tokenizer: Tokenizer, tools: list | None) -> str:
-    """The template that renders: "tool_use" where there are tools and there is one, else "default"."""
+def template_name(tokenizer: Tokenizer, tools: list | None) -> str:
+    """The name of the template that renders: "tool_use" where there are tools and there is one, else "default"."""
     templates = tokenizer.templates
     name = "tool_use" if tools is not None and "tool_use" in templates else "default"
     if name not in templates:
         what = f"has only the chat templates {sorted(templates)}" if templates else "has no chat template"
         raise DataError(f"the tokenizer in {tokenizer.directory} {what}; conversations need one, give --chat_template")
-    return templates[name]
+    return name
 
 
-def render(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt=False, tools=None, **kwargs) -> str:
-    """A conversation as the template's text; `kwargs` are the template's. Raises DataError with its message."""
-    from extras.template import compile_template
-
-    source = template_source(tokenizer, tools)
-    values = {"documents": None, **tokenizer.special_tokens, **kwargs, "tools": tools,
-              "messages": list(map(template_message, messages)), "add_generation_prompt": add_generation_prompt}
+def render(tokenizer: Tokenizer, conversations: list[tuple[list, bool]], tools=None, **kwargs) -> list[str]:
+    """[(messages, add_generation_prompt)] as the template's texts; `kwargs` are the template's. Raises DataError."""
+    values = {"documents": None, **tokenizer.special_tokens, **kwargs, "tools": tools}
+    conversations = [(list(map(template_message, messages)), prompted) for messages, prompted in conversations]
     try:
-        template = compile_template(source)
-    except ValueError as error:
+        return renderer_of(tokenizer).render(template_name(tokenizer, tools), conversations, values)
+    except (ValueError, RecursionError) as error:
         raise DataError(str(error)) from None
-    try:
-        return template.render(values)
-    except Exception as error:  # a template is a program: it fails in every way that a program can
-        raise DataError(f"the chat template refused the conversation: {error or type(error).__name__}") from None
+
+
+def renderer_of(tokenizer: Tokenizer):
+    """The process that renders for this tokenizer."""
+    if tokenizer.renderer is None:
+        from extras.template import Renderer
+
+        tokenizer.renderer = Renderer(tokenizer.templates)
+    return tokenizer.renderer
 
 
 def parse_template_kwargs(row: dict) -> dict:
@@ -92,6 +94,5 @@ def chat_texts(row: dict, prompt: list, completions: list[list], tokenizer: Toke
         raise DataError("the prompt is empty: chosen and rejected share no message; give the prompt")
     if [message["role"] for message in prompt[:2]] == ["system", "system"]:
         raise DataError('"system" is set, but the prompt begins with another system message; keep one of them')
-    kwargs = parse_template_kwargs(row)
-    head = tokenizer.render(prompt, add_generation_prompt=True, **kwargs)
-    return [head, *(tokenizer.render(prompt + completion, **kwargs) for completion in completions)]
+    wholes = [(prompt + completion, False) for completion in completions]
+    return render(tokenizer, [(prompt, True), *wholes], **parse_template_kwargs(row))

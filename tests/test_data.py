@@ -471,7 +471,7 @@ def test_the_sandbox_refuses_escapes():
     messages = [say("user", "x")]
     for source in escapes:
         tokenizer = SimpleNamespace(
-            templates={"default": source}, special_tokens={}
+            templates={"default": source}, special_tokens={}, renderer=None
         )
         with pytest.raises(data.DataError, match="refused"):
             data.Tokenizer.render(tokenizer, messages)
