@@ -172,11 +172,15 @@ class DPOConfig:
     logging_steps: float = flag(10, "steps between lines of metrics; below 1, a share of all steps", "evaluation and files", least=0)
     logging_first_step: bool = flag(False, "log the first step too")
     disable_tqdm: Optional[bool] = flag(None, "no progress bar; unset shows one at a terminal")
-    report_to: str = flag("none", "loggers besides metrics.jsonl", choices=("none",))
+    report_to: list[str] = flag(["none"], "loggers besides metrics.jsonl", choices=("none", "tensorboard", "wandb", "trackio"))
+    run_name: Optional[str] = flag(None, "the run's name there; unset is output_dir's")
+    project: str = flag("huggingface", "the project there (wandb, trackio)")
     eval_strategy: str = flag("no", "when to evaluate; no is once, at the end, where there are pairs for it",
                               choices=("no", "steps", "epoch"))
     eval_steps: Optional[float] = flag(None, "steps between evaluations; unset is logging_steps", least=0)
     eval_on_start: bool = flag(False, "evaluate before the first step too")
+    generate_during_eval: bool = flag(False, "answer a few prompts at each evaluation, and before the first step")
+    generate_prompts: Optional[str] = flag(None, "file of rows with these prompts; unset is the first evaluation pairs'")
     per_device_eval_batch_size: int = flag(8, "pairs in one forward of evaluation and of the reference pass", least=1)
     save_strategy: str = flag("steps", "when to write checkpoint-N, from which a run resumes",
                               choices=("no", "steps", "epoch"))
@@ -206,7 +210,7 @@ NO_EFFECT = set("""
     skip_memory_metrics overwrite_output_dir do_train do_eval prediction_loss_only include_num_input_tokens_seen
     average_tokens_across_devices ignore_bias_buffers lora_task_type torch_empty_cache_steps use_liger_kernel
     hub_strategy hub_always_push bnb_4bit_quant_storage
-    save_safetensors half_precision_backend trust_remote_code run_name project tf32""".split())
+    save_safetensors half_precision_backend trust_remote_code tf32""".split())
 
 
 class Parser(argparse.ArgumentParser):
@@ -261,8 +265,9 @@ def parse_value(name: str, value):
 def check_field(field: dataclasses.Field, value) -> None:
     """Raise ValueError for a value that is none of the field's choices, below its least, or infinite."""
     choices, least = field.metadata["choices"], field.metadata["least"]
-    if value is not None and choices and value not in choices:
-        raise ValueError(f"--{field.name} {value}: one of {', '.join(choices)} is expected")
+    for one in value if isinstance(value, list) else [value]:
+        if one is not None and choices and one not in choices:
+            raise ValueError(f"--{field.name} {one}: one of {', '.join(choices)} is expected")
     if value is not None and least is not None and not least <= value < math.inf:
         raise ValueError(f"--{field.name} {value}: it must be {least} or more")
 
@@ -369,6 +374,8 @@ def check_readers(c: DPOConfig, options: dict, defaults: dict) -> None:
         "--load_best_model_at_end": (c.load_best_model_at_end, "metric_for_best_model greater_is_better early_stopping_patience"),
         "--early_stopping_patience": (c.early_stopping_patience is not None, "early_stopping_threshold"),
         "--resume_from_checkpoint": (c.resume_from_checkpoint is not None, "force_resume"),
+        "--generate_during_eval": (c.generate_during_eval, "generate_prompts"),
+        "--report_to": (c.report_to != ["none"], "run_name project"),
         "--push_to_hub": (c.push_to_hub, "hub_model_id hub_private_repo hub_revision hub_token"),
         "--load_in_4bit": (c.load_in_4bit, "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_compute_dtype"),
         "--disable_dropout false": (not c.disable_dropout, "lora_dropout"),
@@ -614,7 +621,7 @@ class DPOTrainer:
         self.args = c
         check_config(c)
         self.ranks = start_ranks(c.use_cpu, c.ddp_timeout)
-        self.output_dir = Path(c.output_dir)
+        self.output_dir, self.panel = Path(c.output_dir), None
         self.cache_dir = Path(c.cache_dir) if c.cache_dir else Path.home() / ".cache" / "dpo"
         self.bf16 = c.dtype == "float32" and computes_bf16(self.ranks.device) if c.bf16 is None else c.bf16
         self.continues = False  # whether an adapter is trained on
@@ -634,6 +641,15 @@ class DPOTrainer:
         self.delta_sum, self.delta_count = 0.0, 0
         self.evaluation, self.best = {}, {"step": 0, "value": None, "directory": None, "waited": 0}
         self.signal, self.leaving = 0, False  # what this process was told, and whether a rank was
+        self.loggers = []
+        if c.report_to != ["none"]:
+            from extras import loggers
+
+            self.loggers = loggers.make(self)
+        if c.generate_during_eval:
+            from extras import samples
+
+            self.sample_prompts = samples.prompts_of(self)
         self.ranks.from_first(self.claim_output)
         self.checkpoint = None  # where to go on from
         if c.resume_from_checkpoint is not None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
@@ -706,8 +722,8 @@ class DPOTrainer:
             held_out = max(1, round(c.eval_fraction * len(order)))
             self.eval_store, self.eval_pairs = self.train_store, np.sort(order[:held_out])
             self.train_pairs = np.sort(order[held_out:])
-        elif c.eval_strategy != "no" or c.eval_on_start:
-            what = "eval_on_start" if c.eval_on_start else "eval_strategy"
+        elif c.eval_strategy != "no" or c.eval_on_start or c.generate_during_eval:
+            what = next(name for name in ("eval_on_start", "generate_during_eval", "eval_strategy") if vars(c)[name] not in ("no", False))
             raise ValueError(f"--{what}: there are no pairs to evaluate on; give --eval_dataset_name or --eval_fraction")
         if not len(self.train_pairs):
             raise ValueError(f"{c.dataset_name}: no pair is left to train on; lower --eval_fraction")
@@ -1062,7 +1078,7 @@ class DPOTrainer:
             self.precompute_ref()
         self.make_optimizer()
         self.start_output()
-        if c.eval_on_start and self.step == 0:
+        if (c.eval_on_start or c.generate_during_eval) and self.step == 0:
             self.evaluate()
         started, metrics = time.perf_counter(), {}
         self.started_at = (started, self.pairs_done, self.num_tokens)
@@ -1097,6 +1113,11 @@ class DPOTrainer:
         x, scored = self.score_all(store, pairs, (self.batch(store, r) for r in self.progress(rows, "evaluation")))
         sums = step_sums(x, scored, self.pair_losses(x, scored), None, 0.0, self.args.beta)
         metrics = {f"eval_{k}": v for k, v in metrics_of(sums.tolist(), len(pairs)).items()}
+        metrics["eval_length_bias"] = losses.length_bias(x)
+        if self.args.generate_during_eval:
+            from extras import samples
+
+            metrics |= samples.take(self)
         metrics["eval_runtime"] = time.perf_counter() - started
         self.evaluation = {"step": self.step, "epoch": self.step / self.steps_per_epoch} | metrics
         self.write_metrics(self.evaluation)
@@ -1117,10 +1138,12 @@ class DPOTrainer:
         speed = f"{(self.pairs_done - pairs) / seconds:.1f} pairs/s  {(self.num_tokens - tokens) / seconds:,.0f} tokens/s"
         line = (f"step {self.step}/{self.total_steps}: loss {mean['loss']:.4f}  accuracy {mean['rewards/accuracies']:.3f}"
                 f"  margin {mean['rewards/margins']:.4f}  {speed}")
-        if getattr(bar, "disable", True):
+        if getattr(bar, "disable", True) or not (HERE / "extras" / "live.py").exists():
             self.say(line)
         else:
-            bar.set_postfix_str(line.partition(": ")[2])
+            from extras import live
+
+            live.show(self, bar, metrics, seconds)
         return metrics
 
     def make_optimizer(self) -> None:
@@ -1151,6 +1174,9 @@ class DPOTrainer:
             checkpoints.load(self)
         elif self.ranks.first:
             (self.output_dir / "metrics.jsonl").write_bytes(b"")
+        if self.ranks.first:  # what was run, for extras/report.py, extras/score.py and --config
+            settings = {k: v for k, v in vars(self.args).items() if k != "hub_token"}
+            write_atomically(self.output_dir / "dpo_config.json", json.dumps(settings, indent=1, default=str).encode())
         self.ranks.barrier()
 
     def claim_output(self) -> None:
@@ -1196,18 +1222,22 @@ class DPOTrainer:
         if self.ranks.first:
             with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(metrics) + "\n")
+            for log in self.loggers:
+                log(metrics)
 
     # the screen
 
     def say(self, line: str) -> None:
         if self.ranks.first:
-            tqdm.write(line, file=sys.stdout)
+            write = tqdm.write if self.panel is None else self.panel.write
+            sys.stderr.flush()  # a bar that has ended
+            write(line, file=sys.stdout)
             sys.stdout.flush()
 
     def progress(self, items, label: str, **more):
         """`items` behind a progress bar, shown by rank 0 at a terminal."""
         hidden = not sys.stderr.isatty() if self.args.disable_tqdm is None else self.args.disable_tqdm
-        return tqdm(items, desc=label, disable=hidden or not self.ranks.first, dynamic_ncols=True, **more)
+        return tqdm(items, desc=label, disable=hidden or not self.ranks.first, dynamic_ncols=True, leave=False, **more)
 
 
 # Sums over pairs, and the metrics they make

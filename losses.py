@@ -385,6 +385,15 @@ def pair_metrics(x: PairLogps, beta: float) -> dict[str, Tensor]:  # each (B,)
     }
 
 
+@torch.no_grad()
+def length_bias(x: PairLogps) -> float:
+    """Correlation over pairs of the margin r_w - r_l with the length difference n_w - n_l: 0 where the implicit reward
+    does not ask for length, 1 where it asks for nothing else; 0 too where either is the same for all pairs."""
+    margins, lengths = x.chosen_logratios - x.rejected_logratios, x.chosen_lengths - x.rejected_lengths
+    r = torch.corrcoef(torch.stack([margins, lengths]).double())[0, 1] if len(margins) > 1 else torch.tensor(0.0)
+    return float(r.nan_to_num())
+
+
 def check_losses(options: dict, defaults: dict) -> None:
     """Refuse, by name and with the reason, what has no meaning: unknown losses, flags that no chosen loss reads,
     values out of range, options that the losses cannot be combined with. `defaults` are the flags' default values.

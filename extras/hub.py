@@ -195,7 +195,7 @@ def read_card(directory: Path) -> dict:
 
 # Back to the hub
 
-LEFT_OUT = ["checkpoint-*/*", "runs/*", ".*", "*/.*"]  # of an output directory; fnmatch patterns
+LEFT_OUT = ["checkpoint-*/*", "runs/*", "dpo_config.json", ".*", "*/.*"]  # of an output directory; fnmatch patterns
 
 
 def create(repo_id: str, private: Optional[bool] = None, token: Optional[str] = None) -> str:

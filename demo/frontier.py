@@ -1,0 +1,211 @@
+"""The DPO paper's reward-KL frontier (arXiv:2305.18290, figure 2, left) in miniature, on the demo.
+
+    python -m demo.frontier          minutes on one core; prints the table, writes docs/frontier.svg and .json
+
+Every run starts from demo/model and learns from demo/train.jsonl; four times on its way it answers held-out prompts.
+Reward is the demo's rule (`show.score`), which no run sees: only which of two answers was preferred. KL(pi || ref) is
+in nats per answer, the mean over answers y ~ pi of sum_t KL(pi(.|x, y_<t) || ref(.|x, y_<t)): its expectation is that
+of log pi(y|x) - log ref(y|x), with far less noise.
+
+What a run can be held against, from answers of the base model alone: best of n, whose KL is at most log n - (n-1)/n,
+and the optimum of max E[r] - beta KL, which is ref(y|x) exp(r(x, y)/beta)/Z(x) (eq. 4): no policy lies above it.
+"""
+
+import argparse
+import io
+import json
+import math
+import sys
+import tempfile
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import dpo
+import model as models
+from data import Tokenizer
+from demo.show import score
+from extras.chart import COLOURS, Line, legend, panel, picture
+from extras.generate import Sampling, complete
+
+DEMO = Path(__file__).resolve().parent
+DOCS = DEMO.parent / "docs"
+PROMPTS, ANSWERS = 100, 4  # held-out prompts, and answers to each, behind every point of a run
+BASE_ANSWERS = 64  # of the base model to each, behind best of n and the optimum
+MARKS = (0.125, 0.25, 0.5, 1.0)  # shares of a run at which it is measured
+N = (2, 4, 8, 16)
+OPTIMA = (8.0, 4.0, 3.0, 2.0, 1.5, 1.2, 1.0, 0.85)  # beta of the optimum: with smaller ones, 64 answers are too few
+
+# label: (losses, beta or betas, learning rate). hinge and ipo's betas mean other things, so their ranges differ.
+RUNS = [("DPO", "sigmoid", beta, {}) for beta in (0.1, 0.5, 1.0, 2.0, 5.0)]
+RUNS += [("IPO", "ipo", beta, {"ipo_average": "sum"}) for beta in (0.05, 0.2)]
+RUNS += [("hinge (SLiC)", "hinge", beta, {}) for beta in (0.5, 2.0)]
+RUNS += [("APO-zero", "apo_zero", beta, {}) for beta in (0.5, 2.0)]
+RUNS += [("SFT on chosen", "sft", 0.1, {})]
+STYLE = {"DPO": COLOURS[0], "IPO": COLOURS[2], "hinge (SLiC)": COLOURS[4], "APO-zero": COLOURS[3],
+         "SFT on chosen": COLOURS[1]}
+
+
+class Point(NamedTuple):
+    """A policy: its KL to the reference in nats per answer, and its mean reward with the standard error of both."""
+
+    method: str
+    beta: float
+    step: int
+    kl: float
+    reward: float
+    kl_error: float
+    reward_error: float
+
+
+def held_out(count: int) -> list[str]:
+    lines = (DEMO / "eval.jsonl").read_text("utf-8").splitlines()[:count]
+    return [json.loads(line)["prompt"] for line in lines]
+
+
+# Measuring a policy
+
+
+@torch.no_grad()
+def answer_logits(model: models.Decoder, prompt: list[int], answer: list[int]) -> Tensor:  # (len(answer), V)
+    ids = torch.tensor(prompt + answer)
+    n = len(ids)
+    rows = torch.arange(len(prompt) - 1, n - 1)
+    return model.logits(ids, torch.arange(n), torch.tensor([[0, n, 0, 0]], dtype=torch.int32), rows)
+
+
+def answer_kl(model: models.Decoder, ref: models.Decoder, prompt: list[int], answer: list[int]) -> float:
+    """sum_t KL(pi(.|x, y_<t) || ref(.|x, y_<t)) along one answer, nats."""
+    pi, base = (answer_logits(m, prompt, answer).log_softmax(-1) for m in (model, ref))
+    return float((pi.exp() * (pi - base)).sum())
+
+
+def sampled(model: models.Decoder, tokenizer: Tokenizer, prompts: list[str], samples: int, seed: int) -> tuple[list, list]:
+    """Token ids of the prompts, and of `samples` answers to each: (prompts), (prompts x samples)."""
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    o = Sampling(seed=seed, max_new_tokens=96, stop_ids=frozenset({tokenizer.eos_token_id}))
+    found, together = [], max(1, 256 // samples)
+    for at in range(0, len(ids), together):
+        found += complete(model, ids[at : at + together], o, samples, first=at * samples)
+    return ids, found
+
+
+def rewards(tokenizer: Tokenizer, answers: list[list[int]]) -> list[float]:
+    return [score(tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean and its standard error over prompts' groups of answers, which are not independent."""
+    groups = torch.tensor(values, dtype=torch.float64).view(-1, ANSWERS).mean(1)
+    return float(groups.mean()), float(groups.std() / len(groups) ** 0.5)
+
+
+def measure(model, ref, tokenizer: Tokenizer, prompts: list[str], label: str, beta: float, step: int) -> Point:
+    ids, answers = sampled(model, tokenizer, prompts, ANSWERS, seed=2)
+    kl, kl_error = mean_and_error([answer_kl(model, ref, ids[i // ANSWERS], a) for i, a in enumerate(answers)])
+    reward, reward_error = mean_and_error(rewards(tokenizer, answers))
+    return Point(label, beta, step, kl, reward, kl_error, reward_error)
+
+
+# The runs
+
+
+def run(label: str, loss: str, beta: float, options: dict, ref, prompts: list[str], scratch: Path, max_steps: int) -> list[Point]:
+    """One epoch of the demo with this loss, measured on its way; the demo's own settings otherwise."""
+    settings = vars(dpo.parse_config([])) | {
+        "loss_type": [loss], "beta": beta, "num_train_epochs": 1.0, "max_steps": max_steps, "eval_dataset_name": None,
+        "eval_strategy": "no", "output_dir": str(scratch / "out"), "cache_dir": str(scratch), "use_cpu": True} | options
+    with redirect_stdout(io.StringIO()):  # twelve times the same words about the same pairs
+        trainer = dpo.DPOTrainer(args=dpo.DPOConfig(**settings))
+    if trainer.precompute:
+        trainer.precompute_ref()
+    trainer.make_optimizer()
+    marks, points = {max(1, round(share * trainer.total_steps)) for share in MARKS}, []
+    while trainer.step < trainer.total_steps:
+        trainer.train_step()
+        if trainer.step in marks:
+            points.append(measure(trainer.model, ref, trainer.tokenizer, prompts, label, beta, trainer.step))
+    return points
+
+
+# What can be had from the base model alone
+
+
+def best_of(n: int, scores: Tensor) -> Point:
+    """Expected best of n draws without replacement from each prompt's scores (P, K); KL is its bound, log n - (n-1)/n."""
+    K = scores.shape[1]
+    ascending = scores.sort(1).values
+    chance = torch.tensor([math.comb(i, n - 1) / math.comb(K, n) for i in range(K)], dtype=torch.float64)
+    means = ascending @ chance
+    return Point(f"best of {n}", n, 0, math.log(n) - (n - 1) / n, float(means.mean()), 0.0,
+                 float(means.std() / len(means) ** 0.5))
+
+
+def optimum(beta: float, scores: Tensor) -> Point:
+    """ref(y|x) exp(r/beta) / Z(x), eq. 4 with the rule as r: answers of the base, weighed; KL = E[r]/beta - log Z."""
+    weights = (scores / beta).softmax(1)
+    means = (weights * scores).sum(1)
+    kl = means / beta - ((scores / beta).logsumexp(1) - math.log(scores.shape[1]))
+    return Point("optimum", beta, 0, float(kl.mean()), float(means.mean()), float(kl.std() / len(kl) ** 0.5),
+                 float(means.std() / len(means) ** 0.5))
+
+
+def base_points(ref, tokenizer: Tokenizer, prompts: list[str]) -> list[Point]:
+    _, answers = sampled(ref, tokenizer, prompts, BASE_ANSWERS, seed=1)
+    scores = torch.tensor(rewards(tokenizer, answers), dtype=torch.float64).view(len(prompts), BASE_ANSWERS)
+    start = Point("base", 0.0, 0, 0.0, float(scores.mean()), 0.0, float(scores.mean(1).std() / len(prompts) ** 0.5))
+    return [start, *(best_of(n, scores) for n in N), *(optimum(beta, scores) for beta in OPTIMA)]
+
+
+# Table and picture
+
+
+def table(points: list[Point]) -> str:
+    rows = ["| method | beta or n | steps | KL, nats | reward |", "|---|---|---|---|---|"]
+    rows += [f"| {p.method} | {p.beta:g} | {p.step} | {p.kl:.2f} ± {p.kl_error:.2f} | {p.reward:+.2f} ± {p.reward_error:.2f} |"
+             for p in points]
+    return "\n".join(rows)
+
+
+def draw(points: list[Point]) -> str:
+    """Reward over KL: the optimum as a line, best of n as a dashed one, a dot for every policy."""
+    of = lambda name: sorted((p.kl, p.reward) for p in points if p.method == name)
+    start = [(p.kl, p.reward) for p in points if p.method == "base"]
+    lines = [Line("the optimum, eq. 4", start + of("optimum"), "#999999"),
+             Line("best of 2, 4, 8, 16 (bound)", start + [(p.kl, p.reward) for p in points if p.method.startswith("best")],
+                  "#999999", "4 3", marks=True)]
+    lines += [Line(name, of(name), colour, marks=True, joined=name == "SFT on chosen") for name, colour in STYLE.items()]
+    lines.append(Line("the base model", start, "#000000", marks=True, joined=False))
+    parts = panel("Reward against KL to the reference, held-out prompts", lines, "KL(policy || reference), nats per answer",
+                  width=760, height=460, y_label="mean reward (praise minus blame)")
+    return picture(760, 460, "The reward-KL frontier of the demo", [*parts, *legend(lines, 520, 300)])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m demo.frontier", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default=str(DOCS), help="folder for frontier.svg and frontier.json [docs]")
+    parser.add_argument("--max_steps", type=int, default=-1, help="of each run; -1 is one epoch [-1]")
+    parser.add_argument("--prompts", type=int, default=PROMPTS, help=f"held-out prompts [{PROMPTS}]")
+    args = parser.parse_args(argv)
+    prompts, started = held_out(args.prompts), time.perf_counter()
+    ref, tokenizer = models.load_model(DEMO / "model").eval(), Tokenizer.load(DEMO / "model")
+    points = base_points(ref, tokenizer, prompts)
+    with tempfile.TemporaryDirectory() as scratch:
+        for label, loss, beta, options in RUNS:
+            points += run(label, loss, beta, options, ref, prompts, Path(scratch), args.max_steps)
+            print(f"{time.perf_counter() - started:5.0f} s  {table(points[-1:]).splitlines()[-1]}", flush=True)
+    print(table(points))
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "frontier.svg").write_text(draw(points) + "\n", encoding="utf-8")
+    (output / "frontier.json").write_text(json.dumps([p._asdict() for p in points], indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""The view of a run at a terminal: curves of loss, accuracy and margin over the whole run, speed, memory, time left.
+
+It stands above the progress bar and is drawn anew at each log; the cursor always rests below it, so that an
+interrupted run leaves the terminal in order. Where output is no terminal, dpo.py prints lines instead.
+"""
+
+import os
+import resource
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+CURVES = {"loss": ("loss", 34), "accuracy": ("rewards/accuracies", 32), "margin": ("rewards/margins", 33)}  # ANSI colours
+BLOCKS, PLAIN = " ▁▂▃▄▅▆▇█", " .:-=+*#@"
+WIDE = 150  # columns from which the curves stand side by side
+ROWS = 5  # of each curve then
+
+
+@dataclass
+class Panel:
+    """What is drawn, and how many lines of it stand on the screen above the bar."""
+
+    bar: Any
+    points: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: {name: [] for name in CURVES})
+    lines: list[str] = field(default_factory=list)
+    drawn: int = 0
+
+    def write(self, line: str, file) -> None:
+        """Print a line above the panel."""
+        erase(self)
+        print(line, file=file, flush=True)
+        draw(self)
+
+
+def show(trainer, bar, metrics: dict, seconds: float) -> None:
+    """Take up the metrics of a log, and draw; only the bar's own line where it was asked for and this is no terminal."""
+    if not sys.stderr.isatty():
+        bar.set_postfix_str(f"loss {metrics['loss']:.4f}")
+        return
+    panel = trainer.panel = trainer.panel or Panel(bar)
+    share = trainer.step / trainer.total_steps
+    for name, (key, _) in CURVES.items():
+        panel.points[name].append((share, metrics[key]))
+    _, pairs, tokens = trainer.started_at
+    done = trainer.pairs_done - pairs
+    left = (trainer.total_steps - trainer.step) * seconds / max(1, trainer.step - bar.initial)
+    facts = [f"{done / seconds:.1f} pairs/s", f"{(trainer.num_tokens - tokens) / seconds:,.0f} tokens/s",
+             memory(trainer.ranks.device), f"{tqdm.format_interval(left)} left", f"epoch {metrics['epoch']:.2f}",
+             f"lr {metrics['learning_rate']:.2g}", f"grad norm {metrics['grad_norm']:.3g}"]
+    panel.lines = layout(panel, facts, *os.get_terminal_size(sys.stderr.fileno()), unicode=speaks_unicode())
+    erase(panel)
+    draw(panel)
+    if trainer.step == trainer.total_steps:  # it stays as it is
+        clear(bar)
+        bar.disable, trainer.panel = True, None
+
+
+def speaks_unicode() -> bool:
+    return "utf" in (sys.stderr.encoding or "").lower()
+
+
+def memory(device: torch.device) -> str:
+    """Peak so far: of the GPU where there is one, else of the process."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB GPU"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f"{peak / (2**20 if sys.platform == 'darwin' else 2**10):,.0f} MiB"
+
+
+def clear(bar) -> None:
+    """Take the bar away, the cursor at the beginning of its line; standard output may write there."""
+    bar.clear()
+    sys.stderr.flush()
+
+
+def erase(panel: Panel) -> None:
+    clear(panel.bar)
+    if panel.drawn:
+        sys.stderr.write(f"\x1b[{panel.drawn}A\x1b[J")
+        sys.stderr.flush()
+        panel.drawn = 0
+
+
+def draw(panel: Panel) -> None:
+    sys.stderr.write("".join(line + "\n" for line in panel.lines))
+    sys.stderr.flush()
+    panel.drawn = len(panel.lines)
+    panel.bar.refresh()
+
+
+# What the panel shows
+
+
+def layout(panel: Panel, facts: list[str], width: int, height: int, unicode: bool) -> list[str]:
+    """Curves below one another, or side by side on a wide screen; the facts that fit; nothing on a screen too low."""
+    signs = BLOCKS if unicode else PLAIN
+    stacked, width = width < WIDE, width - 1  # a full line would wrap in some terminals
+    while len("  ".join(facts)) > width:
+        facts = facts[:-1]
+    if height < 8:
+        return []
+    if stacked:
+        return [*(row(name, panel.points[name], width, signs) for name in CURVES), "  ".join(facts)]
+    each = (width - 4) // len(CURVES)
+    columns = [block(name, panel.points[name], each, signs) for name in CURVES]
+    return ["  ".join(cells) for cells in zip(*columns)] + ["  ".join(facts)]
+
+
+def colour(name: str, text: str) -> str:
+    return f"\x1b[{CURVES[name][1]}m{text}\x1b[0m"
+
+
+def row(name: str, points: list, width: int, signs: str) -> str:
+    """`accuracy  0.812  ▁▂▃▅▆▇▇         0.5 to 0.9`"""
+    values = [v for _, v in points]
+    head, tail = f"{name:<8} {values[-1]:>8.4f}  ", f"  {min(values):.4g} to {max(values):.4g}"
+    room = max(1, width - len(head) - 24)
+    return head + colour(name, sparkline(points, room, 1, signs)[0]) + tail
+
+
+def block(name: str, points: list, width: int, signs: str) -> list[str]:
+    values = [v for _, v in points]
+    title = f"{name} {values[-1]:.4f}  ({min(values):.4g} to {max(values):.4g})"
+    return [title.ljust(width)] + [colour(name, line) for line in sparkline(points, width, ROWS, signs)]
+
+
+def sparkline(points: list[tuple[float, float]], width: int, rows: int, signs: str) -> list[str]:
+    """Bars of `rows` characters' height over the whole run: a column is the mean of its logs, or the column before."""
+    values = [v for _, v in points]
+    low, high, seen = min(values), max(values), values[0]
+    cells = [[] for _ in range(width)]
+    for share, value in points:
+        cells[min(int(share * width), width - 1)].append(value)
+    step, levels = len(signs) - 1, []
+    for cell in cells[: max(i for i, cell in enumerate(cells) if cell) + 1]:
+        seen = sum(cell) / len(cell) if cell else seen
+        levels.append(1 + round((seen - low) / (high - low or 1) * (step * rows - 1)))
+    levels += [0] * (width - len(levels))
+    return ["".join(signs[min(max(level - step * r, 0), step)] for level in levels) for r in reversed(range(rows))]
