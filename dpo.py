@@ -15,7 +15,6 @@ Reading order: `DPOTrainer.train` and `train_step`, then `pair_logps`, then loss
 import argparse
 import copy
 import dataclasses
-import difflib
 import glob
 import hashlib
 import json
@@ -66,7 +65,7 @@ class DPOConfig:
 
     output_dir: Optional[str] = flag(None, "where the trained model, checkpoints and metrics.jsonl go", "model")
     model_name_or_path: Optional[str] = flag(None, "directory (or hub id) of the model to train")
-    model_revision: Optional[str] = flag(None, "branch, tag or commit of a model on the hub; unset is its main branch")
+    model_revision: Optional[str] = flag(None, "branch, tag or commit of a model on the hub; unset is its main branch (also --revision)")
     dtype: str = flag("float32", "type of the weights", choices=("float32", "bfloat16", "float64"))
     disable_dropout: bool = flag(True, "no dropout, in LoRA neither")
     gradient_checkpointing: bool = flag(False, "compute each block's activations twice to hold them once")
@@ -75,6 +74,7 @@ class DPOConfig:
 
     dataset_name: Optional[str] = flag(None, "preference pairs: file, glob or directory of .jsonl, .json, .gz; or hub id", "data")
     dataset_config: Optional[str] = flag(None, "which configuration, or folder, of a data set on the hub")
+    dataset_revision: Optional[str] = flag(None, "branch, tag or commit of a data set on the hub; unset is its main branch")
     dataset_train_split: str = flag("train", "its split to train on")
     dataset_test_split: str = flag("test", "its split to evaluate on, with --eval_strategy")
     eval_dataset_name: Optional[str] = flag(None, "pairs to evaluate on, likewise")
@@ -214,13 +214,9 @@ NO_EFFECT = set("""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that raises ValueError, with the nearest flag's name where one is unknown."""
+    """argparse that raises ValueError."""
 
     def error(self, message: str):
-        unknown = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
-        if unknown.startswith("--"):
-            near = difflib.get_close_matches(unknown, self._option_string_actions, 1)
-            message = f"{unknown}: no such flag" + (f"; did you mean {near[0]}?" if near else "; see --help")
         raise ValueError(message)
 
 
@@ -319,20 +315,21 @@ def read_config_file(path: str) -> dict:
 
 def parse_config(argv: list[str]) -> DPOConfig:
     """DPOConfig from a command line; without model and data set, the demo's settings lie under it."""
-    given = vars(build_parser().parse_args(argv))
+    parsed, words = build_parser().parse_known_args(argv)
+    given = vars(parsed)
     path = given.pop("config", None)
-    settings = {} if path is None else read_config_file(path)
-    if not {"model_name_or_path", "dataset_name"} & (given.keys() | settings.keys()):
+    settings = ({} if path is None else read_config_file(path)) | given
+    fields = DPOConfig.__annotations__
+    if words or settings.keys() - NO_EFFECT - fields.keys():  # TRL's other options, or a mistake
+        from extras import trl_flags
+
+        settings = trl_flags.settle(settings, words, fields.keys() | NO_EFFECT, path)
+    if not {"model_name_or_path", "dataset_name"} & settings.keys():
         demo = read_config_file(str(HERE / "demo" / "config.toml"))
         settings = {k: str(HERE / v) if k.endswith(("_path", "dataset_name")) else v for k, v in demo.items()} | settings
-    settings |= given
     unread = sorted(settings.keys() & NO_EFFECT)
     if unread and int(os.environ.get("RANK", 0)) == 0:
         print(f"without effect here: {', '.join('--' + name for name in unread)}", file=sys.stderr)
-    fields = DPOConfig.__annotations__
-    for name in settings.keys() - NO_EFFECT - fields.keys():
-        near = difflib.get_close_matches(name, fields, 1)
-        raise ValueError(f"--config {path}: {name}: no such option" + (f"; did you mean {near[0]}?" if near else ""))
     return DPOConfig(**{k: parse_value(k, v) for k, v in settings.items() if k not in NO_EFFECT})
 
 
@@ -737,12 +734,12 @@ class DPOTrainer:
             from extras.objects import rows_file
 
             return rows_file(dataset, self.cache_dir)
-        config = self.args.dataset_config
-        if not on_hub(dataset) and config is None:
+        config, revision = self.args.dataset_config, self.args.dataset_revision
+        if not on_hub(dataset) and config is None and revision is None:
             return data.find_files(dataset)
         from extras import hub
 
-        return hub.local_dataset(dataset, config, split)
+        return hub.local_dataset(dataset, config, split, revision)
 
     def open_store(self, dataset, split: str, options: data.DataOptions) -> data.PairStore:
         """The tokenized pairs: made, or found in the cache, by rank 0 and opened by all."""
