@@ -678,6 +678,65 @@ def build_store(files: list[Path], tokenizer: Tokenizer, options: DataOptions, c
     return PairStore.open(target)
 
 
+# What a reference says of the pairs: one file, block after block of them, each with its checksum
+
+SUMS_BLOCK = 1024  # pairs
+
+
+def open_sums(path: Path, count: int, dtype: np.dtype) -> np.memmap:
+    """The file, memory-mapped, as records of `sums` (SUMS_BLOCK, 2, 2), nan where not known, and their `sha256`."""
+    record = np.dtype([("sums", dtype, (SUMS_BLOCK, 2, 2)), ("sha256", np.uint8, 32)])
+    size = -(-count // SUMS_BLOCK) * record.itemsize
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    if path.stat().st_size != size:
+        os.truncate(path, size)  # what is not there yet, or was cut off, reads as zeros
+    return np.memmap(path, record, "r")
+
+
+def blocks_of(pairs: np.ndarray) -> list[np.ndarray]:
+    """Sorted pairs, cut where a block ends."""
+    return np.split(pairs, np.flatnonzero(np.diff(pairs // SUMS_BLOCK)) + 1) if len(pairs) else []
+
+
+def read_block(record: np.void) -> np.ndarray | None:  # (SUMS_BLOCK, 2, 2)
+    """A block's sums; None where they are damaged, or where a write was cut short."""
+    if not any(record.tobytes()):
+        return np.full_like(record["sums"], np.nan)  # never written
+    intact = hashlib.sha256(record["sums"].tobytes()).digest() == record["sha256"].tobytes()
+    return np.array(record["sums"]) if intact else None
+
+
+def missing_sums(table: np.memmap, pairs: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    """Which of the sorted pairs have no sums yet, (P,) bool, and the numbers of blocks that are damaged."""
+    missing, damaged = [np.zeros(0, bool)], []
+    for part in blocks_of(pairs):
+        block = read_block(table[part[0] // SUMS_BLOCK])
+        damaged += [int(part[0] // SUMS_BLOCK)] if block is None else []
+        missing.append(np.ones(len(part), bool) if block is None else np.isnan(block[part % SUMS_BLOCK, 0, 0]))
+    return np.concatenate(missing), damaged
+
+
+def write_sums(path: Path, table: np.memmap, pairs: np.ndarray, sums: np.ndarray) -> None:
+    """Adds sums (P, 2, 2) of pairs of one block. What is there stays, to the bit: other runs may be reading it."""
+    import fcntl
+
+    number, rows = pairs[0] // SUMS_BLOCK, pairs % SUMS_BLOCK
+    with open(path, "r+b") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)  # until it is closed
+        block = read_block(table[number])
+        block = np.full_like(table[number]["sums"], np.nan) if block is None else block
+        block[rows] = np.where(np.isnan(block[rows]), sums, block[rows])
+        stream.seek(number * table.itemsize)
+        stream.write(block.tobytes() + hashlib.sha256(block.tobytes()).digest())
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def take_sums(table: np.memmap, pairs: np.ndarray) -> np.ndarray:  # (P, 2, 2)
+    return np.array(table["sums"][pairs // SUMS_BLOCK, pairs % SUMS_BLOCK])
+
+
 # Batches
 
 

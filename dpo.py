@@ -34,8 +34,6 @@ from typing import Any, Callable, NamedTuple, Optional
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -45,7 +43,6 @@ import losses
 import model as models
 
 HERE = Path(__file__).resolve().parent
-REF_BLOCK = 4096  # pairs between two writes of the reference cache
 
 
 # Configuration and command line
@@ -620,6 +617,7 @@ class DPOTrainer:
         self.ranks = start_ranks(c.use_cpu, c.ddp_timeout)
         self.output_dir, self.panel = Path(c.output_dir), None
         self.cache_dir = Path(c.cache_dir) if c.cache_dir else Path.home() / ".cache" / "dpo"
+        self.wide = torch.promote_types(getattr(torch, c.dtype), torch.float32)  # of sums of log-probs
         self.bf16 = c.dtype == "float32" and computes_bf16(self.ranks.device) if c.bf16 is None else c.bf16
         self.continues = False  # whether an adapter is trained on
         if not isinstance(model, models.Decoder):
@@ -790,7 +788,7 @@ class DPOTrainer:
         self.precompute = self.needs_ref and (not c.sync_ref_model if c.precompute_ref_log_probs is None
                                               else c.precompute_ref_log_probs)
         self.ref_model, self.ref_adapter = ref_model, {}
-        self.ref_sums = {}  # store digest -> (n, 2, 2), nan where not visited
+        self.ref_sums = {}  # store digest -> data.open_sums
         if not self.needs_ref:
             return
         if ref_model is None and c.ref_model_name_or_path:
@@ -812,67 +810,61 @@ class DPOTrainer:
         there = batch.to(next(model.parameters()).device)
         autocast = torch.autocast(there.input_ids.device.type, torch.bfloat16, enabled=self.bf16)
         fresh = models.adapters_disabled(model) if self.lora and not own and not self.continues else nullcontext()
-        with torch.no_grad(), autocast, fresh, swapped(model, self.ref_adapter):
+        with torch.no_grad(), evaluating(model), autocast, fresh, swapped(model, self.ref_adapter):
             out = model(there.input_ids, there.position_ids, there.spans, there.score_index, there.targets)
             return split_sums(out.logps, there.lengths).to(batch.input_ids.device)
 
     def precompute_ref(self) -> None:
-        """Run the reference over the pairs this run will visit, once, and remember them on disk, block by block.
+        """Run the reference over the pairs this run will visit and no earlier one did; remember them on disk, in blocks.
 
         Blocks are cut by pair number, so that a pass that was interrupted and resumed computes what a whole one does.
         """
         visits = [(self.train_store, self.visited())] + [(self.eval_store, self.eval_pairs)] * (self.eval_store is not None)
+        weights = self.ranks.from_first(lambda: {"digest": self.ref_digest()})["digest"]
         for store, wanted in visits:
-            path = self.cache_dir / f"ref-{self.ref_key(store)}.safetensors"
-            sums = self.read_ref(path, len(store))
-            for block in np.split(wanted, np.flatnonzero(np.diff(wanted // REF_BLOCK)) + 1):
-                if sums[block].isnan().any():
-                    sums[block] = self.ref_pass(store, block)
+            path = self.cache_dir / f"ref-{hashlib.sha256(f'{store.digest} {weights}'.encode()).hexdigest()[:32]}.bin"
+            table = data.open_sums(path, len(store), np.dtype(str(self.wide).removeprefix("torch.")))
+            missing = wanted[self.missing_ref(path, table, wanted)]
+            with self.progress(None, "reference", total=len(missing) // self.ranks.world, unit="pair") as bar:
+                for pairs in data.blocks_of(missing):
+                    sums = self.ref_pass(store, pairs, bar)
                     if self.ranks.first:
-                        digest = {"sha256": hashlib.sha256(sums.numpy().data).hexdigest()}
-                        write_atomically(path, safetensors_bytes({"ref": sums}, digest))
-            self.ref_sums[store.digest] = sums
+                        data.write_sums(path, table, pairs, sums)
+            self.ranks.barrier()
+            self.ref_sums[store.digest] = table
         self.ref_model = None  # it has served
 
-    def read_ref(self, path: Path, count: int) -> Tensor:  # (count, 2, 2)
-        """The sums that rank 0 finds cached, nan where there are none; a damaged file counts as none."""
-        dtype = torch.promote_types(getattr(torch, self.args.dtype), torch.float32)
-        sums = torch.full((count, 2, 2), torch.nan if self.ranks.first else 0.0, dtype=dtype)
-        if self.ranks.first and path.exists():
-            try:
-                with safe_open(path, "pt") as f:
-                    found, digest = f.get_tensor("ref"), f.metadata()["sha256"]
-            except (SafetensorError, KeyError):
-                found, digest = sums, None
-            if hashlib.sha256(found.numpy().data).hexdigest() == digest and found.shape == sums.shape:
-                sums = found
-            else:
-                self.say(f"{path}: damaged; the reference is run again")
-        return self.ranks.sum(sums.to(self.ranks.device)).cpu()
+    def missing_ref(self, path: Path, table: np.memmap, pairs: np.ndarray) -> np.ndarray:  # (P,) bool
+        """Which pairs' sums rank 0 does not find in the cache."""
+        missing = np.zeros(len(pairs), bool)
+        if self.ranks.first:
+            missing, damaged = data.missing_sums(table, pairs)
+            for number in damaged:
+                self.say(f"{path}: damaged in block {number}; the reference is run again over its pairs")
+        return self.ranks.sum(torch.from_numpy(missing.astype(np.uint8)).to(self.ranks.device)).cpu().numpy() > 0
 
-    def ref_pass(self, store: data.PairStore, pairs: np.ndarray) -> Tensor:  # (P, 2, 2)
-        """Reference sums of `pairs`, shared out among the ranks."""
-        sums = torch.zeros(len(store), 2, 2, dtype=torch.float64, device=self.ranks.device)
-        mine = deal(pairs, store.tokens, self.ranks.world)[self.ranks.rank]
-        batches = data.micro_batches(mine, store.tokens, self.args.per_device_eval_batch_size,
-                                     self.args.max_tokens_per_forward)
-        for rows in self.progress(batches, "reference"):
-            batch = self.batch(store, rows)
-            sums[batch.pair_ids] = self.ref_forward(batch).double()
-        wide = torch.promote_types(getattr(torch, self.args.dtype), torch.float32)
-        return self.ranks.sum(sums)[torch.from_numpy(pairs)].to(wide).cpu()
+    def ref_pass(self, store: data.PairStore, pairs: np.ndarray, bar) -> np.ndarray:  # (P, 2, 2)
+        """Reference sums of `pairs`, sorted, shared out among the ranks."""
+        sums = torch.zeros(len(pairs), 2, 2, dtype=torch.float64, device=self.ranks.device)
+        for rows in self.forwards(store, pairs, self.args.per_device_eval_batch_size):
+            sums[np.searchsorted(pairs, rows)] = self.ref_forward(self.batch(store, rows)).double()
+            bar.update(len(rows))
+        return self.ranks.sum(sums).to(self.wide).cpu().numpy()
 
-    def ref_key(self, store: data.PairStore) -> str:
-        """Changes with all that changes a reference log-prob: weights, rows, type of arithmetic; and nothing else."""
+    def ref_digest(self) -> str:
+        """Changes with all that changes what the reference says of given tokens: its weights, to the bit, and how it
+        computes; and with nothing else (which loss, beta, batch size or ranks, whether a fresh LoRA lies on it)."""
         own = self.ref_model is not None
         reference, adapted = self.ref_model if own else self.model, own or self.continues
-        in_4bit = (reference.four_bit or {}).get("compute_dtype")
-        h = hashlib.sha256(f"1 {store.digest} {self.bf16} {self.args.dtype} {in_4bit} {reference.config}".encode())
-        for name, p in chain(reference.named_parameters(), reference.named_buffers()):
+        compute_dtype = (reference.four_bit or {}).get("compute_dtype")
+        h = hashlib.sha256(f"2 {self.bf16} {self.args.dtype} {compute_dtype} {reference.config}".encode())
+        for name, t in chain(reference.named_parameters(), reference.named_buffers()):  # buffers: weights in 4 bits
             if adapted or "lora_" not in name:
-                h.update(name.replace(".base_layer.", ".").encode())
-                h.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        return h.hexdigest()[:32]
+                h.update(f"{name.replace('.base_layer.', '.')} {t.dtype} {tuple(t.shape)}".encode())
+                h.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        for name, module in models.lora_modules(reference).items() if adapted else ():
+            h.update(f"{name} {module.scaling}".encode())
+        return h.hexdigest()
 
     def visited(self) -> np.ndarray:
         """The training pairs that the run's steps touch, sorted."""
@@ -909,7 +901,7 @@ class DPOTrainer:
             return data.empty_batch().to(self.ranks.device)
         batch = data.collate([store[int(i)] for i in rows], rows)
         if store.digest in self.ref_sums:
-            batch = batch._replace(ref_logps=self.ref_sums[store.digest][batch.pair_ids])
+            batch = batch._replace(ref_logps=torch.from_numpy(data.take_sums(self.ref_sums[store.digest], rows)))
         return batch.to(self.ranks.device)
 
     def autocast(self):
@@ -959,7 +951,7 @@ class DPOTrainer:
                 rows = order[np.searchsorted(pairs, batch.pair_ids.cpu().numpy(), sorter=order)]
                 table[rows] = torch.cat([scored.logps, scored.chosen_nll[:, None], scored.wpo[:, None], scored.stats,
                                          ref.flatten(1)], 1).double()
-        table = self.ranks.sum(table).to(torch.promote_types(getattr(torch, self.args.dtype), torch.float32))
+        table = self.ranks.sum(table).to(self.wide)
         logps, nll, wpo, stats, ref = table.split(columns, 1)
         scored = Scored(logps, nll[:, 0], wpo[:, 0], stats)
         lengths = torch.from_numpy(scored_lengths(store, pairs)).to(table)
@@ -1107,7 +1099,8 @@ class DPOTrainer:
         if self.precompute and store.digest not in self.ref_sums:
             self.precompute_ref()
         rows = self.forwards(store, pairs, self.args.per_device_eval_batch_size)
-        x, scored = self.score_all(store, pairs, (self.batch(store, r) for r in self.progress(rows, "evaluation")))
+        with evaluating(self.model):
+            x, scored = self.score_all(store, pairs, (self.batch(store, r) for r in self.progress(rows, "evaluation")))
         sums = step_sums(x, scored, self.pair_losses(x, scored), None, 0.0, self.args.beta)
         metrics = {f"eval_{k}": v for k, v in metrics_of(sums.tolist(), len(pairs)).items()}
         metrics["eval_length_bias"] = losses.length_bias(x)
@@ -1273,6 +1266,17 @@ def from_whole(whole: dict, scored: Scored, batch: data.Batch) -> tuple[Tensor, 
     rows = [whole[i] for i in batch.pair_ids.tolist()]
     values, slopes = torch.stack([v for v, _ in rows]), torch.stack([s for _, s in rows])
     return values, (slopes * torch.cat([scored.logps, scored.chosen_nll[:, None]], 1)).sum(1)
+
+
+@contextmanager
+def evaluating(model: nn.Module):
+    """Within, without dropout."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 @contextmanager

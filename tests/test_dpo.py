@@ -91,52 +91,6 @@ def test_another_copy_as_reference_is_the_same_reference(run, tiny):
     assert_same(run("a"), run("b", ref_model_name_or_path=str(tiny), precompute_ref_log_probs=False))
 
 
-def test_the_cached_reference_is_read_and_is_the_same(run, tmp_path, monkeypatch):
-    first = run("a")
-    cached = list((tmp_path / "cache").glob("ref-*.safetensors"))
-    assert len(cached) == 1
-    monkeypatch.setattr(dpo.DPOTrainer, "ref_pass", None)  # a second pass would fail
-    assert_same(first, run("b", beta=0.1))
-
-
-def test_an_interrupted_reference_pass_goes_on_and_is_bitwise_the_same(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(dpo, "REF_BLOCK", 5)
-    whole = run("whole", cache_dir=str(tmp_path / "elsewhere"))
-    keep, blocks = dpo.DPOTrainer.ref_pass, []
-
-    def dies_in_the_third(self, store, pairs):
-        blocks.append(list(pairs))
-        if len(blocks) == 3:
-            raise KeyboardInterrupt
-        return keep(self, store, pairs)
-
-    monkeypatch.setattr(dpo.DPOTrainer, "ref_pass", dies_in_the_third)
-    with pytest.raises(KeyboardInterrupt):
-        run("cut")
-    resumed = run("cut")
-    assert blocks[2] == blocks[3] and len(blocks) == 6  # five blocks of 23 pairs; the third was tried twice
-    assert whole[0] == resumed[0] and all(torch.equal(p, resumed[1][n]) for n, p in whole[1].items())
-
-
-def test_a_damaged_reference_cache_is_noticed_and_made_again(run, tmp_path, capsys):
-    first = run("a")
-    cache, = (tmp_path / "cache").glob("ref-*.safetensors")
-    raw = bytearray(cache.read_bytes())
-    raw[-3] ^= 1
-    cache.write_bytes(raw)
-    assert_same(first, run("b"))
-    assert f"{cache}: damaged" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("same,options", [
-    (True, dict(beta=0.3, loss_type=["ipo"], learning_rate=1e-5, per_device_train_batch_size=4)), (True, dict(ld_alpha=0.5)),
-    (False, dict(max_length=8)), (False, dict(dtype="float32")), (False, dict(max_completion_length=2))], ids=str)
-def test_the_reference_cache_hits_on_what_changes_nothing_and_misses_on_what_does(run, tmp_path, same, options):
-    run("a")
-    run("b", **options)
-    assert len(list((tmp_path / "cache").glob("ref-*.safetensors"))) == (1 if same else 2)
-
-
 def test_a_bfloat16_reference_is_close_to_the_exact_one(run):
     exact, rounded = run("a", precompute_ref_log_probs=False), run("b", precompute_ref_log_probs=False, ref_model_dtype="bfloat16")
     gap = max(abs(a["loss"] - b["loss"]) for a, b in zip(exact[0], rounded[0]))

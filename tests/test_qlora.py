@@ -1,3 +1,4 @@
+# ruff: noqa: F811  pytest hands fixtures over by their names
 """QLoRA through the trainer: its flags, its files, and its numbers beside a wide model with the same weights."""
 
 import math
@@ -54,7 +55,7 @@ def assert_close(one: list[dict], other: list[dict]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("reference", [{}, dict(precompute_ref_log_probs=False)], ids=["precomputed", "live"])
-def test_20_steps_are_those_of_two_wide_copies(run, tiny, tmp_path, kind, reference):  # noqa: F811
+def test_20_steps_are_those_of_two_wide_copies(run, tiny, tmp_path, kind, reference):
     wide = str(write_wide(tiny, tmp_path / "wide", **kind))
     plain, _ = run("plain", **LORA, max_steps=20, model_name_or_path=wide, ref_model_name_or_path=wide,
                    precompute_ref_log_probs=False)
@@ -64,7 +65,7 @@ def test_20_steps_are_those_of_two_wide_copies(run, tiny, tmp_path, kind, refere
     assert not any(n.endswith("q_proj.base_layer.weight") for n in weights)
 
 
-def test_20_steps_of_experts_in_4_bits_are_those_of_two_wide_copies(run, experts, tmp_path):  # noqa: F811
+def test_20_steps_of_experts_in_4_bits_are_those_of_two_wide_copies(run, experts, tmp_path):
     wide = str(write_wide(experts, tmp_path / "wide"))
     plain, _ = run("plain", **LORA, max_steps=20, model_name_or_path=wide, ref_model_name_or_path=wide,
                    precompute_ref_log_probs=False)
@@ -74,19 +75,19 @@ def test_20_steps_of_experts_in_4_bits_are_those_of_two_wide_copies(run, experts
 
 
 @pytest.mark.parametrize("model", ["dense", pytest.param("experts", marks=pytest.mark.slow)])
-def test_two_ranks_equal_one_and_leave_the_4_bits_alone(run, tiny, experts, pairs_file, tmp_path, model):  # noqa: F811
+def test_two_ranks_equal_one_and_leave_the_4_bits_alone(run, tiny, experts, pairs_file, tmp_path, model):
     directory = tiny if model == "dense" else experts
     steps, _ = run("one", **NF4, use_bnb_nested_quant=True, max_steps=20, model_name_or_path=str(directory),
                    router_aux_loss_coef=None if model == "dense" else 0.0)
     aux = [] if model == "dense" else ["--router_aux_loss_coef", 0]
     run_dpo("--model_name_or_path", directory, "--dataset_name", pairs_file, "--output_dir", tmp_path / "two",
             "--cache_dir", tmp_path / "cache2", "--no_bf16", "--use_cpu", "--learning_rate", "1e-2", "--max_steps", 20,
-            "--logging_steps", 1, "--save_strategy", "no", "--per_device_train_batch_size", 4, "--use_peft", "--lora_r", 4,
-            "--lora_target_modules", "all-linear", "--load_in_4bit", "--use_bnb_nested_quant", *aux, ranks=2)
+            "--logging_steps", 1, "--save_strategy", "no", "--per_device_train_batch_size", 4, "--use_peft", "--lora_r",
+            4, "--lora_target_modules", "all-linear", "--load_in_4bit", "--use_bnb_nested_quant", *aux, ranks=2)
     assert_close(read_metrics(tmp_path / "two"), steps)
 
 
-def test_a_checkpoint_in_4_bits_is_found_to_be_so(run, tiny, tmp_path):  # noqa: F811
+def test_a_checkpoint_in_4_bits_is_found_to_be_so(run, tiny, tmp_path):
     models.save_model(models.load_model(tiny, four_bit=dict(nested=True)), tmp_path / "narrow")
     with_tokenizer(tiny, tmp_path / "narrow")
     steps, _ = run("a", **NF4, use_bnb_nested_quant=True)
@@ -96,11 +97,11 @@ def test_a_checkpoint_in_4_bits_is_found_to_be_so(run, tiny, tmp_path):  # noqa:
     assert 0 < abs(rounded[0]["logps/chosen"] - steps[0]["logps/chosen"]) < 0.5
 
 
-def test_gradient_checkpointing_changes_nothing(run):  # noqa: F811
+def test_gradient_checkpointing_changes_nothing(run):
     assert run("a", **NF4)[0] == run("b", **NF4, gradient_checkpointing=True)[0]
 
 
-def test_checkpoints_hold_the_adapter_alone_and_resume_to_the_bit(run, tmp_path, monkeypatch):  # noqa: F811
+def test_checkpoints_hold_the_adapter_alone_and_resume_to_the_bit(run, tmp_path, monkeypatch):
     options = NF4 | dict(max_steps=6, save_strategy="steps", save_steps=2)
     whole = run("whole", **options)
     checkpoint = tmp_path / "whole" / "checkpoint-4"
@@ -112,7 +113,7 @@ def test_checkpoints_hold_the_adapter_alone_and_resume_to_the_bit(run, tmp_path,
             run("whole", **options | other, resume_from_checkpoint=str(checkpoint))
 
 
-def test_an_adapter_goes_on_over_4_bits_against_itself(run, tmp_path):  # noqa: F811
+def test_an_adapter_goes_on_over_4_bits_against_itself(run, tmp_path):
     run("first", **NF4)
     options = dict(model_name_or_path=str(tmp_path / "first"), load_in_4bit=True, dtype="float32", learning_rate=1e-2)
     steps, _ = run("on", **options)
@@ -120,7 +121,7 @@ def test_an_adapter_goes_on_over_4_bits_against_itself(run, tmp_path):  # noqa: 
     assert_close(run("live", **options, precompute_ref_log_probs=False)[0], steps)
 
 
-def test_another_adapter_over_4_bits_can_be_the_reference(run, tiny, tmp_path):  # noqa: F811
+def test_another_adapter_over_4_bits_can_be_the_reference(run, tiny, tmp_path):
     first, _ = run("first", **NF4)
     flags = dict(load_in_4bit=True, dtype="float32", learning_rate=0.0)
     against, _ = run("a", **LORA | flags, ref_model_name_or_path=str(tmp_path / "first"))
@@ -129,7 +130,7 @@ def test_another_adapter_over_4_bits_can_be_the_reference(run, tiny, tmp_path): 
     assert [m["rewards/margins"] for m in mirrored] == pytest.approx([-m["rewards/margins"] for m in against], abs=1e-5)
 
 
-def test_merging_writes_the_dequantized_weights_and_the_adapter_in_bfloat16(run, tiny, tmp_path):  # noqa: F811
+def test_merging_writes_the_dequantized_weights_and_the_adapter_in_bfloat16(run, tiny, tmp_path):
     run("adapter", **NF4)
     run("merged", **NF4, merge_adapter=True)
     tensors = load_file(tmp_path / "merged" / "model.safetensors")
@@ -143,7 +144,7 @@ def test_merging_writes_the_dequantized_weights_and_the_adapter_in_bfloat16(run,
     assert gap < 0.1 * elsewhere  # bfloat16's rounding is small beside the distance from the weights of before
 
 
-def test_an_adapter_is_merged_without_training_and_quantized_again_for_a_fresh_one(run, tiny, tmp_path):  # noqa: F811
+def test_an_adapter_is_merged_without_training_and_quantized_again_for_a_fresh_one(run, tiny, tmp_path):
     run("adapter", **NF4)
     flags = [str(tmp_path / "adapter"), str(tmp_path / "again"), "--load_in_4bit", "--again"]
     assert merge.main(flags) == 0
