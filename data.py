@@ -133,7 +133,8 @@ def read_rows(files: Iterable[str | Path]) -> Iterator[tuple[str, dict | DataErr
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "chat_template.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
-    "additional_chat_templates/*.jinja", "chat_templates/*.jinja")
+    "additional_chat_templates/*.jinja", "chat_templates/*.jinja",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 def read_json(path: Path) -> dict:
@@ -211,7 +212,11 @@ class Tokenizer:
         self.bos_token_id, self.eos_token_id = (
             None if token is None else self.backend.token_to_id(token) for token in (self.bos_token, self.eos_token))
         self.size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
-        self.chat_template, self.renderer = chat_template, None
+        self.chat_template, self.renderer, self.pictures = chat_template, None, None
+        if any((self.directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+            from extras.pictures import load_processor
+
+            self.pictures = load_processor(self.directory, self.backend)  # None where it is not one of pictures
         digest = hashlib.sha256(b"" if chat_template is None else json.dumps(sorted(self.templates.items())).encode())
         for path in tokenizer_files(self.directory):
             digest.update(f"{path.name}:{hashlib.sha256(path.read_bytes()).hexdigest()};".encode())
@@ -290,6 +295,7 @@ class Pair(NamedTuple):
     chosen_rating: float = math.nan  # the row's own score, where it has one
     rejected_rating: float = math.nan
     flags: tuple[str, ...] = ()  # what the report counts
+    pictures: tuple = ()  # of extras/pictures.py, in the order of the prompt
 
 
 class RowTexts(NamedTuple):
@@ -409,7 +415,8 @@ def plain_texts(row: dict, prompt: str, completions: list[str], tokenizer: Token
 def row_texts(row: dict, tokenizer: Tokenizer, options: DataOptions) -> RowTexts:
     """Checks a row and renders it. Raises DataError saying what was found and what to do."""
     if row.get("images") or row.get("image"):
-        raise DataError("the row has images, but this is a text run; remove them, or train a vision model")
+        raise DataError("the row has images, but this is a text run; remove them, or train a vision model "
+                        "(with its preprocessor_config.json)")
     prompt, chosen, rejected = split_row(row, options.need_rejected)
     completions = [chosen] if rejected is None else [chosen, rejected]
     for name, completion in zip(("chosen", "rejected"), completions, strict=False):
@@ -474,8 +481,18 @@ def make_pair(ids: list[list[int]], ratings: tuple[float, float], options: DataO
 
 
 def tokenize_rows(rows: list[dict | DataError], tokenizer: Tokenizer, options: DataOptions) -> list[Pair | DataError]:
-    """Rows as pairs, by two calls of the tokenizer, which uses all cores; an error stands in its row's place."""
-    outcomes = [row if isinstance(row, DataError) else attempt(row_texts, row, tokenizer, options) for row in rows]
+    """Rows as pairs; an error stands in its row's place."""
+    if tokenizer.pictures is not None:
+        from extras.pictures import tokenize_rows
+
+        return tokenize_rows(rows, tokenizer, options)
+    return encode_rows([row if isinstance(row, DataError) else attempt(row_texts, row, tokenizer, options)
+                        for row in rows], tokenizer, options)
+
+
+def encode_rows(outcomes: list[RowTexts | DataError], tokenizer: Tokenizer,
+                options: DataOptions) -> list[Pair | DataError]:
+    """Texts as pairs, by two calls of the tokenizer, which uses all cores."""
     for special in (True, False):
         places = [i for i, o in enumerate(outcomes) if isinstance(o, RowTexts) and o.add_special_tokens == special]
         encoded = iter(tokenizer.encode_batch([text for i in places for text in outcomes[i].texts], special))
@@ -519,6 +536,7 @@ class PairStore:
         except (OSError, ValueError) as error:
             raise DataError(f"{directory}: damaged token store ({error}); remove it, it will be made again") from None
         self.files, self.digest, self.report = meta["files"], meta["digest"], meta["report"]
+        self.pictures = meta.get("pictures")  # read by extras/pictures.py
         self.lengths, self.rejected_prompt_lengths = table[:, :3], table[:, 3]  # (n, 3), (n,)
         self.tokens = self.lengths.sum(1, dtype=np.int64) + np.maximum(table[:, 3], 0)  # (n,)
         self.ends = np.cumsum(self.tokens)  # (n,)
@@ -590,7 +608,7 @@ def write_pairs(directory: Path, outcomes: Iterable[Outcome], files: list[Path],
     """Writes the arrays and meta.json. Raises DataError at a bad row if `stop`, and when no pair is left."""
     report = {"rows": 0, "counts": {}, "first": {}, "bad_rows": []}
     numbers = {str(path): number for number, path in enumerate(files)}
-    hashes = [hashlib.sha256() for _ in ARRAYS]
+    hashes, pictures = [hashlib.sha256() for _ in ARRAYS], {}
     with ExitStack() as stack:
         streams = [stack.enter_context(open(directory / f"{name}.bin", "wb")) for name in ARRAYS]
         for place, outcome in outcomes:
@@ -603,6 +621,10 @@ def write_pairs(directory: Path, outcomes: Iterable[Outcome], files: list[Path],
                 for stream, sha, piece in zip(streams, hashes, pieces, strict=True):
                     stream.write(piece.tobytes())
                     sha.update(piece.tobytes())
+                if outcome.pictures:
+                    from extras.pictures import keep
+
+                    keep(pictures, report["counts"]["kept"] - 1, outcome.pictures, directory)
         for stream in streams:
             stream.flush()
             os.fsync(stream.fileno())
@@ -610,7 +632,9 @@ def write_pairs(directory: Path, outcomes: Iterable[Outcome], files: list[Path],
         why = "; ".join(["no pair is left", *describe(report)[:5]]) if report["rows"] else f"no rows; {NEEDS}"
         raise DataError(f"{', '.join(numbers)}: {why}")
     digest = hashlib.sha256("".join(sha.hexdigest() for sha in hashes[:3]).encode())  # of pairs, not of their places
-    meta = {"files": list(numbers), "digest": digest.hexdigest(), "report": report}
+    if pictures:
+        digest.update(json.dumps(pictures["pairs"]).encode())
+    meta = {"files": list(numbers), "digest": digest.hexdigest(), "report": report, "pictures": pictures or None}
     (directory / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
 
 
@@ -626,6 +650,10 @@ def store_key(files: list[Path], *parts) -> str:
 def tokenize_chunk(chunk: list[tuple], tokenizer: Tokenizer, options: DataOptions) -> list[Outcome]:
     """[(place, row)] -> [(place, what became of it)]."""
     places, rows = zip(*chunk, strict=True)
+    if tokenizer.pictures is not None:
+        from extras.pictures import open_rows
+
+        rows = open_rows(rows, places)
     return list(zip(places, tokenize_rows(rows, tokenizer, options), strict=True))
 
 
@@ -765,10 +793,12 @@ class Batch(NamedTuple):
     num_tokens: int  # tokens as TRL counts them: the prompt twice, padding never
     ratings: Tensor  # (B, 2) float32, nan where absent
     ref_logps: Tensor | None = None  # filled by the trainer
+    pictures: NamedTuple | None = None  # likewise, by extras/pictures.py
 
     def to(self, device) -> "Batch":
         """The batch on a device, except `spans`, which the attention reads on the CPU."""
         tensors = {k: v for k, v in self._asdict().items() if isinstance(v, Tensor) and k != "spans"}
+        tensors |= {} if self.pictures is None else {"pictures": self.pictures}
         return self._replace(**{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
 
 

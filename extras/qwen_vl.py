@@ -188,18 +188,15 @@ def stream_axes(input_ids: np.ndarray, spans: np.ndarray, image_token: int, grid
     """
     axes = np.zeros((3, len(input_ids)), np.int64)
     for start, end, prefix_start, prefix_end in spans.tolist():
-        begin = axes[:, prefix_start:prefix_end].max(initial=-1) + 1
-        waiting, at = list(grids.get(start, ())), start
-        while at < end:
-            if input_ids[at] == image_token:
-                h, w = (n // merge for n in waiting.pop(0))
-                rows, columns = np.divmod(np.arange(h * w), w)
-                axes[:, at : at + h * w] = begin + np.stack([0 * rows, rows, columns])
-                at, begin = at + h * w, begin + max(h, w)
-            else:
-                stop = at + 1
-                while stop < end and input_ids[stop] != image_token:
-                    stop += 1
-                axes[:, at:stop] = begin + np.arange(stop - at)
-                at, begin = stop, begin + stop - at
+        begin, at = axes[:, prefix_start:prefix_end].max(initial=-1) + 1, start
+        places = start + np.flatnonzero(input_ids[start:end] == image_token)
+        for h, w in grids.get(start, ()):
+            h, w = h // merge, w // merge
+            picture, places = places[0], places[h * w :]
+            axes[:, at:picture] = begin + np.arange(picture - at)
+            begin += picture - at
+            rows, columns = np.divmod(np.arange(h * w), w)
+            axes[:, picture : picture + h * w] = begin + np.stack([0 * rows, rows, columns])
+            begin, at = begin + max(h, w), picture + h * w
+        axes[:, at:end] = begin + np.arange(end - at)
     return axes
