@@ -793,12 +793,11 @@ class Batch(NamedTuple):
     num_tokens: int  # tokens as TRL counts them: the prompt twice, padding never
     ratings: Tensor  # (B, 2) float32, nan where absent
     ref_logps: Tensor | None = None  # filled by the trainer
-    pictures: NamedTuple | None = None  # likewise, by extras/pictures.py
+    pictures: Any = None  # extras/vision.py's Pictures, likewise
 
     def to(self, device) -> "Batch":
         """The batch on a device, except `spans`, which the attention reads on the CPU."""
-        tensors = {k: v for k, v in self._asdict().items() if isinstance(v, Tensor) and k != "spans"}
-        tensors |= {} if self.pictures is None else {"pictures": self.pictures}
+        tensors = {k: v for k, v in self._asdict().items() if hasattr(v, "to") and k != "spans"}
         return self._replace(**{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
 
 

@@ -66,6 +66,7 @@ class DPOConfig:
     dtype: str = flag("float32", "type of the weights", choices=("float32", "bfloat16", "float64"))
     disable_dropout: bool = flag(True, "no dropout, in LoRA neither")
     gradient_checkpointing: bool = flag(False, "compute each block's activations twice to hold them once")
+    freeze_vision_tower: bool = flag(True, "of a model that reads pictures, train all but the picture encoder")
     router_aux_loss_coef: Optional[float] = flag(None, "weight of the load-balancing loss of mixture-of-experts models; "
                                                  "unset takes config.json's", least=0)
 
@@ -500,7 +501,7 @@ STATS = ("entropy", "top1", "chosen_logits", "rejected_logits", "chosen_tokens",
 
 def score(model: nn.Module, batch: data.Batch, c: DPOConfig) -> tuple[Scored, Optional[Tensor]]:
     """Run the policy on a batch; also its mixture-of-experts auxiliary loss, where it has one."""
-    out = model(batch.input_ids, batch.position_ids, batch.spans, batch.score_index, batch.targets)
+    out = model(batch.input_ids, batch.position_ids, batch.spans, batch.score_index, batch.targets, batch.pictures)
     lengths = batch.lengths
     with torch.no_grad():
         per_token = (out.entropy, out.is_top1.to(out.entropy.dtype), out.mean_logits)
@@ -671,6 +672,13 @@ class DPOTrainer:
         if self.model.four_bit and not self.lora:
             raise ValueError(f"{c.model_name_or_path}: weights in 4 bits are not trained themselves: add --use_peft for "
                              "a LoRA on them, or train the original ones")
+        self.pictures = None  # decodes them in the background
+        if self.model.config.vision is not None:
+            from extras import vision
+
+            self.pictures = vision.make_ready(self.model, self.tokenizer, c.freeze_vision_tower)
+        elif not c.freeze_vision_tower:
+            raise ValueError("--freeze_vision_tower false: this model reads no pictures")
         if c.use_peft:
             put_lora(self.model, self.lora)
         self.model.to(self.ranks.device).train(not c.disable_dropout)
@@ -811,7 +819,7 @@ class DPOTrainer:
         autocast = torch.autocast(there.input_ids.device.type, torch.bfloat16, enabled=self.bf16)
         fresh = models.adapters_disabled(model) if self.lora and not own and not self.continues else nullcontext()
         with torch.no_grad(), evaluating(model), autocast, fresh, swapped(model, self.ref_adapter):
-            out = model(there.input_ids, there.position_ids, there.spans, there.score_index, there.targets)
+            out = model(there.input_ids, there.position_ids, there.spans, there.score_index, there.targets, there.pictures)
             return split_sums(out.logps, there.lengths).to(batch.input_ids.device)
 
     def precompute_ref(self) -> None:
@@ -893,6 +901,8 @@ class DPOTrainer:
         cut = [data.micro_batches(hand, store.tokens, size, self.args.max_tokens_per_forward)
                for hand in deal(pairs, store.tokens, self.ranks.world)]
         mine, most = cut[self.ranks.rank], max(map(len, cut))
+        if self.pictures is not None:
+            self.pictures.expect(store, mine)
         return mine + [np.arange(0)] * (most - len(mine))
 
     def batch(self, store: data.PairStore, rows: np.ndarray) -> data.Batch:
@@ -900,6 +910,8 @@ class DPOTrainer:
         if not len(rows):
             return data.empty_batch().to(self.ranks.device)
         batch = data.collate([store[int(i)] for i in rows], rows)
+        if self.pictures is not None:
+            batch = batch._replace(pictures=self.pictures.collect(batch, store, rows))
         if store.digest in self.ref_sums:
             batch = batch._replace(ref_logps=torch.from_numpy(data.take_sums(self.ref_sums[store.digest], rows)))
         return batch.to(self.ranks.device)

@@ -512,9 +512,9 @@ class Loader:
             self.waiting[picture.sha256] = self.pool.submit(load_pixels, picture, folder, self.processor)
         return self.waiting[picture.sha256]
 
-    def expect(self, store: PairStore, rows: Iterable) -> None:
-        """Begin to decode the pictures of these pairs, which come next."""
-        for picture in (p for i in rows for p in pictures_of(store, int(i))):
+    def expect(self, store: PairStore, batches: Iterable) -> None:
+        """Begin to decode the pictures of these micro-batches, which come next."""
+        for picture in (p for rows in batches for i in rows for p in pictures_of(store, int(i))):
             if len(self.waiting) < self.limit:
                 self.begin(picture, store.directory)
 

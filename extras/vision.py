@@ -146,8 +146,10 @@ class Pictures(NamedTuple):
     source: Tensor  # (M,) int64, which feature each of them becomes
     axes: Optional[Tensor] = None  # (3, T) int64, Qwen's time, height and width of every token
 
-    def to(self, device) -> "Pictures":
-        return Pictures(*(x if x is None else x.to(device, non_blocking=True) for x in self))
+    def to(self, device, non_blocking: bool = False) -> "Pictures":
+        """On a device, except `grids`, which the tower reads on the CPU."""
+        moved = {k: v.to(device, non_blocking=non_blocking) for k, v in self._asdict().items() if v is not None and k != "grids"}
+        return self._replace(**moved)
 
 
 def attend_within(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:  # (P, H, D)
@@ -337,12 +339,23 @@ class Vision(nn.Module):
         return torch.zeros(1, c["num_channels"], c["image_size"], c["image_size"], device=device), torch.zeros(0, 2).long()
 
 
-def freeze(model: nn.Module, tower: bool) -> None:
-    """What is not trained: parameters that no feature comes through and, if `tower`, the whole tower.
+def make_ready(model: nn.Module, tokenizer, freeze_tower: bool):
+    """Freeze what is not trained; returns what decodes pictures, None where the model's directory lacks the processor."""
+    freeze(model, freeze_tower)
+    if tokenizer.pictures is None:
+        return None
+    from extras.pictures import Loader
 
-    The projector always learns. LoRA leaves a frozen tower alone.
+    return Loader(tokenizer.pictures)
+
+
+def freeze(model: nn.Module, tower: bool) -> None:
+    """Freezes modules that no feature comes through and, if `tower`, the whole tower; LoRA leaves them alone.
+
+    The projector always learns.
     """
-    vision = model.model.vision
-    for module in [vision.tower] if tower else vision.tower.unreached():
+    vision, names = model.model.vision, {m: n for n, m in model.named_modules()}
+    idle = [vision.tower] if tower else vision.tower.unreached()
+    for module in idle:
         module.requires_grad_(False)
-    model.no_lora = ("model.vision.tower.",) if tower else ()
+    model.no_lora = tuple(f"{names[module]}." for module in idle)

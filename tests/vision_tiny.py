@@ -73,3 +73,62 @@ def theirs_forward(model, family: str, sequences, pixels, grids) -> torch.Tensor
     elif family != "llava":
         more["pixel_values"] = pixels[:, None]
     return model(input_ids=ids, attention_mask=mask, **more).logits
+
+
+# A byte-level tokenizer and processor files, as the model's repositories hold them
+
+SPECIAL = ["<s>", "</s>", "<pad>", "<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<|vision_start|>",
+           "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>", "<|im_end|>",
+           *(f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7))]
+IMAGE_TOKENS = {"qwen2_vl": "<|image_pad|>", "qwen2_5_vl": "<|image_pad|>"}
+PARTS = "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% elif part['type'] == 'image' %}"
+TEMPLATES = {
+    "llava": "{% for message in messages %}{{ message['role'] | upper }}: " + PARTS + "{{ '<image>\\n' }}{% endif %}{% endfor %}"
+             "{{ ' ' if message['role'] == 'user' else '</s>' }}{% endfor %}{% if add_generation_prompt %}ASSISTANT: {% endif %}",
+    "idefics3": "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}{% if message['content'][0]['type'] == "
+                "'image' %}{{':'}}{% else %}{{': '}}{% endif %}" + PARTS + "{{ '<image>' }}{% endif %}{% endfor %}"
+                "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}",
+    "qwen": "{% for message in messages %}<|im_start|>{{ message['role'] }}\n" + PARTS + "<|vision_start|><|image_pad|><|vision_end|>"
+            "{% endif %}{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"}
+PREPROCESSORS = {
+    "llava": dict(image_processor_type="CLIPImageProcessor", size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
+    "idefics3": dict(image_processor_type="Idefics3ImageProcessor", size={"longest_edge": 84}, max_image_size={"longest_edge": 28}),
+    "smolvlm": dict(image_processor_type="SmolVLMImageProcessor", size={"longest_edge": 56}, max_image_size={"longest_edge": 28}),
+    "qwen2_vl": dict(image_processor_type="Qwen2VLImageProcessor", patch_size=4, temporal_patch_size=2, merge_size=2,
+                     min_pixels=64, max_pixels=1600)}
+PREPROCESSORS["qwen2_5_vl"] = PREPROCESSORS["qwen2_vl"]
+OUTER = {"llava": dict(processor_class="LlavaProcessor", patch_size=7, vision_feature_select_strategy="default",
+                       num_additional_image_tokens=1, image_token="<image>"),
+         "idefics3": dict(processor_class="Idefics3Processor", image_seq_len=4),
+         "smolvlm": dict(processor_class="SmolVLMProcessor", image_seq_len=4),
+         "qwen2_vl": dict(processor_class="Qwen2VLProcessor"), "qwen2_5_vl": dict(processor_class="Qwen2_5_VLProcessor")}
+
+
+def make_tokenizer(family: str, directory) -> int:
+    """Writes a tokenizer and the processor's files; returns the image token's id."""
+    import json
+
+    import tokenizers
+
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    newline = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str("\n")[0][0]
+    vocabulary = {c: i for i, c in enumerate([*alphabet, newline * 2])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [(newline, newline)]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    backend.save(str(directory / "tokenizer.json"))
+    kind = "qwen" if "qwen" in family else "idefics3" if family == "smolvlm" else family
+    write = lambda name, value: (directory / name).write_text(json.dumps(value))
+    write("tokenizer_config.json", dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+                                        chat_template=TEMPLATES[kind]))
+    write("preprocessor_config.json", PREPROCESSORS[family])
+    write("processor_config.json", OUTER[family])
+    (directory / "chat_template.jinja").write_text(TEMPLATES[kind])
+    return backend.token_to_id(IMAGE_TOKENS.get(family, "<image>"))
+
+
+def make_model_directory(family: str, directory):
+    """A random checkpoint with all its files; returns transformers' model."""
+    image = make_tokenizer(family, directory)
+    return make_checkpoint(family, directory, vocab_size=320, image=image)
