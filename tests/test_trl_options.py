@@ -20,7 +20,8 @@ OLDER = """ref_model_init_kwargs model_adapter_name ref_adapter_name force_use_r
     per_gpu_train_batch_size per_gpu_eval_batch_size logging_dir no_cuda use_mps_device jit_mode_eval use_ipex fp16_opt_level
     tpu_num_cores tpu_metrics_debug past_index fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap adafactor
     group_by_length use_legacy_prediction_loop include_inputs_for_metrics fp16_backend push_to_hub_model_id
-    push_to_hub_organization push_to_hub_token _n_gpu mp_parameters torchdynamo ray_scope include_tokens_per_second""".split()
+    push_to_hub_organization push_to_hub_token _n_gpu mp_parameters torchdynamo ray_scope
+    include_tokens_per_second""".split()
 
 
 def trl_fields() -> dict[str, dataclasses.Field]:
@@ -66,10 +67,11 @@ def test_each_is_accepted_at_the_value_that_changes_nothing_and_else_refused_wit
 def test_trls_whole_configuration_at_its_defaults_loads(tmp_path):
     """As YAML, all of its fields; none is refused, and what is ours reads TRL's value."""
     plain = {name: value.value if isinstance(value, enum.Enum) else value for name, value in defaults().items()}
-    (tmp_path / "trl.yaml").write_text(yaml.safe_dump(plain | {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "o"}))
+    named = {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "o"}
+    (tmp_path / "trl.yaml").write_text(yaml.safe_dump(plain | named))
     c = dpo.parse_config(["--config", str(tmp_path / "trl.yaml")])
     dpo.check_config(c)
-    for name in plain.keys() & FIELDS - {"model_name_or_path", "dataset_name", "output_dir"}:
+    for name in plain.keys() & FIELDS - named.keys():
         ours = getattr(c, name)
         assert ours == plain[name] or [ours] == plain[name] or ours == [plain[name]] or plain[name] is None, name
 
