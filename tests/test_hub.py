@@ -558,3 +558,61 @@ def test_names_that_are_nowhere_are_exit_2(server, environment, tiny, tmp_path, 
                                       ("./nowhere", "x.jsonl"): "./nowhere: no such directory here"}.items():
         done = run_dpo("--model_name_or_path", model, "--dataset_name", dataset, "--output_dir", out, expect=2)
         assert message in done.stderr and "Traceback" not in done.stderr
+
+
+VERBATIM = ("dpo.py --model_name_or_path Qwen/Qwen2-0.5B-Instruct --dataset_name trl-lib/ultrafeedback_binarized "
+            "--num_train_epochs 1 --logging_steps 25 --output_dir Qwen2-0.5B-DPO")
+CONVERSATION = '{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}'
+
+
+def conversations(count: int, seed: int) -> list[dict]:
+    """Rows as UltraFeedback binarized has them: whole conversations and scores, the prompt implicit."""
+    said = lambda role, text: {"role": role, "content": text.strip()}
+    return [{side: [said("user", row["prompt"]), said("assistant", row[side])] for side in ("chosen", "rejected")}
+            | {"score_chosen": 8.0, "score_rejected": 3.0} for row in make_rows(count, seed)]
+
+
+def launched(launcher: list[str], words: str) -> list[str]:
+    return [sys.executable, "-m", *launcher, str(ROOT / "dpo.py"), *words.split()[1:]]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_the_documented_command_verbatim(launcher, server, environment, tiny, tmp_path):
+    """As the documentation has it, with two processes for eight: one epoch over the hub's parquet, saved and loadable."""
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    if launcher == "accelerate":
+        pytest.importorskip("accelerate", reason="needs accelerate")
+        launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"]
+    server.add("model", "Qwen/Qwen2-0.5B-Instruct", contents(tiny) | {"chat_template.jinja": CONVERSATION.encode()} | NOT_NEEDED)
+    server.add("dataset", "trl-lib/ultrafeedback_binarized", {
+        f"data/{split}-00000-of-00001.parquet": parquet(conversations(64 if split == "train" else 9, seed))
+        for seed, split in enumerate(("train", "test"))} | {"README.md": b"# pairs"})
+    done = subprocess.run(launched(launch, VERBATIM), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("trl-lib/ultrafeedback_binarized: 64 pairs from 64 rows") == 1
+    assert sorted(server.downloaded()) == sorted({*contents(tiny), "chat_template.jinja", "README.md",
+                                                  "data/train-00000-of-00001.parquet"})
+    (line,) = read_metrics(tmp_path / "Qwen2-0.5B-DPO")
+    assert (line["step"], line["epoch"]) == (4, 1.0)  # 64 pairs, 8 x 2 a step
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= contents(tmp_path / "Qwen2-0.5B-DPO").keys()
+
+
+def test_a_split_at_a_revision_of_the_data(server, environment, tiny, tmp_path, monkeypatch):
+    """--dataset_revision, --dataset_config, --dataset_train_split, and --revision for the model: what is named is trained on."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    model = server.add("model", "org/tiny", contents(tiny))
+    model.branches["v1"] = model.branches["main"]
+    model.commit({"README.md": b"moved away"})
+    pairs = server.add("dataset", "org/pairs", {"few/dev.jsonl": jsonl(make_rows(5)), "few/train.jsonl": jsonl(make_rows(7)),
+                                                "README.md": b"# pairs"})
+    pairs.branches["old"] = pairs.branches["main"]
+    pairs.commit({"README.md": b"moved away"})
+    words = ["--model_name_or_path", "org/tiny", "--dataset_name", "org/pairs", "--dataset_config", "few",
+             "--dataset_train_split", "validation", "--max_steps", 1, "--output_dir", tmp_path / "out"]
+    done = run_dpo(*words, "--revision", "v1", "--dataset_revision", "old")
+    assert "org/pairs: 5 pairs from 5 rows" in done.stdout
+    done = run_dpo(*words, "--revision", "v2", expect=2)
+    assert "org/tiny: it has no revision 'v2'" in done.stderr
+    done = run_dpo(*words, "--revision", "v1", "--dataset_revision", "new", expect=2)
+    assert "org/pairs: it has no revision 'new'" in done.stderr
