@@ -10,13 +10,13 @@ import yaml
 
 from extras.conversations import find_templates
 from extras.hub import is_hub_id
+from extras.report import PICTURE, write_picture
 
 ALWAYS = ("loss_type", "beta", "learning_rate", "lr_scheduler_type", "num_train_epochs", "per_device_train_batch_size",
           "gradient_accumulation_steps", "max_length", "seed")
 # Where things lay on one machine, and what must not be told.
 NEVER = ("output_dir", "cache_dir", "config", "resume_from_checkpoint", "hub_token", "run_name", "project",
          "push_to_hub", "model_name_or_path", "dataset_name", "eval_dataset_name")
-PICTURE = "training.png"
 
 TEXT = """\
 ---
@@ -63,8 +63,9 @@ tokenizer = AutoTokenizer.from_pretrained("{id}")"""
 
 
 def write_card(directory: str | Path, settings: dict[str, Any], defaults: dict[str, Any], repo_id: str) -> Path:
-    """Write README.md of an output directory from the run's settings and the metrics.jsonl beside it; its path."""
+    """Write README.md and its picture, training.svg, from the run's settings and the metrics.jsonl beside it; its path."""
     path = Path(directory) / "README.md"
+    write_picture(directory)
     path.write_text(model_card(Path(directory), settings, defaults, repo_id), encoding="utf-8")
     return path
 

@@ -18,7 +18,7 @@ FONT = "Helvetica, Arial, sans-serif"
 
 
 class Line(NamedTuple):
-    """A curve of (x, y) points; `marks` draws the points too, `joined` the line between them."""
+    """A curve of (x, y) points; `marks` draws the points too, `joined` the line between them; `group` is a CSS class."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -26,6 +26,7 @@ class Line(NamedTuple):
     dash: str = ""
     marks: bool = False
     joined: bool = True
+    group: str = ""
 
 
 class Axes(NamedTuple):
@@ -72,17 +73,19 @@ def text(x: float, y: float, words: str, size: int = 11, anchor: str = "start", 
             f"{escape(words)}</text>")
 
 
-def grid(axes: Axes, x_label: str) -> list[str]:
-    """Horizontal and vertical lines at round numbers, with the numbers; the line at 0 is darker."""
+def grid(axes: Axes, x_label: str, x_ticks: Optional[list[tuple[float, str]]] = None) -> list[str]:
+    """Lines and ticks at round numbers, or at `x_ticks` (place, label); the line at 0 is darker."""
     out, left, right = [], LEFT, axes.width - RIGHT
     for value in ticks(*axes.y):
         _, y = axes.at(axes.x[0], value)
         out.append(f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="{"#999" if value == 0 else "#e4e4e4"}"/>')
         out.append(text(left - 6, y + 4, number(value), 10, "end", "#666"))
-    for value in ticks(*axes.x, about=6):
-        x, y = axes.at(value, axes.y[0])
-        out.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y:.1f}" y2="{y + 4:.1f}" stroke="#999"/>')
-        out.append(text(x, y + 16, number(value), 10, "middle", "#666"))
+    marks = [(value, number(value)) for value in ticks(*axes.x, about=6)] if x_ticks is None else x_ticks
+    for value, label in marks:
+        if axes.x[0] <= value <= axes.x[1]:
+            x, y = axes.at(value, axes.y[0])
+            out.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y:.1f}" y2="{y + 4:.1f}" stroke="#999"/>')
+            out.append(text(x, y + 16, label, 10, "middle", "#666"))
     return [*out, text((left + right) / 2, axes.height - 6, x_label, 11, "middle", "#666")]
 
 
@@ -104,7 +107,7 @@ def curve(axes: Axes, line: Line) -> list[str]:
         if line.marks or len(piece) == 1:
             out += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" fill="{line.colour}"><title>{escape(line.name)}: '
                     f"{number(a)}, {number(b)}</title></circle>" for (x, y), (a, b) in zip(places, piece)]
-    return out
+    return [f'<g class="{line.group}">', *out, "</g>"] if line.group else out
 
 
 def legend(lines: Sequence[Line], x: float, y: float) -> list[str]:
@@ -127,11 +130,11 @@ def picture(width: int, height: int, title: str, parts: Sequence[str]) -> str:
 
 
 def panel(title: str, lines: Sequence[Line], x_label: str, width: int = WIDTH, height: int = HEIGHT, y_label: str = "",
-          y: Optional[tuple[float, float]] = None) -> list[str]:
+          x_ticks: Optional[list[tuple[float, str]]] = None) -> list[str]:
     """A chart's parts: axes that fit all lines, the lines, a heading."""
     finite = [(a, b) for line in lines for a, b in line.points if math.isfinite(a) and math.isfinite(b)]
-    axes = Axes(span([a for a, _ in finite]), y or span([b for _, b in finite]), width, height)
-    parts = [text(LEFT, 20, title, 13, more=' font-weight="bold"'), *grid(axes, x_label)]
+    axes = Axes(span([a for a, _ in finite]), span([b for _, b in finite]), width, height)
+    parts = [text(LEFT, 20, title, 13, more=' font-weight="bold"'), *grid(axes, x_label, x_ticks)]
     if y_label:
         parts.append(text(14, (TOP + height - BOTTOM) / 2, y_label, 11, "middle", "#666",
                           f' transform="rotate(-90 14 {(TOP + height - BOTTOM) / 2:.1f})"'))

@@ -466,9 +466,9 @@ show([status, address, all(torch.equal(p, q) for p, q in zip(a.parameters(), b.p
     repo = server.repos["model", "me/tiny-DPO"]
     sha, pushed = repo.files("main")
     assert (status, same, repo.private) == (0, True, True) and address.endswith(sha)
-    local = {n: c for n, c in contents(out).items() if not n.startswith("checkpoint-")}
+    local = {n: c for n, c in contents(out).items() if not n.startswith(("checkpoint-", ".")) and n != "dpo_config.json"}
     assert pushed.keys() - {".gitattributes"} == local.keys() and all(pushed[n] == c for n, c in local.items())
-    assert (out / "checkpoint-1").is_dir() and {"README.md", "metrics.jsonl", "tokenizer.json"} <= local.keys()
+    assert (out / "checkpoint-1").is_dir() and {"README.md", "training.svg", "metrics.jsonl", "tokenizer.json"} <= local.keys()
 
 
 def test_pushing_again_and_to_a_branch(server, client, tmp_path):
@@ -501,7 +501,8 @@ def test_the_card_tells_the_run_and_no_secrets(tmp_path):
     assert "| `beta` | 0.2 |" in text and "lora_r" not in text
     assert "| `loss` | 0.6 | 0.65 |" in text and "| `rewards/margins` | 0.1 | 0.05 |" in text
     assert "secret" not in text and "somewhere" not in text and "| `ref_model_name_or_path` | ref |" in text
-    assert 'model="me/tiny-DPO"' in text and "Once upon a time" in text and card.PICTURE not in text
+    assert 'model="me/tiny-DPO"' in text and "Once upon a time" in text and f"]({card.PICTURE})" in text
+    assert (tmp_path / card.PICTURE).read_text().count("<polyline") == 4  # loss and margins, of training and evaluation
 
 
 def test_the_card_of_an_adapter_over_local_files(tmp_path):

@@ -1,0 +1,306 @@
+"""One page about one run or several: curves, answers before and after, settings.
+
+    python -m extras.report OUT                        writes OUT/report.html
+    python -m extras.report OUT-1 OUT-2 --output both.html
+    python -m extras.report OUT --png FOLDER           the curves as pictures too; needs matplotlib
+
+It reads metrics.jsonl and dpo_config.json of output directories, finished or still running. The page is one file without
+scripts and without anything from elsewhere; the curves are SVG made by extras/chart.py.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from html import escape
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+from extras.chart import COLOURS, Line, chart, legend, panel, picture
+
+PICTURE = "training.svg"  # beside a model card
+MOST = 400  # points of a curve; of longer ones, means of neighbours
+SAMPLES = 8  # answers shown for a run
+
+CHARTS = (  # heading, metrics, what it tells
+    ("Loss", ("loss",), "What is minimised. It begins at the loss's start value: ln 2 for sigmoid."),
+    ("Rewards of chosen and rejected", ("rewards/chosen", "rewards/rejected"),
+     "beta times the log-ratio to the reference. Both may fall, as long as rejected falls faster."),
+    ("Margin", ("rewards/margins",), "Chosen reward minus rejected reward."),
+    ("Accuracy", ("rewards/accuracies",), "Share of pairs whose chosen answer has the higher reward; a tie counts one half."),
+    ("Log-ratio on the pairs", ("kl",), "Mean log pi/ref of both answers, nats: how far the policy has moved where the data "
+     "lie. It is no KL: that would be a mean over the policy's own answers."),
+    ("Log-probabilities", ("logps/chosen", "logps/rejected"), "Of a whole answer under the policy, nats."),
+    ("Entropy", ("entropy",), "Of the next token, nats; a fall towards 0 is a policy that has become sure of itself."),
+    ("Gradient norm", ("grad_norm",), "Before clipping."),
+    ("Learning rate", ("learning_rate",), ""),
+    ("Length bias", ("length_bias",), "Correlation of margin and length difference over the evaluation pairs: at 1 the reward "
+     "asks for nothing but length."),
+    ("Length of sampled answers", ("completions/mean_length",), "Tokens, with --generate_during_eval."))
+
+STYLE = """
+body { font: 15px/1.5 Helvetica, Arial, sans-serif; color: #222; margin: 2rem auto; max-width: 1500px; padding: 0 1.5rem }
+h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid #ddd; padding-bottom: .3rem }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(440px, 100%), 1fr)); gap: 1.2rem }
+figure { margin: 0 } figure svg { width: 100%; height: auto; border: 1px solid #e4e4e4; border-radius: 6px }
+figcaption { color: #666; font-size: .85rem; padding: .2rem .3rem }
+table { border-collapse: collapse; font-size: .9rem } td, th { border-bottom: 1px solid #e4e4e4; padding: .35rem .7rem;
+text-align: left; vertical-align: top } td.number { text-align: right; font-variant-numeric: tabular-nums }
+.answers td { width: 33%; white-space: pre-wrap; overflow-wrap: anywhere } .answers { width: 100%; table-layout: fixed }
+.differs td { background: #fff6e0 } label { margin-right: 1.2rem; cursor: pointer } .wide { overflow-x: auto }
+.key { display: inline-block; width: 1.6em; height: 0; border-top: 3px solid; vertical-align: middle; margin: 0 .3em }
+footer { color: #888; font-size: .85rem; margin-top: 3rem }
+"""
+
+
+class Run(NamedTuple):
+    """What an output directory tells."""
+
+    name: str
+    train: list[dict]  # rows of metrics.jsonl
+    evals: list[dict]  # its rows of evaluations, without the eval_
+    settings: dict
+
+
+# Reading
+
+
+def read_run(directory: str | Path) -> Run:
+    """Raises ValueError where there is no run, or nothing of it was logged yet."""
+    directory = Path(directory)
+    path = directory / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{directory}: no metrics.jsonl there; give the --output_dir of a run")
+    rows = [row for line in path.read_text("utf-8", "replace").splitlines() if (row := parsed(line))]
+    evals = [{k.removeprefix("eval_"): v for k, v in row.items()} for row in rows if "eval_loss" in row]
+    train = [row for row in rows if "loss" in row]
+    if not train and not evals:
+        raise ValueError(f"{path}: no line of metrics in it yet")
+    settings = directory / "dpo_config.json"
+    return Run(directory.resolve().name, train, evals, parsed(settings.read_text("utf-8")) if settings.is_file() else {})
+
+
+def parsed(text: str) -> dict:
+    """A JSON object; {} for a line that is still being written."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_runs(directories: list[str]) -> list[Run]:
+    """Runs of equal names get a number."""
+    runs = [read_run(d) for d in directories]
+    names = [run.name for run in runs]
+    return [run._replace(name=f"{run.name} ({i + 1})") if names.count(run.name) > 1 else run for i, run in enumerate(runs)]
+
+
+# Curves
+
+
+def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most MOST points: means of neighbours."""
+    size = max(1, -(-len(points) // MOST))
+    mean = lambda values: sum(values) / len(values)
+    return [tuple(map(mean, zip(*points[i : i + size]))) for i in range(0, len(points), size)]
+
+
+def points_of(rows: list[dict], key: str) -> list[tuple[float, float]]:
+    number = lambda v: isinstance(v, (int, float)) and math.isfinite(v)
+    return thinned([(row["step"], row[key]) for row in rows if number(row.get(key)) and number(row.get("step"))])
+
+
+def lines_of(runs: list[Run], keys: tuple[str, ...]) -> list[Line]:
+    """A run's training as a line, its evaluations as one with marks. One run: a colour for each metric; several: a
+    colour for each run, and dashes for the second metric."""
+    lines = []
+    for i, run in enumerate(runs):
+        for j, key in enumerate(keys):
+            colour = COLOURS[(j if len(runs) == 1 else i) % len(COLOURS)]
+            dash = "6 3" if j and len(runs) > 1 else ""
+            name = " ".join(filter(None, (run.name if len(runs) > 1 else "", key.split("/")[-1])))
+            for rows, what, more in ((run.train, "", {}), (run.evals, "evaluation", {"marks": True, "dash": "2 3"})):
+                if points := points_of(rows, key):
+                    style = dict(colour=colour, dash=dash, group=f"run{i}") | more
+                    lines.append(Line(f"{name} {what}".strip(), points, **style))
+    return lines
+
+
+def figures(runs: list[Run]) -> list[str]:
+    out = []
+    for title, keys, note in CHARTS:
+        if lines := lines_of(runs, keys):
+            out.append(f"<figure>{chart(title, lines, 'step')}<figcaption>{key_of(lines, len(runs))}{escape(note)}"
+                       "</figcaption></figure>")
+    return out
+
+
+def key_of(lines: list[Line], runs: int) -> str:
+    """Which line is which, where there is more than one; several runs have their key at the top of the page."""
+    if len(lines) < 2 or runs > 1:
+        return ""
+    style = lambda line: f"border-color:{line.colour};border-top-style:{'dotted' if line.marks else 'solid'}"
+    return "".join(f'<span class="key" style="{style(line)}"></span>{escape(line.name)} ' for line in lines) + "<br>"
+
+
+def summary(run: Run, title: str) -> str:
+    """Loss, rewards, margin and accuracy in one picture, for the model card."""
+    parts, wide, high = [], 460, 260
+    for at, (heading, keys, _) in enumerate(CHARTS[:4]):
+        lines = lines_of([run], keys)
+        inside = panel(heading, lines, "step", wide, high) + (legend(lines, wide - 170, 18) if len(lines) > 1 else [])
+        parts += [f'<g transform="translate({at % 2 * wide},{at // 2 * high})">', *inside, "</g>"]
+    return picture(2 * wide, 2 * high, title, parts)
+
+
+def write_picture(directory: str | Path) -> Optional[Path]:
+    """training.svg of an output directory; None where nothing was logged."""
+    try:
+        run = read_run(directory)
+    except ValueError:
+        return None
+    path = Path(directory) / PICTURE
+    path.write_text(summary(run, "Training") + "\n", encoding="utf-8")
+    return path
+
+
+# Tables
+
+
+def cells(values: list, tag: str = "td", kind: str = "") -> str:
+    return "".join(f"<{tag}{kind}>{escape(str(v))}</{tag}>" for v in values)
+
+
+def results(runs: list[Run]) -> str:
+    """The last evaluation of each run, or the last of its training."""
+    keys = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "kl", "length_bias")
+    shown = lambda v: f"{v:.4f}" if isinstance(v, (int, float)) else "–"
+    rows = []
+    for run in runs:
+        last, kind = (run.evals[-1], "evaluation") if run.evals else (run.train[-1], "training")
+        at = cells([run.name, f"{kind}, step {last.get('step')}"])
+        rows.append(f"<tr>{at}{cells([shown(last.get(k)) for k in keys], kind=' class=number')}</tr>")
+    return f'<div class="wide"><table><tr>{cells(["run", "", *keys], "th")}</tr>{"".join(rows)}</table></div>'
+
+
+def answers(runs: list[Run]) -> str:
+    """What each run said at its first and at its last evaluation to the same prompts."""
+    out = []
+    for run in runs:
+        sampled = [row for row in run.evals if isinstance(row.get("samples"), list) and row["samples"]]
+        if not sampled:
+            continue
+        first, last = sampled[0], sampled[-1]
+        rows = [cells([a["prompt"], a["completion"], b["completion"]])
+                for a, b in list(zip(first["samples"], last["samples"]))[:SAMPLES]]
+        head = cells(["prompt", f"step {first['step']}", f"step {last['step']}"], "th")
+        out.append(f"<h3>{escape(run.name)}</h3><table class=answers><tr>{head}</tr>"
+                   + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>")
+    return "".join(out) or "<p>None: no run had --generate_during_eval.</p>"
+
+
+def defaults() -> dict:
+    from dpo import DPOConfig
+
+    return {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(DPOConfig)}
+
+
+def configuration(runs: list[Run]) -> str:
+    """Options that are not at their default, marked where runs differ; all of them below."""
+    usual, names = defaults(), sorted({name for run in runs for name in run.settings})
+    if not names:
+        return "<p>Not recorded (dpo_config.json is missing).</p>"
+
+    def table(chosen: list[str]) -> str:
+        body = ""
+        for name in chosen:
+            values = [run.settings.get(name, "–") for run in runs]
+            differs = ' class="differs"' if any(v != values[0] for v in values) else ""
+            body += f"<tr{differs}>{cells([name, *(text_of(v) for v in values), text_of(usual.get(name, '–'))])}</tr>"
+        head = cells(["option", *(run.name for run in runs), "default"], "th")
+        return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+
+    special = [n for n in names if any(run.settings.get(n) != usual.get(n) for run in runs)]
+    return table(special) + f"<details><summary>all {len(names)} options</summary>{table(names)}</details>"
+
+
+def text_of(value) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else "unset" if value is None else str(value)
+
+
+# The page
+
+
+def page(runs: list[Run]) -> str:
+    title = "DPO: " + ", ".join(run.name for run in runs)
+    hide = "".join(f"body:has(#run{i}:not(:checked)) .run{i} {{ display: none }}\n" for i in range(len(runs)))
+    switches = "".join(
+        f'<label><input type="checkbox" id="run{i}" checked><span class="key" style="border-color:'
+        f'{COLOURS[i % len(COLOURS)]}"></span>{escape(run.name)}</label>' for i, run in enumerate(runs))
+    if len(runs) > 1:
+        switches += "<br>Dotted lines with marks are evaluations; where a chart has two metrics, the second is dashed."
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{escape(title)}</title><link rel="icon" href="data:,"><style>{STYLE}{hide if len(runs) > 1 else ""}</style></head><body>
+<h1>{escape(title)}</h1><p>{switches if len(runs) > 1 else ""}</p>
+{results(runs)}
+<h2>Curves</h2><div class="charts">{"".join(figures(runs))}</div>
+<h2>Answers, before and after</h2>{answers(runs)}
+<h2>Configuration</h2>{configuration(runs)}
+<footer>Rewards are DPO's implicit ones: beta log(pi/ref), summed over an answer, in nats times beta. Made by
+python -m extras.report.</footer></body></html>
+"""
+
+
+def write_pngs(runs: list[Run], folder: Path) -> list[Path]:
+    """A picture for each chart. Raises ValueError where matplotlib is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--png: matplotlib is not installed; pip install matplotlib") from None
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for title, keys, _ in CHARTS:
+        if lines := lines_of(runs, keys):
+            figure, axes = pyplot.subplots(figsize=(6.4, 4), dpi=120)
+            for line in lines:
+                axes.plot(*zip(*line.points), label=line.name, color=line.colour, marker="o" if line.marks else None,
+                          linestyle=":" if line.marks else "--" if line.dash else "-")
+            axes.set(title=title, xlabel="step")
+            axes.grid(alpha=0.3)
+            axes.legend()
+            written.append(folder / f"{'-'.join(title.lower().split())}.png")
+            figure.savefig(written[-1], bbox_inches="tight")
+            pyplot.close(figure)
+    return written
+
+
+def main(argv: Optional[list[str]] = None, say: Callable = print) -> int:
+    """Exit status 2, with one message, where a directory holds no run."""
+    parser = argparse.ArgumentParser(prog="python -m extras.report", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", nargs="+", help="output directories of runs")
+    parser.add_argument("--output", help="the page [report.html in the only directory, or here]")
+    parser.add_argument("--png", help="folder for the curves as PNG")
+    args = parser.parse_args(argv)
+    try:
+        runs = read_runs(args.directory)
+        alone = Path(args.directory[0]) if len(runs) == 1 else Path(".")
+        path = Path(args.output) if args.output else alone / "report.html"
+        path.write_text(page(runs), encoding="utf-8")
+        for file in [path, *(write_pngs(runs, Path(args.png)) if args.png else [])]:
+            say(file)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
