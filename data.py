@@ -30,7 +30,7 @@ from contextlib import ExitStack
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 NEEDS = "each row needs prompt, chosen, rejected (or chosen and rejected that begin with the same prompt)"
+LONGEST_ROW = 2**26  # bytes; what is longer is no row, and is not read into memory
 FILE_PATTERNS = ("*.jsonl", "*.json", "*.jsonl.gz", "*.json.gz")
 
 
@@ -91,9 +92,14 @@ def parse_line(line: bytes) -> dict:
     return row
 
 
-def line_rows(stream: Iterable[bytes]) -> Iterator[tuple[int, dict | DataError]]:
+def line_rows(stream: BinaryIO) -> Iterator[tuple[int, dict | DataError]]:
     """JSON Lines as (line number, row); blank lines are skipped."""
-    return ((number, attempt(parse_line, line)) for number, line in enumerate(stream, 1) if line.strip())
+    for number, line in enumerate(iter(lambda: stream.readline(LONGEST_ROW + 1), b""), 1):
+        if len(line) > LONGEST_ROW:
+            yield number, DataError(f"a line of more than {LONGEST_ROW >> 20} MiB; nothing after it is read; {NEEDS}")
+            return
+        if line.strip():
+            yield number, attempt(parse_line, line)
 
 
 def file_rows(path: Path) -> Iterator[tuple[int, dict | DataError]]:
@@ -348,7 +354,10 @@ def parse_turns(row: dict, key: str) -> str | list[dict]:
 
 def common_prefix_length(left, right) -> int:
     """How many first tokens, characters or messages are equal."""
-    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+    shortest = min(len(left), len(right))
+    if left[:shortest] == right[:shortest]:  # the usual case, at C's speed
+        return shortest
+    return next(i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
 
 
 def extract_prompt(chosen, rejected):
@@ -512,34 +521,36 @@ def tokenize_pair(row: dict, tokenizer: Tokenizer, options: DataOptions) -> Pair
 
 # The store
 
-STORE_VERSION = 1  # part of the digest: to be raised when the same rows would give other arrays
-ARRAYS = {"tokens": (np.int32, 1), "lengths": (np.int32, 4), "ratings": (np.float32, 2), "places": (np.int64, 2)}
+STORE_VERSION = 2  # part of the digest: to be raised when the same rows would give other arrays
+ARRAYS = {"tokens": (np.int32, 1), "lengths": (np.int32, 4), "ratings": (np.float32, 2), "places": (np.int64, 2),
+          "ends": (np.int64, 1)}
 CHUNK_ROWS = 256
+LARGE_FILE = 2**28  # bytes, which take about a second to hash
 
 
 class PairStore:
     """All pairs of a data set, read-only in memory-mapped arrays; made by `build_store`.
 
     On disk: the pairs one after another as they lie in a Batch (prompt chosen rejected; where the prompts differ prompt
-    chosen rejected_prompt rejected), and per pair their four lengths (rejected_prompt -1: shared).
+    chosen rejected_prompt rejected), and per pair their four lengths (rejected_prompt -1: shared) and where they end.
     """
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
         try:
             meta = json.loads((self.directory / "meta.json").read_text("utf-8"))
-            self.stream, table, self.ratings, self.places = (
+            self.stream, table, self.ratings, self.places, ends = (
                 np.memmap(self.directory / f"{name}.bin", dtype, mode="r").reshape(-1, width)
                 for name, (dtype, width) in ARRAYS.items())
-            if (len(self.stream), len(self.ratings)) != (np.maximum(table, 0).sum(), len(table)):
+            if not len(table) == len(self.ratings) == len(self.places) == len(ends) or ends[-1, 0] != len(self.stream):
                 raise ValueError("arrays of unequal length")
         except (OSError, ValueError) as error:
             raise DataError(f"{directory}: damaged token store ({error}); remove it, it will be made again") from None
         self.files, self.digest, self.report = meta["files"], meta["digest"], meta["report"]
         self.pictures = meta.get("pictures")  # read by extras/pictures.py
         self.lengths, self.rejected_prompt_lengths = table[:, :3], table[:, 3]  # (n, 3), (n,)
-        self.tokens = self.lengths.sum(1, dtype=np.int64) + np.maximum(table[:, 3], 0)  # (n,)
-        self.ends = np.cumsum(self.tokens)  # (n,)
+        self.ends = ends[:, 0]  # (n,)
+        self.tokens = np.diff(self.ends, prepend=0)  # (n,)
 
     @classmethod
     def open(cls, directory: str | Path) -> "PairStore":
@@ -594,13 +605,13 @@ def describe(report: dict) -> list[str]:
             *(f"skipped {bad}" for bad in report["bad_rows"])]
 
 
-def pair_pieces(pair: Pair, place: tuple[int, int]) -> tuple[np.ndarray, ...]:
-    """One pair as it is written to the four arrays, in their order."""
+def pair_pieces(pair: Pair, place: tuple[int, int], begin: int) -> tuple[np.ndarray, ...]:
+    """One pair as it is written to the arrays, in their order; its tokens begin at `begin`."""
     prompt, chosen, rejected, own_prompt = pair[:4]
     shared, own_prompt = own_prompt is None, prompt[:0] if own_prompt is None else own_prompt
     stream = np.concatenate([prompt, chosen, own_prompt, rejected])
     lengths = len(prompt), len(chosen), len(rejected), -1 if shared else len(own_prompt)
-    values = stream, lengths, (pair.chosen_rating, pair.rejected_rating), place
+    values = stream, lengths, (pair.chosen_rating, pair.rejected_rating), place, begin + len(stream)
     return tuple(np.asarray(value, dtype) for value, (dtype, _) in zip(values, ARRAYS.values(), strict=True))
 
 
@@ -608,7 +619,7 @@ def write_pairs(directory: Path, outcomes: Iterable[Outcome], files: list[Path],
     """Writes the arrays and meta.json. Raises DataError at a bad row if `stop`, and when no pair is left."""
     report = {"rows": 0, "counts": {}, "first": {}, "bad_rows": []}
     numbers = {str(path): number for number, path in enumerate(files)}
-    hashes, pictures = [hashlib.sha256() for _ in ARRAYS], {}
+    hashes, pictures, written = [hashlib.sha256() for _ in ARRAYS], {}, 0  # tokens
     with ExitStack() as stack:
         streams = [stack.enter_context(open(directory / f"{name}.bin", "wb")) for name in ARRAYS]
         for place, outcome in outcomes:
@@ -617,7 +628,8 @@ def write_pairs(directory: Path, outcomes: Iterable[Outcome], files: list[Path],
             count_outcome(report, place, outcome)
             if isinstance(outcome, Pair):
                 file, _, line = place.rpartition(":")
-                pieces = pair_pieces(outcome, (numbers[file], int(line)))
+                pieces = pair_pieces(outcome, (numbers[file], int(line)), written)
+                written += len(pieces[0])
                 for stream, sha, piece in zip(streams, hashes, pieces, strict=True):
                     stream.write(piece.tobytes())
                     sha.update(piece.tobytes())
@@ -638,13 +650,36 @@ def write_pairs(directory: Path, outcomes: Iterable[Outcome], files: list[Path],
     (directory / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
 
 
-def store_key(files: list[Path], *parts) -> str:
+def file_state(path: Path) -> list[int]:
+    """What a write to the file changes: its identity, size, and the times that the system keeps."""
+    state = os.stat(path)
+    return [state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def store_key(files: list[Path], cache_dir: Path, *parts) -> str:
     """Digest of all that a store depends on: the files' names and contents, the tokenizing library, and `parts`."""
     sha = hashlib.sha256(repr((STORE_VERSION, tokenizers.__version__, *parts)).encode())
     for path in files:
-        with open(path, "rb") as stream:
-            sha.update(f"{path}:{hashlib.file_digest(stream, 'sha256').hexdigest()};".encode())
+        if os.path.getsize(path) < LARGE_FILE:
+            content = file_hash(path)
+        else:
+            from extras.hashes import remembered_hash
+
+            content = remembered_hash(path, cache_dir, file_hash)
+        sha.update(f"{path}:{content};".encode())
     return sha.hexdigest()[:32]
+
+
+def check_unchanged(files: list[Path], states: list[list[int]]):
+    """Raises DataError where a file was written to since its state was taken: rows of two contents would be mixed."""
+    for path, state in zip(files, states, strict=True):
+        if file_state(path) != state:
+            raise DataError(f"{path}: it changed while it was read; start again when it is whole")
 
 
 def tokenize_chunk(chunk: list[tuple], tokenizer: Tokenizer, options: DataOptions) -> list[Outcome]:
@@ -679,31 +714,39 @@ def build_store(files: list[Path], tokenizer: Tokenizer, options: DataOptions, c
                 progress: Callable[[int], None] | None = None) -> PairStore:
     """Tokenizes files into a store inside cache_dir, or opens the one that is there for the same contents and options.
 
-    One process calls this; others open `store.directory`. The store is written beside its place and renamed, so that
-    it is whole or absent. The tokenizer itself uses all cores; `num_proc` processes are for templates that are slow to
-    render. `progress` gets the number of rows done. Raises DataError: at the first bad row (on_bad_row "stop"; "skip"
-    counts and lists them), and when no pair is left.
+    One process calls this; others open `store.directory`. The tokenizer itself uses all cores, the rest one; `num_proc`
+    processes share out all of it. `progress` gets the number of rows done. Raises DataError: at the first bad row
+    (on_bad_row "stop"; "skip" counts and lists them), and when no pair is left.
     """
     check_options(options)
     assert on_bad_row in ("stop", "skip"), on_bad_row
-    target = Path(cache_dir) / store_key(files, tokenizer.digest, tuple(options), on_bad_row)
-    if target.exists():
-        return PairStore.open(target)
+    cache_dir = Path(cache_dir)
     try:
-        Path(cache_dir).mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(prefix=f"{target.name}.part-", dir=cache_dir)
+        states = list(map(file_state, files))
+        target = cache_dir / store_key(files, cache_dir, tokenizer.digest, tuple(options), on_bad_row)
+        if not target.exists():
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            outcomes = tokenize_files(files, tokenizer, options, num_proc, progress)
+            write_store(target, outcomes, files, states, on_bad_row == "stop")
     except OSError as error:
-        raise DataError(f"{cache_dir}: cannot hold the token store ({error.strerror}); change --cache_dir") from None
-    with temporary as scratch:
-        outcomes = tokenize_files(files, tokenizer, options, num_proc, progress)
-        write_pairs(Path(scratch), outcomes, files, on_bad_row == "stop")
+        what = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        raise DataError(f"{cache_dir}: cannot hold the token store ({what}); change --cache_dir") from None
+    except MemoryError:
+        raise DataError("out of memory while tokenizing; lower --dataset_num_proc, or cut very long rows") from None
+    return PairStore.open(target)
+
+
+def write_store(target: Path, outcomes: Iterable[Outcome], files: list[Path], states: list, stop: bool):
+    """The store is written beside its place and renamed, so that it is whole or absent."""
+    with tempfile.TemporaryDirectory(prefix=f"{target.name}.part-", dir=target.parent) as scratch:
+        write_pairs(Path(scratch), outcomes, files, stop)
+        check_unchanged(files, states)
         os.chmod(scratch, 0o755)  # temporary directories are for their owner alone
         try:
             os.rename(scratch, target)
         except OSError:
             if not target.exists():  # else another run was faster, with the same arrays
                 raise
-    return PairStore.open(target)
 
 
 # What a reference says of the pairs: one file, block after block of them, each with its checksum

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from data import NEEDS, ROLES, DataError
+from data import LONGEST_ROW, NEEDS, ROLES, DataError
 
 FROM_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "observation": "tool"} | {r: r for r in ROLES}
 # What stands before an element, and what ends the array: at its beginning, and after an element.
@@ -29,7 +29,7 @@ def array_rows(stream: BinaryIO) -> Iterator[tuple[int, dict | DataError]]:
             at, line, first, size = end, here + buffer.count("\n", begin, end), False, 1 << 16
             yield here, row if isinstance(row, dict) else DataError(f"found a JSON {type(row).__name__}; {NEEDS}")
         except (ValueError, RecursionError) as error:
-            if final or isinstance(error, RecursionError):
+            if final or isinstance(error, RecursionError) or size > 2 * LONGEST_ROW:
                 yield here, DataError(f"broken JSON in the array ({error}); nothing after it can be read")
                 return
             try:  # perhaps the element only goes on in the next piece

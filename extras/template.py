@@ -152,7 +152,8 @@ class Renderer:
 
     def start(self) -> None:
         command = [sys.executable, "-P", __file__, str(SECONDS)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        pipe, null = subprocess.PIPE, subprocess.DEVNULL
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null)
         weakref.finalize(self, stop, self.process)
         self.ask(self.templates)
 

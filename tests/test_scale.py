@@ -1,14 +1,20 @@
 """Data at scale and hostile input: what stops a template, bounds memory, and makes a second start quick."""
 
+import errno
 import json
+import multiprocessing
+import os
 import shutil
+import time
 
+import numpy as np
 import pytest
+from conftest import make_rows
 from test_data import NO, USER, YES, row, write_tokenizer
 
 import data
 import dpo
-from extras import template
+from extras import hashes, template
 
 ENDLESS = {
     "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
@@ -87,3 +93,113 @@ def test_the_rendering_process_ends_with_its_tokenizer(tmp_path):
     process = tokenizer.renderer.process
     del tokenizer
     assert process.wait(10) is not None
+
+
+# Large and changing files
+
+
+def file_of(path, count):
+    rows = [r | {"chosen": " yes" + r["chosen"], "rejected": " no" + r["rejected"]} for r in make_rows(count)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+@pytest.fixture
+def build(tiny, tmp_path):
+    tokenizer = data.Tokenizer.load(tiny)
+    return lambda *files, **more: data.build_store(list(files), tokenizer, data.DataOptions(), tmp_path / "c", **more)
+
+
+def make_old(path):
+    """Dated back, as git's rule wants it: a file that was written to a moment ago is not remembered."""
+    os.utime(path, (1, 1))
+    time.sleep(0.05)
+
+
+def test_a_large_file_is_hashed_once_and_again_when_it_grew_or_changed(build, tmp_path, monkeypatch):
+    hashed, honest = [], data.file_hash
+    monkeypatch.setattr(data, "LARGE_FILE", 100)
+    monkeypatch.setattr(hashes, "GRAIN", 0)
+    monkeypatch.setattr(data, "file_hash", lambda path: hashed.append(path) or honest(path))
+    path = file_of(tmp_path / "p.jsonl", 20)
+    make_old(path)
+    first = build(path)
+    assert build(path).directory == first.directory and len(hashed) == 1
+    with open(path, "a") as f:
+        f.write(json.dumps(make_rows(21)[-1]) + "\n")
+    grown = build(path)
+    assert len(grown) == 21 and len(hashed) == 2
+    content, state = path.read_bytes(), os.stat(path)
+    path.write_bytes(content.replace(b" dog", b" cat"))  # as long, and dated as before
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert build(path).digest != grown.digest and len(hashed) == 3
+
+
+def test_a_file_written_to_a_moment_ago_is_not_remembered(build, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "LARGE_FILE", 100)
+    build(file_of(tmp_path / "p.jsonl", 20))
+    assert not (tmp_path / "c" / "hashes").exists()
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"state": 1}'])
+def test_a_damaged_memory_of_hashes_only_costs_time(build, tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(data, "LARGE_FILE", 100)
+    monkeypatch.setattr(hashes, "GRAIN", 0)
+    path = file_of(tmp_path / "p.jsonl", 20)
+    make_old(path)
+    first = build(path)
+    (memory,) = (tmp_path / "c" / "hashes").iterdir()
+    memory.write_text(damage)
+    assert build(path).directory == first.directory
+
+
+def test_a_file_that_grows_while_it_is_read_is_an_error_and_leaves_no_store(build, tmp_path):
+    path = file_of(tmp_path / "p.jsonl", 600)
+
+    def grow(done):
+        with open(path, "a") as f:
+            f.write("\n")
+
+    with pytest.raises(data.DataError, match="p.jsonl: it changed while it was read"):
+        build(path, progress=grow)
+    assert not [p for p in (tmp_path / "c").iterdir() if p.name != "hashes"]
+
+
+def test_opening_a_store_reads_none_of_its_tokens(build, tmp_path):
+    store = build(file_of(tmp_path / "p.jsonl", 20))
+    ends = [len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in (store[i] for i in range(20))]
+    assert store.ends.tolist() == [sum(ends[: i + 1]) for i in range(20)] and store.tokens.tolist() == ends
+    assert isinstance(store.ends, np.memmap) and isinstance(store.stream, np.memmap)
+
+
+def test_a_line_without_end_is_not_read_into_memory(build, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "LONGEST_ROW", 1000)
+    path = file_of(tmp_path / "p.jsonl", 3)
+    with open(path, "a") as f:
+        f.write(" " * 5000)
+    with pytest.raises(data.DataError, match="p.jsonl:4: a line of more than"):
+        build(path)
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(build, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(data.DataError, match="cannot hold the token store .No space left on device.; change --cache_dir"):
+        build(file_of(tmp_path / "p.jsonl", 3))
+    assert not list((tmp_path / "c").iterdir())
+
+
+def test_a_tokenizing_process_that_is_killed_is_named(build, tmp_path):
+    killed = []
+
+    def kill(done):
+        for child in multiprocessing.active_children()[:1]:
+            if not killed:
+                child.kill()
+                killed.append(child)
+
+    with pytest.raises(data.DataError, match="a tokenizing process died.*--dataset_num_proc"):
+        build(file_of(tmp_path / "p.jsonl", 256 * 12), num_proc=2, progress=kill)
+    assert killed

@@ -1,0 +1,80 @@
+"""How fast pairs are tokenized, in how much memory, and how long a second start takes.
+
+    python -m bench.tokenize --model_name_or_path DIR                           a million synthetic pairs, one process
+    python -m bench.tokenize --model_name_or_path DIR --pairs 5000000 --num_proc 8
+    python -m bench.tokenize --model_name_or_path DIR --dataset_name prefs.jsonl
+
+Rows go to a scratch directory, and are read from there as any other file is. A rate per core is rows per second of
+processor time, of this process and of those that it starts; peak memory is that of the largest of them, and second
+start the time from the files to an open store when its cache is there. Prints JSON.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import random
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import data
+
+SYLLABLES = [a + b for a, b in itertools.product("bcdfghklmnprstvw", "aeiou")]
+
+
+def write_rows(path: Path, count: int) -> None:
+    """Synthetic pairs of about 80 words of one to three syllables, as often as in a language (Zipf)."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices(SYLLABLES, k=rng.randint(1, 3))) for _ in range(20_000)]
+    weights = list(itertools.accumulate(1 / rank for rank in range(1, len(words) + 1)))
+    text = lambda low, high: " ".join(rng.choices(words, cum_weights=weights, k=rng.randint(low, high)))
+    with open(path, "w", encoding="utf-8") as f:
+        for i in range(count):
+            row = {"prompt": f"{i}: {text(5, 30)}", "chosen": f" yes {text(5, 50)}", "rejected": f" no {text(5, 50)}"}
+            f.write(json.dumps(row) + "\n")
+    os.utime(path, (1, 1))  # as a file that was not written to just now
+
+
+def usage() -> tuple[float, float]:
+    """(processor seconds of this process and those that ended, MiB of the largest)."""
+    own, others = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return sum(u.ru_utime + u.ru_stime for u in (own, others)), max(own.ru_maxrss, others.ru_maxrss) / unit
+
+
+def measure(files: list[Path], directory: str, cache_dir: Path, num_proc: int | None) -> dict:
+    tokenizer = data.Tokenizer.load(directory)
+    build = lambda: data.build_store(files, tokenizer, data.DataOptions(), cache_dir, "skip", num_proc)
+    (before, _), began = usage(), time.perf_counter()
+    store = build()
+    (after, peak), seconds = usage(), time.perf_counter() - began
+    rows, tokens = store.report["rows"], int(store.tokens.sum())
+    began = time.perf_counter()
+    store = build()
+    store[len(store) - 1]
+    again = time.perf_counter() - began
+    return {"rows": rows, "pairs": len(store), "tokens": tokens, "megabytes": sum(map(os.path.getsize, files)) / 1e6,
+            "seconds": seconds, "rows_per_second": rows / seconds, "rows_per_core_second": rows / (after - before),
+            "tokens_per_core_second": tokens / (after - before), "peak_mib": peak, "second_start_seconds": again}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", required=True)
+    parser.add_argument("--dataset_name")
+    parser.add_argument("--pairs", type=int, default=1_000_000)
+    parser.add_argument("--num_proc", type=int)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        if args.dataset_name is None:
+            write_rows(Path(scratch) / "pairs.jsonl", args.pairs)
+        files = data.find_files(args.dataset_name or str(Path(scratch) / "pairs.jsonl"))
+        found = measure(files, args.model_name_or_path, Path(scratch) / "cache", args.num_proc)
+    print(json.dumps({k: round(v, 3 if v < 100 else 0) for k, v in found.items()}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
