@@ -119,7 +119,9 @@ class DPOConfig:
 
     precompute_ref_log_probs: Optional[bool] = flag(None, "run the reference once, before training, and keep no copy; "
                                                     "unset does so unless the reference moves", "reference")
-    ref_model_name_or_path: Optional[str] = flag(None, "another model as reference; unset is the model as it starts")
+    ref_model_name_or_path: Optional[str] = flag(None, "another model, or adapter, as reference; unset is the model as it starts")
+    ref_adapter_name: Optional[str] = flag(None, "the reference is the adapter of this name, in its folder; or what is trained, "
+                                                 "as it starts")
     ref_model_dtype: Optional[str] = flag(None, "hold it in this type; bfloat16 halves its memory",
                                           choices=("float32", "bfloat16", "float64"))
     ref_model_device: Optional[str] = flag(None, "hold it there; cpu frees the GPU and is slow")
@@ -137,6 +139,11 @@ class DPOConfig:
                                       "the weights made wide, in bfloat16")
     lora_target_modules: Optional[list[str]] = flag(None, "names such as q_proj v_proj lm_head embed_tokens, or "
                                                     "all-linear; unset is q_proj v_proj (or their fused form)")
+    lora_target_parameters: Optional[list[str]] = flag(None, "stacks of experts and routers: mlp.experts.gate_up_proj "
+                                                             "mlp.experts.down_proj gate.weight")
+    lora_modules_to_save: Optional[list[str]] = flag(None, "modules that are trained whole beside the LoRA, such as lm_head norm")
+    use_dora: bool = flag(False, "DoRA: learn the length of each row of the weights apart from its direction")
+    model_adapter_name: Optional[str] = flag(None, "train the adapter of this name, in its folder of model_name_or_path")
 
     load_in_4bit: bool = flag(False, "QLoRA: hold the base, and a reference of its own, in 4 bits; files that are in "
                                      "bitsandbytes' 4 bits need no flag")
@@ -361,9 +368,11 @@ def check_readers(c: DPOConfig, options: dict, defaults: dict) -> None:
     """Refuse a non-default value that nothing reads in this combination, and reference modes that exclude each other."""
     reads_reference = not (set(c.loss_type) <= losses.NO_REFERENCE or c.reference_free)
     readers = {  # what reads them: (whether it is there, the flags)
-        "--use_peft": (c.use_peft, "lora_r lora_alpha lora_dropout lora_target_modules use_rslora"),
+        "--use_peft": (c.use_peft, "lora_r lora_alpha lora_dropout lora_target_modules use_rslora use_dora "
+                        "lora_target_parameters lora_modules_to_save"),
         "--sync_ref_model": (c.sync_ref_model, "ref_model_mixup_alpha ref_model_sync_steps"),
-        "a loss that has a reference": (reads_reference, "precompute_ref_log_probs ref_model_name_or_path sync_ref_model"),
+        "a loss that has a reference": (reads_reference, "precompute_ref_log_probs ref_model_name_or_path "
+                                        "ref_adapter_name sync_ref_model"),
         "--eval_strategy steps": (c.eval_strategy == "steps", "eval_steps"),
         "--eval_strategy steps or epoch": (c.eval_strategy != "no" or bool(c.eval_dataset_name), "dataset_test_split"),
         "--load_best_model_at_end": (c.load_best_model_at_end, "metric_for_best_model greater_is_better early_stopping_patience"),
@@ -385,8 +394,6 @@ def check_readers(c: DPOConfig, options: dict, defaults: dict) -> None:
         checkpoints.check_options(c, set(metrics_of([0.0] * len(SUMS), 1)))
     if c.sync_ref_model and c.precompute_ref_log_probs:
         raise ValueError("--sync_ref_model moves the reference; --precompute_ref_log_probs needs one that stays")
-    if c.sync_ref_model and c.use_peft:
-        raise ValueError("--sync_ref_model with --use_peft: mixing A and B is not mixing weights; train all weights")
     if c.load_in_8bit:
         raise ValueError("--load_in_8bit: LLM.int8 rounds activations too, and which columns it spares depends on all "
                          "tokens of a forward: a pair's log-probs would depend on what it is batched with; use "
@@ -551,7 +558,7 @@ def tokenizer_home(directory: str, ranks: Ranks) -> str:
         return directory
     from extras.peft_io import read_settings
 
-    return find_model(read_settings(Path(directory))["base_model_name_or_path"], ranks)
+    return find_base(read_settings(Path(directory)), ranks)
 
 
 def on_hub(name) -> bool:
@@ -571,6 +578,12 @@ def find_model(name: str, ranks: Optional[Ranks] = None, revision: Optional[str]
     return str(hub.local_model(name, revision))
 
 
+def find_base(settings: dict, ranks: Optional[Ranks] = None) -> str:
+    """The directory of an adapter's base; the revision that the adapter names is one on the hub."""
+    base = settings["base_model_name_or_path"]
+    return find_model(base, ranks, settings.get("revision") if on_hub(base) else None)
+
+
 def load_policy(directory: str, dtype: torch.dtype, max_length: Optional[int] = None,
                 ranks: Optional[Ranks] = None, four_bit: Optional[dict] = None) -> tuple[models.Decoder, dict]:
     """A model, and its LoRA's settings where `directory` is a PEFT adapter (the model is then its base with it on)."""
@@ -579,18 +592,39 @@ def load_policy(directory: str, dtype: torch.dtype, max_length: Optional[int] = 
     from extras.peft_io import read_settings
 
     settings = read_settings(Path(directory))
-    base = find_model(settings["base_model_name_or_path"], ranks)
-    model = models.load_model(base, dtype, max_length=max_length, four_bit=four_bit)
+    model = models.load_model(find_base(settings, ranks), dtype, max_length=max_length, four_bit=four_bit)
     put_lora(model, settings)
     models.load_adapter(model, directory)
     return model.eval(), settings
 
 
+def adapter_home(directory: str, name: Optional[str]) -> str:
+    """Where the adapter of that name lies: in the folder of the name, as PEFT saves several, or in `directory` itself."""
+    if name is None:
+        return directory
+    from extras.peft_io import adapter_home
+
+    return adapter_home(directory, name)
+
+
 def put_lora(model: models.Decoder, settings: dict) -> None:
-    """Wrap the target modules; by default PEFT's, q_proj and v_proj. rsLoRA (arXiv:2312.03732) scales by alpha / sqrt(r)."""
-    targets = settings["target_modules"] or (["qkv_proj"] if model.config.fused_qkv else ["q_proj", "v_proj"])
-    alpha = settings["lora_alpha"] * (settings["r"] ** 0.5 if settings["use_rslora"] else 1.0)
-    models.add_lora(model, settings["r"], alpha, settings["lora_dropout"], targets)
+    """Wrap the modules that PEFT's settings choose; by default those of PEFT, q_proj and v_proj."""
+    from extras.lora_targets import add_lora
+
+    usual = ["qkv_proj"] if model.config.fused_qkv else ["q_proj", "v_proj"]
+    chosen = settings.get("target_modules") or settings.get("target_parameters")
+    add_lora(model, settings if chosen else settings | {"target_modules": usual})
+
+
+def load_adapter(model: models.Decoder, directory: str, adapter_name: str = "default") -> models.Decoder:
+    """Load an adapter onto `model` under a name; the first is worn and trained, others can be the reference.
+
+    As with TRL 0.18: load_adapter(model, DIR, "train"), load_adapter(model, DIR, "reference"), and then
+    DPOTrainer(model, args=DPOConfig(model_adapter_name="train", ref_adapter_name="reference", ...)).
+    """
+    from extras.adapters import load_named
+
+    return load_named(model, directory, adapter_name)
 
 
 # The trainer
@@ -622,7 +656,7 @@ class DPOTrainer:
         self.bf16 = c.dtype == "float32" and computes_bf16(self.ranks.device) if c.bf16 is None else c.bf16
         self.continues = False  # whether an adapter is trained on
         if not isinstance(model, models.Decoder):
-            model = find_model(model or c.model_name_or_path, self.ranks, c.model_revision)
+            model = adapter_home(find_model(model or c.model_name_or_path, self.ranks, c.model_revision), c.model_adapter_name)
         home = model if isinstance(model, str) else c.model_name_or_path
         self.tokenizer = processing_class or data.Tokenizer.load(tokenizer_home(home, self.ranks))
         self.options = vars(c) | {"delta": 0.0}
@@ -659,15 +693,22 @@ class DPOTrainer:
         torch.manual_seed(c.seed)
         self.lora = {} if not c.use_peft else {
             "r": c.lora_r, "lora_alpha": c.lora_alpha, "lora_dropout": c.lora_dropout, "use_rslora": c.use_rslora,
-            "target_modules": c.lora_target_modules, "base_model_name_or_path": c.model_name_or_path}
+            "use_dora": c.use_dora, "target_modules": c.lora_target_modules, "target_parameters": c.lora_target_parameters,
+            "modules_to_save": c.lora_modules_to_save, "base_model_name_or_path": c.model_name_or_path}
+        self.base = model  # what a LoRA is on
         if isinstance(model, models.Decoder):
             self.model = model
+            if hasattr(model, "adapters"):
+                from extras.adapters import wear_named
+
+                self.lora, self.continues = wear_named(model, c.model_adapter_name), True
         else:
             self.model, adapter = self.load_policy(model)
             if adapter and c.use_peft:
                 raise ValueError(f"--use_peft: {c.model_name_or_path} is an adapter already, and is trained on as it is; "
                                  "for a new one on top, merge it first (--merge_adapter)")
             self.lora, self.continues = adapter or self.lora, bool(adapter)
+            self.base = find_base(adapter, self.ranks) if adapter else model
         self.check_vocabulary(self.model)
         if self.model.four_bit and not self.lora:
             raise ValueError(f"{c.model_name_or_path}: weights in 4 bits are not trained themselves: add --use_peft for "
@@ -795,31 +836,72 @@ class DPOTrainer:
         self.needs_ref = not (c.reference_free or set(c.loss_type) <= losses.NO_REFERENCE)
         self.precompute = self.needs_ref and (not c.sync_ref_model if c.precompute_ref_log_probs is None
                                               else c.precompute_ref_log_probs)
-        self.ref_model, self.ref_adapter = ref_model, {}
+        self.ref_model, self.ref_adapter = ref_model, {}  # a model of its own, or what the policy wears in its LoRA's place
         self.ref_sums = {}  # store digest -> data.open_sums
         if not self.needs_ref:
             return
-        if ref_model is None and c.ref_model_name_or_path:
-            home = find_model(c.ref_model_name_or_path, self.ranks)
-            self.ref_model, _ = self.load_policy(home)
-            self.check_vocabulary(self.ref_model)
-        elif ref_model is None and self.continues and not self.precompute:
-            self.ref_adapter = {n: p.detach().clone() for n, p in self.model.named_parameters() if "lora_" in n}
-        elif ref_model is None and not self.precompute and not self.lora:
+        other = c.ref_model_name_or_path or c.ref_adapter_name  # than the policy as it starts
+        if ref_model is None and self.lora:
+            self.load_ref_adapter()
+        elif ref_model is None and other:
+            self.load_ref_model()
+        elif ref_model is None and not self.precompute:
             self.ref_model = copy.deepcopy(self.model)
         if self.ref_model is not None:
             dtype = None if c.ref_model_dtype is None else getattr(torch, c.ref_model_dtype)
             self.ref_model.requires_grad_(False).eval().to(c.ref_model_device or self.ranks.device, dtype)
+        elif c.ref_model_dtype or c.ref_model_device:
+            raise ValueError("--ref_model_dtype and --ref_model_device: the reference is no model of its own here, so there is "
+                             "nothing to hold (--no_precompute_ref_log_probs keeps a copy, where all weights are trained)")
+        if c.sync_ref_model and self.lora:
+            from extras.adapters import dense_adapter
+
+            if self.ref_model is not None:
+                raise ValueError("--sync_ref_model with a LoRA: the reference is another model, which cannot move towards it")
+            self.ref_adapter = dense_adapter(models.lora_modules(self.model), self.ref_adapter)
+
+    def load_ref_model(self) -> None:
+        c = self.args
+        home = adapter_home(find_model(c.ref_model_name_or_path or c.model_name_or_path, self.ranks), c.ref_adapter_name)
+        self.ref_model, _ = self.load_policy(home)
+        self.check_vocabulary(self.ref_model)
+
+    def load_ref_adapter(self) -> None:
+        """The reference of a LoRA: its base, its own start, or another adapter on the same base; else a whole model."""
+        from extras import adapters, peft_io
+
+        c, loaded = self.args, getattr(self.model, "adapters", {})
+        if c.ref_adapter_name in loaded and not c.ref_model_name_or_path:
+            self.ref_adapter = adapters.copy_adapter(loaded[c.ref_adapter_name][0])
+        elif c.ref_model_name_or_path or c.ref_adapter_name:
+            home = find_model(c.ref_model_name_or_path or c.model_name_or_path, self.ranks)
+            home = Path(adapter_home(home, c.ref_adapter_name))
+            is_adapter = (home / "adapter_config.json").exists()
+            base = find_base(peft_io.read_settings(home), self.ranks) if is_adapter else home
+            if isinstance(self.base, models.Decoder) or Path(base).resolve() != Path(self.base).resolve():
+                self.load_ref_model()
+            elif is_adapter:
+                self.ref_adapter = adapters.load_beside(self.model, home)
+        elif self.continues:
+            self.ref_adapter = adapters.copy_adapter(models.lora_modules(self.model))
+
+    def reference(self):
+        """Within, the model whose log-probs are the reference's: one of its own, or the policy, without its LoRA or with
+        another in its place."""
+        if self.ref_model is not None or not self.lora:
+            return nullcontext(self.ref_model or self.model)
+        if not self.ref_adapter:
+            return models.adapters_disabled(self.model)
+        from extras.adapters import wearing
+
+        return wearing(self.model, self.ref_adapter)
 
     def ref_forward(self, batch: data.Batch) -> Tensor:  # (B, 2, 2)
-        """The reference's sums: from a model of its own, from the policy without its fresh LoRA, or with the LoRA that
-        it continued as it was then; and before training, from the policy."""
-        model, own = self.model if self.ref_model is None else self.ref_model, self.ref_model is not None
-        there = batch.to(next(model.parameters()).device)
-        autocast = torch.autocast(there.input_ids.device.type, torch.bfloat16, enabled=self.bf16)
-        fresh = models.adapters_disabled(model) if self.lora and not own and not self.continues else nullcontext()
-        with torch.no_grad(), evaluating(model), autocast, fresh, swapped(model, self.ref_adapter):
-            out = model(there.input_ids, there.position_ids, there.spans, there.score_index, there.targets, there.pictures)
+        """The reference's sums."""
+        with torch.no_grad(), self.reference() as model, evaluating(model):
+            there = batch.to(next(model.parameters()).device)
+            with torch.autocast(there.input_ids.device.type, torch.bfloat16, enabled=self.bf16):
+                out = model(there.input_ids, there.position_ids, there.spans, there.score_index, there.targets, there.pictures)
             return split_sums(out.logps, there.lengths).to(batch.input_ids.device)
 
     def precompute_ref(self) -> None:
@@ -862,16 +944,16 @@ class DPOTrainer:
     def ref_digest(self) -> str:
         """Changes with all that changes what the reference says of given tokens: its weights, to the bit, and how it
         computes; and with nothing else (which loss, beta, batch size or ranks, whether a fresh LoRA lies on it)."""
-        own = self.ref_model is not None
-        reference, adapted = self.ref_model if own else self.model, own or self.continues
-        compute_dtype = (reference.four_bit or {}).get("compute_dtype")
-        h = hashlib.sha256(f"2 {self.bf16} {self.args.dtype} {compute_dtype} {reference.config}".encode())
-        for name, t in chain(reference.named_parameters(), reference.named_buffers()):  # buffers: weights in 4 bits
-            if adapted or "lora_" not in name:
-                h.update(f"{name.replace('.base_layer.', '.')} {t.dtype} {tuple(t.shape)}".encode())
-                h.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        for name, module in models.lora_modules(reference).items() if adapted else ():
-            h.update(f"{name} {module.scaling}".encode())
+        with self.reference() as reference:
+            adapted = self.ref_model is not None or self.ref_adapter
+            compute_dtype = (reference.four_bit or {}).get("compute_dtype")
+            h = hashlib.sha256(f"2 {self.bf16} {self.args.dtype} {compute_dtype} {reference.config}".encode())
+            for name, t in chain(reference.named_parameters(), reference.named_buffers()):  # buffers: weights in 4 bits
+                if adapted or "lora_" not in name:
+                    h.update(f"{name.replace('.base_layer.', '.')} {t.dtype} {tuple(t.shape)}".encode())
+                    h.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            for name, module in models.lora_modules(reference).items() if adapted else ():
+                h.update(f"{name} {getattr(module, 'scaling', None)}".encode())
         return h.hexdigest()
 
     def visited(self) -> np.ndarray:
@@ -882,6 +964,10 @@ class DPOTrainer:
 
     def sync_ref(self) -> None:
         """TR-DPO (arXiv:2404.09656): ref <- alpha policy + (1 - alpha) ref."""
+        if self.lora:
+            from extras.adapters import move_towards
+
+            return move_towards(self.ref_adapter, models.lora_modules(self.model), self.args.ref_model_mixup_alpha)
         with torch.no_grad():
             for ref, policy in zip(self.ref_model.parameters(), self.model.parameters()):
                 ref.lerp_(policy.to(ref.dtype), self.args.ref_model_mixup_alpha)
@@ -1289,20 +1375,6 @@ def evaluating(model: nn.Module):
         yield
     finally:
         model.train(training)
-
-
-@contextmanager
-def swapped(model: nn.Module, values: dict[str, Tensor]):
-    """Within, the named parameters have these values."""
-    parameters = {n: p for n, p in model.named_parameters() if n in values}
-    own = {n: p.data for n, p in parameters.items()}
-    for n, p in parameters.items():
-        p.data = values[n]
-    try:
-        yield
-    finally:
-        for n, p in parameters.items():
-            p.data = own[n]
 
 
 def claim(directory: Path):

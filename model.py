@@ -602,8 +602,7 @@ class Decoder(nn.Module):
         """[(input, weight)] with logits = sum of input @ weight^T; a LoRA on the head is a second term, so that W + BA
         is never built."""
         hidden, head = hidden * self.config.logit_scale, self.lm_head
-        has_lora = isinstance(head, LoraLinear) and head.enabled
-        return [(hidden, head.weight)] + ([(head.low_rank(hidden), head.lora_B.weight)] if has_lora else [])
+        return head.terms(hidden) if hasattr(head, "terms") else [(hidden, head.weight)]
 
     def logits(self, input_ids: Tensor, position_ids: Tensor, spans: Tensor, rows: Optional[Tensor] = None,
                cache=None) -> Tensor:  # (T, V), or (len(rows), V)
@@ -738,44 +737,25 @@ class LoraLinear(nn.Module):
         out = self.base_layer(x)
         return out + self.lora_B(self.low_rank(x)).to(out.dtype) if self.enabled else out
 
+    def terms(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """As `Decoder.head_terms` has them."""
+        return [(x, self.weight)] + ([(self.low_rank(x), self.lora_B.weight)] if self.enabled else [])
+
     def delta(self) -> Tensor:
         """scaling * B A, what merging adds to the weight."""
         return self.scaling * (self.lora_B.weight @ self.lora_A.weight)
 
 
-def add_lora(model: Decoder, rank: int, alpha: float, dropout: float, targets: list[str]) -> list[str]:
+def add_lora(model: Decoder, rank: int, alpha: float, dropout: float, targets: list[str] | str, **more) -> list[str]:
     """Freeze `model` and wrap its target modules; returns the names of the wrapped modules.
 
     `targets` are last parts of module names (`q_proj`, `lm_head`, `embed_tokens`; also as the model's own files name
-    them, GPT-2's `c_attn`) or `all-linear`, which is every linear layer but the head. Raises ValueError for a target
-    that matches nothing.
+    them, GPT-2's `c_attn`) or `all-linear`, which is every linear layer but the head. `more` are PEFT's other settings
+    (extras/lora_targets.py). Raises ValueError for a target that matches nothing.
     """
-    model.requires_grad_(False)
-    modules = {n: m for n, m in model.named_modules()
-               if isinstance(m, (nn.Linear, nn.Embedding)) and not n.startswith(model.no_lora)}
-    chosen = set()
-    for target in targets:
-        matched = {n for n, m in modules.items() if is_target(target, n, m, model.config)}
-        if not matched:
-            known = " ".join(sorted({n.rpartition(".")[2] for n in modules}))
-            raise ValueError(f"--lora_target_modules {target}: no such module; this model has {known}"
-                             + (" (LoRA on experts and their router is not supported)" if model.config.moe else ""))
-        chosen |= matched
-    names = [n for n in modules if n in chosen]  # in the model's order, which the random draws follow
-    for name in names:
-        if isinstance(modules[name], nn.Embedding):
-            from extras.peft_io import LoraEmbedding
+    from extras.lora_targets import add_lora
 
-            replace_module(model, name, LoraEmbedding(modules[name], rank, alpha))
-        else:
-            replace_module(model, name, LoraLinear(modules[name], rank, alpha, dropout))
-    return names
-
-
-def is_target(target: str, name: str, module: nn.Module, config: ModelConfig) -> bool:
-    if target == "all-linear":
-        return isinstance(module, nn.Linear) and name != "lm_head"
-    return any(f".{n}".endswith(f".{target}") for n in (name, file_name(name, config)))
+    return add_lora(model, more | dict(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets))
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -794,28 +774,17 @@ def adapters_disabled(model: nn.Module):
     for module in modules:
         module.enabled = False
     try:
-        yield
+        yield model
     finally:
         for module in modules:
             module.enabled = True
 
 
-@torch.no_grad()
 def merge_lora(model: Decoder) -> None:
-    """Add each LoRA to its weight and take the wrapper away; ValueError on a tied head or embedding: one matrix cannot
-    become two."""
-    modules = lora_modules(model)
-    if model.config.tie_word_embeddings and modules.keys() & {"lm_head", "model.embed_tokens"}:
-        raise ValueError("the LoRA is on a head or embedding that share one matrix (tie_word_embeddings): it cannot be "
-                         "merged; keep the adapter, or leave lm_head and embed_tokens out of --lora_target_modules")
-    if model.four_bit:
-        from extras.nf4 import merge_4bit
+    """Add what was learned to the weights and take the wrappers away: the same model, to rounding."""
+    from extras.lora_kinds import merge
 
-        return merge_4bit(model)
-    for name, module in modules.items():
-        module.base_layer.weight += module.delta().to(module.weight)
-        replace_module(model, name, module.base_layer)
-    model.requires_grad_(True)
+    merge(model)
 
 
 # Files: reading

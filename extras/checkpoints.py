@@ -205,7 +205,7 @@ def fill(trainer, scratch: Path, moments: dict[str, Tensor]) -> None:
     trainer.save_model(scratch)
     save_file(moments, scratch / "optimizer.safetensors")
     if trainer.args.sync_ref_model:
-        models.save_model(trainer.ref_model, scratch / "ref_model")
+        write_moved_ref(trainer, scratch)
     metrics = trainer.output_dir / "metrics.jsonl"
     if metrics.exists():
         shutil.copyfile(metrics, scratch / metrics.name)
@@ -265,11 +265,31 @@ def read_weights(trainer, directory: Path) -> None:
             models.load_adapter(trainer.model, directory)
         else:
             copy_weights(directory, trainer.model)
-        if trainer.args.sync_ref_model:
-            copy_weights(directory / "ref_model", trainer.ref_model)
-    moved = list(trainer.ref_model.parameters()) if trainer.args.sync_ref_model else []
+    moved = read_moved_ref(trainer, directory) if trainer.args.sync_ref_model else []
     for p in [*(p for p in trainer.model.parameters() if p.requires_grad), *moved]:
         broadcast(trainer, p.data)
+
+
+def write_moved_ref(trainer, directory: Path) -> None:
+    """TR-DPO's reference: a model, or where a LoRA is trained what it has moved by."""
+    if not trainer.lora:
+        return models.save_model(trainer.ref_model, directory / "ref_model")
+    from extras.adapters import adapter_state
+
+    save_file(adapter_state(trainer.ref_adapter), directory / "ref_adapter.safetensors")
+
+
+def read_moved_ref(trainer, directory: Path) -> list[Tensor]:
+    """Its tensors, which rank 0 has filled."""
+    if not trainer.lora:
+        if trainer.ranks.first:
+            copy_weights(directory / "ref_model", trainer.ref_model)
+        return [p.data for p in trainer.ref_model.parameters()]
+    from extras.adapters import adapter_state, load_adapter_state
+
+    if trainer.ranks.first:
+        load_adapter_state(trainer.ref_adapter, directory / "ref_adapter.safetensors")
+    return list(adapter_state(trainer.ref_adapter).values())
 
 
 def copy_weights(directory: Path, model: models.Decoder) -> None:

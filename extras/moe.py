@@ -17,11 +17,14 @@ class Router(nn.Module):
     def __init__(self, hidden_size: int, moe: dict):
         super().__init__()
         self.per_token, self.normalize = moe["per_token"], moe["normalize"]
+        self.in_features, self.out_features = hidden_size, moe["experts"]
         self.weight = nn.Parameter(torch.zeros(moe["experts"], hidden_size))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (T, experts); weights and numbers of the chosen experts, both (T, per_token)."""
-        logits = F.linear(x, self.weight)
+        return self.route(F.linear(x, self.weight))
+
+    def route(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weights, chosen = probabilities(logits).topk(self.per_token, dim=-1)
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)

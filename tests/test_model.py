@@ -434,7 +434,7 @@ import sys, torch, model
 for name in sys.argv[1:]:
     m = model.load_model(name)
     assert name != "llama" or "torch._dynamo" not in sys.modules  # which would take seconds to import
-    model.add_lora(m, 2, 4, 0.0, ["all-linear", "lm_head"])
+    model.replace_module(m, "lm_head", model.LoraLinear(m.lm_head, 2, 4, 0.0))
     ids = torch.arange(3, 9)
     m(ids, torch.arange(6), torch.tensor([[0, 6, 0, 0]]), torch.arange(5), ids[1:]).logps.sum().backward()
     model.save_model(m, name + " saved")
@@ -600,16 +600,22 @@ def test_lora_targets_that_match_nothing_are_refused(target):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(use_dora=True), "not a plain LoRA: use_dora = True"),
-    (dict(modules_to_save=["lm_head"]), "not a plain LoRA: modules_to_save"),
-    (dict(peft_type="IA3"), "not a plain LoRA: IA3"),
-    (dict(lora_alpha=4), "its LoRA is scaled by 1, this one by 2"),
+    (dict(use_dora=0), "use_dora = 0 has no meaning"),
+    (dict(bias="all"), "bias = 'all': not understood"),
+    (dict(use_qalora=True), "use_qalora = True: not understood"),
+    (dict(init_lora_weights="pissa"), "init_lora_weights = 'pissa': not understood"),
+    (dict(trainable_token_indices=[1]), r"trainable_token_indices = \[1\]: not understood"),
+    (dict(a_setting_of_tomorrow=1), "a_setting_of_tomorrow = 1: not understood"),
+    (dict(peft_type="IA3"), "peft_type = 'IA3': not understood"),
+    (dict(lora_alpha=4), "its LoRA on .*q_proj is scaled by 1, this one by 2"),
     (dict(r=None), "r: missing"),
 ])
 def test_other_adapters_are_refused(change, message, tmp_path):
     model = make(LLAMA)
     models.add_lora(model, 4, 8, 0.0, ["q_proj"])
-    models.save_adapter(model, tmp_path, dict(r=4, lora_alpha=8, lora_dropout=0.0) | change)
+    models.save_adapter(model, tmp_path, dict(r=4, lora_alpha=8, lora_dropout=0.0))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=message):
         models.load_adapter(model, tmp_path)
 

@@ -1,0 +1,137 @@
+"""Several adapters on one base, and the moving reference of TR-DPO.
+
+An adapter, here, is {module name: wrapper}. A model wears one; `wearing` changes it for another: how an adapter is
+the reference of another without a second model.
+"""
+
+import copy
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from extras import lora_kinds as kinds
+from extras.lora_targets import add_lora
+from extras.peft_io import adapter_home, load_adapter, read_settings
+from model import lora_modules, open_safetensors, replace_module
+
+
+@contextmanager
+def wearing(model: nn.Module, adapter: dict[str, nn.Module]):
+    """Within, `model` has this adapter in place of its own."""
+    own = lora_modules(model)
+    exchange(model, own, adapter)
+    try:
+        yield model
+    finally:
+        exchange(model, adapter, own)
+
+
+def exchange(model: nn.Module, off: dict[str, nn.Module], on: dict[str, nn.Module]) -> None:
+    for name, wrapper in off.items():
+        replace_module(model, name, wrapper.base_layer)
+    for name, wrapper in on.items():
+        replace_module(model, name, wrapper)
+
+
+def copy_adapter(adapter: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """A frozen copy on the same base."""
+    copies = {name: copy.deepcopy(w, {id(w.base_layer): w.base_layer}) for name, w in adapter.items()}
+    return {name: w.requires_grad_(False).eval() for name, w in copies.items()}
+
+
+def load_beside(model: nn.Module, directory: Path) -> dict[str, nn.Module]:
+    """Another adapter on the same base, frozen: {module name: wrapper}, for `lora_kinds.wearing`.
+
+    The model keeps its own, its draws and its trainable parameters.
+    """
+    own = lora_modules(model)
+    exchange(model, own, {})
+    try:
+        with torch.random.fork_rng(devices=[]):
+            add_lora(model, read_settings(directory))
+        load_adapter(model, directory)
+        return {n: w.requires_grad_(False).eval() for n, w in lora_modules(model).items()}
+    finally:
+        exchange(model, lora_modules(model), own)
+
+
+def load_named(model: nn.Module, directory: str, name: str) -> nn.Module:
+    """Load an adapter under a name, into `model.adapters`; the first is worn. Raises ValueError for a name in use."""
+    if not hasattr(model, "adapters"):
+        model.adapters = {}
+    if name in model.adapters:
+        raise ValueError(f"the model has an adapter named {name!r} already")
+    home = Path(adapter_home(directory, name))
+    settings, adapter = read_settings(home), load_beside(model, home)
+    if not model.adapters:
+        exchange(model, {}, adapter)
+    model.adapters[name] = adapter, settings
+    return model
+
+
+def wear_named(model: nn.Module, name: str | None) -> dict:
+    """Put on the adapter of that name, or keep the one that is on, to be trained; returns its settings."""
+    if name is not None and name not in model.adapters:
+        raise ValueError(f"--model_adapter_name {name}: the model has {', '.join(model.adapters)}")
+    worn = lora_modules(model)
+    name = name or next(n for n, (adapter, _) in model.adapters.items() if adapter == worn)
+    adapter, settings = model.adapters[name]
+    exchange(model, worn, adapter)
+    for module in adapter.values():
+        for n, p in module.named_parameters():
+            p.requires_grad_(n.startswith("lora_"))
+    return settings
+
+
+# The moving reference of TR-DPO
+
+
+@torch.no_grad()
+def dense_adapter(policy: dict[str, nn.Module], start: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """`start` with every update written out, on the modules of the policy too: what can move towards the policy.
+
+    Mixing A and B is not mixing weights: (a B + b B') (a A + b A') is not a B A + b B' A'.
+    """
+    dense = {}
+    for name in [*policy, *(n for n in start if n not in policy)]:
+        one, other = start.get(name), policy.get(name)
+        if isinstance(one, kinds.SavedModule) or isinstance(other, kinds.SavedModule):
+            if one is not None and type(one) is not type(other):
+                raise ValueError(f"--sync_ref_model: {name} is trained whole in one adapter and not in the other")
+            start_of = copy_adapter({name: one})[name] if one else kinds.SavedModule(other.base_layer)
+            dense[name] = start_of.requires_grad_(False)
+            continue
+        zeros = {n: torch.zeros_like(d) for w in (one, other) if w is not None for n, d in kinds.deltas(w).items()}
+        dense[name] = kinds.DenseDelta((one or other).base_layer, zeros | (kinds.deltas(one) if one else {}))
+    return dense
+
+
+@torch.no_grad()
+def move_towards(ref: dict[str, nn.Module], policy: dict[str, nn.Module], alpha: float) -> None:
+    """delta <- alpha (policy's delta) + (1 - alpha) delta, so that the weights are mixed so."""
+    for name, module in ref.items():
+        if isinstance(module, kinds.SavedModule):
+            for p, q in zip(module.lora_saved.parameters(), policy[name].lora_saved.parameters()):
+                p.lerp_(q, alpha)
+            continue
+        towards = kinds.deltas(policy[name]) if name in policy else {}
+        for child, delta in module.lora_delta.items():
+            delta.lerp_(towards.get(child, torch.zeros_like(delta)), alpha)
+
+
+def adapter_state(adapter: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """{name: tensor} of an adapter as it is held, for a checkpoint."""
+    return {f"{name}.{n}": p.detach() for name, w in adapter.items()
+            for n, p in w.named_parameters() if n.startswith("lora_")}
+
+
+def load_adapter_state(adapter: dict[str, nn.Module], path: Path) -> None:
+    """Go on with what `adapter_state` gave; raises ValueError for a file of another adapter."""
+    opened, ours = open_safetensors(path), adapter_state(adapter)
+    odd = ours.keys() ^ set(opened.keys())
+    if odd:
+        raise ValueError(f"{path}: {min(odd)}: it is of another run")
+    for name, tensor in ours.items():
+        tensor.copy_(opened.get_tensor(name))

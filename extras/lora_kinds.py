@@ -1,0 +1,281 @@
+"""LoRA beyond model.py's LoraLinear: DoRA, on embeddings, on experts and routers; modules trained whole; merging.
+
+Every kind wraps a module as its `base_layer`, is that module where `enabled` is False, and has "lora_" in the names of
+its own parameters, so that the base's are those without.
+"""
+
+import copy
+import math
+from dataclasses import replace
+from itertools import chain
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from extras.moe import Router, grouped_linear
+from model import LoraLinear, Place, lora_modules, replace_module
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """Adapters are at least float32 whatever their base is."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+# Kinds
+
+
+class DoraLinear(nn.Module):
+    """m / |W + s B A| (W + s B A) x, the norm over each row (arXiv:2402.09353 eq. 5), which carries no gradient (its
+    section 4.3). m starts at |W|, so training starts at the base. With dropout the base's part of the update sees the
+    dropped input too, as PEFT has it."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
+        super().__init__()
+        plain = LoraLinear(base, rank, alpha, dropout)
+        self.base_layer, self.scaling, self.enabled = base, plain.scaling, True
+        self.dropout, self.lora_A, self.lora_B = plain.dropout, plain.lora_A, plain.lora_B
+        self.lora_magnitude_vector = nn.Parameter(torch.linalg.norm(self.direction(), dim=1))  # (out,)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    @torch.no_grad()
+    def direction(self) -> Tensor:  # (out, in)
+        weight = self.base_layer.weight
+        return weight.to(wide(weight)) + self.scaling * (self.lora_B.weight @ self.lora_A.weight)
+
+    def scale(self) -> Tensor:  # (out,)
+        return self.lora_magnitude_vector / torch.linalg.norm(self.direction(), dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.base_layer(x)
+        if not self.enabled:
+            return out
+        dropped = self.dropout(x)
+        plain = self.base_layer(dropped) if self.training and self.dropout.p else out
+        plain = plain if self.base_layer.bias is None else plain - self.base_layer.bias
+        low_rank = self.lora_B(self.lora_A(dropped.to(self.lora_A.weight.dtype))) * self.scaling
+        scale = self.scale()
+        return out + ((scale - 1) * plain + scale * low_rank).to(out.dtype)
+
+    def terms(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """On the head the rows of W are scaled, at the price of a second matrix of its size."""
+        if not self.enabled:
+            return [(x, self.weight)]
+        scale = self.scale()[:, None]
+        low_rank = self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype))) * self.scaling
+        return [(x, scale * self.weight), (low_rank, scale * self.lora_B.weight)]
+
+    def delta(self) -> Tensor:
+        return self.scale()[:, None] * self.direction() - self.weight
+
+
+class LoraEmbedding(nn.Module):
+    """base(ids) + scaling * (A[:, ids])^T B^T, with PEFT's parameter names; A starts at zero, B is normal. With `dora`
+    each column of the sum is scaled to the length m, over the vocabulary."""
+
+    def __init__(self, base: nn.Embedding, rank: int, alpha: float, dora: bool = False):
+        super().__init__()
+        self.base_layer, self.scaling, self.enabled, self.dora = base, alpha / rank, True, dora
+        place = dict(device=base.weight.device, dtype=wide(base.weight))
+        self.lora_embedding_A = nn.Parameter(torch.zeros(rank, base.num_embeddings, **place))
+        self.lora_embedding_B = nn.Parameter(torch.randn(base.embedding_dim, rank, **place))
+        if dora:
+            self.lora_magnitude_vector = nn.Parameter(self.norm())  # (C,)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    def low_rank(self) -> Tensor:  # (V, C)
+        return self.scaling * (self.lora_embedding_B @ self.lora_embedding_A).T
+
+    @torch.no_grad()
+    def norm(self) -> Tensor:  # (C,)
+        return torch.linalg.norm(self.weight + self.low_rank(), dim=0)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out = self.base_layer(ids)
+        if not self.enabled:
+            return out
+        update = F.embedding(ids, self.lora_embedding_A.T) * self.scaling @ self.lora_embedding_B.T
+        if not self.dora:
+            return out + update.to(out.dtype)
+        return (self.lora_magnitude_vector / self.norm() * (out + update)).to(out.dtype)
+
+    def delta(self) -> Tensor:
+        """What merging adds to the weight."""
+        if not self.dora:
+            return self.low_rank()
+        return self.lora_magnitude_vector / self.norm() * (self.weight + self.low_rank()) - self.weight
+
+
+class LoraExperts(nn.Module):
+    """LoRA on stacks of experts (extras/moe.py): x_e W_e^T + s (x_e A_e^T) B_e^T. Parameters lie as in PEFT's files:
+    A (experts * rank, in), B (out, rank * experts). `stacks` is {stack: (rank, alpha)}."""
+
+    def __init__(self, base: nn.Module, stacks: dict[str, tuple[int, float]], dropout: float):
+        super().__init__()
+        self.base_layer, self.enabled, self.dropout = base, True, nn.Dropout(dropout)
+        self.scaling = {name: alpha / rank for name, (rank, alpha) in stacks.items()}
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        like = next(chain(base.parameters(), base.buffers()))
+        for name, (rank, _) in stacks.items():
+            count, rows, columns = stack_shape(base, name)
+            place = dict(device=like.device, dtype=wide(like) if like.is_floating_point() else torch.float32)
+            self.lora_A[name] = nn.Parameter(torch.empty(count * rank, columns, **place))
+            self.lora_B[name] = nn.Parameter(torch.zeros(rows, rank * count, **place))
+            nn.init.kaiming_uniform_(self.lora_A[name], a=math.sqrt(5))
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:  # (experts, rank, in), (experts, out, rank)
+        experts = stack_shape(self.base_layer, name)[0]
+        a, b = self.lora_A[name].unflatten(0, (experts, -1)), self.lora_B[name].unflatten(1, (-1, experts))
+        return a, b.permute(2, 0, 1)
+
+    def update(self, name: str, x: Tensor, counts: Tensor) -> Tensor:
+        a, b = self.factors(name)
+        return grouped_linear(grouped_linear(self.dropout(x.to(a.dtype)), a, counts) * self.scaling[name], b, counts)
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        names = self.lora_A if self.enabled else ()
+        return run_experts(self.base_layer, x, counts, {name: self.update for name in names})
+
+    def deltas(self) -> dict[str, Tensor]:
+        return {name: self.scaling[name] * torch.bmm(*reversed(self.factors(name))) for name in self.lora_A}
+
+
+def stack_shape(experts: nn.Module, name: str) -> tuple[int, int, int]:
+    """(experts, out, in) of a stack, be it in 4 bits."""
+    if hasattr(experts, name):
+        return tuple(getattr(experts, name).shape)
+    size, hidden = experts.gate_up[0].shape
+    return (len(experts.down), 2 * size, hidden) if name == "gate_up_proj" else (len(experts.down), hidden, size)
+
+
+def run_experts(base: nn.Module, x: Tensor, counts: Tensor, updates: dict[str, Callable]) -> Tensor:
+    """The experts, with something added to each stack's product."""
+
+    def project(name: str, x: Tensor) -> Tensor:
+        stack = getattr(base, name, None)
+        out = base.project(name, x, counts) if stack is None else grouped_linear(x, stack, counts)
+        return out + updates[name](name, x, counts).to(out.dtype) if name in updates else out
+
+    gate, up = project("gate_up_proj", x).chunk(2, -1)
+    return project("down_proj", base.act(gate) * up)
+
+
+class LoraRouter(nn.Module):
+    """LoRA on the logits of a router."""
+
+    def __init__(self, base: Router, rank: int, alpha: float, dropout: float):
+        super().__init__()
+        plain = LoraLinear(base, rank, alpha, dropout)
+        self.base_layer, self.scaling, self.enabled = base, plain.scaling, True
+        self.dropout, self.lora_A, self.lora_B = plain.dropout, plain.lora_A, plain.lora_B
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.enabled:
+            return self.base_layer(x)
+        update = self.lora_B(self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype)))) * self.scaling
+        return self.base_layer.route(F.linear(x, self.base_layer.weight) + update.to(x.dtype))
+
+    def delta(self) -> Tensor:
+        return self.scaling * (self.lora_B.weight @ self.lora_A.weight)
+
+
+class SavedModule(nn.Module):
+    """A module trained whole beside the LoRA (PEFT's modules_to_save); `base_layer` is as it was."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        kind = next(base.parameters()).dtype
+        self.base_layer, self.enabled = base, True
+        self.lora_saved = copy.deepcopy(base).to(torch.promote_types(kind, torch.float32)).requires_grad_(True)
+
+    @property
+    def weight(self) -> Tensor:
+        return (self.lora_saved if self.enabled else self.base_layer).weight
+
+    def forward(self, x: Tensor, *more):
+        if not self.enabled:
+            return self.base_layer(x, *more)
+        theirs, own = (next(m.parameters()).dtype for m in (self.base_layer, self.lora_saved))
+        if theirs == own:
+            return self.lora_saved(x, *more)
+        out = self.lora_saved(x.to(own) if x.is_floating_point() else x, *more)
+        return out.to(theirs) if torch.is_tensor(out) else (out[0].to(theirs), *out[1:])
+
+
+class DenseDelta(nn.Module):
+    """A module with dense updates of its weights: the moving reference of TR-DPO, where the policy is a LoRA."""
+
+    def __init__(self, base: nn.Module, deltas: dict[str, Tensor]):
+        super().__init__()
+        self.base_layer, self.enabled = base, True
+        self.lora_delta = nn.ParameterDict({n: nn.Parameter(d.detach().clone(), False) for n, d in deltas.items()})
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    def forward(self, x: Tensor, *counts: Tensor):
+        base, delta = self.base_layer, self.lora_delta
+        if "weight" not in delta:
+            grouped = lambda name, x, counts: grouped_linear(x.to(delta[name].dtype), delta[name], counts)
+            return run_experts(base, x, *counts, dict.fromkeys(delta, grouped))
+        delta = delta["weight"]
+        if isinstance(base, nn.Embedding):
+            return (base(x) + F.embedding(x, delta)).to(base.weight.dtype)
+        if isinstance(base, Router):
+            return base.route(F.linear(x, base.weight) + F.linear(x.to(delta.dtype), delta).to(x.dtype))
+        out = base(x)
+        return out + F.linear(x.to(delta.dtype), delta).to(out.dtype)
+
+    def terms(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return [(x, self.weight), (x, self.lora_delta["weight"])]
+
+    def deltas(self) -> dict[str, Tensor]:
+        return dict(self.lora_delta)
+
+
+def deltas(wrapper: nn.Module) -> dict[str, Tensor]:
+    """{parameter of the base: what merging adds to it}."""
+    return wrapper.deltas() if hasattr(wrapper, "deltas") else {"weight": wrapper.delta()}
+
+
+# Merging
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """Add each update to its weight and take the wrapper away. A head and an embedding that were one part."""
+    adapter = lora_modules(model)
+    if model.four_bit:
+        from extras.nf4 import merge_4bit
+
+        return merge_4bit(model)
+    if model.config.tie_word_embeddings and adapter.keys() & {"lm_head", "model.embed_tokens"}:
+        untie(model)
+    for name, wrapper in adapter.items():
+        base = wrapper.base_layer
+        if isinstance(wrapper, SavedModule):
+            base.load_state_dict(wrapper.lora_saved.state_dict())
+        else:
+            for child, delta in deltas(wrapper).items():
+                weight = getattr(base, child)
+                weight.copy_(weight.to(delta.dtype) + delta)
+        replace_module(model, name, base)
+    model.requires_grad_(True)
+
+
+def untie(model: nn.Module) -> None:
+    """One matrix cannot become two: the head gets a copy, and config.json and the files say so."""
+    head = getattr(model.lm_head, "base_layer", model.lm_head)
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    model.config = replace(model.config, tie_word_embeddings=False)
+    model.raw_config = model.raw_config | {"tie_word_embeddings": False}
+    if model.layout:
+        model.layout = model.layout | {"lm_head.weight": Place("lm_head.weight")}
