@@ -19,6 +19,7 @@ import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple, Optional
 
@@ -375,18 +376,34 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan, window: Optional[int], config:
         from extras.softcap import softcapped_attention
 
         core = partial(softcapped_attention, cap=config.attn_softcap)
-    out = []
-    for start, end, keys, mask in plan:
-        kept_k, kept_v = (torch.cat([x[a:b] for a, b in keys]) if len(keys) > 1 else x[slice(*keys[0])] for x in (k, v))
-        out.append(core(q[start:end], kept_k, kept_v, mask, config.attention_scale))
-    return torch.cat(out)
+    dtype = v.dtype
+    if q.device.type == "cpu":  # whose float32 kernel is faster than the bfloat16 one
+        q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
+    queries, ranges = cut(q, [((start, end),) for start, end, _, _ in plan]), [keys for _, _, keys, _ in plan]
+    with torch.autocast(q.device.type, enabled=False):
+        return torch.cat([core(*parts, mask, config.attention_scale) for *parts, (_, _, _, mask)
+                          in zip(queries, cut(k, ranges), cut(v, ranges), plan)]).to(dtype)
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], scale: float) -> Tensor:
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, n, D)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale,
-                                         is_causal=mask is None and q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1])
-    return out[0].transpose(0, 1)
+def cut(x: Tensor, ranges: list[tuple[tuple[int, int], ...]]) -> list[Tensor]:
+    """The stretches [a, b) of x, joined where an entry has several.
+
+    By one split, whose gradient is one concatenation; each slice would have a gradient as long as x.
+    """
+    edges = sorted({0, len(x), *(edge for stretches in ranges for stretch in stretches for edge in stretch)})
+    at = {edge: i for i, edge in enumerate(edges)}
+    pieces = x.split([b - a for a, b in pairwise(edges)])
+    parts = ([pieces[i] for a, b in stretches for i in range(at[a], at[b])] for stretches in ranges)
+    return [torch.cat(part) if len(part) > 1 else part[0] for part in parts]
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], scale: float) -> Tensor:  # (n, H, D)
+    K = k.shape[1]
+    q = q.unflatten(1, (K, -1)).permute(1, 2, 0, 3)  # (K, H/K, n, D)
+    k, v = (x.transpose(0, 1)[:, None].expand(-1, q.shape[1], -1, -1) for x in (k, v))  # read in place by each head
+    causal = mask is None and q.shape[2] > 1
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, is_causal=causal)
+    return out.permute(2, 0, 1, 3).flatten(1, 2)
 
 
 # Modules, leaf to root
@@ -406,7 +423,30 @@ class Norm(nn.Module):
             return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
         wide = torch.promote_types(x.dtype, torch.float32)
         weight = self.weight.to(wide) + 1 if self.offset else self.weight.to(wide)
+        if x.device.type == "cpu":
+            return RMSNorm.apply(x.to(wide), weight, self.eps).to(x.dtype)
         return F.rms_norm(x.to(wide), x.shape[-1:], weight, self.eps).to(x.dtype)
+
+
+class RMSNorm(torch.autograd.Function):
+    """y = n w with n = x r, r = 1 / sqrt(mean(x^2) + eps); dx = r (g - n mean(g n)) with g = dy w.
+
+    PyTorch's own for the CPU is put together of six operations, and keeps all that they make.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        r = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, r)
+        return (x * r).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, r = ctx.saved_tensors
+        n = x * r
+        grad_weight = torch.linalg.vecdot(grad, n, dim=0) if grad.dim() == 2 else (grad * n).flatten(0, -2).sum(0)
+        g = grad * weight
+        return g.addcmul_(n, torch.linalg.vecdot(g, n)[..., None], value=-1 / x.shape[-1]).mul_(r), grad_weight, None
 
 
 class Attention(nn.Module):
@@ -470,7 +510,21 @@ class MLP(nn.Module):
         if not self.gated:
             return self.down_proj(self.act(self.up_proj(x)))
         gate, up = self.gate_up_proj(x).chunk(2, -1) if self.fused else (self.gate_proj(x), self.up_proj(x))
-        return self.down_proj(self.act(gate) * up)
+        return self.down_proj(SwiGLU.apply(gate, up) if self.act is F.silu else self.act(gate) * up)
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, which keeps two tensors for backward instead of three."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
 def make_mlp(config: ModelConfig, layer: int) -> nn.Module:
@@ -638,10 +692,11 @@ class ChunkedLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, targets: Tensor, softcap: Optional[float], compute: torch.dtype, *tensors: Tensor):
-        ctx.save_for_backward(targets, *tensors)
-        ctx.softcap, ctx.compute = softcap, compute
+        ctx.softcap, ctx.compute, ctx.dtypes = softcap, compute, [t.dtype for t in tensors]
         wide = torch.promote_types(compute, torch.float32)
-        terms = cast_terms(tensors, compute)
+        tensors = [t.to(compute) for t in tensors]  # once, for backward too
+        ctx.save_for_backward(targets, *tensors)
+        terms = list(zip(tensors[0::2], tensors[1::2]))
         out = [score_chunk(chunk_logits(terms, rows, softcap).to(wide), targets[rows])
                for rows in chunks(len(targets), len(terms[0][1]))]
         out = [torch.cat(column) for column in zip(*out)]
@@ -651,9 +706,9 @@ class ChunkedLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, *_):
         targets, *tensors = ctx.saved_tensors
-        terms = cast_terms(tensors, ctx.compute)
+        terms = list(zip(tensors[0::2], tensors[1::2]))
         wide = torch.promote_types(ctx.compute, torch.float32)
-        grads = [torch.zeros(t.shape, dtype=wide, device=t.device) if needed else None
+        grads = [torch.empty(t.shape, dtype=wide, device=t.device) if needed else None
                  for t, needed in zip(tensors, ctx.needs_input_grad[3:])]
         for rows in chunks(len(targets), len(terms[0][1])):
             d = grad_logits(chunk_logits(terms, rows, ctx.softcap), targets[rows], grad[rows], ctx.softcap)  # (n, V)
@@ -662,12 +717,16 @@ class ChunkedLogps(torch.autograd.Function):
                 if grad_x is not None:
                     grad_x[rows] = (d @ w).to(wide)
                 if grad_w is not None:
-                    grad_w.addmm_(d.T, x[rows]) if wide == ctx.compute else grad_w.add_(d.T @ x[rows])
-        return None, None, None, *(g if g is None else g.to(t.dtype) for g, t in zip(grads, tensors))
+                    add_product(grad_w, d.T, x[rows], first=rows.start == 0)
+        return None, None, None, *(g if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes))
 
 
-def cast_terms(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    return [(x.to(dtype), w.to(dtype)) for x, w in zip(tensors[0::2], tensors[1::2])]
+def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total += a b, in the type of total; the first product overwrites it."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b, beta=0 if first else 1)
+    else:
+        total.copy_(a @ b) if first else total.add_(a @ b)
 
 
 def chunks(count: int, vocab_size: int) -> Iterator[slice]:
