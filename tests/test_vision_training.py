@@ -1,0 +1,194 @@
+"""Pairs with pictures through the trainer: start values, TRL's numbers, LoRA, ranks, saved files."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, read_metrics, run_dpo
+from safetensors.torch import load_file
+from vision_tiny import make_model_directory
+
+import dpo
+import model as models
+
+pytest.importorskip("PIL")
+pytest.importorskip("transformers")
+LN2 = 0.6931471805599453
+ANSWERS = ["A cat.", "Two dogs, and a bird.", "Nothing at all", "The red one.", "It is a small house", "Four."]
+
+
+def make_pictures(folder) -> None:
+    from PIL import Image
+
+    for i, (width, height) in enumerate([(40, 30), (20, 61), (28, 28)]):
+        pixels = np.random.default_rng(i).integers(0, 256, (height // 4, width // 4, 3), np.uint8)
+        Image.fromarray(pixels).resize((width, height), 2).save(folder / f"{i}.png")
+
+
+def make_row(i: int, images: list[str], key: str = "images") -> dict:
+    parts = [{"type": "image"}] * len(images) + [{"type": "text", "text": f"What is it, {i}?"}]
+    message = lambda text: [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
+    return {"prompt": [{"role": "user", "content": parts}], "chosen": message(ANSWERS[i % 6]),
+            "rejected": message(ANSWERS[(i + 1) % 6]), key: images}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Folder with pictures.jsonl (4 rows, one with two pictures), mixed.jsonl (text-only rows between), and checkpoints."""
+    folder = tmp_path_factory.mktemp("vision")
+    make_pictures(folder)
+    rows = [make_row(0, ["0.png"]), make_row(1, ["1.png"]), make_row(2, ["0.png", "2.png"]), make_row(3, ["1.png"])]
+    (folder / "pictures.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    mixed = [make_row(i, ["0.png"] if i in (0, 5) else []) for i in range(8)]
+    (folder / "mixed.jsonl").write_text("".join(json.dumps(r) + "\n" for r in mixed))
+    for family in ("llava", "idefics3", "qwen2_5_vl"):
+        (folder / family).mkdir()
+        make_model_directory(family, folder / family)
+    return folder
+
+
+@pytest.fixture
+def run(place, tmp_path):
+    def go(name, family="llava", data="pictures", **options):
+        settings = dict(model_name_or_path=str(place / family), dataset_name=str(place / f"{data}.jsonl"),
+                        output_dir=str(tmp_path / name), cache_dir=str(tmp_path / "cache"), logging_steps=1, use_cpu=True,
+                        per_device_train_batch_size=4, max_steps=2, learning_rate=1e-3, bf16=False, shuffle_dataset=False)
+        trainer = dpo.DPOTrainer(args=dpo.DPOConfig(**settings | options))
+        trainer.train()
+        return read_metrics(tmp_path / name), trainer
+
+    return go
+
+
+@pytest.mark.parametrize("family", ["llava", "idefics3", "qwen2_5_vl"])
+@pytest.mark.parametrize("options", [
+    {}, {"precompute_ref_log_probs": False}, {"use_peft": True}, {"gradient_checkpointing": True, "freeze_vision_tower": False},
+    {"precompute_ref_log_probs": False, "freeze_vision_tower": False}], ids=str)
+def test_the_first_loss_is_log2_in_every_mode(run, family, options):
+    metrics, _ = run("out", family, **options)
+    assert metrics[0]["loss"] == pytest.approx(LN2, abs=1e-6)
+    assert metrics[1]["loss"] != metrics[0]["loss"] and np.isfinite(metrics[1]["grad_norm"])
+
+
+@pytest.mark.parametrize("family", ["llava", "idefics3"])
+def test_two_steps_equal_trl(run, place, tmp_path, family):
+    """Losses, rewards, gradient norms and, after two steps, every parameter: tower, projector and language model."""
+    pytest.importorskip("trl")
+    arguments = dict(per_device_train_batch_size=4, max_steps=2, learning_rate=1e-3, max_length=None)
+    (tmp_path / "run.json").write_text(json.dumps({"model": str(place / family), "data": str(place / "pictures.jsonl"),
+                                                   "out": str(tmp_path / "trl"), "args": arguments}))
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "vision_peer.py"), str(tmp_path / "run.json")],
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    theirs = read_metrics(tmp_path / "trl")
+    ours, trainer = run("ours", family, max_length=None, freeze_vision_tower=False)
+    for a, b in zip(ours, theirs):
+        for key in ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"):
+            assert a[key] == pytest.approx(float(b[key]), rel=5e-4, abs=2e-4 if "rewards" in key else 1e-6), key
+    params = load_file(tmp_path / "trl" / "params.safetensors")
+    start = dict(models.load_model(place / family).named_parameters())
+    moved = 0
+    for name, p in trainer.model.named_parameters():
+        expected = params[models.file_name(name, trainer.model.config)]
+        change = (expected - start[name]).norm()
+        moved += bool(change > 0)
+        # Adam's first steps are as long for gradients that are all rounding (a key's bias) as for others
+        if not name.endswith("k_proj.bias"):
+            assert (p.detach() - expected).norm() <= 5e-4 * expected.norm() + 0.02 * change, name
+    assert moved > 40
+
+
+def test_the_tower_is_frozen_unless_asked_for(run, place):
+    start = dict(models.load_model(place / "llava").named_parameters())
+    moved = lambda trainer: {n.split(".")[2] for n, p in trainer.model.named_parameters() if not torch.equal(p, start[n]) and "vision" in n}
+    assert moved(run("a")[1]) == {"projector"}
+    assert moved(run("b", freeze_vision_tower=False)[1]) == {"projector", "tower"}
+
+
+@pytest.mark.parametrize("targets, frozen, expected", [
+    (["q_proj", "v_proj"], True, {"layers"}), (["all-linear"], True, {"layers", "projector"}),
+    (["all-linear"], False, {"layers", "projector", "tower"}), (["encoder.layers.0.mlp.fc1"], False, {"tower"})])
+def test_lora_on_the_language_model_the_tower_or_both_loads_in_peft(run, place, tmp_path, targets, frozen, expected):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    _, trainer = run("out", use_peft=True, lora_r=4, lora_target_modules=targets, freeze_vision_tower=frozen, learning_rate=1e-2)
+    part = lambda n: n.split(".")[2] if "vision" in n else n.split(".")[1]
+    assert {part(n) for n in models.lora_modules(trainer.model)} == expected
+    base = transformers.LlavaForConditionalGeneration.from_pretrained(place / "llava")
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "out")
+    state = {n.replace(".default", ""): p for n, p in theirs.named_parameters() if "lora_" in n}
+    from extras.peft_io import adapter_tensors
+
+    ours = adapter_tensors(trainer.model)
+    assert state.keys() == ours.keys()
+    assert all(torch.equal(state[n], ours[n]) for n in ours) and any(p.any() for n, p in ours.items() if "lora_B" in n)
+    again, _ = dpo.load_policy(str(tmp_path / "out"), torch.float32)
+    assert all(torch.equal(p, ours[n]) for n, p in adapter_tensors(again).items())
+
+
+def test_what_is_saved_is_whole_for_transformers(run, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    _, trainer = run("out", freeze_vision_tower=False)
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
+    ours = {models.file_name(n, trainer.model.config): p for n, p in trainer.model.named_parameters()}
+    assert all(torch.equal(p, ours[n]) for n, p in theirs.named_parameters())
+    assert isinstance(transformers.AutoProcessor.from_pretrained(tmp_path / "out"), transformers.LlavaProcessor)
+
+
+def test_micro_batches_and_prefix_sharing_do_not_change_the_result(run):
+    one, _ = run("a", "idefics3", dtype="float64")
+    many, _ = run("b", "idefics3", dtype="float64", per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    for a, b in zip(one, many, strict=True):
+        assert all(a[k] == pytest.approx(b[k], rel=1e-9, abs=1e-12) for k in ("loss", "grad_norm", "logps/chosen"))
+
+
+def test_two_ranks_with_text_only_batches_equal_one(run, place, tmp_path):
+    """Three of four micro-batches of a step are text alone, on one rank all; the tower trains."""
+    options = dict(data="mixed", dtype="float64", freeze_vision_tower=False)
+    one, trainer = run("one", per_device_train_batch_size=4, max_steps=2, **options)
+    run_dpo("--model_name_or_path", place / "llava", "--dataset_name", place / "mixed.jsonl", "--output_dir", tmp_path / "two",
+            "--cache_dir", tmp_path / "cache2", "--logging_steps", 1, "--use_cpu", "--dtype", "float64", "--no_bf16", "--max_steps", 2,
+            "--learning_rate", "1e-3", "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2,
+            "--shuffle_dataset", "false", "--freeze_vision_tower", "false", ranks=2)
+    two = read_metrics(tmp_path / "two")
+    for a, b in zip(one, two, strict=True):
+        assert all(a[k] == pytest.approx(b[k], rel=1e-9, abs=1e-12) for k in ("loss", "grad_norm", "logps/chosen"))
+    saved = load_file(tmp_path / "two" / "model.safetensors")
+    ours = {theirs: p.view(trainer.model.get_parameter(p.name)) for theirs, p in trainer.model.layout.items()}
+    assert all((saved[n] - p.detach()).abs().max() < 1e-9 for n, p in ours.items())
+
+
+def test_the_command_of_trl_s_documentation_runs(place, tmp_path):
+    """examples/scripts/dpo_vlm.py's flags, with names and sizes changed."""
+    run_dpo("--dataset_name", place / "pictures.jsonl", "--model_name_or_path", place / "qwen2_5_vl", "--per_device_train_batch_size", 2,
+            "--gradient_accumulation_steps", 2, "--dataset_num_proc", 2, "--output_dir", tmp_path / "out", "--dtype", "bfloat16",
+            "--bf16", "--torch_dtype", "bfloat16", "--gradient_checkpointing", "--use_peft", "--lora_target_modules", "all-linear",
+            "--max_steps", 1, "--cache_dir", tmp_path / "cache", "--logging_steps", 1, "--no_remove_unused_columns",
+            "--trust_remote_code", "--use_cpu")
+    assert read_metrics(tmp_path / "out")[0]["loss"] == pytest.approx(LN2, abs=1e-3)
+    assert (tmp_path / "out" / "preprocessor_config.json").exists()
+
+
+def test_six_rows_over_real_photographs(run, shared):
+    metrics, _ = run("out", "idefics3", dataset_name=str(shared / "prefs" / "image_pref" / "pref.jsonl"), per_device_train_batch_size=2,
+                     max_steps=3, max_length=4096)
+    assert metrics[0]["loss"] == pytest.approx(LN2, abs=1e-6) and len(metrics) == 3
+
+
+def test_the_flag_needs_a_tower(tiny, pairs_file, tmp_path):
+    done = run_dpo("--model_name_or_path", tiny, "--dataset_name", pairs_file, "--output_dir", tmp_path, "--no_freeze_vision_tower",
+                   expect=2)
+    assert "this model reads no pictures" in done.stderr
+
+
+def test_resuming_with_pictures_is_bitwise(run, tmp_path):
+    whole, _ = run("a", "qwen2_5_vl", max_steps=4, save_steps=2, freeze_vision_tower=False)
+    a = load_file(tmp_path / "a" / "model.safetensors")
+    import shutil
+
+    shutil.copytree(tmp_path / "a" / "checkpoint-2", tmp_path / "b" / "checkpoint-2")
+    run("b", "qwen2_5_vl", max_steps=4, save_steps=2, freeze_vision_tower=False, resume_from_checkpoint="true")
+    b = load_file(tmp_path / "b" / "model.safetensors")
+    assert all(torch.equal(a[n], b[n]) for n in a)

@@ -1,0 +1,49 @@
+"""TRL 1.16's vision path as the peer: python tests/vision_peer.py run.json
+
+run.json: {"model": DIR, "data": FILE, "out": DIR, "args": {...}, "shared_images": false}. Writes metrics.jsonl and the
+trained parameters, params.safetensors. Without torchvision transformers has its pillow processors, and LLaVA's and
+Idefics3's processors work; SmolVLM's and Qwen's hold a video processor, which only exists with torchvision.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+
+def main(path: str) -> None:
+    run = json.loads(Path(path).read_text())
+    import torch
+    from datasets import Dataset
+    from PIL import Image
+    from safetensors.torch import save_file
+    from transformers import AutoProcessor, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    torch.set_num_threads(run.get("threads", 1))
+    folder, out = Path(run["data"]).parent, Path(run["out"])
+    rows = [json.loads(line) for line in open(run["data"])]
+    for row in rows:
+        row["images"] = [Image.open(folder / name).convert("RGB") for name in row["images"]]
+    out.mkdir(parents=True, exist_ok=True)
+    log = open(out / "metrics.jsonl", "w")
+
+    class Write(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **_):
+            if "loss" in logs:
+                log.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+    args = DPOConfig(output_dir=str(out), use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1,
+                     logging_nan_inf_filter=False, train_sampling_strategy="sequential", bf16=False,
+                     gradient_checkpointing=False, **run["args"])
+    trainer = DPOTrainer(model=run["model"], args=args, train_dataset=Dataset.from_list(rows), callbacks=[Write()],
+                         processing_class=AutoProcessor.from_pretrained(run["model"]))
+    started = time.perf_counter()
+    trainer.train()
+    log.write(json.dumps({"timing": time.perf_counter() - started}) + "\n")
+    log.close()
+    save_file({n: p.detach().contiguous() for n, p in trainer.model.named_parameters()}, out / "params.safetensors")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
