@@ -22,6 +22,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import sys
 import time
 from contextlib import contextmanager, nullcontext
@@ -49,9 +50,11 @@ HERE = Path(__file__).resolve().parent
 # Configuration and command line
 
 
-def flag(default, text: str, group: str = "", choices: tuple = (), least: Optional[float] = None):
-    """A configuration field with its help; `group` opens a new group of `--help`, `least` is its smallest value."""
-    meta = {"help": text + (f": {', '.join(choices)}" if choices else ""), "group": group, "choices": choices, "least": least}
+def flag(default, text: str, group: str = "", choices: tuple = (), least: Optional[float] = None, bare: Optional[str] = None):
+    """A configuration field with its help; `group` opens a new group of `--help`, `least` is its smallest value, `bare` is
+    what the flag alone stands for."""
+    meta = {"help": text + (f": {', '.join(choices)}" if choices else ""), "group": group, "choices": choices, "least": least,
+            "bare": bare}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=meta)
     return field(default=default, metadata=meta)
@@ -66,6 +69,8 @@ class DPOConfig:
     model_revision: Optional[str] = flag(None, "branch, tag or commit of a model on the hub; unset is its main branch (also --revision)")
     dtype: str = flag("float32", "type of the weights", choices=("float32", "bfloat16", "float64"))
     disable_dropout: bool = flag(True, "no dropout, in LoRA neither")
+    fsdp: Optional[str] = flag(None, "share parameters, gradients, optimizer state and reference out among the ranks; or "
+                               "transformers' words: full_shard, shard_grad_op, auto_wrap, offload (to the CPU)", bare="full_shard")
     gradient_checkpointing: bool = flag(False, "compute each block's activations twice to hold them once")
     freeze_vision_tower: bool = flag(True, "of a model that reads pictures, train all but the picture encoder")
     router_aux_loss_coef: Optional[float] = flag(None, "weight of the load-balancing loss of mixture-of-experts models; "
@@ -289,7 +294,8 @@ def build_parser() -> Parser:
             group.add_argument(f"--{f.name}", nargs="?", const="true", metavar="BOOL", help=text)
             group.add_argument(f"--no_{f.name}", dest=f.name, action="store_const", const="false", help=argparse.SUPPRESS)
         else:
-            group.add_argument(f"--{f.name}", nargs="+" if "list" in kind else None, metavar="X", help=text)
+            nargs = "+" if "list" in kind else "?" if f.metadata["bare"] else None
+            group.add_argument(f"--{f.name}", nargs=nargs, const=f.metadata["bare"], metavar="X", help=text)
     for name in NO_EFFECT:
         for option in (f"--{name}", f"--no_{name}"):
             parser.add_argument(option, dest=name, nargs="*", help=argparse.SUPPRESS)
@@ -389,6 +395,10 @@ def check_readers(c: DPOConfig, options: dict, defaults: dict) -> None:
         for name in names.split():
             if not there and options[name] != defaults[name]:
                 raise ValueError(f"--{name} {options[name]}: read only with {reader}")
+    if c.fsdp:
+        from extras import fsdp
+
+        fsdp.check_options(c)
     if c.load_best_model_at_end:
         from extras import checkpoints
 
@@ -558,6 +568,8 @@ def fingerprint(model: nn.Module) -> str:
     """Tells models apart without reading all of them: a hash of each tensor's name, shape and first thousand values."""
     h = hashlib.sha256()
     for name, p in chain(model.named_parameters(), model.named_buffers()):  # buffers: weights in 4 bits
+        if p.is_meta:  # FSDP: rank 0 has the weights
+            continue
         h.update(f"{name} {tuple(p.shape)}".encode())
         h.update(p.detach().flatten()[:1000].cpu().contiguous().view(torch.uint8).numpy().data)
     return h.hexdigest()[:16]
@@ -597,14 +609,15 @@ def find_base(settings: dict, ranks: Optional[Ranks] = None) -> str:
 
 
 def load_policy(directory: str, dtype: torch.dtype, max_length: Optional[int] = None,
-                ranks: Optional[Ranks] = None, four_bit: Optional[dict] = None) -> tuple[models.Decoder, dict]:
+                ranks: Optional[Ranks] = None, four_bit: Optional[dict] = None,
+                device: str = "cpu") -> tuple[models.Decoder, dict]:
     """A model, and its LoRA's settings where `directory` is a PEFT adapter (the model is then its base with it on)."""
     if not (Path(directory) / "adapter_config.json").exists():
-        return models.load_model(directory, dtype, max_length=max_length, four_bit=four_bit), {}
+        return models.load_model(directory, dtype, device, max_length, four_bit=four_bit), {}
     from extras.peft_io import read_settings
 
     settings = read_settings(Path(directory))
-    model = models.load_model(find_base(settings, ranks), dtype, max_length=max_length, four_bit=four_bit)
+    model = models.load_model(find_base(settings, ranks), dtype, device, max_length, four_bit=four_bit)
     put_lora(model, settings)
     models.load_adapter(model, directory)
     return model.eval(), settings
@@ -666,6 +679,8 @@ class DPOTrainer:
         self.cache_dir = Path(c.cache_dir) if c.cache_dir else Path.home() / ".cache" / "dpo"
         self.wide = torch.promote_types(getattr(torch, c.dtype), torch.float32)  # of sums of log-probs
         self.bf16 = c.dtype == "float32" and computes_bf16(self.ranks.device) if c.bf16 is None else c.bf16
+        # where models are loaded to; FSDP hands shards out from rank 0's memory
+        self.home = self.ranks.device if not c.fsdp else torch.device("cpu" if self.ranks.first else "meta")
         self.continues = False  # whether an adapter is trained on
         if not isinstance(model, models.Decoder):
             model = adapter_home(find_model(model or c.model_name_or_path, self.ranks, c.model_revision), c.model_adapter_name)
@@ -677,6 +692,10 @@ class DPOTrainer:
         self.load_model(model)
         self.load_data(train_dataset, eval_dataset)
         self.load_ref(ref_model)
+        if c.fsdp:
+            from extras import fsdp
+
+            fsdp.shard(self)
         self.plan_steps()
         self.step, self.num_tokens, self.pairs_done, self.pending = 0, 0, 0, []
         self.order = -1, None  # epoch, and its pairs in order
@@ -734,7 +753,7 @@ class DPOTrainer:
             raise ValueError("--freeze_vision_tower false: this model reads no pictures")
         if c.use_peft:
             put_lora(self.model, self.lora)
-        self.model.to(self.ranks.device).train(not c.disable_dropout)
+        self.model.to(self.home).train(not c.disable_dropout)
         self.model.model.gradient_checkpointing = c.gradient_checkpointing
         moe = self.model.config.moe
         if moe is None and c.router_aux_loss_coef is not None:
@@ -743,7 +762,7 @@ class DPOTrainer:
         self.aux_coef = declared if c.router_aux_loss_coef is None else c.router_aux_loss_coef
         self.started_from = fingerprint(self.model)
         self.ddp = self.model
-        if self.ranks.world > 1:
+        if self.ranks.world > 1 and not c.fsdp:
             ids = [self.ranks.device.index] if self.ranks.device.type == "cuda" else None
             self.ddp = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)  # all read the same
 
@@ -753,7 +772,7 @@ class DPOTrainer:
         compute_dtype = None if c.bnb_4bit_compute_dtype is None else getattr(torch, c.bnb_4bit_compute_dtype)
         four_bit = dict(quant_type=c.bnb_4bit_quant_type, nested=c.use_bnb_nested_quant, compute_dtype=compute_dtype)
         return load_policy(directory, getattr(torch, c.dtype), c.max_length, self.ranks,
-                           four_bit if c.load_in_4bit else None)
+                           four_bit if c.load_in_4bit else None, "meta" if str(self.home) == "meta" else "cpu")
 
     def check_vocabulary(self, model: models.Decoder) -> None:
         if self.tokenizer.size > model.config.vocab_size:
@@ -827,9 +846,9 @@ class DPOTrainer:
                 raise ValueError(f"{store.where(int(bad[0]))}: {found}, which --loss_type {reading[0]} reads "
                                  f"({len(bad)} such rows)")
 
-    def plan_steps(self) -> None:
+    def plan_steps(self, global_batch: Optional[int] = None) -> None:
         c = self.args
-        self.global_batch = c.per_device_train_batch_size * self.ranks.world * c.gradient_accumulation_steps
+        self.global_batch = global_batch or c.per_device_train_batch_size * self.ranks.world * c.gradient_accumulation_steps
         self.steps_per_epoch = math.ceil(len(self.train_pairs) / self.global_batch)
         self.total_steps = c.max_steps if c.max_steps > 0 else math.ceil(c.num_train_epochs * self.steps_per_epoch)
         every = lambda steps: int(steps) if steps >= 1 else max(1, math.ceil(steps * self.total_steps))
@@ -861,7 +880,7 @@ class DPOTrainer:
             self.ref_model = copy.deepcopy(self.model)
         if self.ref_model is not None:
             dtype = None if c.ref_model_dtype is None else getattr(torch, c.ref_model_dtype)
-            self.ref_model.requires_grad_(False).eval().to(c.ref_model_device or self.ranks.device, dtype)
+            self.ref_model.requires_grad_(False).eval().to(c.ref_model_device or self.home, dtype)
         elif c.ref_model_dtype or c.ref_model_device:
             raise ValueError("--ref_model_dtype and --ref_model_device: the reference is no model of its own here, so there is "
                              "nothing to hold (--no_precompute_ref_log_probs keeps a copy, where all weights are trained)")
@@ -922,7 +941,8 @@ class DPOTrainer:
         Blocks are cut by pair number, so that a pass that was interrupted and resumed computes what a whole one does.
         """
         visits = [(self.train_store, self.visited())] + [(self.eval_store, self.eval_pairs)] * (self.eval_store is not None)
-        weights = self.ranks.from_first(lambda: {"digest": self.ref_digest()})["digest"]
+        held = self.whole_model(self.model if self.ref_model is None else self.ref_model)
+        weights = self.ranks.from_first(lambda: {"digest": self.ref_digest(held)})["digest"]
         for store, wanted in visits:
             path = self.cache_dir / f"ref-{hashlib.sha256(f'{store.digest} {weights}'.encode()).hexdigest()[:32]}.bin"
             table = data.open_sums(path, len(store), np.dtype(str(self.wide).removeprefix("torch.")))
@@ -953,10 +973,11 @@ class DPOTrainer:
             bar.update(len(rows))
         return self.ranks.sum(sums).to(self.wide).cpu().numpy()
 
-    def ref_digest(self) -> str:
+    def ref_digest(self, held: models.Decoder) -> str:
         """Changes with all that changes what the reference says of given tokens: its weights, to the bit, and how it
         computes; and with nothing else (which loss, beta, batch size or ranks, whether a fresh LoRA lies on it)."""
         with self.reference() as reference:
+            reference = held if self.args.fsdp else reference
             adapted = self.ref_model is not None or self.ref_adapter
             compute_dtype = (reference.four_bit or {}).get("compute_dtype")
             h = hashlib.sha256(f"2 {self.bf16} {self.args.dtype} {compute_dtype} {reference.config}".encode())
@@ -1005,10 +1026,8 @@ class DPOTrainer:
 
     def batch(self, store: data.PairStore, rows: np.ndarray) -> data.Batch:
         """The stream of these pairs, with their reference sums where they are known."""
-        if not len(rows):
-            return data.empty_batch().to(self.ranks.device)
-        batch = data.collate([store[int(i)] for i in rows], rows)
-        if self.pictures is not None:
+        batch = data.collate([store[int(i)] for i in rows], rows) if len(rows) else data.empty_batch()
+        if self.pictures is not None and len(rows):
             batch = batch._replace(pictures=self.pictures.collect(batch, store, rows))
         if store.digest in self.ref_sums:
             batch = batch._replace(ref_logps=torch.from_numpy(data.take_sums(self.ref_sums[store.digest], rows)))
@@ -1054,13 +1073,12 @@ class DPOTrainer:
         columns = (2, 1, 1, len(STATS), 4)  # logps, chosen_nll, wpo, stats, reference sums
         table = torch.zeros(len(pairs), sum(columns), dtype=torch.float64, device=self.ranks.device)
         for batch in batches:
-            if len(batch.pair_ids):
-                with self.autocast():
-                    scored, _ = score(self.model, batch, self.args)
-                ref = self.ref_of(batch) if self.needs_ref else batch.lengths.new_zeros(len(batch.lengths), 4)
-                rows = order[np.searchsorted(pairs, batch.pair_ids.cpu().numpy(), sorter=order)]
-                table[rows] = torch.cat([scored.logps, scored.chosen_nll[:, None], scored.wpo[:, None], scored.stats,
-                                         ref.flatten(1)], 1).double()
+            with self.autocast():
+                scored, _ = score(self.model, batch, self.args)
+            ref = self.ref_of(batch) if self.needs_ref else batch.lengths.new_zeros(len(batch.lengths), 4)
+            rows = order[np.searchsorted(pairs, batch.pair_ids.cpu().numpy(), sorter=order)]
+            table[rows] = torch.cat([scored.logps, scored.chosen_nll[:, None], scored.wpo[:, None], scored.stats,
+                                     ref.flatten(1)], 1).double()
         table = self.ranks.sum(table).to(self.wide)
         logps, nll, wpo, stats, ref = table.split(columns, 1)
         scored = Scored(logps, nll[:, 0], wpo[:, 0], stats)
@@ -1107,7 +1125,7 @@ class DPOTrainer:
         for i, batch in enumerate(batches):
             share = len(batch.pair_ids) / len(pairs)
             last = i == len(batches) - 1  # ranks exchange gradients once a step
-            with nullcontext() if last or self.ranks.world == 1 else self.ddp.no_sync():
+            with nullcontext() if last or self.ddp is self.model else self.ddp.no_sync():
                 with self.autocast():
                     scored, aux = score(self.ddp, batch, c)
                 x = self.pair_logps(scored, batch.lengths, batch.ratings, self.ref_of(batch), tokens_per_pair)
@@ -1132,7 +1150,7 @@ class DPOTrainer:
     def update(self, sums: Tensor, pairs: np.ndarray, tokens: int) -> dict:
         """Clip, step, and turn the step's sums over all ranks into metrics."""
         c = self.args
-        norm = nn.utils.clip_grad_norm_(self.trainable, c.max_grad_norm or math.inf)
+        norm = models.whole(nn.utils.clip_grad_norm_(self.trainable, c.max_grad_norm or math.inf))
         sums = torch.cat([sums, torch.tensor([tokens, self.signal > 0], dtype=torch.float64, device=sums.device)])
         *sums, tokens, told = self.ranks.sum(sums).tolist()
         self.leaving = told > 0
@@ -1284,17 +1302,33 @@ class DPOTrainer:
 
     def save_model(self, output_dir: Optional[str | Path] = None) -> None:
         """Write what was trained, with the tokenizer: a Hugging Face checkpoint, or a PEFT adapter."""
-        if not self.ranks.first:
-            return
         directory = Path(output_dir or self.output_dir)
-        last = directory == self.output_dir
-        if last and self.args.merge_adapter:
-            models.merge_lora(self.model)
-        if self.lora and not (last and self.args.merge_adapter):
-            models.save_adapter(self.model, directory, self.lora)
+        merges = self.args.merge_adapter and directory == self.output_dir
+        model = self.whole_model(self.model, bool(self.lora) and not merges)
+        if self.ranks.first:
+            scratch = directory / f".model.{os.getpid()}"
+            self.write_model(model, scratch, merges)
+            for path in filter(Path.is_file, scratch.rglob("*")):  # a reader finds the old files or the new
+                (directory / path.relative_to(scratch)).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, directory / path.relative_to(scratch))
+            shutil.rmtree(scratch)
+
+    def write_model(self, model: models.Decoder, directory: Path, merges: bool = False) -> None:
+        if merges:
+            models.merge_lora(model)
+        if self.lora and not merges:
+            models.save_adapter(model, directory, self.lora)
         else:
-            models.save_model(self.model, directory)
+            models.save_model(model, directory)
         self.tokenizer.save(directory)
+
+    def whole_model(self, model: models.Decoder, trained_only: bool = False) -> models.Decoder:
+        """The model, or of one in shards a whole copy in rank 0's memory; asked for by all ranks."""
+        if not self.args.fsdp:
+            return model
+        from extras import fsdp
+
+        return fsdp.gather(model, self.ranks, trained_only)
 
     def create_repository(self) -> None:
         """Before training, so that a missing token or right costs no run."""
@@ -1434,7 +1468,7 @@ def refuse(error: Exception, status: int) -> int:
 
 def train(trainer: DPOTrainer) -> None:
     """Train; the demo answers the same prompts before and after."""
-    if trainer.args.model_name_or_path != str(HERE / "demo" / "model"):
+    if trainer.args.model_name_or_path != str(HERE / "demo" / "model") or trainer.args.fsdp:
         trainer.train()
         return
     from demo import show

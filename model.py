@@ -1012,6 +1012,8 @@ def read_tensors(checkpoint: Checkpoint, layout: dict[str, Place], parameters: d
         twice = place.name in state and place.index == ()  # a tied head that the files hold as well
         if place.name not in state:
             state[place.name] = torch.empty(parameters[place.name].shape, dtype=dtype, device=device)
+        if device == "meta":  # FSDP: the weights come from rank 0
+            continue
         view, tensor = place.view(state[place.name]), opened.get_tensor(name)
         if twice and not torch.equal(view, tensor.to(view)):
             raise ValueError(f"{checkpoint.directory}: config.json ties the head to the embedding, but {name} in "
@@ -1021,6 +1023,11 @@ def read_tensors(checkpoint: Checkpoint, layout: dict[str, Place], parameters: d
 
 
 # Files: writing
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Of a tensor in shards (extras/fsdp.py) all of it, where all ranks ask; another as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def save_model(model: Decoder, directory: str | Path, dtype: Optional[torch.dtype] = None) -> None:

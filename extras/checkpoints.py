@@ -38,7 +38,7 @@ MAY_DIFFER = set("""
     use_cpu ddp_timeout logging_steps logging_first_step disable_tqdm report_to eval_strategy eval_steps eval_on_start
     per_device_eval_batch_size save_strategy save_steps save_total_limit resume_from_checkpoint force_resume
     load_best_model_at_end metric_for_best_model greater_is_better early_stopping_patience early_stopping_threshold
-    push_to_hub hub_model_id hub_private_repo hub_revision hub_token""".split())
+    fsdp push_to_hub hub_model_id hub_private_repo hub_revision hub_token""".split())
 
 
 # Which checkpoint
@@ -173,21 +173,35 @@ def save(trainer) -> None:
 
     Raises OSError, on every rank, where it cannot be written; the checkpoints before it stay whole.
     """
-    moments = {f"{n}.{key}": whole(trainer.optimizer.state[p][key]).cpu()
-               for n, p in zip(trainer.trainable_names, trainer.trainable) for key in MOMENTS}
-    trainer.ranks.from_first(partial(write, trainer, moments))
+    model, ref_model, moments = *whole_models(trainer), {}
+    for name, p in zip(trainer.trainable_names, trainer.trainable):
+        for key in MOMENTS:
+            tensor = models.whole(trainer.optimizer.state[p][key])
+            if trainer.ranks.first:
+                moments[f"{name}.{key}"] = tensor.cpu()
+    trainer.ranks.from_first(partial(write, trainer, model, ref_model, moments))
 
 
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def whole_models(trainer) -> tuple[models.Decoder, Optional[models.Decoder]]:
+    """The policy, and the reference where it moves; of a policy with LoRA only the LoRA counts."""
+    moved = trainer.args.sync_ref_model and not trainer.lora
+    return trainer.whole_model(trainer.model, bool(trainer.lora)), trainer.whole_model(trainer.ref_model) if moved else None
 
 
-def write(trainer, moments: dict[str, Tensor]) -> None:
+def write(trainer, model: models.Decoder, ref_model: Optional[models.Decoder], moments: dict[str, Tensor]) -> None:
     target = trainer.output_dir / f"checkpoint-{trainer.step}"
     scratch = target.with_name(f".{target.name}")
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        fill(trainer, scratch, moments)
+        trainer.write_model(model, scratch)
+        if ref_model is not None:
+            models.save_model(ref_model, scratch / "ref_model")
+        elif trainer.args.sync_ref_model:
+            from extras.adapters import adapter_state
+
+            save_file(adapter_state(trainer.ref_adapter), scratch / "ref_adapter.safetensors")
+        save_file(moments, scratch / "optimizer.safetensors")
+        finish(trainer, scratch)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(scratch, target)
         sync(trainer.output_dir)
@@ -200,12 +214,8 @@ def write(trainer, moments: dict[str, Tensor]) -> None:
     remove_old(trainer)
 
 
-def fill(trainer, scratch: Path, moments: dict[str, Tensor]) -> None:
-    """Write all files of a checkpoint and see them on the disk."""
-    trainer.save_model(scratch)
-    save_file(moments, scratch / "optimizer.safetensors")
-    if trainer.args.sync_ref_model:
-        write_moved_ref(trainer, scratch)
+def finish(trainer, scratch: Path) -> None:
+    """Write what is not weights, and see all files on the disk."""
     metrics = trainer.output_dir / "metrics.jsonl"
     if metrics.exists():
         shutil.copyfile(metrics, scratch / metrics.name)
@@ -260,36 +270,26 @@ def load(trainer) -> None:
 
 def read_weights(trainer, directory: Path) -> None:
     """The policy's weights, and those of a moved reference, from rank 0 to all."""
+    model, ref_model = whole_models(trainer)
     if trainer.ranks.first:
         if trainer.lora:
-            models.load_adapter(trainer.model, directory)
+            models.load_adapter(model, directory)
         else:
-            copy_weights(directory, trainer.model)
-    moved = read_moved_ref(trainer, directory) if trainer.args.sync_ref_model else []
-    for p in [*(p for p in trainer.model.parameters() if p.requires_grad), *moved]:
-        broadcast(trainer, p.data)
+            copy_weights(directory, model)
+        if ref_model is not None:
+            copy_weights(directory / "ref_model", ref_model)
+    for ours, read in ((trainer.model, model), (trainer.ref_model, ref_model)):
+        share = {} if read is None else {n: p for n, p in read.named_parameters() if p.requires_grad or read is ref_model}
+        for name, p in ours.named_parameters() if share else ():
+            if name in share:
+                from_first(trainer, p, share[name])
+    if trainer.args.sync_ref_model and trainer.lora:
+        from extras.adapters import adapter_state, load_adapter_state
 
-
-def write_moved_ref(trainer, directory: Path) -> None:
-    """TR-DPO's reference: a model, or where a LoRA is trained what it has moved by."""
-    if not trainer.lora:
-        return models.save_model(trainer.ref_model, directory / "ref_model")
-    from extras.adapters import adapter_state
-
-    save_file(adapter_state(trainer.ref_adapter), directory / "ref_adapter.safetensors")
-
-
-def read_moved_ref(trainer, directory: Path) -> list[Tensor]:
-    """Its tensors, which rank 0 has filled."""
-    if not trainer.lora:
         if trainer.ranks.first:
-            copy_weights(directory / "ref_model", trainer.ref_model)
-        return [p.data for p in trainer.ref_model.parameters()]
-    from extras.adapters import adapter_state, load_adapter_state
-
-    if trainer.ranks.first:
-        load_adapter_state(trainer.ref_adapter, directory / "ref_adapter.safetensors")
-    return list(adapter_state(trainer.ref_adapter).values())
+            load_adapter_state(trainer.ref_adapter, directory / "ref_adapter.safetensors")
+        for tensor in adapter_state(trainer.ref_adapter).values():
+            from_first(trainer, tensor, tensor)
 
 
 def copy_weights(directory: Path, model: models.Decoder) -> None:
@@ -299,18 +299,29 @@ def copy_weights(directory: Path, model: models.Decoder) -> None:
 
 
 def read_moments(trainer, path: Path) -> None:
+    """AdamW's state; a fused one counts its steps where the parameters are."""
     found = load_file(path) if trainer.ranks.first else {}
     for name, p in zip(trainer.trainable_names, trainer.trainable):
-        empty = {"step": torch.zeros(())} | dict.fromkeys(MOMENTS[1:], torch.zeros_like(p))
-        trainer.optimizer.state[p] = {key: broadcast(trainer, found.get(f"{name}.{key}", empty[key]).clone()) for key in MOMENTS}
+        state = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        for key in MOMENTS:
+            from_first(trainer, state[key], found.get(f"{name}.{key}"))
+        trainer.optimizer.state[p] = state
 
 
-def broadcast(trainer, tensor: Tensor) -> Tensor:
-    """Rank 0's tensor, on the trainer's device."""
-    tensor = tensor.to(trainer.ranks.device)
+@torch.no_grad()
+def from_first(trainer, target: Tensor, source: Optional[Tensor]) -> None:
+    """Write rank 0's `source` into `target`, or into each rank's shard of it."""
+    if hasattr(target, "full_tensor"):
+        from extras import fsdp
+
+        fsdp.fill(target, source if trainer.ranks.first else None)
+        return
+    if trainer.ranks.first:
+        target.copy_(source)
     if trainer.ranks.world > 1:
-        dist.broadcast(tensor, 0)
-    return tensor
+        there = target.detach().to(trainer.ranks.device)
+        dist.broadcast(there, 0)
+        target.copy_(there)
 
 
 # While training

@@ -1,0 +1,165 @@
+"""The result is the same on any number of ranks, sharded or not, however the batch is cut."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, make_rows, read_metrics
+from safetensors.torch import load_file
+
+import dpo
+
+GLOBAL_BATCH = 16
+COMMON = dict(bf16=False, use_cpu=True, learning_rate=1e-3, num_train_epochs=2.0, logging_steps=1, save_strategy="no",
+              disable_tqdm=True)
+LORA = dict(use_peft=True, lora_r=4, lora_target_modules=["all-linear", "embed_tokens", "lm_head"])
+
+
+@pytest.fixture(scope="session")
+def ragged(tmp_path_factory) -> Path:
+    """37 pairs: a global batch of 16, another, and 5."""
+    path = tmp_path_factory.mktemp("ragged") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in make_rows(37, seed=7)), encoding="utf-8")
+    return path
+
+
+def launch(runs: list[dict], ranks: int, home: Path, expect: int = 0) -> subprocess.CompletedProcess:
+    """All runs in one process group of that many ranks."""
+    (home / f"runs-{ranks}.json").write_text(json.dumps(runs))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+         str(ROOT / "tests" / "rank_runs.py"), str(home / f"runs-{ranks}.json")],
+        capture_output=True, text=True, timeout=500, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return done
+
+
+def settings(tiny, ragged, home: Path, name: str, ranks: int, micro: int, **options) -> dict:
+    """Options of a run whose global batch is 16 pairs, in forwards of `micro`."""
+    assert GLOBAL_BATCH % (ranks * micro) == 0
+    return COMMON | dict(
+        model_name_or_path=str(tiny), dataset_name=str(ragged), output_dir=str(home / name), cache_dir=str(home / "cache"),
+        per_device_train_batch_size=micro, gradient_accumulation_steps=GLOBAL_BATCH // (ranks * micro)) | options
+
+
+def result(home: Path, name: str) -> tuple[list[float], dict]:
+    file = next((home / name).glob("*model.safetensors"))
+    return [m["loss"] for m in read_metrics(home / name)], load_file(file)
+
+
+def apart(a, b) -> tuple[float, float]:
+    """The largest difference of losses, and of weights."""
+    assert len(a[0]) == len(b[0]) and a[1].keys() == b[1].keys()
+    return (max(abs(x - y) for x, y in zip(a[0], b[0])), max(float((t - b[1][n]).abs().max()) for n, t in a[1].items()))
+
+
+def combinations(worlds: tuple, micros: tuple, tokens: tuple) -> dict[str, dict]:
+    """{name: what it is} of all weights and LoRA, on so many ranks, DDP or FSDP, however forwards are cut."""
+    found = {}
+    for kind, more in KINDS.items():
+        for ranks in worlds:
+            for fsdp in (None, "full_shard"):
+                for micro in sorted({min(m, GLOBAL_BATCH // ranks) for m in micros}):
+                    for most in tokens:
+                        name = f"{kind}, {ranks} ranks, {'FSDP' if fsdp else 'DDP'}, {micro} pairs, {most or 'any'} tokens"
+                        found[name] = dict(kind=kind, ranks=ranks, micro=micro, more=more | dict(fsdp=fsdp, max_tokens_per_forward=most))
+    return found
+
+
+KINDS = {"all weights": {}, "LoRA": LORA}
+MODES = {
+    "float64": dict(dtype="float64"),
+    "float64, LoRA, a hundred times the learning rate": LORA | dict(dtype="float64", learning_rate=1e-2),
+    "gradient checkpointing": dict(gradient_checkpointing=True),
+    "a live reference": dict(precompute_ref_log_probs=False),
+    "TR-DPO": dict(sync_ref_model=True, ref_model_sync_steps=2),
+    "offload": dict(fsdp="full_shard auto_wrap offload"),
+    "shard_grad_op": dict(fsdp="shard_grad_op"),
+    "LoRA, live reference": LORA | dict(precompute_ref_log_probs=False),
+    "LoRA, merged": LORA | dict(merge_adapter=True, lora_target_modules=["all-linear"]),
+    "a loss that sorts": dict(loss_type=["aot", "sft"]),
+    "LoRA, checkpointing, bfloat16 base": LORA | dict(gradient_checkpointing=True, dtype="bfloat16"),
+    "bf16": dict(bf16=True),
+}
+BOUNDS = {name: 1e-9 if "float64" in name else 2e-2 if "bf" in name else 1e-5 for name in MODES}
+
+
+def plain_runs(tiny, ragged, home: Path) -> None:
+    for kind, more in KINDS.items():
+        dpo.DPOTrainer(args=dpo.DPOConfig(**settings(tiny, ragged, home, kind, 1, 16, **more))).train()
+
+
+def runs_of(found: dict[str, dict], ranks: int, tiny, ragged, home: Path) -> list[dict]:
+    return [settings(tiny, ragged, home, name, ranks, c["micro"], **c["more"]) for name, c in found.items() if c["ranks"] == ranks]
+
+
+def check(home: Path, found: dict[str, dict]) -> None:
+    rows = [(name, *apart(result(home, c["kind"]), result(home, name))) for name, c in found.items()]
+    for name, loss, weight in rows:
+        print(f"{name:60} losses {loss:.1e}  weights {weight:.1e}")
+    assert all(loss < 1e-5 and weight < 1e-5 for _, loss, weight in rows), rows
+
+
+FEW = combinations((2,), (4,), (None, 60))
+
+
+@pytest.fixture(scope="module")
+def home(tiny, ragged, tmp_path_factory) -> Path:
+    """Runs on one rank, and in a single launch all of them on two."""
+    home = tmp_path_factory.mktemp("ranks")
+    plain_runs(tiny, ragged, home)
+    for name, more in MODES.items():
+        one = settings(tiny, ragged, home, f"{name}: one", 1, 8, **more | dict(fsdp=None))
+        dpo.DPOTrainer(args=dpo.DPOConfig(**one)).train()
+    saved = settings(tiny, ragged, home, "saved", 1, 8, **SAVED)
+    dpo.DPOTrainer(args=dpo.DPOConfig(**saved)).train()
+    runs = runs_of(FEW, 2, tiny, ragged, home)
+    runs += [settings(tiny, ragged, home, name, 2, 8, **dict(fsdp="true") | more) for name, more in MODES.items()]
+    runs += [saved | dict(output_dir=str(home / f"resumed {fsdp}"), fsdp=fsdp,
+                          resume_from_checkpoint=str(home / "saved" / "checkpoint-2")) for fsdp in ("full_shard", None)]
+    launch(runs, 2, home)
+    return home
+
+
+SAVED = dict(save_strategy="steps", save_steps=2, sync_ref_model=True, ref_model_sync_steps=1)
+
+
+def test_two_ranks_ddp_or_fsdp_equal_one(home):
+    check(home, FEW)
+
+
+@pytest.mark.slow
+def test_ranks_sharding_and_cuts_never_change_the_result(tiny, ragged, tmp_path):
+    found = combinations((1, 2, 4), (1, 4, 16), (None, 60))
+    plain_runs(tiny, ragged, tmp_path)
+    for ranks in (1, 2, 4):
+        launch(runs_of(found, ranks, tiny, ragged, tmp_path), ranks, tmp_path)
+    check(tmp_path, found)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fsdp_goes_with(home, mode):
+    loss, weight = apart(result(home, f"{mode}: one"), result(home, mode))
+    print(f"{mode}: losses {loss:.1e}  weights {weight:.1e}")
+    assert loss < BOUNDS[mode] and weight < BOUNDS[mode]
+
+
+@pytest.mark.parametrize("fsdp", ["full_shard", None])
+def test_a_run_goes_on_with_its_batch_on_other_ranks_sharded_or_not(home, fsdp):
+    """One rank's checkpoint resumed by the same command on two; the checkpoint of those resumed on one."""
+    loss, weight = apart(result(home, "saved"), result(home, f"resumed {fsdp}"))
+    assert loss < 1e-5 and weight < 1e-5
+    options = json.loads((home / "runs-2.json").read_text())[-1] | dict(
+        fsdp=None, output_dir=str(home / "back"), resume_from_checkpoint=str(home / f"resumed {fsdp}" / "checkpoint-4"))
+    dpo.DPOTrainer(args=dpo.DPOConfig(**options)).train()
+    loss, weight = apart(result(home, "saved"), result(home, "back"))
+    assert loss < 1e-5 and weight < 1e-5
+
+
+@pytest.mark.parametrize("fsdp,words", [("hybrid_shard", "hybrid_shard is not supported"), ("full", "known are")])
+def test_words_of_fsdp_that_mean_nothing_here_are_refused(tiny, ragged, tmp_path, fsdp, words):
+    with pytest.raises(ValueError, match=words):
+        dpo.DPOTrainer(args=dpo.DPOConfig(**settings(tiny, ragged, tmp_path, "x", 1, 16, fsdp=fsdp)))
