@@ -146,9 +146,12 @@ TOKENIZER_FILES = (
 def read_json(path: Path) -> dict:
     """The JSON object in a file, {} where there is none."""
     try:
-        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    except ValueError as error:
+        value = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: broken JSON ({error}); fetch the file again") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: a JSON object was expected, found {type(value).__name__}; fetch the file again")
+    return value
 
 
 def tokenizer_files(directory: Path) -> list[Path]:
@@ -231,7 +234,13 @@ class Tokenizer:
     @classmethod
     def load(cls, directory: str | Path, chat_template: str | None = None) -> "Tokenizer":
         """The tokenizer of a model directory. Raises DataError where it cannot be used."""
-        return cls(directory, chat_template)
+        try:
+            return cls(directory, chat_template)
+        except (DataError, OSError):
+            raise
+        except Exception as error:  # a value of the wrong type fails where it is used first, in Python or in Rust
+            raise DataError(f"{directory}: the tokenizer's files hold a value of another type than expected "
+                            f"({error!r:.200}); fetch them again") from None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids; the special tokens added are those of the tokenizer's own post-processor (a BOS, mostly)."""

@@ -142,6 +142,13 @@ def read_config(raw: dict, max_length: Optional[int] = None) -> ModelConfig:
         from extras.vision import read_vision_config
 
         return read_vision_config(raw, max_length)
+    try:
+        return make_config(raw, max_length)
+    except (TypeError, AttributeError, KeyError, IndexError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"config.json: a value of another type or size than expected ({error!r:.200})") from None
+
+
+def make_config(raw: dict, max_length: Optional[int]) -> ModelConfig:
     family = find_family(raw)
     c = read_keys(family.rename(raw), family.keys)
     same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -179,17 +186,40 @@ def read_keys(raw: dict, keys: dict) -> dict:
         raise ValueError(f"config.json: {', '.join(f'{k} = {v!r}' for k, v in odd.items())}: not understood for "
                          f"model_type {raw['model_type']!r}, and it may change the model's numbers")
     c = known | {k: raw[k] for k in known if k in raw}
-    missing = [k for k in known if known[k] is REQUIRED and c[k] in (REQUIRED, None)]
+    missing = [k for k in known if known[k] is REQUIRED and (c[k] is REQUIRED or c[k] is None)]
     if missing:
         raise ValueError(f"config.json: {', '.join(missing)}: missing")
+    check_values(c, known)
     c["head_dim"] = c["head_dim"] or c["hidden_size"] // c["num_attention_heads"]
     return c
+
+
+SIZES = dict(vocab_size=2**24, hidden_size=2**20, intermediate_size=2**24, num_hidden_layers=2**12, head_dim=2**16,
+             num_attention_heads=2**16, num_key_value_heads=2**16, num_experts=2**16, num_local_experts=2**16)
+
+
+def check_values(c: dict, known: dict) -> None:
+    """Raise ValueError for a size that no model has, and for a value that is neither null nor of its default's type."""
+    for key, value in c.items():
+        default, size = known[key], SIZES.get(key)
+        if size is not None:
+            fits, wanted = type(value) is int and 1 <= value <= size, f"a whole number from 1 to {size}"
+        elif isinstance(default, bool):
+            fits, wanted = isinstance(value, bool), "true or false"
+        elif isinstance(default, (int, float)) or key == "rms_norm_eps":
+            fits, wanted = type(value) in (int, float) and abs(value) < 1e30, "a number"
+        else:
+            fits, wanted = not isinstance(default, str) or isinstance(value, str), "a text"
+        if not fits and not (value is None and default is not REQUIRED):
+            raise ValueError(f"config.json: {key} = {value!r:.60}: {wanted} is expected")
 
 
 def read_layers(c: dict, family: Family, ropes: dict[str, Rope]) -> dict:
     """Window and rotation of each layer."""
     n, types = c["num_hidden_layers"], c.get("layer_types")
     window = (c.get("sliding_window") or None) if c.get("use_sliding_window", True) else None
+    if types and len(types) != n:
+        raise ValueError(f"config.json: layer_types names {len(types)} layers of {n}")
     slides = [t == "sliding_attention" for t in types] if types else [family.slides(i, c) for i in range(n)]
     kinds = ["sliding_attention" if s and "sliding_attention" in ropes else "full_attention" for s in slides]
     turns = tuple(kind if kind in ropes and family.turns(i, c) else None for i, kind in enumerate(kinds))
@@ -897,7 +927,7 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: a JSON object was expected, found {type(value).__name__}")

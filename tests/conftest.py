@@ -36,12 +36,15 @@ WORDS = "the a cat dog sun moon sees likes eats red blue big small and runs slee
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def make_tiny(directory: Path) -> Path:
     """A random two-layer Llama with a word tokenizer: directory of a Hugging Face checkpoint."""
     import tokenizers
 
     import model as models
 
-    directory = tmp_path_factory.mktemp("tiny")
     vocabulary = {w: i for i, w in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
