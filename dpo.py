@@ -176,6 +176,8 @@ class DPOConfig:
     adam_epsilon: float = flag(1e-8, "AdamW's epsilon", least=0)
     max_grad_norm: float = flag(1.0, "clip gradients to this norm; 0 does not", least=0)
     bf16: Optional[bool] = flag(None, "bfloat16 autocast over float32 weights; unset is on where the device computes it")
+    fp16: bool = flag(False, "float16 autocast with loss scaling, for GPUs that know no bfloat16")
+    skip_nonfinite: int = flag(0, "go on after so many steps whose loss or gradient was not finite, without applying them", least=0)
     seed: int = flag(42, "of shuffling, LoRA's start and dropout")
     use_cpu: bool = flag(False, "train on the CPU though there is a GPU")
     ddp_timeout: int = flag(1800, "seconds after which ranks give one another up", least=1)
@@ -362,8 +364,8 @@ def check_config(c: DPOConfig) -> None:
             raise ValueError(f"--{name} {options[name]}: it must be below 1")
     if not 0 <= c.seed < 2**32:
         raise ValueError(f"--seed {c.seed}: 0 <= seed < 2^32")
-    if c.bf16 and c.dtype == "float64":
-        raise ValueError("--bf16 --dtype float64: bfloat16 autocast is for float32 weights")
+    if c.bf16 and c.dtype == "float64" or c.fp16 and (c.bf16 or c.dtype != "float32"):
+        raise ValueError(f"--{'fp16' if c.fp16 else 'bf16'} --dtype {c.dtype}: choose one of --bf16 and --fp16, for float32 weights")
     if c.eval_fraction >= 1:
         raise ValueError(f"--eval_fraction {c.eval_fraction}: a share of the pairs, below 1")
     if c.eval_fraction and c.eval_dataset_name:
@@ -425,6 +427,11 @@ class Ranks(NamedTuple):
     def first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def exact(self) -> torch.device:
+        """Where float64 sums are kept: Apple's GPUs have none."""
+        return torch.device("cpu") if self.device.type == "mps" else self.device
+
     def sum(self, x: Tensor) -> Tensor:
         """In place, over all ranks."""
         if self.world > 1:
@@ -462,10 +469,11 @@ def start_ranks(use_cpu: bool, timeout: int) -> Ranks:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
     on_gpu = torch.cuda.is_available() and not use_cpu
-    device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
+    on_mac = torch.backends.mps.is_available() and not use_cpu and world == 1
+    device = torch.device("cuda", local) if on_gpu else torch.device("mps" if on_mac else "cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    else:
+    elif not on_mac:
         keep_freed_memory()
         torch.set_flush_denormal(True)  # saturated losses have gradients of 1e-40; CPUs multiply those 50 times slower
     if world > 1 and not dist.is_initialized():
@@ -675,10 +683,15 @@ class DPOTrainer:
         self.args = c
         check_config(c)
         self.ranks = start_ranks(c.use_cpu, c.ddp_timeout)
+        if self.ranks.world > 1:
+            from extras import ranks
+
+            ranks.agree(self.ranks, {name: value for name, value in vars(c).items() if name not in ranks.OWN})
         self.output_dir, self.panel = Path(c.output_dir), None
         self.cache_dir = Path(c.cache_dir) if c.cache_dir else Path.home() / ".cache" / "dpo"
         self.wide = torch.promote_types(getattr(torch, c.dtype), torch.float32)  # of sums of log-probs
-        self.bf16 = c.dtype == "float32" and computes_bf16(self.ranks.device) if c.bf16 is None else c.bf16
+        self.bf16 = c.dtype == "float32" and not c.fp16 and computes_bf16(self.ranks.device) if c.bf16 is None else c.bf16
+        self.half = torch.float16 if c.fp16 else torch.bfloat16  # what autocast computes in, where it is on
         # where models are loaded to; FSDP hands shards out from rank 0's memory
         self.home = self.ranks.device if not c.fsdp else torch.device("cpu" if self.ranks.first else "meta")
         self.continues = False  # whether an adapter is trained on
@@ -696,11 +709,14 @@ class DPOTrainer:
             from extras import fsdp
 
             fsdp.shard(self)
+        if self.ranks.world > 1:
+            ranks.agree(self.ranks, {"data": self.train_store.digest, "model": self.started_from, "torch": torch.__version__})
         self.plan_steps()
         self.step, self.num_tokens, self.pairs_done, self.pending = 0, 0, 0, []
         self.order = -1, None  # epoch, and its pairs in order
         self.delta_sum, self.delta_count = 0.0, 0
         self.evaluation, self.best = {}, {"step": 0, "value": None, "directory": None, "waited": 0}
+        self.scaling, self.skipped = {"scale": 2.0**16 if c.fp16 else 1.0, "since": 0}, 0  # of the loss; steps not applied
         self.signal, self.leaving = 0, False  # what this process was told, and whether a rank was
         self.loggers = []
         if c.report_to != ["none"]:
@@ -931,7 +947,7 @@ class DPOTrainer:
         """The reference's sums."""
         with torch.no_grad(), self.reference() as model, evaluating(model):
             there = batch.to(next(model.parameters()).device)
-            with torch.autocast(there.input_ids.device.type, torch.bfloat16, enabled=self.bf16):
+            with torch.autocast(there.input_ids.device.type, self.half, enabled=self.bf16 or self.args.fp16):
                 out = model(there.input_ids, there.position_ids, there.spans, there.score_index, there.targets, there.pictures)
             return split_sums(out.logps, there.lengths).to(batch.input_ids.device)
 
@@ -967,9 +983,9 @@ class DPOTrainer:
 
     def ref_pass(self, store: data.PairStore, pairs: np.ndarray, bar) -> np.ndarray:  # (P, 2, 2)
         """Reference sums of `pairs`, sorted, shared out among the ranks."""
-        sums = torch.zeros(len(pairs), 2, 2, dtype=torch.float64, device=self.ranks.device)
+        sums = torch.zeros(len(pairs), 2, 2, dtype=torch.float64, device=self.ranks.exact)
         for rows in self.forwards(store, pairs, self.args.per_device_eval_batch_size):
-            sums[np.searchsorted(pairs, rows)] = self.ref_forward(self.batch(store, rows)).double()
+            sums[np.searchsorted(pairs, rows)] = self.ref_forward(self.batch(store, rows)).to(sums)
             bar.update(len(rows))
         return self.ranks.sum(sums).to(self.wide).cpu().numpy()
 
@@ -980,7 +996,7 @@ class DPOTrainer:
             reference = held if self.args.fsdp else reference
             adapted = self.ref_model is not None or self.ref_adapter
             compute_dtype = (reference.four_bit or {}).get("compute_dtype")
-            h = hashlib.sha256(f"2 {self.bf16} {self.args.dtype} {compute_dtype} {reference.config}".encode())
+            h = hashlib.sha256(f"2 {'fp16' if self.args.fp16 else self.bf16} {self.args.dtype} {compute_dtype} {reference.config}".encode())
             for name, t in chain(reference.named_parameters(), reference.named_buffers()):  # buffers: weights in 4 bits
                 if adapted or "lora_" not in name:
                     h.update(f"{name.replace('.base_layer.', '.')} {t.dtype} {tuple(t.shape)}".encode())
@@ -1034,7 +1050,7 @@ class DPOTrainer:
         return batch.to(self.ranks.device)
 
     def autocast(self):
-        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(self.ranks.device.type, self.half, enabled=self.bf16 or self.args.fp16)
 
     # the loss
 
@@ -1071,15 +1087,15 @@ class DPOTrainer:
         """
         order = np.argsort(pairs)
         columns = (2, 1, 1, len(STATS), 4)  # logps, chosen_nll, wpo, stats, reference sums
-        table = torch.zeros(len(pairs), sum(columns), dtype=torch.float64, device=self.ranks.device)
+        table = torch.zeros(len(pairs), sum(columns), dtype=torch.float64, device=self.ranks.exact)
         for batch in batches:
             with self.autocast():
                 scored, _ = score(self.model, batch, self.args)
             ref = self.ref_of(batch) if self.needs_ref else batch.lengths.new_zeros(len(batch.lengths), 4)
             rows = order[np.searchsorted(pairs, batch.pair_ids.cpu().numpy(), sorter=order)]
             table[rows] = torch.cat([scored.logps, scored.chosen_nll[:, None], scored.wpo[:, None], scored.stats,
-                                     ref.flatten(1)], 1).double()
-        table = self.ranks.sum(table).to(self.wide)
+                                     ref.flatten(1)], 1).to(table)
+        table = self.ranks.sum(table).to(self.ranks.device, self.wide)
         logps, nll, wpo, stats, ref = table.split(columns, 1)
         scored = Scored(logps, nll[:, 0], wpo[:, 0], stats)
         lengths = torch.from_numpy(scored_lengths(store, pairs)).to(table)
@@ -1121,7 +1137,7 @@ class DPOTrainer:
         batches = [self.batch(store, rows) for rows in self.forwards(store, pairs, c.per_device_train_batch_size)]
         whole = self.global_losses(pairs, batches) if self.couples_the_batch() else None
         tokens_per_pair = float(scored_lengths(store, pairs)[:, 0].mean())
-        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.ranks.device)
+        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.ranks.exact)
         for i, batch in enumerate(batches):
             share = len(batch.pair_ids) / len(pairs)
             last = i == len(batches) - 1  # ranks exchange gradients once a step
@@ -1136,7 +1152,7 @@ class DPOTrainer:
                 loss = surrogate.sum() / len(pairs)
                 if aux is not None and self.aux_coef:
                     loss = loss + self.aux_coef * aux * share
-                (loss * self.ranks.world).backward()  # DDP averages
+                (loss * self.ranks.world * self.scaling["scale"]).backward()  # DDP averages
             sums += step_sums(x, scored, values, aux, share, c.beta)
         tokens = sum(batch.num_tokens for batch in batches)
         return self.update(sums, pairs, tokens)
@@ -1150,6 +1166,10 @@ class DPOTrainer:
     def update(self, sums: Tensor, pairs: np.ndarray, tokens: int) -> dict:
         """Clip, step, and turn the step's sums over all ranks into metrics."""
         c = self.args
+        if c.fp16:
+            from extras import faults
+
+            faults.unscale(self)
         norm = models.whole(nn.utils.clip_grad_norm_(self.trainable, c.max_grad_norm or math.inf))
         sums = torch.cat([sums, torch.tensor([tokens, self.signal > 0], dtype=torch.float64, device=sums.device)])
         *sums, tokens, told = self.ranks.sum(sums).tolist()
@@ -1157,23 +1177,31 @@ class DPOTrainer:
         metrics = metrics_of(sums, len(pairs)) | {"grad_norm": float(norm), "learning_rate": self.learning_rate()}
         metrics["loss"] += self.aux_coef * metrics.get("aux_loss", 0.0)  # what is minimised, as TRL logs it
         if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
-            raise FloatingPointError(
-                f"step {self.step + 1}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; pairs "
-                f"{', '.join(self.train_store.where(int(i)) for i in pairs[:8])} ...; nothing of it was applied. Try a "
-                f"lower --learning_rate, a lower --max_grad_norm, --no_bf16, or look at these pairs")
-        for group in self.optimizer.param_groups:
-            group["lr"] = metrics["learning_rate"] * group["ratio"]
-        self.optimizer.step()
+            from extras import faults
+
+            faults.skip(self, metrics, pairs)  # or FloatingPointError
+            metrics = {}
+        else:
+            self.apply(dict(zip(SUMS, sums)), len(pairs))
         self.optimizer.zero_grad(set_to_none=True)
-        if "bco_pair" in c.loss_type and c.bco_delta == "running":
-            by_name = dict(zip(SUMS, sums))
-            self.add_rewards((by_name["rewards/chosen"] + by_name["rewards/rejected"]) / 2, len(pairs))
         self.step += 1
         self.num_tokens += int(tokens)
         self.pairs_done += len(pairs)
         if c.sync_ref_model and self.step % c.ref_model_sync_steps == 0:
             self.sync_ref()
         return metrics
+
+    def apply(self, sums: dict, count: int) -> None:
+        """The optimizer's step, with what else moves with it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate() * group["ratio"]
+        self.optimizer.step()
+        if self.args.fp16:
+            from extras import faults
+
+            faults.rescale(self, finite=True)
+        if "bco_pair" in self.args.loss_type and self.args.bco_delta == "running":
+            self.add_rewards((sums["rewards/chosen"] + sums["rewards/rejected"]) / 2, count)
 
     def learning_rate(self) -> float:
         """Of the coming step: linear warm-up, then the schedule; a function of the step alone."""
@@ -1206,9 +1234,9 @@ class DPOTrainer:
 
             steps = checkpoints.saving(self, bar)
         for _ in steps:
-            self.pending.append(self.train_step())
+            self.pending += filter(None, [self.train_step()])
             last = self.step == self.total_steps
-            if self.step % self.log_every == 0 or last or (self.step == 1 and c.logging_first_step):
+            if self.pending and (self.step % self.log_every == 0 or last or (self.step == 1 and c.logging_first_step)):
                 metrics = self.log_step(bar)
             if self.eval_store is not None and (last or self.eval_every and self.step % self.eval_every == 0):
                 metrics = metrics | self.evaluate()
@@ -1249,6 +1277,7 @@ class DPOTrainer:
         mean["learning_rate"] = self.pending[-1]["learning_rate"]
         mean["grad_norm"] = self.pending[-1]["grad_norm"]
         self.pending = []
+        mean |= {"skipped_steps": self.skipped} if self.skipped else {}
         metrics = {"step": self.step, "epoch": self.step / self.steps_per_epoch, **mean, "num_tokens": self.num_tokens}
         self.write_metrics(metrics)
         began, pairs, tokens = self.started_at
@@ -1387,8 +1416,9 @@ def step_sums(x: losses.PairLogps, scored: Scored, values: Tensor, aux: Optional
     """Sums over the pairs of a forward, in the order of SUMS; the auxiliary loss with the forward's share of the pairs."""
     pair = losses.pair_metrics(x, beta)
     columns = [values, *(pair[name] for name in PAIR_METRICS), *scored.stats.unbind(1)]
-    rest = torch.zeros((), dtype=torch.float64, device=values.device) if aux is None else aux.detach().double() * share
-    return torch.stack([*(column.detach().double().sum() for column in columns), rest])
+    exact = dict(dtype=torch.float64, device="cpu" if values.device.type == "mps" else values.device)
+    rest = torch.zeros((), **exact) if aux is None else aux.detach().to(**exact) * share
+    return torch.stack([*(column.detach().to(**exact).sum() for column in columns), rest])
 
 
 def metrics_of(sums: list[float], pairs: int) -> dict:
@@ -1459,9 +1489,9 @@ def write_atomically(path: Path, content: bytes) -> None:
     os.replace(scratch, path)
 
 
-def refuse(error: Exception, status: int) -> int:
-    """Say once what is wrong, and return the exit status."""
-    if int(os.environ.get("RANK", 0)) == 0:
+def refuse(error: Exception | str, status: int) -> int:
+    """Say once on each machine what is wrong, and return the exit status."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0 or "rank" in str(error)[:5]:  # what is one rank's own it says itself
         print(f"error: {error}", file=sys.stderr)
     return status
 
@@ -1479,7 +1509,8 @@ def train(trainer: DPOTrainer) -> None:
 
 
 def main(argv: Optional[list[str]] = None) -> int:
-    """Exit status: 0 trained and saved; 2 unusable arguments or data, with one message; 1 else."""
+    """Exit status: 0 trained and saved; 2 unusable arguments or data, with one message; 143 (SIGTERM) or 138 (SIGUSR1) told
+    to leave, after a checkpoint; 1 else."""
     with ending_ranks():
         try:
             trainer = DPOTrainer(args=parse_config(sys.argv[1:] if argv is None else argv))
@@ -1487,8 +1518,10 @@ def main(argv: Optional[list[str]] = None) -> int:
             return refuse(error, 2)
         try:
             train(trainer)
-        except (FloatingPointError, OSError) as error:  # the message says where and what to try
-            return refuse(error, 1)
+        except Exception as error:
+            from extras import faults
+
+            return refuse(faults.explained(error, trainer), 1)
         return 0
 
 

@@ -37,7 +37,7 @@ MAY_DIFFER = set("""
     per_device_train_batch_size gradient_accumulation_steps max_tokens_per_forward num_train_epochs max_steps optim warmup_ratio
     use_cpu ddp_timeout logging_steps logging_first_step disable_tqdm report_to eval_strategy eval_steps eval_on_start
     per_device_eval_batch_size save_strategy save_steps save_total_limit resume_from_checkpoint force_resume
-    load_best_model_at_end metric_for_best_model greater_is_better early_stopping_patience early_stopping_threshold
+    load_best_model_at_end metric_for_best_model greater_is_better early_stopping_patience early_stopping_threshold skip_nonfinite
     fsdp push_to_hub hub_model_id hub_private_repo hub_revision hub_token""".split())
 
 
@@ -222,7 +222,7 @@ def finish(trainer, scratch: Path) -> None:
     names = sorted(str(p.relative_to(scratch)) for p in scratch.rglob("*") if p.is_file())
     state = {"step": trainer.step, "num_tokens": trainer.num_tokens, "pairs_done": trainer.pairs_done,
              "pending": trainer.pending, "delta_sum": trainer.delta_sum, "delta_count": trainer.delta_count,
-             "best": trainer.best, "run": of_run(trainer), "files": hash_files(scratch, names)}
+             "best": trainer.best, "scaling": trainer.scaling, "skipped": trainer.skipped, "run": of_run(trainer), "files": hash_files(scratch, names)}
     models.write_json(scratch / STATE, state | {"sha256": digest_of(json.loads(json.dumps(state)))})
     for path in [*scratch.rglob("*"), scratch]:
         sync(path)
@@ -257,6 +257,7 @@ def load(trainer) -> None:
     read_moments(trainer, directory / "optimizer.safetensors")
     trainer.step, trainer.num_tokens, trainer.pairs_done = state["step"], state["num_tokens"], state["pairs_done"]
     trainer.pending, trainer.best = state["pending"], state["best"]
+    trainer.scaling, trainer.skipped = state["scaling"], state["skipped"]
     trainer.delta_sum, trainer.delta_count = state["delta_sum"], state["delta_count"]
     if trainer.delta_count:
         trainer.options["delta"] = trainer.delta_sum / trainer.delta_count

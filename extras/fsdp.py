@@ -31,7 +31,7 @@ def words(fsdp) -> set[str]:
 
 def check_options(c) -> None:
     """Raise ValueError for what FSDP does not go with."""
-    for name in ("load_in_4bit", "ref_model_device"):
+    for name in ("load_in_4bit", "ref_model_device", "generate_during_eval"):
         if getattr(c, name, None):
             raise ValueError(f"--fsdp with --{name}: not supported; leave one of them out")
 
@@ -46,7 +46,7 @@ def shard(trainer) -> None:
         backend = "nccl" if ranks.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
-    compute = torch.bfloat16 if trainer.bf16 else None
+    compute = trainer.half if trainer.bf16 or trainer.args.fp16 else None
     options = dict(
         mesh=mesh, reshard_after_forward="shard_grad_op" not in asked,
         offload_policy=CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda") if "offload" in asked else OffloadPolicy())

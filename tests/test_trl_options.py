@@ -150,7 +150,7 @@ def test_what_a_file_has_that_cannot_be_is_said(settings, message, tmp_path):
     (["--learning-rat", "1"], "--learning_rat: no such flag; did you mean --learning_rate?"),
     (["--zzz"], "--zzz: no such flag; see --help"),
     (["prefs.jsonl"], "prefs.jsonl: each option is --name value"),
-    (["--fp16"], "--fp16 true: not an option here; instead: --bf16"),
+    (["--fp16_full_eval"], "--fp16_full_eval true: not an option here; instead: --bf16"),
     (["--deepspeed=zero3.json"], "--deepspeed zero3.json: not an option here"),
 ])
 def test_unknown_words_of_the_command_line(argv, message):
@@ -159,9 +159,9 @@ def test_unknown_words_of_the_command_line(argv, message):
 
 
 def test_negated_and_listed_flags_of_trl(capsys):
-    assert dpo.parse_config([*BASE, "--no_fp16", "--include_for_metrics", "inputs", "loss"]) == dpo.parse_config(BASE)
+    assert dpo.parse_config([*BASE, "--no_fp16_full_eval", "--include_for_metrics", "inputs", "loss"]) == dpo.parse_config(BASE)
     said = capsys.readouterr().err
-    assert "--fp16 false, --include_for_metrics (metrics are sums over all pairs" in said
+    assert "--fp16_full_eval false, --include_for_metrics (metrics are sums over all pairs" in said
 
 
 def test_the_file_wins_over_defaults_and_loses_to_the_command_line(tmp_path):

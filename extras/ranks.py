@@ -1,0 +1,33 @@
+"""That all ranks run the same: compared before they wait for one another."""
+
+import hashlib
+import json
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+OWN = ("cache_dir", "output_dir", "model_name_or_path", "ref_model_name_or_path", "dataset_name", "eval_dataset_name",
+       "disable_tqdm", "hub_token")  # paths may differ between hosts: what lies there is compared
+
+
+def agree(ranks, what: dict) -> None:
+    """Raise ValueError on every rank, naming the first difference, unless `what` is the same on all."""
+    text = json.dumps(what, sort_keys=True, default=str).encode()
+    mine = torch.tensor(list(hashlib.sha256(text).digest()), dtype=torch.uint8, device=ranks.device)
+    if all(torch.equal(mine, other) for other in gathered(ranks, mine)):
+        return
+    length = torch.tensor([len(text)], device=ranks.device)
+    longest = max(int(n) for n in gathered(ranks, length))
+    padded = torch.tensor(list(text.ljust(longest)), dtype=torch.uint8, device=ranks.device)
+    found = [json.loads(bytes(t.tolist())) for t in gathered(ranks, padded)]
+    rank, name = next((r, n) for r, other in enumerate(found) for n in sorted(found[0].keys() | other.keys())
+                      if other.get(n) != found[0].get(n))
+    raise ValueError(f"the ranks disagree: {name} is {found[rank].get(name)!r} on rank {rank} and {found[0].get(name)!r} on rank 0; "
+                     "start all with the same flags, data, model and code")
+
+
+def gathered(ranks, tensor: Tensor) -> list[Tensor]:
+    out = [torch.empty_like(tensor) for _ in range(ranks.world)]
+    dist.all_gather(out, tensor)
+    return out
