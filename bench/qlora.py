@@ -2,9 +2,9 @@
 
     python bench/qlora.py --model DIR --data prefs.jsonl [--pairs 16] [--batch 2] [--max_length 512] [--json FILE]
 
-Each run is a process of its own. `load` is what the process holds after loading the model, beyond what it held before, and
-`load peak` the most it held meanwhile; `train peak` is a whole run of dpo.py with gradient checkpointing. All are private
-memory (RssAnon, sampled every millisecond): pages of the mapped checkpoint are the file's, and free to go.
+Each run is a process of its own. `load` is what the process holds after loading the model, beyond what it held before,
+and `load peak` the most it held meanwhile; `train peak` is a whole run of dpo.py with gradient checkpointing. All are
+private memory (RssAnon, sampled every millisecond): pages of the mapped checkpoint are the file's, and free to go.
 """
 
 import argparse
@@ -47,7 +47,8 @@ def main() -> None:
                       "first loss": losses[0], "last loss": losses[-1]}
         print(f"{name:12}" + "".join(f"  {k} {v:.4g}" for k, v in rows[name].items()), flush=True)
     if args.json:
-        Path(args.json).write_text(json.dumps({"about": "MiB, seconds", "arguments": vars(args), "rows": rows}, indent=1) + "\n")
+        whole = {"about": "MiB, seconds", "arguments": vars(args), "rows": rows}
+        Path(args.json).write_text(json.dumps(whole, indent=1) + "\n")
 
 
 def parse() -> argparse.Namespace:
@@ -65,8 +66,8 @@ def training(args, scratch: str) -> list:
     return ["--model_name_or_path", args.model, "--dataset_name", args.data, "--output_dir", scratch, "--cache_dir",
             Path(scratch) / "cache", "--use_peft", "--lora_target_modules", "all-linear", "--dtype", "bfloat16",
             "--gradient_checkpointing", "--per_device_train_batch_size", args.batch, "--per_device_eval_batch_size",
-            args.batch, "--max_steps", args.pairs // args.batch, "--max_length", args.max_length, "--learning_rate", 1e-4,
-            "--shuffle_dataset", "false", "--save_strategy", "no", "--logging_steps", 1, "--use_cpu", "--disable_tqdm"]
+            args.batch, "--max_steps", args.pairs // args.batch, "--max_length", args.max_length, "--use_cpu",
+            "--learning_rate", "1e-4", "--shuffle_dataset", "false", "--save_strategy", "no", "--logging_steps", 1, "--disable_tqdm"]
 
 
 def watch(command: list[str]) -> tuple[float, float, float]:

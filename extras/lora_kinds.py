@@ -252,27 +252,32 @@ def deltas(wrapper: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
     """Add each update to its weight and take the wrapper away. A head and an embedding that were one part."""
-    adapter = lora_modules(model)
     if model.four_bit:
         from extras.nf4 import merge_4bit
 
         return merge_4bit(model)
-    if model.config.tie_word_embeddings and adapter.keys() & {"lm_head", "model.embed_tokens"}:
-        untie(model)
-    for name, wrapper in adapter.items():
-        base = wrapper.base_layer
-        if isinstance(wrapper, SavedModule):
-            base.load_state_dict(wrapper.lora_saved.state_dict())
-        else:
-            for child, delta in deltas(wrapper).items():
-                weight = getattr(base, child)
-                weight.copy_(weight.to(delta.dtype) + delta)
-        replace_module(model, name, base)
+    untie(model)
+    for name, wrapper in lora_modules(model).items():
+        replace_module(model, name, merged(wrapper))
     model.requires_grad_(True)
+
+
+def merged(wrapper: nn.Module) -> nn.Module:
+    """The module below, with the update in its weights."""
+    base = wrapper.base_layer
+    if isinstance(wrapper, SavedModule):
+        base.load_state_dict(wrapper.lora_saved.state_dict())
+        return base
+    for child, delta in deltas(wrapper).items():
+        weight = getattr(base, child)
+        weight.copy_(weight.to(delta.dtype) + delta)
+    return base
 
 
 def untie(model: nn.Module) -> None:
     """One matrix cannot become two: the head gets a copy, and config.json and the files say so."""
+    if not (model.config.tie_word_embeddings and lora_modules(model).keys() & {"lm_head", "model.embed_tokens"}):
+        return
     head = getattr(model.lm_head, "base_layer", model.lm_head)
     head.weight = nn.Parameter(head.weight.detach().clone())
     model.config = replace(model.config, tie_word_embeddings=False)

@@ -314,6 +314,13 @@ class Experts4bit(nn.Module):
         parts = [self.expert(e, rows) for e, rows in enumerate(x.split(counts.tolist())) if len(rows)]
         return torch.cat(parts) if parts else x
 
+    def project(self, name: str, x: Tensor, counts: Tensor) -> Tensor:
+        """The product with one stack, "gate_up_proj" or "down_proj", to which a LoRA adds (lora_kinds.run_experts)."""
+        stack, each = (self.down, 1) if name == "down_proj" else (self.gate_up, 2)
+        parts = [torch.cat([linear4bit(rows, stack[each * e + i], None, self.compute_dtype) for i in range(each)], -1)
+                 for e, rows in enumerate(x.split(counts.tolist())) if len(rows)]
+        return torch.cat(parts) if parts else x.new_zeros(0, each * stack[0].shape[0])
+
 
 def quantize_stack(weight: Tensor, parts: int, quant_type: str = "nf4", nested: bool = False) -> list[Quantized]:
     """Every matrix of a stack (experts, parts * out, in) by itself, in the order in which they lie."""
@@ -391,11 +398,15 @@ def as_states(name: str, value, shape: torch.Size, quant_type: str, nested: bool
 def dequantize_linears(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
     """The reverse, in place: before writing a model that is no longer quantized."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, Linear4bit):
-            model.set_submodule(name, wide_linear(module, dtype))
-        elif isinstance(module, Experts4bit):
-            model.set_submodule(name, wide_experts(module, dtype))
+        if isinstance(module, (Linear4bit, Experts4bit)):
+            model.set_submodule(name, wide_module(module, dtype))
     model.four_bit = None
+
+
+def wide_module(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The layer or the experts that one in 4 bits stands for; another module as it is."""
+    make = wide_linear if isinstance(module, Linear4bit) else wide_experts if isinstance(module, Experts4bit) else None
+    return module if make is None else make(module, dtype)
 
 
 def wide_linear(module: Linear4bit, dtype: torch.dtype) -> nn.Linear:
@@ -428,24 +439,32 @@ def merge_4bit(model: nn.Module, again: bool = False, dtype: torch.dtype = torch
     is, so it is put on the CPU. With `again` the merged weights are quantized again, which rounds what was learned a
     second time, and the others stay the 4 bits they are.
     """
+    from extras.lora_kinds import merged, untie
     from model import lora_modules, replace_module
 
     if not again:
         model.cpu()
-    for name, module in lora_modules(model).items():
-        base, delta = module.base_layer, module.delta().float()
-        if not isinstance(base, Linear4bit):
-            base.weight.copy_((base.weight.float() + delta).to(dtype))
-        elif again:
-            merged = requantize(base.state, dequantize(base.state, torch.float32) + delta)
-            base = Linear4bit(merged, base.bias, base.compute_dtype)
-        else:
-            base = wide_linear(base, torch.float32)
-            base.weight += delta
-        replace_module(model, name, base if again else base.to(dtype))
+    untie(model)
+    for name, wrapper in lora_modules(model).items():
+        narrow = wrapper.base_layer
+        wrapper.base_layer = wide_module(narrow, torch.float32)
+        base = merged(wrapper)
+        replace_module(model, name, requantized(narrow, base) if again else base.to(dtype))
     if not again:
         dequantize_linears(model, dtype)
         model.to(dtype).requires_grad_(True)
+
+
+def requantized(narrow: nn.Module, wide: nn.Module) -> nn.Module:
+    """`wide` in the format of `narrow`, which may not have been in 4 bits either."""
+    if isinstance(narrow, Linear4bit):
+        return Linear4bit(requantize(narrow.state, wide.weight), narrow.bias, narrow.compute_dtype)
+    if not isinstance(narrow, Experts4bit):
+        return wide
+    gate_up = [matrix for expert in wide.gate_up_proj for matrix in expert.chunk(2)]
+    stacks = [[requantize(old, new) for old, new in zip(olds, news)]
+              for olds, news in ((narrow.gate_up, gate_up), (narrow.down, wide.down_proj))]
+    return Experts4bit(*stacks, narrow.act, narrow.compute_dtype)
 
 
 # Checkpoints

@@ -23,7 +23,7 @@ from torch import nn  # noqa: E402
 from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
 
 import model as models  # noqa: E402
-from extras import moe, nf4  # noqa: E402
+from extras import lora_targets, moe, nf4  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden" / "nf4.json"
 TYPES = [(quant_type, nested) for quant_type in ("nf4", "fp4") for nested in (False, True)]
@@ -245,6 +245,29 @@ def test_merging_dequantizes_then_adds_then_rounds_once():
     assert torch.equal(model.lm_head.weight, head) and model.four_bit is None
     assert not torch.equal(merged, (wide.get_submodule(name).weight + delta).to(torch.bfloat16))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and not list(model.buffers())
+
+
+@pytest.mark.parametrize("name, settings", [
+    ("llama", dict(target_modules="all-linear", use_dora=True)),
+    ("llama tied", dict(target_modules=["q_proj", "lm_head"])),
+    ("llama", dict(target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"])),
+    ("mixtral", dict(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"])),
+], ids=str)
+def test_every_kind_of_adapter_merges_over_4_bits(name, settings):
+    model = four_bit_pair(name)[0]
+    lora_targets.add_lora(model, settings | dict(r=4, lora_alpha=8))
+    torch.manual_seed(3)
+    for n, p in model.named_parameters():
+        if "lora_" in n:
+            p.data.add_(torch.randn_like(p) * 0.05)
+    expected, wide = logps(model), copy.deepcopy(model)
+    nf4.merge_4bit(wide, dtype=torch.float32)
+    assert not models.lora_modules(wide) and wide.four_bit is None
+    assert (logps(wide) - expected).abs().max() < 1e-5
+    nf4.merge_4bit(model, again=True)
+    nf4.quantize_linears(wide)
+    assert model.four_bit and states(model).keys() == states(wide).keys()
+    assert (logps(model) - logps(wide)).abs().max() < 1e-5 < (logps(model) - expected).abs().max()
 
 
 def test_quantizing_the_merged_weights_again_leaves_the_others_as_they_are():

@@ -96,8 +96,8 @@ HITS = {
 MISSES = {
     "truncation": dict(max_length=9), "its end": dict(max_length=9, truncation_mode="keep_end"),
     "short completions": dict(max_completion_length=2), "short prompts": dict(max_prompt_length=2),
-    "type": dict(dtype="bfloat16"), "autocast": dict(dtype="float32", bf16=True), "float32": dict(dtype="float32"),
-    "4 bits": dict(dtype="float32", use_peft=True, load_in_4bit=True)}
+    "float64": dict(dtype="float64"), "bfloat16": dict(dtype="bfloat16"), "autocast": dict(bf16=True),
+    "4 bits": dict(use_peft=True, load_in_4bit=True)}
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def keys(tiny, pairs_file, tmp_path, passes):
     """The names of the cache's files after the plain run, and after one with these options."""
 
     def go(options, plain=None):
-        base = dict(model_name_or_path=str(tiny), dataset_name=str(pairs_file))
+        base = dict(model_name_or_path=str(tiny), dataset_name=str(pairs_file), dtype="float32")
         trainer_of(tmp_path, **base | dict(max_steps=-1) | (plain or {})).precompute_ref()
         before = files(tmp_path)
         passes.clear()
