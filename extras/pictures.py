@@ -530,25 +530,28 @@ class Loader:
         counts = [features(p, self.processor) for p in distinct]
         first = dict(zip((p.sha256 for p in distinct), np.cumsum([0, *counts])))
         count = dict(zip((p.sha256 for p in distinct), counts))
-        ids, source, starts, end = batch.input_ids.numpy(), [], {}, 0
+        ids, source, by_start, end = batch.input_ids.numpy(), [], {}, 0
         for index, pictures in zip(rows, per_pair, strict=True):
             begin, end = end, end + int(store.tokens[index])
+            by_start[begin] = pictures
             own = np.concatenate([np.arange(first[p.sha256], first[p.sha256] + count[p.sha256]) for p in pictures] or [[]])
-            times = int((ids[begin:end] == self.processor.token_id).sum()) // max(len(own), 1)  # 2 where prompts differ
-            source += [own] * times
-            starts |= {start: [grid(p, self.processor) for p in pictures] for start, _, _, prefix in batch.spans.tolist()
-                       if begin <= start < end and not prefix}
+            source += [own] * (int((ids[begin:end] == self.processor.token_id).sum()) // max(len(own), 1))
         place = torch.from_numpy(np.flatnonzero(ids == self.processor.token_id))
         source = torch.from_numpy(np.concatenate(source).astype(np.int64))
         assert len(place) == len(source), (len(place), len(source))
         grids = torch.tensor([grid(p, self.processor) for p in distinct])
-        return Pictures(torch.cat(pixels), grids, place, source, self.axes(batch, starts))
+        return Pictures(torch.cat(pixels), grids, place, source, self.axes(batch, by_start))
 
-    def axes(self, batch: Batch, starts: dict) -> torch.Tensor | None:
+    def axes(self, batch: Batch, by_start: dict[int, list[Picture]]) -> torch.Tensor | None:
+        """Qwen's positions; `by_start` has the pictures of the pair that begins there in the stream."""
         if self.processor.kind != "patches":
             return None
         from extras.qwen_vl import stream_axes
 
-        merge = self.processor.settings["merge_size"]
+        merge, starts, pictures = self.processor.settings["merge_size"], {}, []
+        for start, _, _, prefix_end in batch.spans.tolist():
+            pictures = by_start.get(start, pictures)
+            if not prefix_end:  # a prompt, or one of the two whole sequences of a pair
+                starts[start] = [grid(p, self.processor) for p in pictures]
         axes = stream_axes(batch.input_ids.numpy(), batch.spans.numpy(), self.processor.token_id, starts, merge)
         return torch.from_numpy(axes)
