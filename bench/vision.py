@@ -69,11 +69,17 @@ def make_inputs(folder: Path, args: argparse.Namespace) -> None:
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def timed(tower, reference_passes) -> list[float]:
-    """Seconds of each forward of the policy's tower; those of a reference pass through it are told by the flag."""
+def timed(tower, is_reference=lambda: False) -> list[float]:
+    """Seconds of each forward of the policy's tower, filled as it runs."""
     seconds, began = [], []
+
+    def end(*_):
+        took = time.perf_counter() - began.pop()
+        if not is_reference():
+            seconds.append(took)
+
     tower.register_forward_pre_hook(lambda *_: began.append(time.perf_counter()))
-    tower.register_forward_hook(lambda *_: seconds.append(time.perf_counter() - began.pop()) if not reference_passes() else began.pop())
+    tower.register_forward_hook(end)
     return seconds
 
 
@@ -109,7 +115,7 @@ def trl(folder: Path, args: argparse.Namespace) -> dict:
     trainer = DPOTrainer(model=str(folder), args=config, train_dataset=Dataset.from_list(rows),
                          processing_class=AutoProcessor.from_pretrained(folder))
     model = getattr(trainer.model, "model", trainer.model)
-    return measure(trainer.train, timed(model.vision_tower, lambda: False), args)
+    return measure(trainer.train, timed(model.vision_tower), args)
 
 
 def measure(train, tower: list[float], args: argparse.Namespace) -> dict:

@@ -13,6 +13,7 @@ from conftest import ROOT
 COMMANDS = re.findall(r"^    ((?:python3? |torchrun |echo |venv/).*)$", (ROOT / "README.md").read_text("utf-8"), re.M)
 ELSEWHERE = {  # where else a command is run
     "python3 -m venv venv && venv/bin/pip install -r requirements.txt && venv/bin/python dpo.py": "test_demo.py",
+    "python dpo.py --config demo-pictures/config.toml": "test_demo_pictures.py",
     "venv/bin/pip install -r tests/requirements.txt && venv/bin/python -m pytest": ".ci/run"}
 
 
