@@ -1,8 +1,8 @@
 """checkpoint-N: what a run resumes from. A loadable model, the optimizer's state, and the run's position.
 
-A checkpoint is written beside its place, synced to the disk and renamed, so that it is whole or absent; what a disk damages
-later shows in the sha256 of each file, which trainer_state.json keeps. Rank 0 alone reads and writes; the functions that
-take the trainer are called by all ranks.
+A checkpoint is written beside its place, synced to the disk and renamed, so that it is whole or absent; what a disk
+damages later shows in the sha256 of each file, which trainer_state.json keeps. Rank 0 alone reads and writes; the
+functions that take the trainer are called by all ranks.
 """
 
 import hashlib
@@ -28,17 +28,19 @@ import model as models
 
 STATE = "trainer_state.json"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
-# Options that may differ between a run and its resume: they change no weight, or what they change is compared by content
-# (model, data) or by effect (global_batch, total_steps).
+# Options that may differ between a run and its resume: they change no weight, or what they change is compared by
+# content (model, data) or by effect (global_batch, total_steps).
 MAY_DIFFER = set("""
-    model_name_or_path model_revision output_dir gradient_checkpointing dataset_name dataset_config dataset_train_split
-    dataset_test_split eval_dataset_name max_prompt_length max_completion_length truncation_mode on_bad_row dataset_num_proc
-    cache_dir exact_global_loss precompute_ref_log_probs ref_model_name_or_path ref_model_device merge_adapter
-    per_device_train_batch_size gradient_accumulation_steps max_tokens_per_forward num_train_epochs max_steps optim warmup_ratio
-    use_cpu ddp_timeout logging_steps logging_first_step disable_tqdm report_to eval_strategy eval_steps eval_on_start
-    per_device_eval_batch_size save_strategy save_steps save_total_limit resume_from_checkpoint force_resume
-    load_best_model_at_end metric_for_best_model greater_is_better early_stopping_patience early_stopping_threshold skip_nonfinite
-    fsdp push_to_hub hub_model_id hub_private_repo hub_revision hub_token""".split())
+    model_name_or_path model_revision output_dir gradient_checkpointing dataset_name dataset_config
+    dataset_train_split dataset_test_split eval_dataset_name max_prompt_length max_completion_length truncation_mode
+    on_bad_row dataset_num_proc cache_dir exact_global_loss precompute_ref_log_probs ref_model_name_or_path
+    ref_model_device merge_adapter per_device_train_batch_size gradient_accumulation_steps max_tokens_per_forward
+    num_train_epochs max_steps optim warmup_ratio use_cpu ddp_timeout logging_steps logging_first_step disable_tqdm
+    report_to eval_strategy eval_steps eval_on_start per_device_eval_batch_size save_strategy save_steps
+    save_total_limit resume_from_checkpoint force_resume load_best_model_at_end metric_for_best_model
+    greater_is_better early_stopping_patience early_stopping_threshold skip_nonfinite fsdp push_to_hub hub_model_id
+    hub_private_repo hub_revision hub_token dataset_revision generate_during_eval generate_prompts project
+    run_name""".split())
 
 
 # Which checkpoint
@@ -47,8 +49,8 @@ MAY_DIFFER = set("""
 def find(trainer) -> Optional[tuple[Path, dict]]:
     """The checkpoint that --resume_from_checkpoint means, with its state, or None to start afresh.
 
-    A worker that torchrun started again resumes without being asked. Raises ValueError where there is none, where none is
-    whole, and where it is of another run.
+    A worker that torchrun started again resumes without being asked. Raises ValueError where there is none, where none
+    is whole, and where it is of another run.
     """
     asked = str(trainer.args.resume_from_checkpoint).lower()
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
@@ -64,10 +66,11 @@ def find(trainer) -> Optional[tuple[Path, dict]]:
         trainer.say(f"{found['directory']}: of another run ({differs[0]}); starting from the beginning")
         return None
     if differs and not trainer.args.force_resume:
-        raise ValueError(f"{found['directory']}: {'; '.join(differs)}; resume with the same settings and data, go on all the "
-                         "same with --force_resume, or start a new run in another --output_dir")
+        raise ValueError(f"{found['directory']}: {'; '.join(differs)}; resume with the same settings and data, go on "
+                         "all the same with --force_resume, or start a new run in another --output_dir")
     if state["step"] > trainer.total_steps:
-        raise ValueError(f"{found['directory']}: step {state['step']} is beyond the {trainer.total_steps} steps of this run")
+        raise ValueError(f"{found['directory']}: step {state['step']} is beyond the {trainer.total_steps} steps of "
+                         "this run")
     trainer.ranks.from_first(partial(check_moments, Path(found["directory"]), trainer))
     return Path(found["directory"]), state
 
@@ -88,7 +91,8 @@ def choose(trainer, asked: str, restarted: bool) -> Optional[dict]:
         except ValueError as error:
             damage.append(str(error))
     if damage and asked not in ("none", "false"):
-        raise ValueError(f"{'; '.join(damage)}; resume from another checkpoint, or start anew without --resume_from_checkpoint")
+        raise ValueError(f"{'; '.join(damage)}; resume from another checkpoint, or start anew without "
+                         "--resume_from_checkpoint")
     trainer.say(f"{trainer.output_dir}: {'; '.join(damage) or 'no checkpoint yet'}, starting from the beginning")
     return None
 
@@ -100,7 +104,7 @@ def in_directory(output_dir: Path) -> list[Path]:
 
 
 def read_state(directory: Path) -> dict:
-    """trainer_state.json of a whole checkpoint. Raises ValueError naming the first file that is not what was written."""
+    """trainer_state.json of a whole checkpoint; ValueError names the first file that is not what was written."""
     state = models.read_json(directory / STATE)
     if state.pop("sha256", None) != digest_of(state):
         raise ValueError(f"{directory / STATE}: its checksum differs")
@@ -132,8 +136,8 @@ def of_run(trainer) -> dict:
     """What a checkpoint must share with the run that resumes from it, and (`cut`) how its global batch came about."""
     c = trainer.args
     same = {name: value for name, value in sorted(vars(c).items()) if name not in MAY_DIFFER}
-    return same | {"global_batch": trainer.global_batch, "total_steps": trainer.total_steps, "data": trainer.train_store.digest,
-                   "model": trainer.started_from, "bf16": trainer.bf16,
+    return same | {"global_batch": trainer.global_batch, "total_steps": trainer.total_steps,
+                   "data": trainer.train_store.digest, "model": trainer.started_from, "bf16": trainer.bf16,
                    "cut": [c.per_device_train_batch_size, c.gradient_accumulation_steps]}
 
 
@@ -146,7 +150,7 @@ def adopt_batch(trainer, run: dict) -> None:
 
 
 def differences(trainer, run: dict) -> list[str]:
-    """"beta was 0.1 there and is 0.2 now", for all that must be the same. An option that `run` lacks had its default."""
+    """"beta was 0.1 there and is 0.2 now", of all that must be the same. An option that `run` lacks had its default."""
     defaults = vars(type(trainer.args)())
     return [f"{name} was {run.get(name, defaults.get(name))!r} there and is {value!r} now"
             for name, value in of_run(trainer).items() if name != "cut" and run.get(name, defaults.get(name)) != value]
@@ -185,7 +189,8 @@ def save(trainer) -> None:
 def whole_models(trainer) -> tuple[models.Decoder, Optional[models.Decoder]]:
     """The policy, and the reference where it moves; of a policy with LoRA only the LoRA counts."""
     moved = trainer.args.sync_ref_model and not trainer.lora
-    return trainer.whole_model(trainer.model, bool(trainer.lora)), trainer.whole_model(trainer.ref_model) if moved else None
+    model = trainer.whole_model(trainer.model, bool(trainer.lora))
+    return model, trainer.whole_model(trainer.ref_model) if moved else None
 
 
 def write(trainer, model: models.Decoder, ref_model: Optional[models.Decoder], moments: dict[str, Tensor]) -> None:
@@ -222,7 +227,8 @@ def finish(trainer, scratch: Path) -> None:
     names = sorted(str(p.relative_to(scratch)) for p in scratch.rglob("*") if p.is_file())
     state = {"step": trainer.step, "num_tokens": trainer.num_tokens, "pairs_done": trainer.pairs_done,
              "pending": trainer.pending, "delta_sum": trainer.delta_sum, "delta_count": trainer.delta_count,
-             "best": trainer.best, "scaling": trainer.scaling, "skipped": trainer.skipped, "run": of_run(trainer), "files": hash_files(scratch, names)}
+             "best": trainer.best, "scaling": trainer.scaling, "skipped": trainer.skipped, "run": of_run(trainer),
+             "files": hash_files(scratch, names)}
     models.write_json(scratch / STATE, state | {"sha256": digest_of(json.loads(json.dumps(state)))})
     for path in [*scratch.rglob("*"), scratch]:
         sync(path)
@@ -280,10 +286,9 @@ def read_weights(trainer, directory: Path) -> None:
         if ref_model is not None:
             copy_weights(directory / "ref_model", ref_model)
     for ours, read in ((trainer.model, model), (trainer.ref_model, ref_model)):
-        share = {} if read is None else {n: p for n, p in read.named_parameters() if p.requires_grad or read is ref_model}
-        for name, p in ours.named_parameters() if share else ():
-            if name in share:
-                from_first(trainer, p, share[name])
+        for name, p in read.named_parameters() if read is not None else ():
+            if p.requires_grad or read is ref_model:
+                from_first(trainer, ours.get_parameter(name), p)
     if trainer.args.sync_ref_model and trainer.lora:
         from extras.adapters import adapter_state, load_adapter_state
 
@@ -303,7 +308,7 @@ def read_moments(trainer, path: Path) -> None:
     """AdamW's state; a fused one counts its steps where the parameters are."""
     found = load_file(path) if trainer.ranks.first else {}
     for name, p in zip(trainer.trainable_names, trainer.trainable):
-        state = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        state = {"step": torch.zeros((), device=p.device), **{key: torch.zeros_like(p) for key in MOMENTS[1:]}}
         for key in MOMENTS:
             from_first(trainer, state[key], found.get(f"{name}.{key}"))
         trainer.optimizer.state[p] = state
@@ -329,24 +334,29 @@ def from_first(trainer, target: Tensor, source: Optional[Tensor]) -> None:
 
 
 def saving(trainer, steps: Iterable) -> Iterator:
-    """Yield each step, and after it write the checkpoint that is due: by --save_steps, because the evaluation is the best so
-    far, or because the process was told to leave. Ends early where evaluations get no better; then loads the best."""
+    """Yield each step, and after it write the checkpoint that is due: by --save_steps, because the evaluation is the
+    best so far, or because the process was told to leave.
+
+    Ends early where evaluations get no better. At the end the best model is loaded.
+    """
     c = trainer.args
     with signals_noticed(trainer):
         for step in steps:
             yield step
-            best = judge(trainer) if c.load_best_model_at_end and trainer.evaluation.get("step") == trainer.step else False
+            best = c.load_best_model_at_end and trainer.evaluation.get("step") == trainer.step and judge(trainer)
             if trainer.step % trainer.save_every == 0 or best or trainer.leaving:
                 save(trainer)
             if trainer.leaving:
-                trainer.say(f"told to stop: checkpoint-{trainer.step} is written; go on with --resume_from_checkpoint true")
+                trainer.say(f"told to leave: checkpoint-{trainer.step} is written; "
+                            "--resume_from_checkpoint true goes on from it")
                 raise SystemExit(128 + (trainer.signal or signal.SIGTERM))
             if c.early_stopping_patience is not None and trainer.best["waited"] >= c.early_stopping_patience:
-                trainer.say(f"step {trainer.step}: no better evaluation since step {trainer.best['step']}; stopping early")
+                trainer.say(f"step {trainer.step}: no evaluation was better than that of step {trainer.best['step']}; "
+                            "stopping early")
                 break
     if c.load_best_model_at_end and trainer.best["step"] not in (0, trainer.step):
         read_weights(trainer, Path(trainer.best["directory"]))
-        trainer.say(f"the best model is that of step {trainer.best['step']}, {trainer.best['name']} {trainer.best['value']:g}")
+        trainer.say("the best model is that of step {step}, {name} {value:g}".format(**trainer.best))
 
 
 @contextmanager
@@ -384,7 +394,8 @@ def judge(trainer) -> bool:
 def check_options(c, metrics: set[str]) -> None:
     """Raise ValueError where --load_best_model_at_end lacks what it needs; `metrics` are those of an evaluation."""
     if c.eval_strategy == "no" or c.save_strategy == "no":
-        raise ValueError("--load_best_model_at_end: it needs evaluations and checkpoints; give --eval_strategy and --save_strategy")
+        raise ValueError("--load_best_model_at_end: it needs evaluations and checkpoints; give --eval_strategy and "
+                         "--save_strategy")
     name = (c.metric_for_best_model or "loss").removeprefix("eval_")
     if name not in metrics:
         raise ValueError(f"--metric_for_best_model {name}: no such metric; there are {', '.join(sorted(metrics))}")

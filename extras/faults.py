@@ -1,12 +1,14 @@
-"""Runs that go wrong: numbers that are not finite, memory that is not enough, ranks that are gone. Each ends in words."""
+"""Runs that go wrong: numbers that are not finite, memory that is not enough, ranks that are gone. Each ends in words.
+
+Also the loss scaling of --fp16 (arXiv:1710.03740), in which steps that overflow are part of the method.
+"""
 
 import math
 
 import torch
 import torch.distributed as dist
 
-# Loss scaling (arXiv:1710.03740) as torch's GradScaler has it
-FIRST_SCALE, PATIENCE = 2.0**16, 2000
+PATIENCE = 2000  # steps without overflow before the scale is doubled, as in torch's GradScaler
 
 
 def unscale(trainer) -> None:
@@ -32,11 +34,13 @@ def skip(trainer, metrics: dict, pairs) -> None:
     c, overflow = trainer.args, trainer.args.fp16 and math.isfinite(metrics["loss"])
     if overflow and trainer.scaling["scale"] > 1:
         rescale(trainer, finite=False)
-        trainer.say(f"step {trainer.step + 1}: overflow in float16, skipped; the loss scale is now {trainer.scaling['scale']:g}")
+        trainer.say(f"step {trainer.step + 1}: overflow in float16, skipped; the loss is now scaled by "
+                    f"{trainer.scaling['scale']:g}")
         return
     trainer.skipped += 1
     bad = nonfinite_pairs(trainer, pairs)
-    named = ", ".join(trainer.train_store.where(int(i)) for i in (bad or pairs)[:8]) + (" ..." if len(bad or pairs) > 8 else "")
+    told = bad or [int(i) for i in pairs]
+    named = ", ".join(map(trainer.train_store.where, told[:8])) + (" ..." if len(told) > 8 else "")
     found = (f"step {trainer.step + 1}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; "
              f"{'not finite are the' if bad else 'of the'} pairs {named}; nothing of it was applied")
     if trainer.skipped > c.skip_nonfinite:
@@ -66,10 +70,11 @@ def explained(error: Exception, trainer) -> str:
         return text
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
         return out_of_memory(error, trainer)
-    lost = isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "NCCL", "Connection closed by peer"))
+    lost = isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "NCCL", "closed by peer"))
     if trainer.ranks.world > 1 and lost:
-        return (f"rank {trainer.ranks.rank} has lost the others at step {trainer.step + 1} ({text.splitlines()[0][:200]}): one died, "
-                f"or was silent for --ddp_timeout {trainer.args.ddp_timeout} seconds{last_checkpoint(trainer)}")
+        return (f"rank {trainer.ranks.rank} has lost the others at step {trainer.step + 1} "
+                f"({text.splitlines()[0][:200]}): one died, or was silent for --ddp_timeout {trainer.args.ddp_timeout} "
+                f"seconds{last_checkpoint(trainer)}")
     raise error
 
 
@@ -84,10 +89,13 @@ def out_of_memory(error: Exception, trainer) -> str:
         batch, count = found["batch"], len(found["batches"]) if isinstance(found.get("batches"), list) else 0
         which = f"micro-batch {found['i'] + 1} of {count}, " if count and isinstance(found.get("i"), int) else ""
         what = f"{which}{len(batch.pair_ids)} pairs, {len(batch.input_ids):,} tokens"
-    flags = {"--max_tokens_per_forward": True, "--per_device_train_batch_size 1 with more --gradient_accumulation_steps":
-             c.per_device_train_batch_size > 1, "--gradient_checkpointing": not c.gradient_checkpointing,
-             "--precompute_ref_log_probs": not trainer.precompute and trainer.needs_ref, "--use_peft": not trainer.lora,
-             "--fsdp": trainer.ranks.world > 1 and not c.fsdp, "a lower --max_length": True}
-    return (f"rank {trainer.ranks.rank} is out of memory at step {trainer.step + 1} ({what}; {str(error).splitlines()[0][:150]}). "
-            f"These help, and but for the last two change no result: {', '.join(f for f, helps in flags.items() if helps)}"
+    smaller = "--per_device_train_batch_size 1 with more --gradient_accumulation_steps"
+    flags = {"--max_tokens_per_forward": True, smaller: c.per_device_train_batch_size > 1,
+             "--gradient_checkpointing": not c.gradient_checkpointing,
+             "--precompute_ref_log_probs": not trainer.precompute and trainer.needs_ref and not c.sync_ref_model,
+             "--fsdp": trainer.ranks.world > 1 and not c.fsdp}
+    found = str(error).partition("\n")[0][:150]
+    return (f"rank {trainer.ranks.rank} is out of memory at step {trainer.step + 1} ({what}; {found}). These help and "
+            f"change no result: {', '.join(f for f, helps in flags.items() if helps)}; --use_peft and a lower "
+            f"--max_length help too"
             f"{last_checkpoint(trainer)}")

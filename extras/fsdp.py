@@ -40,16 +40,15 @@ def shard(trainer) -> None:
     """Put the trainer's models in shards."""
     ranks, asked = trainer.ranks, words(trainer.args.fsdp)
     if trainer.ref_adapter:
-        raise ValueError("--fsdp: the reference is a LoRA on the policy's own base (one that is continued, or moves), which is "
-                         "not shared out; merge it into a model and give that as --ref_model_name_or_path")
+        raise ValueError("--fsdp: the reference is a LoRA on the policy's own base (one that is continued, or moves), "
+                         "which is not shared out; merge it into a model and give that as --ref_model_name_or_path")
     if not dist.is_initialized():  # one process, not started by torchrun
         backend = "nccl" if ranks.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     compute = trainer.half if trainer.bf16 or trainer.args.fp16 else None
-    options = dict(
-        mesh=mesh, reshard_after_forward="shard_grad_op" not in asked,
-        offload_policy=CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda") if "offload" in asked else OffloadPolicy())
+    offload = CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda") if "offload" in asked else OffloadPolicy()
+    options = dict(mesh=mesh, reshard_after_forward="shard_grad_op" not in asked, offload_policy=offload)
     trainer.started_from = ranks.from_first(lambda: {"fingerprint": trainer.started_from})["fingerprint"]
     trainer.model = trainer.ddp = shard_model(trainer.model, ranks, compute, options)
     if trainer.ref_model is not None:

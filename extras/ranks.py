@@ -23,8 +23,8 @@ def agree(ranks, what: dict) -> None:
     found = [json.loads(bytes(t.tolist())) for t in gathered(ranks, padded)]
     rank, name = next((r, n) for r, other in enumerate(found) for n in sorted(found[0].keys() | other.keys())
                       if other.get(n) != found[0].get(n))
-    raise ValueError(f"the ranks disagree: {name} is {found[rank].get(name)!r} on rank {rank} and {found[0].get(name)!r} on rank 0; "
-                     "start all with the same flags, data, model and code")
+    raise ValueError(f"the ranks disagree: {name} is {found[rank].get(name)!r} on rank {rank} and "
+                     f"{found[0].get(name)!r} on rank 0; start all with the same flags, data, model and code")
 
 
 def gathered(ranks, tensor: Tensor) -> list[Tensor]:

@@ -59,7 +59,7 @@ def words(home: Path) -> str:
 
 def settings(tiny, pairs_file, home: Path, name: str) -> list[str]:
     return [str(home), "--model_name_or_path", str(tiny), "--dataset_name", str(pairs_file), "--output_dir", str(home / name),
-            "--cache_dir", str(home / "cache"), "--use_cpu", "--no_bf16", "--learning_rate", "1e-3", "--num_train_epochs", "16",
+            "--cache_dir", str(home / "cache"), "--use_cpu", "--no_bf16", "--learning_rate", "1e-3", "--num_train_epochs", "4",
             "--per_device_train_batch_size", "2", "--logging_steps", "1", "--save_steps", "3", "--ddp_timeout", "15"]
 
 

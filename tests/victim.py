@@ -27,9 +27,9 @@ def tell(phase: str, owner, name: str) -> None:
         scratch = NOTE.with_suffix(".new")
         scratch.write_text(f"{os.getpid()} {phase} {times[0]}")
         os.replace(scratch, NOTE)
-        time.sleep(0.02)
+        time.sleep(0.01)
         result = keep(*arguments, **options)
-        time.sleep(0.02)
+        time.sleep(0.01)
         return result
 
     setattr(owner, name, slow)
