@@ -37,6 +37,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -477,7 +478,11 @@ def start_ranks(use_cpu: bool, timeout: int) -> Ranks:
         keep_freed_memory()
         torch.set_flush_denormal(True)  # saturated losses have gradients of 1e-40; CPUs multiply those 50 times slower
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout))
+        wait = timedelta(seconds=timeout)
+        store, _, _ = next(rendezvous("env://", rank, world, timeout=wait))
+        # torchrun keeps its store when it starts workers again; the addresses of those before must not be found there
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=wait, rank=rank, world_size=world, store=store)
     return Ranks(rank, world, device)
 
 

@@ -21,7 +21,7 @@ PHASES = ("tokenizing", "precomputing", "stepping", "saving", "evaluating", "fin
 
 def flags(tiny, pairs_file, home: Path, name: str) -> list[str]:
     return [str(home / "notes"), "--model_name_or_path", str(tiny), "--dataset_name", str(pairs_file), "--output_dir", str(home / name),
-            "--cache_dir", str(home / "cache"), "--use_cpu", "--no_bf16", "--learning_rate", "1e-3", "--num_train_epochs", "16",
+            "--cache_dir", str(home / "cache"), "--use_cpu", "--no_bf16", "--learning_rate", "1e-3", "--num_train_epochs", "6",
             "--per_device_train_batch_size", "4", "--logging_steps", "3", "--eval_strategy", "steps", "--eval_steps", "4",
             "--eval_fraction", "0.2", "--save_steps", "2", "--save_total_limit", "2", "--ddp_timeout", "30",
             "--resume_from_checkpoint", "true"]
