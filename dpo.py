@@ -684,7 +684,7 @@ class DPOTrainer:
             from extras import objects
 
             c, given = objects.accept(c, given)
-            model, ref_model, train_dataset, eval_dataset, processing_class, _ = given.values()
+            model, ref_model, train_dataset, eval_dataset, processing_class, peft_config = given.values()
         self.args = c
         check_config(c)
         self.ranks = start_ranks(c.use_cpu, c.ddp_timeout)
@@ -707,7 +707,7 @@ class DPOTrainer:
         self.options = vars(c) | {"delta": 0.0}
         if c.push_to_hub:
             self.create_repository()
-        self.load_model(model)
+        self.load_model(model, peft_config or {})
         self.load_data(train_dataset, eval_dataset)
         self.load_ref(ref_model)
         if c.fsdp:
@@ -739,11 +739,13 @@ class DPOTrainer:
 
     # set-up
 
-    def load_model(self, model) -> None:
-        """The policy: a checkpoint, one with a fresh LoRA on it, or an adapter's directory, whose LoRA is trained on."""
+    def load_model(self, model, settings: dict) -> None:
+        """The policy: a checkpoint, one with a fresh LoRA on it, or an adapter's directory, whose LoRA is trained on.
+
+        `settings` are PEFT's that have no flag (rank_pattern, layers_to_transform ...)."""
         c = self.args
         torch.manual_seed(c.seed)
-        self.lora = {} if not c.use_peft else {
+        self.lora = {} if not c.use_peft else settings | {
             "r": c.lora_r, "lora_alpha": c.lora_alpha, "lora_dropout": c.lora_dropout, "use_rslora": c.use_rslora,
             "use_dora": c.use_dora, "target_modules": c.lora_target_modules, "target_parameters": c.lora_target_parameters,
             "modules_to_save": c.lora_modules_to_save, "base_model_name_or_path": c.model_name_or_path}

@@ -47,7 +47,8 @@ def accept(args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             setattr(args, field, given[name] if isinstance(given[name], str) else name)
     args.output_dir = args.output_dir or f"{Path(args.model_name_or_path or 'model').name}-DPO"
     if given["peft_config"] is not None:
-        args = dataclasses.replace(args, **lora_flags(given["peft_config"], args))
+        flags, given["peft_config"] = lora_flags(given["peft_config"], args)
+        args = dataclasses.replace(args, **flags)
     given["processing_class"] = tokenizer_of(given["processing_class"], cache_directory(args.cache_dir))
     return args, given
 
@@ -129,21 +130,27 @@ def tokenizer_of(given: Any, cache_dir: Path) -> Optional[data.Tokenizer]:
     return data.Tokenizer.load(target)
 
 
-def lora_flags(config: Any, args: Any) -> dict[str, Any]:
-    """DPOConfig's fields for a PEFT LoraConfig, or a dict of its entries. Raises ValueError for what has no flag here."""
+def lora_flags(config: Any, args: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """DPOConfig's fields for a PEFT LoraConfig, or a dict of its entries, and the settings that have no flag (patterns of
+    ranks, layers). Raises ValueError for what is not understood."""
+    from extras.lora_targets import DEFAULTS
+
     entries = dict(config) if isinstance(config, Mapping) else {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     kind = str(entries.get("peft_type", "LORA")).rpartition(".")[2]
     if kind != "LORA":
         raise ValueError(f"peft_config is of the type {kind}; only LoRA can be trained")
     plain = {} if isinstance(config, Mapping) else vars(type(config)())
     flags: dict[str, Any] = {"use_peft": True}
+    more: dict[str, Any] = {}
     for name, value in entries.items():
         flag = PEFT_FLAGS.get(name, name)
         if flag in type(args).__dataclass_fields__:
             flags[flag] = sorted(value) if isinstance(value, set) else [value] if name == "target_modules" and isinstance(value, str) else value
+        elif name in DEFAULTS:
+            more[name] = sorted(value) if isinstance(value, set) else value
         elif name not in PEFT_SILENT and value != plain.get(name) and value:
             raise ValueError(f"peft_config: {name}={value!r} has no counterpart here; taken are r, lora_alpha, "
                              "lora_dropout, target_modules, use_rslora and what `python dpo.py --help` lists under LoRA")
     if args.disable_dropout:
         flags.pop("lora_dropout", None)  # off with all dropout, as in TRL
-    return flags
+    return flags, more

@@ -16,8 +16,7 @@ ANY = "*"  # whatever the value
 RENAMED = {
     "revision": "model_revision", "torch_dtype": "dtype", "evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu",
     "per_gpu_train_batch_size": "per_device_train_batch_size", "per_gpu_eval_batch_size": "per_device_eval_batch_size",
-    "push_to_hub_model_id": "hub_model_id", "push_to_hub_token": "hub_token", "test_split_size": "eval_fraction",
-    "model_adapter_name": "model_name_or_path", "ref_adapter_name": "ref_model_name_or_path"}
+    "push_to_hub_model_id": "hub_model_id", "push_to_hub_token": "hub_token", "test_split_size": "eval_fraction"}
 
 # What is not an option here: (the value that changes nothing, why or what to use instead): the names.
 REASONS = {
@@ -53,8 +52,7 @@ REASONS = {
     ("none", "--ref_model_dtype and --ref_model_device"): "ref_model_init_kwargs",
     ("false", "--ref_model_name_or_path"): "force_use_ref_model",
     ("none", "--lora_target_modules, which may also name lm_head and embed_tokens"):
-        "lora_target_parameters lora_modules_to_save optim_target_modules",
-    ("false", "--use_peft, plain or with --use_rslora"): "use_dora",
+        "optim_target_modules",
     ("none", "--gradient_checkpointing"): "activation_checkpointing activation_checkpointing_kwargs",
     ("false", "--gradient_checkpointing, --max_tokens_per_forward or --ref_model_device cpu, to bound memory"):
         "activation_offloading auto_find_batch_size",

@@ -131,11 +131,21 @@ def test_a_peft_configuration_becomes_our_flags(tiny, settings):
     assert (saved["r"], saved["lora_alpha"], saved["use_rslora"]) == (4, 12, True)
     assert sorted(saved["target_modules"]) == ["down_proj", "q_proj", "v_proj"]
     flags = objects.lora_flags({"r": 4, "target_modules": "all-linear"}, settings)
-    assert flags == {"use_peft": True, "lora_r": 4, "lora_target_modules": ["all-linear"]}
+    assert flags == ({"use_peft": True, "lora_r": 4, "lora_target_modules": ["all-linear"]}, {})
     with pytest.raises(ValueError, match="peft_config is of the type IA3; only LoRA"):
         objects.lora_flags(peft.IA3Config(), settings)
-    with pytest.raises(ValueError, match="peft_config: layers_to_transform=.0. has no counterpart here"):
-        objects.lora_flags(peft.LoraConfig(layers_to_transform=[0]), settings)
+    with pytest.raises(ValueError, match="peft_config: bias='all' has no counterpart here"):
+        objects.lora_flags(peft.LoraConfig(bias="all"), settings)
+
+
+def test_settings_of_peft_that_have_no_flag_are_taken_too(tiny, settings):
+    config = dict(r=4, target_modules=["v_proj", "q_proj"], layers_to_transform=[1], rank_pattern={"q_proj": 2})
+    trainer = DPOTrainer(model=str(tiny), args=settings, train_dataset=ROWS, peft_config=config)
+    ranks = {n: m.lora_A.out_features for n, m in models.lora_modules(trainer.model).items()}
+    assert ranks == {"model.layers.1.self_attn.q_proj": 2, "model.layers.1.self_attn.v_proj": 4}
+    trainer.train()
+    saved = models.read_json(models.Path("out") / "adapter_config.json")
+    assert (saved["layers_to_transform"], saved["rank_pattern"]) == ([1], {"q_proj": 2})
 
 
 REFUSED = {
