@@ -128,7 +128,14 @@ CASES = {  # name: (shared flags, ours alone, TRL's alone)
 }
 COMMON = {"per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 5e-4, "max_length": 512}
 LORA_STEPS = {"max_steps": 10, "learning_rate": 5e-3}
-LORAS = {"q_proj v_proj": ["q_proj", "v_proj"], "all-linear": "all-linear"}
+LORAS = {  # PEFT's settings besides rank and alpha
+    "q_proj v_proj": {"target_modules": ["q_proj", "v_proj"]}, "all-linear": {"target_modules": "all-linear"},
+    "rslora": {"target_modules": ["q_proj", "v_proj"], "use_rslora": True},
+    "dora": {"target_modules": ["q_proj", "down_proj"], "use_dora": True},
+    "modules to save": {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["norm"]}}
+REFERENCES = {  # both run 10 steps at the learning rate of LORA_STEPS
+    "precomputed": {"precompute_ref_log_probs": True}, "live": {"precompute_ref_log_probs": False},
+    "moving": {"sync_ref_model": True, "ref_model_sync_steps": 3, "ref_model_mixup_alpha": 0.6}}
 
 
 @pytest.fixture(scope="session")
@@ -141,6 +148,21 @@ def short_pairs(shared, tmp_path_factory):
     return path
 
 
+def start_of(model, directory):
+    """An adapter with which a run goes on: of ours, which PEFT reads."""
+    if not directory.exists():
+        settings = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["q_proj", "down_proj"],
+                    "base_model_name_or_path": str(model)}
+        policy = models.load_model(model)
+        dpo.put_lora(policy, settings)
+        torch.manual_seed(3)
+        with torch.no_grad():
+            for name, p in policy.named_parameters():
+                p += torch.randn_like(p) * 0.02 if "lora_" in name else 0
+        models.save_adapter(policy, directory, settings)
+    return directory
+
+
 @pytest.fixture(scope="session")
 def trl_runs(shared, short_pairs, tmp_path_factory):
     """Directory with TRL's output of every case; processes of one test session share it."""
@@ -149,13 +171,18 @@ def trl_runs(shared, short_pairs, tmp_path_factory):
     directory = (directory.parent if directory.name.startswith("popen-") else directory) / "trl"
     run = {"model": shared / "models" / "stories260K", "data": [short_pairs], "threads": 1}
     args = trl_peer.FLOAT32 | COMMON
+    directory.mkdir(exist_ok=True)
     runs = {name: run | {"args": args | both | theirs} for name, (both, _, theirs) in CASES.items()}
-    for name, targets in LORAS.items():
-        peft = {"r": 8, "lora_alpha": 16, "target_modules": targets}
-        runs[name] = run | {"args": args | LORA_STEPS, "peft": peft}
+    for name, settings in LORAS.items():
+        runs[name] = run | {"args": args | LORA_STEPS, "peft": {"r": 8, "lora_alpha": 16} | settings}
+    for name, options in REFERENCES.items():
+        runs[name] = run | {"args": args | LORA_STEPS | {"learning_rate": 1e-3} | options}
+    start = start_of(run["model"], directory / "start")
+    for name in ("continued", "continued, precomputed"):
+        precompute = {"precompute_ref_log_probs": name != "continued"}
+        runs[name] = run | {"args": args | LORA_STEPS | precompute, "adapter": start}
     with filelock.FileLock(f"{directory}.lock"):
         if not (directory / "done").exists():
-            directory.mkdir(exist_ok=True)
             trl_peer.run_many(directory, runs)
             (directory / "done").touch()
     return directory
@@ -201,10 +228,11 @@ def test_all_losses_of_trl_are_among_the_cases():
 @pytest.mark.parametrize("name", LORAS)
 def test_lora_trains_as_with_trl_and_peft(name, trl_runs, shared, short_pairs, tmp_path):
     """From the adapter with which TRL began: its A is random."""
-    targets = LORAS[name] if isinstance(LORAS[name], list) else [LORAS[name]]
+    names = {"target_modules": "lora_target_modules", "modules_to_save": "lora_modules_to_save"}
+    settings = {names.get(k, k): [v] if isinstance(v, str) else v for k, v in LORAS[name].items()}
     places = {"model_name_or_path": shared / "models" / "stories260K", "dataset_name": short_pairs,
               "output_dir": tmp_path / "out", "cache_dir": tmp_path / "cache"}
-    lora = {"use_peft": True, "lora_r": 8, "lora_alpha": 16, "lora_target_modules": targets}
+    lora = {"use_peft": True, "lora_r": 8, "lora_alpha": 16} | settings
     trainer = dpo.DPOTrainer(args=dpo.parse_config([*map(str, OURS), *words(places | COMMON | LORA_STEPS | lora)]))
     models.load_adapter(trainer.model, trl_runs / name / "initial")
     trainer.train()
@@ -212,3 +240,28 @@ def test_lora_trains_as_with_trl_and_peft(name, trl_runs, shared, short_pairs, t
     ours = read_metrics(tmp_path / "out")
     assert len(theirs) == len(ours) == 10 and abs(ours[-1]["loss"] - ours[0]["loss"]) > 0.01
     assert_agree(theirs, ours, 2e-4)
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_references_train_as_with_trl(name, trl_runs, shared, short_pairs, tmp_path):
+    places = {"model_name_or_path": shared / "models" / "stories260K", "dataset_name": short_pairs,
+              "output_dir": tmp_path / "out", "cache_dir": tmp_path / "cache"}
+    options = LORA_STEPS | {"learning_rate": 1e-3} | REFERENCES[name]
+    assert dpo.main([*map(str, OURS), *words(places | COMMON | options)]) == 0
+    theirs = [step for step in read_metrics(trl_runs / name) if "loss" in step]
+    assert_agree(theirs, read_metrics(tmp_path / "out"), 2e-4)
+
+
+def test_the_moving_reference_is_another_run(trl_runs):
+    assert losses_of(trl_runs / "moving")[:3] == pytest.approx(losses_of(trl_runs / "live")[:3], rel=1e-5)
+    assert losses_of(trl_runs / "moving")[-1] != pytest.approx(losses_of(trl_runs / "live")[-1], rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["continued", "continued, precomputed"])
+def test_a_continued_adapter_trains_as_with_trl_and_peft(name, trl_runs, shared, short_pairs, tmp_path):
+    places = {"model_name_or_path": start_of(shared / "models" / "stories260K", trl_runs / "start"),
+              "dataset_name": short_pairs, "output_dir": tmp_path / "out", "cache_dir": tmp_path / "cache"}
+    live = {"precompute_ref_log_probs": name != "continued"}
+    assert dpo.main([*map(str, OURS), *words(places | COMMON | LORA_STEPS | live)]) == 0
+    theirs = [step for step in read_metrics(trl_runs / name) if "loss" in step]
+    assert_agree(theirs, read_metrics(tmp_path / "out"), 2e-4)
