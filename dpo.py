@@ -1142,6 +1142,8 @@ class DPOTrainer:
         c, store, pairs = self.args, self.train_store, self.pairs_of(self.step)
         torch.manual_seed(((c.seed * 1_000_003 + self.step) * 65_537 + self.ranks.rank) % 2**63)  # dropout; no RNG state to save
         batches = [self.batch(store, rows) for rows in self.forwards(store, pairs, c.per_device_train_batch_size)]
+        if self.pictures is not None:
+            self.pictures.look_ahead(self)
         whole = self.global_losses(pairs, batches) if self.couples_the_batch() else None
         tokens_per_pair = float(scored_lengths(store, pairs)[:, 0].mean())
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.ranks.exact)

@@ -5,7 +5,8 @@
 A LLaVA with random weights (by default a 21 M tower on 224 x 224 pixels and a 21 M decoder), float32, every weight trained,
 the same pairs in the same order, each side in a fresh process. TRL has no precomputed reference for pictures: its frozen
 copy runs beside the policy; ours runs once before training, and its time counts. `training` is everything from the
-made trainer to the last step, `tower` the policy's tower forward alone (the reference's is left out on both sides).
+made trainer to the last step, `tower` the policy's tower forward alone (the reference's is left out on both sides). Seconds are the process's CPU time, which
+neighbours on the machine do not change much: with one thread it is the wall-clock time of an idle machine.
 """
 
 import argparse
@@ -74,11 +75,11 @@ def timed(tower, is_reference=lambda: False) -> list[float]:
     seconds, began = [], []
 
     def end(*_):
-        took = time.perf_counter() - began.pop()
+        took = time.process_time() - began.pop()
         if not is_reference():
             seconds.append(took)
 
-    tower.register_forward_pre_hook(lambda *_: began.append(time.perf_counter()))
+    tower.register_forward_pre_hook(lambda *_: began.append(time.process_time()))
     tower.register_forward_hook(end)
     return seconds
 
@@ -119,9 +120,9 @@ def trl(folder: Path, args: argparse.Namespace) -> dict:
 
 
 def measure(train, tower: list[float], args: argparse.Namespace) -> dict:
-    started = time.perf_counter()
+    started = time.process_time()
     train()
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     peak = next(int(x.split()[1]) / 1024 for x in open("/proc/self/status") if x.startswith("VmHWM"))
     return {"seconds": seconds, "pictures_per_s": args.pairs / seconds, "tower_pictures_per_s": args.pairs / sum(tower),
             "peak_mib": peak}

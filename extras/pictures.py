@@ -518,6 +518,13 @@ class Loader:
             if len(self.waiting) < self.limit:
                 self.begin(picture, store.directory)
 
+    def look_ahead(self, trainer) -> None:
+        """Begin to decode the pictures of the step after this one, while this one computes."""
+        step, order = trainer.step + 1, trainer.order
+        if step < trainer.total_steps:
+            trainer.forwards(trainer.train_store, trainer.pairs_of(step), trainer.args.per_device_train_batch_size)
+            trainer.order = order
+
     def collect(self, batch: Batch, store: PairStore, rows: Iterable) -> Pictures | None:
         """The pictures of a batch, each distinct one once; None where it has none."""
         per_pair = [pictures_of(store, int(i)) for i in rows]
