@@ -221,7 +221,9 @@ class Tokenizer:
         self.bos_token_id, self.eos_token_id = (
             None if token is None else self.backend.token_to_id(token) for token in (self.bos_token, self.eos_token))
         self.size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
-        self.chat_template, self.renderer, self.pictures = chat_template, None, None
+        self.chat_template = chat_template
+        self.renderer: Any = None  # made by what first needs them
+        self.pictures: Any = None
         if any((self.directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
             from extras.pictures import load_processor
 
@@ -626,7 +628,7 @@ def pair_pieces(pair: Pair, place: tuple[int, int], begin: int) -> tuple[np.ndar
 
 def write_pairs(directory: Path, outcomes: Iterable[Outcome], files: list[Path], stop: bool):
     """Writes the arrays and meta.json. Raises DataError at a bad row if `stop`, and when no pair is left."""
-    report = {"rows": 0, "counts": {}, "first": {}, "bad_rows": []}
+    report: dict[str, Any] = {"rows": 0, "counts": {}, "first": {}, "bad_rows": []}
     numbers = {str(path): number for number, path in enumerate(files)}
     hashes, pictures, written = [hashlib.sha256() for _ in ARRAYS], {}, 0  # tokens
     with ExitStack() as stack:
@@ -853,7 +855,15 @@ class Batch(NamedTuple):
         return self._replace(**{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
 
 
-Layout = NamedTuple("Layout", [(name, Any) for name in Batch._fields[:6]])  # arrays of a piece that begins at 0
+class Layout(NamedTuple):
+    """A piece of a batch that begins at 0: arrays, for the fields of Batch."""
+
+    input_ids: Any
+    position_ids: Any
+    spans: Any
+    score_index: Any
+    targets: Any
+    lengths: Any
 
 
 def shared_layout(pair: Pair) -> Layout:

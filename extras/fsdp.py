@@ -7,6 +7,7 @@ without FSDP. Rank 0 alone loads the model; the others begin on the meta device 
 """
 
 import copy
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -89,7 +90,7 @@ def scatter(sharded: nn.Module, source: nn.Module, ranks) -> None:
             fill(p, given[name] if ranks.first else None)
 
 
-def fill(target: Tensor, whole: Tensor | None) -> None:
+def fill(target: Any, whole: Tensor | None) -> None:
     """`target`'s shard of rank 0's whole tensor."""
     device = target.device_mesh.device_type
     source = torch.empty(target.shape, dtype=target.dtype, device=device) if whole is None else \

@@ -5,7 +5,6 @@ Names are those of transformers' Trainer: `train/loss`, `eval/rewards/accuracies
 
 import importlib.util
 from collections.abc import Callable
-from numbers import Real
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 Log = Callable[[dict], None]
@@ -39,7 +38,7 @@ def when_first_used(opener: Callable, trainer) -> Log:
 
 def named(metrics: dict) -> dict[str, float]:
     """The numbers of a line of metrics, as transformers names them."""
-    kept = {k: v for k, v in metrics.items() if isinstance(v, Real) and k not in ("step",)}
+    kept = {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and k not in ("step",)}
     return {f"eval/{k[5:]}" if k.startswith("eval_") else f"train/{k}": v for k, v in kept.items()}
 
 

@@ -96,7 +96,7 @@ def load_balancing_loss(router_logits: list[Tensor], spans: Tensor, per_token: i
     if not router_logits:
         return torch.zeros((), device=spans.device)
     weight = token_weights(spans).to(router_logits[0].device)  # (T,)
-    sent, probability = 0.0, 0.0
+    sent, probability = torch.zeros((), device=weight.device), torch.zeros((), device=weight.device)
     for logits in router_logits:
         p = probabilities(logits)  # (T, experts)
         chosen = torch.zeros_like(p).scatter_(1, p.topk(per_token, dim=-1).indices, 1.0)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from pathlib import Path
 from typing import Any, Optional
 
@@ -71,7 +71,7 @@ def check_dataset(name: str, dataset: Any) -> None:
         raise ValueError(f"{name} is a {type(dataset).__name__} of {', '.join(map(str, dataset))}; give one of them")
     if not isinstance(dataset, Iterable):
         raise ValueError(f"{name} is a {type(dataset).__name__}; give a path, a hub id, a list of rows or a datasets.Dataset")
-    if hasattr(dataset, "__len__") and not len(dataset):
+    if isinstance(dataset, Sized) and not len(dataset):
         raise ValueError(f"{name} has no rows; {data.NEEDS}")
 
 

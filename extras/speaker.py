@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 
@@ -70,14 +70,14 @@ def load(name: str, args: argparse.Namespace) -> Speaker:
 
 def read_sampling(model: models.Decoder, tokenizer: Tokenizer, args: argparse.Namespace) -> Sampling:
     """The command line over generation_config.json. Raises ValueError for an option of the file that is not known."""
-    given = {} if args.no_generation_config else dict(model.generation_config or {})
+    given: dict = {} if args.no_generation_config else dict(model.generation_config or {})
     odd = [f"{k} = {given[k]!r}" for k, neutral in UNKNOWN.items() if given.get(k) not in (None, neutral)]
     if odd:
         raise ValueError(f"generation_config.json: {', '.join(odd)}: not supported here; --no_generation_config reads "
                          "nothing of that file but the end tokens")
     chosen = {k: getattr(args, k) if getattr(args, k) is not None else given.get(k) for k in FROM_CONFIG}
     chosen |= {"temperature": 0.0} if args.greedy else {}
-    ends = (model.generation_config or {}).get("eos_token_id", model.raw_config.get("eos_token_id"))
+    ends = (model.generation_config or dict[str, Any]()).get("eos_token_id", model.raw_config.get("eos_token_id"))
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     sampling = Sampling(**{k: v for k, v in chosen.items() if v is not None}, seed=args.seed,
                         max_new_tokens=args.max_new_tokens, stop_ids=frozenset(ends))

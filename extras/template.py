@@ -148,7 +148,8 @@ class Renderer:
     """The process that renders, started at the first conversation and again after one that had to be stopped."""
 
     def __init__(self, templates: dict[str, str]):
-        self.templates, self.process, self.stops, self.lock = templates, None, 0, threading.Lock()
+        self.process: subprocess.Popen | None = None
+        self.templates, self.stops, self.lock = templates, 0, threading.Lock()
 
     def start(self) -> None:
         command = [sys.executable, "-P", __file__, str(SECONDS)]

@@ -177,7 +177,7 @@ def test_wandb_and_trackio_get_every_line(tiny, pairs_file, tmp_path, monkeypatc
                                  generate_during_eval=True))
     dpo.DPOTrainer(args=c).train()
     rows = read_metrics(tmp_path / "out")
-    for name, (given, *logged) in seen.items():
+    for _, (given, *logged) in seen.items():
         assert given["name"] == "mine" and given["project"] == "huggingface" and "hub_token" not in given["config"]
         assert [m["train/loss"] for m, _ in logged if "train/loss" in m] == [r["loss"] for r in rows if "loss" in r]
         assert [m["eval/rewards/accuracies"] for m, _ in logged if "eval/loss" in m] == [

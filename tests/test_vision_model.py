@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from vision_tiny import FAMILIES, IMAGE, make_checkpoint, random_pictures, theirs_forward
 
 import model as models
-from vision_tiny import FAMILIES, IMAGE, make_checkpoint, random_pictures, theirs_forward
 
 pytest.importorskip("transformers")
 
