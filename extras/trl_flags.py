@@ -75,7 +75,6 @@ REASONS = {
     (os.environ.get("WORLD_SIZE", "1"), "torchrun --nproc_per_node=N dpo.py"): "num_processes",
     ("1", "torchrun --nnodes"): "num_machines",
     ("0", "--eval_steps"): "eval_delay",
-    ("false", "python -m extras.chat, on any checkpoint"): "generate_during_eval",
     ("none", "metrics.jsonl in --output_dir"): "trackio_space_id trackio_bucket_id trackio_static_space_id",
     ("false", "--save_strategy no: only the model is written, at the end"): "save_only_model",
     ("false", "an --output_dir that all machines see; one process writes"): "save_on_each_node",
