@@ -74,6 +74,7 @@ class DPOConfig:
                                "transformers' words: full_shard, shard_grad_op, auto_wrap, offload (to the CPU)", bare="full_shard")
     gradient_checkpointing: bool = flag(False, "compute each block's activations twice to hold them once")
     freeze_vision_tower: bool = flag(True, "of a model that reads pictures, train all but the picture encoder")
+    torch_compile: bool = flag(False, "compile norms and MLPs: fewer passes over memory, for a start of a minute or more")
     router_aux_loss_coef: Optional[float] = flag(None, "weight of the load-balancing loss of mixture-of-experts models; "
                                                  "unset takes config.json's", least=0)
 
@@ -778,6 +779,10 @@ class DPOTrainer:
             put_lora(self.model, self.lora)
         self.model.to(self.home).train(not c.disable_dropout)
         self.model.model.gradient_checkpointing = c.gradient_checkpointing
+        if c.torch_compile:
+            from extras.compiled import compile_blocks
+
+            compile_blocks(self.model)
         moe = self.model.config.moe
         if moe is None and c.router_aux_loss_coef is not None:
             raise ValueError("--router_aux_loss_coef: this model has no experts")

@@ -56,7 +56,7 @@ REASONS = {
     ("none", "--gradient_checkpointing"): "activation_checkpointing activation_checkpointing_kwargs",
     ("false", "--gradient_checkpointing, --max_tokens_per_forward or --ref_model_device cpu, to bound memory"):
         "activation_offloading auto_find_batch_size",
-    ("false", "leave it out: nothing is compiled"): "torch_compile jit_mode_eval use_ipex",
+    ("false", "leave it out: nothing is compiled"): "jit_mode_eval use_ipex",
     ("none", "leave it out: nothing is compiled"): "torch_compile_backend torch_compile_mode torchdynamo",
     ("none", "--disable_dropout false with --lora_dropout, as noise"): "neftune_noise_alpha",
     ("false", "--bf16: evaluation computes in the type of training"): "fp16_full_eval",

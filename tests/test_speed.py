@@ -1,0 +1,89 @@
+"""What speed rests on, and must not change: compiled modules, hand-written backward passes, one split of the stream."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import model as models
+from extras.compiled import compile_blocks
+
+CONFIG = dict(model_type="llama", vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, rms_norm_eps=1e-5)
+
+
+def make_batch(pairs: int, seed: int) -> data.Batch:
+    random = np.random.default_rng(seed)
+    draw = lambda: random.integers(0, 61, random.integers(2, 12))
+    return data.collate([data.Pair(draw(), draw(), draw()) for _ in range(pairs)])
+
+
+def logps_and_grads(model: models.Decoder, batch: data.Batch) -> list[torch.Tensor]:
+    model.zero_grad()
+    logps = model(batch.input_ids, batch.position_ids, batch.spans, batch.score_index, batch.targets).logps
+    logps.sum().backward()
+    return [logps.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+def compiled_equals_plain(backend: str) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = models.Decoder(models.read_config(CONFIG)).double()
+    batches = [make_batch(pairs, pairs) for pairs in (2, 3, 5, 7)]
+    plain, names = [logps_and_grads(model, b) for b in batches], list(model.state_dict())
+    compile_blocks(model, backend)
+    for batch, expected in zip(batches, plain):
+        torch.testing.assert_close(logps_and_grads(model, batch), expected, rtol=1e-9, atol=1e-10)
+    assert list(model.state_dict()) == names
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert 0 < graphs <= 4, f"{graphs} graphs: lengths or layers were compiled anew"
+
+
+def test_compiled_modules_equal_plain_ones_at_every_length_with_one_graph_each():
+    compiled_equals_plain("aot_eager")
+
+
+@pytest.mark.slow
+def test_inductor_kernels_equal_plain_ones():
+    compiled_equals_plain("inductor")
+
+
+def test_rms_norm_by_hand_has_the_values_and_gradients_of_pytorch():
+    torch.manual_seed(0)
+    x, w = torch.randn(7, 3, 16, dtype=torch.float64, requires_grad=True), torch.randn(16, dtype=torch.float64, requires_grad=True)
+    for y in (x, x.flatten(0, 1)):
+        grad = torch.randn_like(y)
+        ours, theirs = models.RMSNorm.apply(y, w, 1e-5), F.rms_norm(y, (16,), w, 1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
+        for a, b in zip(*(torch.autograd.grad(out, (x, w), grad) for out in (ours, theirs))):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda x, w: models.RMSNorm.apply(x, w, 1e-5), (x[0].detach().requires_grad_(), w))
+
+
+def test_gated_activation_by_hand_has_its_gradient():
+    torch.manual_seed(0)
+    gate, up = (torch.randn(5, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    torch.testing.assert_close(models.SwiGLU.apply(gate, up), F.silu(gate) * up)
+    assert torch.autograd.gradcheck(models.SwiGLU.apply, (gate, up))
+
+
+def test_a_cut_stream_has_the_stretches_and_the_gradients_of_slices():
+    x = torch.randn(12, 2, dtype=torch.float64, requires_grad=True)
+    ranges = [((0, 6),), ((0, 4), (6, 9)), ((9, 12),)]
+    slices = [torch.cat([x[a:b] for a, b in stretches]) for stretches in ranges]
+    parts = models.cut(x, ranges)
+    assert all(torch.equal(a, b) for a, b in zip(parts, slices))
+    a, b = (torch.autograd.grad(sum((t ** 3).sum() for t in ts), x)[0] for ts in (parts, slices))
+    torch.testing.assert_close(a, b)
+
+
+def test_a_bf16_log_prob_does_not_depend_on_the_other_pairs_of_its_stream():
+    torch.manual_seed(0)
+    model = models.Decoder(models.read_config(CONFIG | {"hidden_size": 64}))
+    random = np.random.default_rng(0)
+    pairs = [data.Pair(*(random.integers(0, 61, 20) for _ in range(3))) for _ in range(6)]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        many, few = (model(b.input_ids, b.position_ids, b.spans, b.score_index, b.targets).logps
+                     for b in (data.collate(pairs), data.collate(pairs[:2])))
+    torch.testing.assert_close(many[: len(few)], few, rtol=2e-2, atol=2e-2)
