@@ -51,7 +51,7 @@ def test_inductor_kernels_equal_plain_ones():
 
 def test_rms_norm_by_hand_has_the_values_and_gradients_of_pytorch():
     torch.manual_seed(0)
-    x, w = torch.randn(7, 3, 16, dtype=torch.float64, requires_grad=True), torch.randn(16, dtype=torch.float64, requires_grad=True)
+    x, w = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((7, 3, 16), (16,)))
     for y in (x, x.flatten(0, 1)):
         grad = torch.randn_like(y)
         ours, theirs = models.RMSNorm.apply(y, w, 1e-5), F.rms_norm(y, (16,), w, 1e-5)
