@@ -209,6 +209,8 @@ class DPOConfig:
     resume_from_checkpoint: Optional[str] = flag(None, "true (the newest in output_dir) or a checkpoint-N directory")
     force_resume: bool = flag(False, "resume though data or settings are not those of the checkpoint")
 
+    dry_run: bool = flag(False, "set up, say how many steps and tokens, how much memory and time, and leave")
+
     push_to_hub: bool = flag(False, "at the end, upload output_dir with a model card; needs a token", "the hub")
     hub_model_id: Optional[str] = flag(None, "owner/name of the repository; unset is output_dir's name, your own")
     hub_private_repo: Optional[bool] = flag(None, "make it private; unset is its owner's default")
@@ -1530,6 +1532,11 @@ def main(argv: Optional[list[str]] = None) -> int:
             trainer = DPOTrainer(args=parse_config(sys.argv[1:] if argv is None else argv))
         except (ValueError, OSError) as error:
             return refuse(error, 2)
+        if trainer.args.dry_run:
+            from extras import plan
+
+            list(map(trainer.say, plan.describe(trainer)))
+            return 0
         try:
             train(trainer)
         except Exception as error:

@@ -475,6 +475,8 @@ def read_bnb_config(config: dict, asked: dict) -> torch.dtype:
 
     What is quantized, and how, each weight says for itself; ValueError where another kind is asked for.
     """
+    if not isinstance(config, dict):
+        raise ValueError(f"config.json: quantization_config is {config!r:.60}; an object is expected")
     if config.get("quant_method", "bitsandbytes") != "bitsandbytes" or not config.get("load_in_4bit"):
         raise ValueError(f"the checkpoint is quantized ({config.get('quant_method', 'method unknown')}"
                          f"{', 8 bits' if config.get('load_in_8bit') else ''}); of those only bitsandbytes' with 4 "

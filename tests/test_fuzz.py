@@ -37,7 +37,7 @@ TEMPLATE = ("{% for m in messages %}<s> {{ m.role }} {{ m.content }} </s>{% endf
 
 def deep(rng: random.Random):
     value = 1
-    for _ in range(rng.choice([50, 900])):
+    for _ in range(rng.choice([50, 300])):
         value = [value] if rng.random() < 0.5 else {"x": value}
     return value
 

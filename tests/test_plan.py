@@ -1,0 +1,136 @@
+"""Predicted memory against counted tensors, and what --dry_run says."""
+
+import itertools
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import data
+import dpo
+import model as models
+from extras import plan
+
+
+class Counting(TorchDispatchMode):
+    """Within, `peak` is the most bytes of tensors that were alive at once: every storage, until it is freed."""
+
+    def __init__(self, *tensors):
+        super().__init__()
+        self.live, self.now, self.peak = {}, 0, 0
+        for tensor in tensors:
+            self.see(tensor)
+
+    def see(self, tensor):
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self.live and tensor.device.type != "meta":
+            self.live[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.freed, key)
+
+    def freed(self, key):
+        self.now -= self.live.pop(key)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.see(leaf)
+        return out
+
+
+def config_of(**sizes):
+    base = dict(model_type="llama", hidden_size=64, intermediate_size=176, num_hidden_layers=4, num_attention_heads=4,
+                num_key_value_heads=2, head_dim=16, vocab_size=320, max_position_embeddings=4096, rms_norm_eps=1e-5,
+                rope_theta=1e4, tie_word_embeddings=False, hidden_act="silu")
+    return models.read_config(base | sizes)
+
+
+def batches_of(count, forwards, vocab_size):
+    rng = np.random.default_rng(0)
+    ids = lambda n: rng.integers(0, vocab_size, n).astype(np.int32)
+    pairs = [data.Pair(ids(60), ids(60), ids(40)) for _ in range(count)]
+    return [data.collate(pairs) for _ in range(forwards)]
+
+
+def counted_peak(config, run, batches):
+    """The most bytes alive in a second step: by then the optimizer has its moments."""
+    model = models.Decoder(config).to(getattr(torch, run.weights))
+    model.requires_grad_(True)
+    if run.four_bit:
+        from extras.nf4 import quantize_linears
+
+        quantize_linears(model, nested=run.four_bit == "nested")
+    if run.rank:
+        models.add_lora(model, run.rank, run.rank, 0.0, list(run.targets))
+    model.model.gradient_checkpointing = run.checkpointing
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    reference = [p.detach().clone() for p in model.parameters()] if run.live_ref else []
+    for _ in range(2):
+        state = [t for s in optimizer.state.values() for t in s.values()]
+        buffers = [t for m in model.modules() for t in m.buffers(recurse=False)]
+        counting = Counting(*model.parameters(), *buffers, *reference, *state)
+        with counting:
+            for b in batches:
+                with torch.autocast("cpu", torch.bfloat16, enabled=run.bf16):
+                    out = model(b.input_ids, b.position_ids, b.spans, b.score_index, b.targets)
+                (-out.logps.sum()).backward()
+                del out
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return counting.peak
+
+
+SHAPES = {"square": {}, "deep": dict(num_hidden_layers=12), "wide": dict(hidden_size=192, intermediate_size=512),
+          "vocabulary": dict(vocab_size=5000), "tied": dict(vocab_size=2000, tie_word_embeddings=True),
+          "all kv heads": dict(num_key_value_heads=4, head_dim=32)}
+MODES = {"float32": {}, "bf16": dict(bf16=True), "accumulated": dict(forwards=2), "checkpointing": dict(checkpointing=True),
+         "live reference": dict(live_ref=True), "LoRA": dict(rank=4), "LoRA on all": dict(rank=4, targets=("all-linear",)),
+         "QLoRA": dict(rank=4, targets=("all-linear",), four_bit="plain")}
+
+
+@pytest.mark.parametrize("shape,mode", itertools.product(SHAPES, MODES))
+def test_predicted_memory_is_within_15_percent_of_the_tensors_counted(shape, mode):
+    config = config_of(**SHAPES[shape])
+    batches = batches_of(4, MODES[mode].get("forwards", 1), config.vocab_size)
+    run = plan.Run(len(batches[0].input_ids), len(batches[0].targets), **MODES[mode])
+    predicted, counted = plan.memory(config, run), counted_peak(config, run, batches)
+    assert predicted["total"] == pytest.approx(counted, rel=0.15), predicted
+
+
+def test_a_dry_run_says_steps_tokens_memory_and_time_and_trains_nothing(tiny, pairs_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(dpo.DPOTrainer, "train", lambda self: pytest.fail("training began"))
+    assert dpo.main(["--model_name_or_path", str(tiny), "--dataset_name", str(pairs_file), "--output_dir", str(tmp_path / "o"),
+                     "--cache_dir", str(tmp_path / "c"), "--use_cpu", "--dry_run", "--num_train_epochs", "2",
+                     "--use_peft", "--lora_target_modules", "all-linear"]) == 0
+    said = capsys.readouterr().out
+    assert "23 pairs of" in said and "6 steps of 8 pairs, 2 epochs" in said
+    assert "memory per rank: " in said and "time: " in said and "FLOP/s" in said
+
+
+REAL = {  # configurations as published, and their parameters
+    "0.5B": (dict(model_type="qwen2", vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+                  num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True), 494_032_768),
+    "7B": (dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+                num_attention_heads=32), 6_738_415_616),
+    "70B": (dict(model_type="llama", vocab_size=32000, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+                 num_attention_heads=64, num_key_value_heads=8), 68_976_648_192)}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_of_real_sizes_weights_are_counted_exactly_and_the_modes_are_in_order(name):
+    raw, parameters = REAL[name]
+    config = models.read_config(raw | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5})
+    run = plan.Run(4096, 2048, world=8, bf16=True, checkpointing=True)
+    lora = run._replace(rank=16, targets=("all-linear",), weights="bfloat16")
+    ddp, fsdp, low_rank, four_bit = (plan.memory(config, r) for r in (
+        run, run._replace(fsdp=True), lora, lora._replace(four_bit="nested")))
+    assert ddp["weights"] == 4 * parameters and ddp["moments"] == 8 * parameters
+    assert fsdp["weights"] == parameters // 2
+    assert ddp["total"] > fsdp["total"] and ddp["total"] > low_rank["total"] > four_bit["total"]
