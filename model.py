@@ -1105,7 +1105,8 @@ def save_shards(tensors: dict[str, Tensor], directory: Path, dtype: torch.dtype)
 
 
 def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    path.write_bytes(text.encode("utf-8", "backslashreplace"))  # half a surrogate pair, as JSON escapes it
 
 
 def save_adapter(model: Decoder, directory: str | Path, settings: dict) -> None:

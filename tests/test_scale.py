@@ -14,6 +14,7 @@ from test_data import NO, USER, YES, row, write_tokenizer
 
 import data
 import dpo
+import model as models
 from extras import hashes, template
 
 ENDLESS = {
@@ -203,3 +204,10 @@ def test_a_tokenizing_process_that_is_killed_is_named(build, tmp_path):
     with pytest.raises(data.DataError, match="a tokenizing process died.*--dataset_num_proc"):
         build(file_of(tmp_path / "p.jsonl", 256 * 12), num_proc=2, progress=kill)
     assert killed
+
+
+def test_half_a_surrogate_pair_in_a_models_json_is_written_back_as_it_was(tmp_path):
+    """Found by the fuzz campaign: the run trained, and then could not write generation_config.json."""
+    value = {"x": "\ud800", "y": "ü"}
+    models.write_json(tmp_path / "x.json", value)
+    assert models.read_json(tmp_path / "x.json") == value and "ü" in (tmp_path / "x.json").read_text("utf-8")
