@@ -279,3 +279,20 @@ def test_half_of_a_stack_is_refused(bases):
         models.add_lora(ours, 2, 4, 0.0, ["w1"])
     with pytest.raises(ValueError, match="--use_dora: it is for linear layers and embeddings"):
         models.add_lora(ours, 2, 4, 0.0, ["q_proj"], use_dora=True, target_parameters=STACKS)
+
+
+def test_lora_on_experts_in_4_bits_is_that_on_them_made_wide(bases, tmp_path):
+    from extras.nf4 import dequantize_linears
+
+    settings = dict(r=4, lora_alpha=8, target_modules=["q_proj"], target_parameters=STACKS)
+    narrow = models.load_model(bases["mixtral"], four_bit=dict(quant_type="nf4", nested=False, compute_dtype=None))
+    dpo.put_lora(narrow, settings)
+    randomize(narrow)
+    expected, state = our_logits(narrow), peft_io.adapter_tensors(narrow)
+    wide = models.load_model(bases["mixtral"], four_bit=dict(quant_type="nf4", nested=False, compute_dtype=None))
+    dequantize_linears(wide, torch.float32)
+    dpo.put_lora(wide, settings)
+    with torch.no_grad():
+        for name, p in peft_io.adapter_tensors(wide).items():
+            p.copy_(state[name])
+    assert (our_logits(wide) - expected).abs().max() < 1e-5
