@@ -45,3 +45,19 @@ def test_command(command, workplace):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HOME": str(workplace), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, cwd=workplace, input=said, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/api.md"])
+def test_the_python_of_the_pages(page, workplace):
+    text = (ROOT / page).read_text("utf-8")
+    code = re.search(r"```python\n(from dpo import.*?)```", text, re.S)[1].replace("Qwen/Qwen2.5-0.5B-Instruct", "MODEL")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HOME": str(workplace), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True, timeout=300,
+                          env=environment)
+    assert done.returncode == 0, f"{page}\n{done.stdout}\n{done.stderr}"
+
+
+def test_published_figures_are_what_the_script_computes():
+    said = subprocess.run([sys.executable, str(ROOT / "bench" / "published.py")], capture_output=True, text=True).stdout
+    assert "A100 at 40% of peak, two sequences, head on all: 3.3 minutes" in said
+    assert "A100 at 40% of peak, one stream, head on completions: 2.5 minutes" in said
