@@ -94,8 +94,8 @@ def out_of_memory(error: Exception, trainer) -> str:
              "--gradient_checkpointing": not c.gradient_checkpointing,
              "--precompute_ref_log_probs": not trainer.precompute and trainer.needs_ref and not c.sync_ref_model,
              "--fsdp": trainer.ranks.world > 1 and not c.fsdp}
-    found = str(error).partition("\n")[0][:150]
-    return (f"rank {trainer.ranks.rank} is out of memory at step {trainer.step + 1} ({what}; {found}). These help and "
+    first_line = str(error).partition("\n")[0][:150]
+    return (f"rank {trainer.ranks.rank} is out of memory at step {trainer.step + 1} ({what}; {first_line}). These help and "
             f"change no result: {', '.join(f for f, helps in flags.items() if helps)}; --use_peft and a lower "
             f"--max_length help too"
             f"{last_checkpoint(trainer)}")
