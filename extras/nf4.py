@@ -309,14 +309,6 @@ class Experts4bit(nn.Module):
         gate, up = (linear4bit(x, self.gate_up[2 * number + i], None, self.compute_dtype) for i in (0, 1))
         return linear4bit(self.act(gate) * up, self.down[number], None, self.compute_dtype)
 
-    def project(self, name: str, x: Tensor, counts: Tensor) -> Tensor:
-        """The product with one of the stacks, for a LoRA on it."""
-        stack = self.gate_up if name == "gate_up_proj" else self.down
-        parts = len(stack) // len(self.down)
-        product = lambda e, rows: torch.cat([linear4bit(rows, stack[parts * e + i], None, self.compute_dtype)
-                                             for i in range(parts)], -1)
-        return torch.cat([product(e, rows) for e, rows in enumerate(x.split(counts.tolist()))])
-
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """Rows of x, sorted by expert, the first counts[0] for expert 0 and so on."""
         parts = [self.expert(e, rows) for e, rows in enumerate(x.split(counts.tolist())) if len(rows)]
