@@ -84,7 +84,9 @@ def answer_kl(model: models.Decoder, ref: models.Decoder, prompt: list[int], ans
     return float((pi.exp() * (pi - base)).sum())
 
 
-def sampled(model: models.Decoder, tokenizer: Tokenizer, prompts: list[str], samples: int, seed: int) -> tuple[list, list]:
+def sampled(
+    model: models.Decoder, tokenizer: Tokenizer, prompts: list[str], samples: int, seed: int
+) -> tuple[list, list]:
     """Token ids of the prompts, and of `samples` answers to each: (prompts), (prompts x samples)."""
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     o = Sampling(seed=seed, max_new_tokens=96, stop_ids=frozenset({tokenizer.eos_token_id}))
@@ -114,7 +116,9 @@ def measure(model, ref, tokenizer: Tokenizer, prompts: list[str], label: str, be
 # The runs
 
 
-def run(label: str, loss: str, beta: float, options: dict, ref, prompts: list[str], scratch: Path, max_steps: int) -> list[Point]:
+def run(
+    label: str, loss: str, beta: float, options: dict, ref, prompts: list[str], scratch: Path, max_steps: int
+) -> list[Point]:
     """One epoch of the demo with this loss, measured on its way; the demo's own settings otherwise."""
     settings = vars(dpo.parse_config([])) | {
         "loss_type": [loss], "beta": beta, "num_train_epochs": 1.0, "max_steps": max_steps, "eval_dataset_name": None,
@@ -136,7 +140,7 @@ def run(label: str, loss: str, beta: float, options: dict, ref, prompts: list[st
 
 
 def best_of(n: int, scores: Tensor) -> Point:
-    """Expected best of n draws without replacement from each prompt's scores (P, K); KL is its bound, log n - (n-1)/n."""
+    """Expected best of n draws without replacement of each prompt's scores (P, K); KL is its bound."""
     K = scores.shape[1]
     ascending = scores.sort(1).values
     chance = torch.tensor([math.comb(i, n - 1) / math.comb(K, n) for i in range(K)], dtype=torch.float64)
@@ -166,8 +170,11 @@ def base_points(ref, tokenizer: Tokenizer, prompts: list[str]) -> list[Point]:
 
 def table(points: list[Point]) -> str:
     rows = ["| method | beta or n | steps | KL, nats | reward |", "|---|---|---|---|---|"]
-    rows += [f"| {p.method} | {p.beta:g} | {p.step} | {p.kl:.2f} ± {p.kl_error:.2f} | {p.reward:+.2f} ± {p.reward_error:.2f} |"
-             for p in points]
+    rows += [
+        f"| {p.method} | {p.beta:g} | {p.step} | {p.kl:.2f} ± {p.kl_error:.2f} | "
+        f"{p.reward:+.2f} ± {p.reward_error:.2f} |"
+        for p in points
+    ]
     return "\n".join(rows)
 
 
@@ -177,11 +184,20 @@ def draw(points: list[Point]) -> str:
     start = of("base")
     lines = [Line("the optimum, eq. 4", start + of("optimum"), "#999999"),
              Line("best of 2, 4, 8, 16", start + of("best of"), "#999999", "4 3", marks=True)]
-    lines += [Line(name, of(name), colour, marks=True, joined=name == "SFT on chosen") for name, colour in STYLE.items()]
+    lines += [
+        Line(name, of(name), colour, marks=True, joined=name == "SFT on chosen") for name, colour in STYLE.items()
+    ]
     lines.append(Line("the base model", start, "#000000", marks=True, joined=False))
     across = [(kl**0.5, f"{kl:g}") for kl in (0, 0.1, 0.25, 0.5, 1, 2, 3, 5, 7)]
-    parts = panel("Reward against KL to the reference, held-out prompts", lines, "KL(policy || reference), nats per answer "
-                  "(drawn at its square root)", 760, 460, "mean reward (praise minus blame)", x_ticks=across)
+    parts = panel(
+        "Reward against KL to the reference, held-out prompts",
+        lines,
+        "KL(policy || reference), nats per answer (drawn at its square root)",
+        760,
+        460,
+        "mean reward (praise minus blame)",
+        x_ticks=across,
+    )
     return picture(760, 460, "The reward-KL frontier of the demo", [*parts, *legend(lines, 560, 290)])
 
 

@@ -18,7 +18,7 @@ FONT = "Helvetica, Arial, sans-serif"
 
 
 class Line(NamedTuple):
-    """A curve of (x, y) points; `marks` draws the points too, `joined` the line between them; `group` is a CSS class."""
+    """A curve of (x, y) points; `marks` draws the points too, `joined` the line; `group` is a CSS class."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -78,7 +78,9 @@ def grid(axes: Axes, x_label: str, x_ticks: Optional[list[tuple[float, str]]] = 
     out, left, right = [], LEFT, axes.width - RIGHT
     for value in ticks(*axes.y):
         _, y = axes.at(axes.x[0], value)
-        out.append(f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="{"#999" if value == 0 else "#e4e4e4"}"/>')
+        out.append(
+            f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="{"#999" if value == 0 else "#e4e4e4"}"/>'
+        )
         out.append(text(left - 6, y + 4, number(value), 10, "end", "#666"))
     marks = [(value, number(value)) for value in ticks(*axes.x, about=6)] if x_ticks is None else x_ticks
     for value, label in marks:
@@ -90,7 +92,7 @@ def grid(axes: Axes, x_label: str, x_ticks: Optional[list[tuple[float, str]]] = 
 
 
 def curve(axes: Axes, line: Line) -> list[str]:
-    """The polyline, in pieces where values are missing, and its marks; each mark tells its numbers under the pointer."""
+    """The polyline, in pieces where values are missing, and its marks, which tell their numbers."""
     out, pieces = [], [[]]
     for x, y in line.points:
         if math.isfinite(x) and math.isfinite(y):
@@ -116,7 +118,9 @@ def legend(lines: Sequence[Line], x: float, y: float) -> list[str]:
     for i, line in enumerate(lines):
         at, dash = y + 16 * i, f' stroke-dasharray="{line.dash}"' if line.dash else ""
         if line.joined:
-            out.append(f'<line x1="{x}" x2="{x + 20}" y1="{at}" y2="{at}" stroke="{line.colour}" stroke-width="2"{dash}/>')
+            out.append(
+                f'<line x1="{x}" x2="{x + 20}" y1="{at}" y2="{at}" stroke="{line.colour}" stroke-width="2"{dash}/>'
+            )
         if line.marks:
             out.append(f'<circle cx="{x + 10}" cy="{at}" r="3.2" fill="{line.colour}"/>')
         out.append(text(x + 26, at + 4, line.name))
@@ -150,7 +154,9 @@ def chart(title: str, lines: Sequence[Line], x_label: str, **more) -> str:
     return picture(more.get("width", WIDTH), more.get("height", HEIGHT), title, panel(title, lines, x_label, **more))
 
 
-def histogram(title: str, values: Sequence[float], x_label: str, bins: int = 40, width: int = 700, height: int = 260) -> str:
+def histogram(
+    title: str, values: Sequence[float], x_label: str, bins: int = 40, width: int = 700, height: int = 260
+) -> str:
     """Counts of values; those below 0 in another colour, since 0 is where a margin is wrong."""
     low, high = span(values)
     step = (high - low) / bins
@@ -163,6 +169,8 @@ def histogram(title: str, values: Sequence[float], x_label: str, bins: int = 40,
         left, top = axes.at(low + i * step, count)
         right, bottom = axes.at(low + (i + 1) * step, 0)
         colour = COLOURS[1] if low + (i + 0.5) * step < 0 else COLOURS[0]
-        parts.append(f'<rect x="{left:.1f}" y="{top:.1f}" width="{right - left - 1:.1f}" height="{bottom - top:.1f}" '
-                     f'fill="{colour}"><title>{number(low + i * step)} to {number(low + (i + 1) * step)}: {count}</title></rect>')
+        parts.append(
+            f'<rect x="{left:.1f}" y="{top:.1f}" width="{right - left - 1:.1f}" height="{bottom - top:.1f}" '
+            f'fill="{colour}"><title>{number(low + i * step)} to {number(low + (i + 1) * step)}: {count}</title></rect>'
+        )
     return picture(width, height, title, parts)

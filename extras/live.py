@@ -13,7 +13,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-CURVES = {"loss": ("loss", 34), "accuracy": ("rewards/accuracies", 32), "margin": ("rewards/margins", 33)}  # ANSI colours
+CURVES = {
+    "loss": ("loss", 34),
+    "accuracy": ("rewards/accuracies", 32),
+    "margin": ("rewards/margins", 33),
+}  # ANSI colours
 BLOCKS, PLAIN = " ▁▂▃▄▅▆▇█", " .:-=+*#@"
 WIDE = 150  # columns from which the curves stand side by side
 ROWS = 5  # of each curve then
@@ -36,7 +40,7 @@ class Panel:
 
 
 def show(trainer, bar, metrics: dict, seconds: float) -> None:
-    """Take up the metrics of a log, and draw; only the bar's own line where it was asked for and this is no terminal."""
+    """Take up the metrics of a log, and draw; only the bar's own line where this is no terminal."""
     if not sys.stderr.isatty():
         bar.set_postfix_str(f"loss {metrics['loss']:.4f}")
         return

@@ -1,4 +1,4 @@
-"""--report_to: the lines of metrics.jsonl to TensorBoard, Weights & Biases or Trackio, each imported where it is asked for.
+"""--report_to: the lines of metrics.jsonl to TensorBoard, Weights & Biases or Trackio, each imported where asked for.
 
 Names are those of transformers' Trainer: `train/loss`, `eval/rewards/accuracies`. Sampled answers go along as text.
 """
@@ -81,7 +81,9 @@ def wandb(trainer, step: int) -> Log:
     def log(metrics: dict) -> None:
         table = {}
         if rows := sample_rows(metrics):
-            table["eval/samples"] = wandb.Table(["prompt", "completion"], [[r["prompt"], r["completion"]] for r in rows])
+            table["eval/samples"] = wandb.Table(
+                ["prompt", "completion"], [[r["prompt"], r["completion"]] for r in rows]
+            )
         run.log(named(metrics) | table | {"train/global_step": metrics["step"]})
 
     return log

@@ -4,8 +4,8 @@
     python -m extras.report OUT-1 OUT-2 --output both.html
     python -m extras.report OUT --png FOLDER           the curves as pictures too; needs matplotlib
 
-It reads metrics.jsonl and dpo_config.json of output directories, finished or still running. The page is one file without
-scripts and without anything from elsewhere; the curves are SVG made by extras/chart.py.
+It reads metrics.jsonl and dpo_config.json of output directories, finished or still running. The page is one file
+without scripts and without anything from elsewhere; the curves are SVG made by extras/chart.py.
 """
 
 import argparse
@@ -26,23 +26,41 @@ SAMPLES = 8  # answers shown for a run
 
 CHARTS = (  # heading, metrics, what it tells
     ("Loss", ("loss",), "What is minimised. It begins at the loss's start value: ln 2 for sigmoid."),
-    ("Rewards of chosen and rejected", ("rewards/chosen", "rewards/rejected"),
-     "beta times the log-ratio to the reference. Both may fall, as long as rejected falls faster."),
+    (
+        "Rewards of chosen and rejected",
+        ("rewards/chosen", "rewards/rejected"),
+        "beta times the log-ratio to the reference. Both may fall, as long as rejected falls faster.",
+    ),
     ("Margin", ("rewards/margins",), "Chosen reward minus rejected reward."),
-    ("Accuracy", ("rewards/accuracies",), "Share of pairs whose chosen answer has the higher reward; a tie counts one half."),
-    ("Log-ratio on the pairs", ("kl",), "Mean log pi/ref of both answers, nats: how far the policy has moved where the data "
-     "lie. It is no KL: that would be a mean over the policy's own answers."),
+    (
+        "Accuracy",
+        ("rewards/accuracies",),
+        "Share of pairs whose chosen answer has the higher reward; a tie counts one half.",
+    ),
+    (
+        "KL: log-ratio on the pairs",
+        ("kl",),
+        "Mean log pi/ref of both answers, nats: how far the policy has moved where the data "
+        "lie. The KL itself would be a mean over the policy's own answers (demo/frontier.py measures that).",
+    ),
     ("Log-probabilities", ("logps/chosen", "logps/rejected"), "Of a whole answer under the policy, nats."),
     ("Entropy", ("entropy",), "Of the next token, nats; a fall towards 0 is a policy that has become sure of itself."),
     ("Gradient norm", ("grad_norm",), "Before clipping."),
     ("Learning rate", ("learning_rate",), ""),
-    ("Length bias", ("length_bias",), "Correlation of margin and length difference over the evaluation pairs: at 1 the reward "
-     "asks for nothing but length."),
-    ("Length of sampled answers", ("completions/mean_length",), "Tokens, with --generate_during_eval."))
+    (
+        "Length bias",
+        ("length_bias",),
+        "Correlation of margin and length difference over the evaluation pairs: at 1 the reward "
+        "asks for nothing but length.",
+    ),
+    ("Length of sampled answers", ("completions/mean_length",), "Tokens, with --generate_during_eval."),
+)
 
 STYLE = """
-body { font: 15px/1.5 Helvetica, Arial, sans-serif; color: #222; margin: 2rem auto; max-width: 1500px; padding: 0 1.5rem }
-h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid #ddd; padding-bottom: .3rem }
+body { font: 15px/1.5 Helvetica, Arial, sans-serif; color: #222; margin: 2rem auto; max-width: 1500px;
+padding: 0 1.5rem }
+h1 { font-size: 1.6rem }
+h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid #ddd; padding-bottom: .3rem }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(440px, 100%), 1fr)); gap: 1.2rem }
 figure { margin: 0 } figure svg { width: 100%; height: auto; border: 1px solid #e4e4e4; border-radius: 6px }
 figcaption { color: #666; font-size: .85rem; padding: .2rem .3rem }
@@ -79,7 +97,9 @@ def read_run(directory: str | Path) -> Run:
     if not train and not evals:
         raise ValueError(f"{path}: no line of metrics in it yet")
     settings = directory / "dpo_config.json"
-    return Run(directory.resolve().name, train, evals, parsed(settings.read_text("utf-8")) if settings.is_file() else {})
+    return Run(
+        directory.resolve().name, train, evals, parsed(settings.read_text("utf-8")) if settings.is_file() else {}
+    )
 
 
 def parsed(text: str) -> dict:
@@ -95,7 +115,9 @@ def read_runs(directories: list[str]) -> list[Run]:
     """Runs of equal names get a number."""
     runs = [read_run(d) for d in directories]
     names = [run.name for run in runs]
-    return [run._replace(name=f"{run.name} ({i + 1})") if names.count(run.name) > 1 else run for i, run in enumerate(runs)]
+    return [
+        run._replace(name=f"{run.name} ({i + 1})") if names.count(run.name) > 1 else run for i, run in enumerate(runs)
+    ]
 
 
 # Curves
@@ -244,7 +266,8 @@ def page(runs: list[Run]) -> str:
         switches += "<br>Dotted lines with marks are evaluations; where a chart has two metrics, the second is dashed."
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{escape(title)}</title><link rel="icon" href="data:,"><style>{STYLE}{hide if len(runs) > 1 else ""}</style></head><body>
+<title>{escape(title)}</title><link rel="icon" href="data:,">
+<style>{STYLE}{hide if len(runs) > 1 else ""}</style></head><body>
 <h1>{escape(title)}</h1><p>{switches if len(runs) > 1 else ""}</p>
 {results(runs)}
 <h2>Curves</h2><div class="charts">{"".join(figures(runs))}</div>

@@ -22,6 +22,10 @@ def prompts_of(trainer) -> list[tuple[str, list[int]]]:
 
     Raises ValueError for rows that cannot be read and for prompts that leave the model no room.
     """
+    if trainer.args.fsdp:
+        raise ValueError(
+            "--generate_during_eval with --fsdp: rank 0 alone does not hold the model; leave one of them out"
+        )
     prompts = given(trainer) if trainer.args.generate_prompts else held_out(trainer)
     prompts = [(text, ids) for text, ids in prompts if ids]
     if not prompts:
@@ -60,17 +64,26 @@ def room(config: models.ModelConfig, longest: int) -> int:
 
 @torch.no_grad()
 def take(trainer) -> dict:
-    """Metrics of an evaluation: `eval_samples`, a list of {prompt, completion, tokens}, and their mean length. Rank 0 alone."""
+    """Metrics of an evaluation: `eval_samples`, a list of {prompt, completion, tokens}, and its mean length.
+    Rank 0 alone."""
     if not trainer.ranks.first:
         return {}
     model, prompts, training = trainer.model, trainer.sample_prompts, trainer.model.training
     new = room(model.config, max(len(ids) for _, ids in prompts))
     ends = frozenset({trainer.tokenizer.eos_token_id} - {None})
     model.eval()
-    written = complete(model, [ids for _, ids in prompts], Sampling(seed=trainer.args.seed, max_new_tokens=new, stop_ids=ends))
+    written = complete(
+        model, [ids for _, ids in prompts], Sampling(seed=trainer.args.seed, max_new_tokens=new, stop_ids=ends)
+    )
     model.train(training)
-    rows = [{"prompt": text, "completion": trainer.tokenizer.decode(tokens, skip_special_tokens=True), "tokens": len(tokens)}
-            for (text, _), tokens in zip(prompts, written)]
+    rows = [
+        {
+            "prompt": text,
+            "completion": trainer.tokenizer.decode(tokens, skip_special_tokens=True),
+            "tokens": len(tokens),
+        }
+        for (text, _), tokens in zip(prompts, written)
+    ]
     for row in rows[:SHOWN]:
         trainer.say(f"step {trainer.step}: {shown(row['prompt'])} => {shown(row['completion'], 160)}")
     return {"eval_samples": rows, "eval_completions/mean_length": sum(map(len, written)) / len(written)}

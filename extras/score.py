@@ -29,7 +29,8 @@ FROM_RUN = ("max_length", "max_prompt_length", "max_completion_length", "truncat
 BARS = 16  # of the histogram at a terminal
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><link rel="icon" href="data:,"><style>
-body {{ font: 15px/1.5 Helvetica, Arial, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+body {{ font: 15px/1.5 Helvetica, Arial, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem;
+color: #222 }}
 table {{ border-collapse: collapse; width: 100%; table-layout: fixed }} td, th {{ border-bottom: 1px solid #ddd;
 padding: .4rem; text-align: left; vertical-align: top; white-space: pre-wrap; overflow-wrap: anywhere }}
 td:first-child, th:first-child {{ width: 6em }} svg {{ max-width: 100% }} pre {{ background: #f6f6f6; padding: 1rem }}
@@ -61,8 +62,10 @@ def settings_of(args: argparse.Namespace) -> dict:
 
         ref = read_settings(Path(args.model))["base_model_name_or_path"]
     if ref is None:
-        raise ValueError(f"{args.model}: neither a dpo_config.json nor an adapter that names its base; give --ref, the model "
-                         "it was trained from")
+        raise ValueError(
+            f"{args.model}: neither a dpo_config.json nor an adapter that names its base; give --ref, the model "
+            "it was trained from"
+        )
     given = {"beta": args.beta, "max_length": args.max_length}
     return ({k: run[k] for k in FROM_RUN if k in run} | {"beta": run.get("beta", 0.1)}
             | {k: v for k, v in given.items() if v is not None} | {"ref_model_name_or_path": ref})
@@ -70,9 +73,18 @@ def settings_of(args: argparse.Namespace) -> dict:
 
 def open_trainer(args: argparse.Namespace, scratch: str) -> dpo.DPOTrainer:
     """The trainer, to measure with: it never takes a step."""
-    return dpo.DPOTrainer(args=dpo.DPOConfig(**settings_of(args), model_name_or_path=args.model, dataset_name=args.pairs,
-                                             output_dir=scratch, cache_dir=args.cache_dir, use_cpu=args.use_cpu,
-                                             on_bad_row=args.on_bad_row, per_device_eval_batch_size=args.batch_size))
+    return dpo.DPOTrainer(
+        args=dpo.DPOConfig(
+            **settings_of(args),
+            model_name_or_path=args.model,
+            dataset_name=args.pairs,
+            output_dir=scratch,
+            cache_dir=args.cache_dir,
+            use_cpu=args.use_cpu,
+            on_bad_row=args.on_bad_row,
+            per_device_eval_batch_size=args.batch_size,
+        )
+    )
 
 
 def score_pairs(trainer: dpo.DPOTrainer) -> Scores:
@@ -111,7 +123,10 @@ def bars(margins: Tensor, width: int = 50) -> list[str]:
     step = (high - low) / BARS or 1.0
     edges = np.arange(np.floor(low / step), np.ceil(high / step) + 1) * step
     counts, _ = np.histogram(margins.numpy(), np.append(edges, edges[-1] + step) if len(edges) < 2 else edges)
-    return [f"{left:+9.3f}  {'█' * round(width * count / max(counts.max(), 1)):<{width}} {count}" for left, count in zip(edges, counts)]
+    return [
+        f"{left:+9.3f}  {'█' * round(width * count / max(counts.max(), 1)):<{width}} {count}"
+        for left, count in zip(edges, counts)
+    ]
 
 
 def texts(trainer: dpo.DPOTrainer, index: int) -> tuple[str, str, str]:
@@ -147,9 +162,12 @@ def write_scores(trainer: dpo.DPOTrainer, s: Scores, path: str) -> None:
 
 def page(trainer: dpo.DPOTrainer, s: Scores, count: int, title: str) -> str:
     row = lambda i: "".join(f"<td>{escape(t)}</td>" for t in (f"{s.margins[i]:+.4f}", *texts(trainer, i)))
-    return PAGE.format(title=escape(title), rows="".join(f"<tr>{row(i)}</tr>" for i in worst(s, count)),
-                       summary=escape("\n".join(summarize(s, trainer.args.beta, trainer.args.ref_model_name_or_path))),
-                       histogram=histogram("Margins of the pairs", s.margins.tolist(), "chosen reward - rejected reward"))
+    return PAGE.format(
+        title=escape(title),
+        rows="".join(f"<tr>{row(i)}</tr>" for i in worst(s, count)),
+        summary=escape("\n".join(summarize(s, trainer.args.beta, trainer.args.ref_model_name_or_path))),
+        histogram=histogram("Margins of the pairs", s.margins.tolist(), "chosen reward - rejected reward"),
+    )
 
 
 def parse(argv: Optional[list[str]]) -> argparse.Namespace:

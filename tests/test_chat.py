@@ -500,3 +500,23 @@ def test_a_conversation_at_a_terminal(chatty):
     assert (first, again) == (expected(one, 0), expected(one, 1)) and first != again
     assert second == expected(f"{one} {again} </s> <s> user sun and moon </s> <s> assistant", 2)
     assert anew == expected("<s> user the dog </s> <s> assistant", 3)
+
+
+@pytest.mark.slow
+def test_greedy_is_transformers_generate_on_smollm2(tmp_path_factory):
+    """200 tokens each, three prompts in one batch; and the bench that times both runs on it."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    tool, directory = ROOT.parent / "shared/tools/get_smollm2.py", tmp_path_factory.getbasetemp() / "smollm2"
+    if not tool.exists():
+        pytest.skip(f"{tool} not found")
+    if not (directory / "model.safetensors").exists():
+        made = subprocess.run([sys.executable, str(tool), str(directory)], capture_output=True, text=True)
+        if made.returncode:
+            pytest.skip(f"SmolLM2 could not be made: {made.stderr[-300:]}")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    tokenizer, ours = data.Tokenizer.load(directory), models.load_model(directory).eval()
+    ask = lambda text: tokenizer.encode(tokenizer.render([{"role": "user", "content": text}], add_generation_prompt=True),
+                                        add_special_tokens=False)
+    prompts = [ask("Why is the sky blue?"), ask("Write a poem about a lighthouse."), tokenizer.encode("Once upon a time")]
+    got = complete(ours, prompts, GREEDY._replace(max_new_tokens=200))
+    assert got == [their_greedy(theirs, prompt, 200) for prompt in prompts]

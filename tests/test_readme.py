@@ -14,6 +14,7 @@ COMMANDS = re.findall(r"^    ((?:python3? |torchrun |echo |venv/).*)$", (ROOT / 
 ELSEWHERE = {  # where else a command is run
     "python3 -m venv venv && venv/bin/pip install -r requirements.txt && venv/bin/python dpo.py": "test_demo.py",
     "python dpo.py --config demo-pictures/config.toml": "test_demo_pictures.py",
+    "python -m demo.frontier": "test_frontier.py",  # minutes
     "venv/bin/pip install -r tests/requirements.txt && venv/bin/python -m pytest": ".ci/run"}
 
 

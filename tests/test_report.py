@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
-from conftest import ROOT, make_rows
+from conftest import make_rows
 
 import dpo
 from extras import chart, report, score
@@ -21,9 +21,21 @@ def make_run(directory, steps: int = 40, samples: bool = True, **settings):
     directory.mkdir(parents=True)
     lines = []
     for step in range(1, steps + 1):
-        lines.append({"step": step, "epoch": step / steps, "loss": 0.69 - step / 100, "rewards/chosen": -step / 50,
-                      "rewards/rejected": -step / 10, "rewards/margins": step / 12.5, "rewards/accuracies": 0.5 + step / 100,
-                      "kl": -step, "entropy": 1.0, "grad_norm": 3.0, "learning_rate": 1e-6 * (steps - step)})
+        lines.append(
+            {
+                "step": step,
+                "epoch": step / steps,
+                "loss": 0.69 - step / 100,
+                "rewards/chosen": -step / 50,
+                "rewards/rejected": -step / 10,
+                "rewards/margins": step / 12.5,
+                "rewards/accuracies": 0.5 + step / 100,
+                "kl": -step,
+                "entropy": 1.0,
+                "grad_norm": 3.0,
+                "learning_rate": 1e-6 * (steps - step),
+            }
+        )
     for step in (0, steps):
         lines.append({"step": step, "epoch": 0, "eval_loss": 0.69 - step / 90, "eval_rewards/margins": step / 13,
                       "eval_rewards/accuracies": 0.5, "eval_length_bias": step / 100} | ({} if not samples else {
@@ -89,7 +101,11 @@ def test_the_page_holds_every_curve_and_table_and_nothing_from_elsewhere(tmp_pat
     assert "answer at 0" in page and "answer at 40" in page and "&lt;b&gt;why" in page and "<b>why" not in page
     assert report.main([str(one), str(two), "--output", str(tmp_path / "both.html")], lambda _: None) == 0
     both = (tmp_path / "both.html").read_text()
-    assert 'id="run0"' in both and 'id="run1"' in both and re.search(r'class="differs"><td>beta</td><td>0.1</td><td>0.5', both)
+    assert (
+        'id="run0"' in both
+        and 'id="run1"' in both
+        and re.search(r'class="differs"><td>beta</td><td>0.1</td><td>0.5', both)
+    )
     for text in (page, both):
         assert len(text) < 2_000_000 and "<script" not in text
         assert set(re.findall(r"https?://[^\"' <]+", text)) <= {"http://www.w3.org/2000/svg"}
@@ -109,7 +125,9 @@ def test_a_running_run_and_what_is_none(tmp_path, capsys):
         file.write('{"step": 41, "lo')  # being written
     (run / "dpo_config.json").unlink()
     assert report.main([str(run)], lambda _: None) == 0
-    assert "Not recorded" in (run / "report.html").read_text() and "None: no run had" in (run / "report.html").read_text()
+    assert (
+        "Not recorded" in (run / "report.html").read_text() and "None: no run had" in (run / "report.html").read_text()
+    )
     (tmp_path / "metrics.jsonl").write_text("")
     for directory, message in ((tmp_path / "no", "no metrics.jsonl there"), (tmp_path, "no line of metrics in it yet")):
         assert report.main([str(directory)]) == 2
@@ -139,10 +157,24 @@ def test_the_page_in_a_real_browser(tmp_path):
     assert report.main([str(tmp_path / "one"), str(tmp_path / "two"), "--output", str(html)], lambda _: None) == 0
 
     def look(page) -> bytes:
-        done = subprocess.run([
-            browser(), "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,2400", "--enable-logging=stderr",
-            "--v=0", "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}",
-            f"--screenshot={shot}", page.as_uri()], capture_output=True, text=True, timeout=180)
+        done = subprocess.run(
+            [
+                browser(),
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--window-size=1200,2400",
+                "--enable-logging=stderr",
+                "--v=0",
+                "--host-resolver-rules=MAP * ~NOTFOUND",
+                f"--user-data-dir={tmp_path / 'profile'}",
+                f"--screenshot={shot}",
+                page.as_uri(),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
         assert "CONSOLE" not in done.stderr, done.stderr
         return shot.read_bytes()
 
@@ -166,9 +198,20 @@ def trained(tiny, tmp_path_factory):
     pairs.write_text("".join(json.dumps(row) + "\n" for row in make_rows(30, seed=3)))
     out = {}
     for kind in ("whole", "lora"):
-        c = dpo.DPOConfig(model_name_or_path=str(tiny), dataset_name=str(pairs), eval_dataset_name=str(pairs), use_cpu=True,
-                          output_dir=str(directory / kind), cache_dir=str(directory / "cache"), save_strategy="no",
-                          learning_rate=2e-3, max_steps=4, beta=0.3, use_peft=kind == "lora", max_length=18)
+        c = dpo.DPOConfig(
+            model_name_or_path=str(tiny),
+            dataset_name=str(pairs),
+            eval_dataset_name=str(pairs),
+            use_cpu=True,
+            output_dir=str(directory / kind),
+            cache_dir=str(directory / "cache"),
+            save_strategy="no",
+            learning_rate=2e-3,
+            max_steps=4,
+            beta=0.3,
+            use_peft=kind == "lora",
+            max_length=18,
+        )
         out[kind] = dpo.DPOTrainer(args=c).train()
     return directory, pairs, out
 
@@ -198,7 +241,9 @@ def test_rewards_scale_with_beta_and_a_reference_can_be_named(trained, tiny, tmp
     directory, pairs, _ = trained
     common = [str(pairs), "--use_cpu", "--cache_dir", str(directory / "cache"), "--output"]
     assert score.main([str(directory / "whole"), *common, str(tmp_path / "a")]) == 0
-    assert score.main([str(directory / "whole"), *common, str(tmp_path / "b"), "--beta", "0.6", "--ref", str(tiny)]) == 0
+    assert (
+        score.main([str(directory / "whole"), *common, str(tmp_path / "b"), "--beta", "0.6", "--ref", str(tiny)]) == 0
+    )
     a, b = ([json.loads(line)["margin"] for line in (tmp_path / n).read_text().splitlines()] for n in "ab")
     assert torch.allclose(2 * torch.tensor(a), torch.tensor(b), rtol=1e-6)
     capsys.readouterr()
@@ -206,9 +251,3 @@ def test_rewards_scale_with_beta_and_a_reference_can_be_named(trained, tiny, tmp
     assert "give --ref" in capsys.readouterr().err
     assert score.main([str(directory / "whole"), "nowhere.jsonl", "--use_cpu"]) == 2
     assert "nowhere.jsonl" in capsys.readouterr().err
-
-
-def test_the_two_modules_run_as_commands():
-    for name in ("report", "score"):
-        done = subprocess.run([sys.executable, "-m", f"extras.{name}", "--help"], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0 and f"python -m extras.{name}" in done.stdout

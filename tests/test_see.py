@@ -60,7 +60,8 @@ def command(tiny, pairs_file, out) -> str:
 def test_the_view_in_a_real_terminal(width, tiny, pairs_file, tmp_path):
     """The last screen: evaluations as lines above, the three curves in their place, nothing overwritten."""
     tmux = ["tmux", "-S", str(tmp_path / "socket"), "-u"]
-    run = f"cd {ROOT} && OMP_NUM_THREADS=1 PYTHONIOENCODING=utf-8 {command(tiny, pairs_file, tmp_path)}; echo ended $?; sleep 60"
+    run = f"cd {ROOT} && OMP_NUM_THREADS=1 PYTHONIOENCODING=utf-8 {command(tiny, pairs_file, tmp_path)}"
+    run += "; echo ended $?; sleep 60"
     subprocess.run([*tmux, "new-session", "-d", "-x", str(width), "-y", "50", run], check=True)
     try:
         deadline, shown = time.time() + 120, ""
@@ -111,12 +112,16 @@ def test_sampling_changes_nothing_of_the_run(tiny, pairs_file, tmp_path):
         found.append((trainer, read_metrics(tmp_path / name / "out")))
     (one, rows), (other, plain) = found
     assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters()))
-    strip = lambda rows: [{k: v for k, v in row.items() if "samples" not in k and "completions" not in k and "runtime" not in k}
-                          for row in rows]
+    strip = lambda rows: [
+        {k: v for k, v in row.items() if "samples" not in k and "completions" not in k and "runtime" not in k}
+        for row in rows
+    ]
     assert strip(rows) == strip(plain)
     evals = [row for row in rows if "eval_loss" in row]
     assert [row["step"] for row in evals] == [0, 3, 6]
-    assert all([s["prompt"] for s in row["eval_samples"]] == [s["prompt"] for s in evals[0]["eval_samples"]] for row in evals)
+    assert all(
+        [s["prompt"] for s in row["eval_samples"]] == [s["prompt"] for s in evals[0]["eval_samples"]] for row in evals
+    )
     assert len(evals[0]["eval_samples"]) == samples.PROMPTS
     lengths = [s["tokens"] for s in evals[-1]["eval_samples"]]
     assert evals[-1]["eval_completions/mean_length"] == sum(lengths) / len(lengths)
@@ -135,12 +140,23 @@ def test_prompts_of_a_file_are_answered_and_two_ranks_say_what_one_says(tiny, pa
     assert answers[0] == answers[1] and [s["prompt"] for s in answers[0]] == ["the cat", "why not"]
 
 
-@pytest.mark.parametrize("more, message", [
-    (dict(generate_prompts="nowhere.jsonl"), "--generate_prompts nowhere.jsonl: read only with --generate_during_eval"),
-    (dict(generate_during_eval=True, generate_prompts="nowhere.jsonl"), "nowhere.jsonl"),
-    (dict(generate_during_eval=True, eval_strategy="no", eval_dataset_name=None), "--generate_during_eval: there are no pairs"),
-    (dict(report_to=["none", "wandb"]), "none goes with no other"), (dict(report_to=["mlflow"]), "--report_to mlflow: one of"),
-    (dict(run_name="x"), "--run_name x: read only with --report_to")])
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (
+            dict(generate_prompts="nowhere.jsonl"),
+            "--generate_prompts nowhere.jsonl: read only with --generate_during_eval",
+        ),
+        (dict(generate_during_eval=True, generate_prompts="nowhere.jsonl"), "nowhere.jsonl"),
+        (
+            dict(generate_during_eval=True, eval_strategy="no", eval_dataset_name=None),
+            "--generate_during_eval: there are no pairs",
+        ),
+        (dict(report_to=["none", "wandb"]), "none goes with no other"),
+        (dict(report_to=["mlflow"]), "--report_to mlflow: one of"),
+        (dict(run_name="x"), "--run_name x: read only with --report_to"),
+    ],
+)
 def test_what_cannot_be_is_refused_before_training(more, message, tiny, pairs_file, tmp_path):
     options = settings(tiny, pairs_file, tmp_path, **more)
     if options["eval_strategy"] == "no":
@@ -177,7 +193,7 @@ def test_wandb_and_trackio_get_every_line(tiny, pairs_file, tmp_path, monkeypatc
                                  generate_during_eval=True))
     dpo.DPOTrainer(args=c).train()
     rows = read_metrics(tmp_path / "out")
-    for _, (given, *logged) in seen.items():
+    for given, *logged in seen.values():
         assert given["name"] == "mine" and given["project"] == "huggingface" and "hub_token" not in given["config"]
         assert [m["train/loss"] for m, _ in logged if "train/loss" in m] == [r["loss"] for r in rows if "loss" in r]
         assert [m["eval/rewards/accuracies"] for m, _ in logged if "eval/loss" in m] == [
