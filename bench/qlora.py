@@ -67,7 +67,8 @@ def training(args, scratch: str) -> list:
             Path(scratch) / "cache", "--use_peft", "--lora_target_modules", "all-linear", "--dtype", "bfloat16",
             "--gradient_checkpointing", "--per_device_train_batch_size", args.batch, "--per_device_eval_batch_size",
             args.batch, "--max_steps", args.pairs // args.batch, "--max_length", args.max_length, "--use_cpu",
-            "--learning_rate", "1e-4", "--shuffle_dataset", "false", "--save_strategy", "no", "--logging_steps", 1, "--disable_tqdm"]
+            "--learning_rate", "1e-4", "--shuffle_dataset", "false", "--save_strategy", "no", "--logging_steps", 1,
+            "--disable_tqdm"]
 
 
 def watch(command: list[str]) -> tuple[float, float, float]:

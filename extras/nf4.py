@@ -31,7 +31,7 @@ FP4 = (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3)  # of 
 ORDER = {"nf4": tuple(range(16)), "fp4": (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)}
 NESTED_BLOCK = 256
 TINY = 1e-38  # the smallest absmax that is divided by
-CPU_CHUNK, GPU_CHUNK = 2**20, 2**24  # values made wide at once: what a cache holds; few kernel launches
+CPU_CHUNK, GPU_CHUNK = 2**18, 2**24  # values made wide at once: what a cache holds; few kernel launches
 
 
 class Quantized(NamedTuple):
