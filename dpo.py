@@ -1116,29 +1116,8 @@ class DPOTrainer:
         ratings = torch.from_numpy(np.array(store.ratings[pairs])).to(table)
         return self.pair_logps(scored, lengths, ratings, ref.reshape(-1, 2, 2), lengths[:, 0].mean()), scored
 
-    def global_losses(self, pairs: np.ndarray, batches: list[data.Batch]) -> dict[int, tuple[Tensor, Tensor]]:
-        """{pair id: (its loss, d sum of losses / d its (logps, nll))}, over the whole global batch at once.
-
-        With those derivatives as constants, micro-batches back-propagate one by one and give the exact gradient.
-        """
-        x, scored = self.score_all(self.train_store, pairs, batches)
-        if self.args.bco_delta == "first":
-            self.observe_rewards(x)
-        logps, nll = scored.logps.clone().requires_grad_(), scored.chosen_nll.clone().requires_grad_()
-        x = x._replace(policy_chosen_logps=logps[:, 0], policy_rejected_logps=logps[:, 1], chosen_nll=nll)
-        values = self.pair_losses(x, scored)
-        grads = torch.autograd.grad(values.sum(), (logps, nll), allow_unused=True)
-        by_logps, by_nll = (torch.zeros_like(t) if g is None else g for g, t in zip(grads, (logps, nll)))
-        slopes = torch.cat([by_logps, by_nll[:, None]], 1)  # (P, 3)
-        return {int(i): (values[at].detach(), slopes[at]) for at, i in enumerate(pairs)}
-
-    def observe_rewards(self, x: losses.PairLogps) -> None:
-        """BCO's delta: the mean of 1/2 (beta r_w + beta r_l) over the pairs seen in training so far."""
-        if "bco_pair" in self.args.loss_type and self.args.bco_delta != "zero":
-            rewards = self.args.beta * (x.chosen_logratios + x.rejected_logratios).detach() / 2
-            self.add_rewards(float(rewards.sum()), len(rewards))
-
     def add_rewards(self, total: float, count: int) -> None:
+        """BCO's delta: the mean of 1/2 (beta r_w + beta r_l) over the pairs seen in training so far."""
         self.delta_sum, self.delta_count = self.delta_sum + total, self.delta_count + count
         self.options["delta"] = self.delta_sum / self.delta_count
 
@@ -1151,7 +1130,11 @@ class DPOTrainer:
         batches = [self.batch(store, rows) for rows in self.forwards(store, pairs, c.per_device_train_batch_size)]
         if self.pictures is not None:
             self.pictures.look_ahead(self)
-        whole = self.global_losses(pairs, batches) if self.couples_the_batch() else None
+        whole = None
+        if self.couples_the_batch():
+            from extras import whole_batch
+
+            whole = whole_batch.global_losses(self, pairs, batches)
         tokens_per_pair = float(scored_lengths(store, pairs)[:, 0].mean())
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.ranks.exact)
         for i, batch in enumerate(batches):
@@ -1164,7 +1147,7 @@ class DPOTrainer:
                 if whole is None:
                     values = surrogate = self.pair_losses(x, scored)
                 else:  # values to report, and a linear form to differentiate
-                    values, surrogate = from_whole(whole, scored, batch)
+                    values, surrogate = whole_batch.from_whole(whole, scored, batch)
                 loss = surrogate.sum() / len(pairs)
                 if aux is not None and self.aux_coef:
                     loss = loss + self.aux_coef * aux * share
@@ -1447,15 +1430,6 @@ def metrics_of(sums: list[float], pairs: int) -> dict:
     out["entropy"] = per("entropy", s["chosen_tokens"] + s["rejected_tokens"])
     out["mean_token_accuracy"] = per("top1", s["chosen_tokens"])
     return out | ({"aux_loss": s["aux_loss"]} if s["aux_loss"] else {})
-
-
-def from_whole(whole: dict, scored: Scored, batch: data.Batch) -> tuple[Tensor, Tensor]:
-    """A micro-batch's losses, and the linear form with the gradient that the whole global batch gives its pairs."""
-    if not len(batch.pair_ids):
-        return scored.chosen_nll, scored.chosen_nll
-    rows = [whole[i] for i in batch.pair_ids.tolist()]
-    values, slopes = torch.stack([v for v, _ in rows]), torch.stack([s for _, s in rows])
-    return values, (slopes * torch.cat([scored.logps, scored.chosen_nll[:, None]], 1)).sum(1)
 
 
 @contextmanager
