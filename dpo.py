@@ -67,7 +67,7 @@ class DPOConfig:
 
     output_dir: Optional[str] = flag(None, "where the trained model, checkpoints and metrics.jsonl go", "model")
     model_name_or_path: Optional[str] = flag(None, "directory (or hub id) of the model to train")
-    model_revision: Optional[str] = flag(None, "branch, tag or commit of a model on the hub; unset is its main branch (also --revision)")
+    model_revision: Optional[str] = flag(None, "branch, tag or commit of a model on the hub (also --revision)")
     dtype: str = flag("float32", "type of the weights", choices=("float32", "bfloat16", "float64"))
     disable_dropout: bool = flag(True, "no dropout, in LoRA neither")
     fsdp: Optional[str] = flag(None, "share parameters, gradients, optimizer state and reference out among the ranks; or "
@@ -184,7 +184,8 @@ class DPOConfig:
     use_cpu: bool = flag(False, "train on the CPU though there is a GPU")
     ddp_timeout: int = flag(1800, "seconds after which ranks give one another up", least=1)
 
-    logging_steps: float = flag(10, "steps between lines of metrics; below 1, a share of all steps", "evaluation and files", least=0)
+    logging_steps: float = flag(10, "steps between lines of metrics; below 1, a share of all steps",
+                                "evaluation and files", least=0)
     logging_first_step: bool = flag(False, "log the first step too")
     disable_tqdm: Optional[bool] = flag(None, "no progress bar; unset shows one at a terminal")
     report_to: list[str] = flag(["none"], "loggers besides metrics.jsonl", choices=("none", "tensorboard", "wandb", "trackio"))
@@ -255,7 +256,8 @@ def number(value) -> float:
     return float(value)
 
 
-PARSERS = {"bool": (truth, "true or false"), "int": (whole, "a whole number"), "float": (number, "a number"), "str": (str, "a text")}
+PARSERS = {"bool": (truth, "true or false"), "int": (whole, "a whole number"), "float": (number, "a number"),
+           "str": (str, "a text")}
 
 
 def parse_value(name: str, value):
@@ -369,7 +371,8 @@ def check_config(c: DPOConfig) -> None:
     if not 0 <= c.seed < 2**32:
         raise ValueError(f"--seed {c.seed}: 0 <= seed < 2^32")
     if c.bf16 and c.dtype == "float64" or c.fp16 and (c.bf16 or c.dtype != "float32"):
-        raise ValueError(f"--{'fp16' if c.fp16 else 'bf16'} --dtype {c.dtype}: choose one of --bf16 and --fp16, for float32 weights")
+        raise ValueError(f"--{'fp16' if c.fp16 else 'bf16'} --dtype {c.dtype}: choose one of --bf16 and --fp16, for "
+                         "float32 weights")
     if c.eval_fraction >= 1:
         raise ValueError(f"--eval_fraction {c.eval_fraction}: a share of the pairs, below 1")
     if c.eval_fraction and c.eval_dataset_name:
@@ -828,7 +831,8 @@ class DPOTrainer:
             self.eval_store, self.eval_pairs = self.train_store, np.sort(order[:held_out])
             self.train_pairs = np.sort(order[held_out:])
         elif c.eval_strategy != "no" or c.eval_on_start or c.generate_during_eval:
-            what = next(name for name in ("eval_on_start", "generate_during_eval", "eval_strategy") if vars(c)[name] not in ("no", False))
+            names = ("eval_on_start", "generate_during_eval", "eval_strategy")
+            what = next(name for name in names if vars(c)[name] not in ("no", False))
             raise ValueError(f"--{what}: there are no pairs to evaluate on; give --eval_dataset_name or --eval_fraction")
         if not len(self.train_pairs):
             raise ValueError(f"{c.dataset_name}: no pair is left to train on; lower --eval_fraction")
@@ -1010,7 +1014,8 @@ class DPOTrainer:
             reference = held if self.args.fsdp else reference
             adapted = self.ref_model is not None or self.ref_adapter
             compute_dtype = (reference.four_bit or {}).get("compute_dtype")
-            h = hashlib.sha256(f"2 {'fp16' if self.args.fp16 else self.bf16} {self.args.dtype} {compute_dtype} {reference.config}".encode())
+            half = "fp16" if self.args.fp16 else self.bf16
+            h = hashlib.sha256(f"2 {half} {self.args.dtype} {compute_dtype} {reference.config}".encode())
             for name, t in chain(reference.named_parameters(), reference.named_buffers()):  # buffers: weights in 4 bits
                 if adapted or "lora_" not in name:
                     h.update(f"{name.replace('.base_layer.', '.')} {t.dtype} {tuple(t.shape)}".encode())

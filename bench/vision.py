@@ -5,7 +5,8 @@
 A LLaVA with random weights (by default a 21 M tower on 224 x 224 pixels and a 21 M decoder), float32, every weight trained,
 the same pairs in the same order, each side in a fresh process. TRL has no precomputed reference for pictures: its frozen
 copy runs beside the policy; ours runs once before training, and its time counts. `training` is everything from the
-made trainer to the last step, `tower` the policy's tower forward alone (the reference's is left out on both sides). Seconds are the process's CPU time, which
+made trainer to the last step, `tower` the policy's tower forward alone (the reference's is left out on both sides).
+Seconds are the process's CPU time, which
 neighbours on the machine do not change much: with one thread it is the wall-clock time of an idle machine.
 """
 

@@ -1,23 +1,18 @@
 """What goes wrong while a run is under way is named, in bounded time, and loses nothing that was saved."""
 
-import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, make_rows, read_metrics
+from conftest import ROOT, read_metrics
 from safetensors.torch import load_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
-import data
 import dpo
-import losses
 from extras import checkpoints, faults
 
 root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting needs root")
