@@ -774,15 +774,15 @@ def chunk_logits(terms: list[tuple[Tensor, Tensor]], rows: slice, softcap: Optio
 
 
 def score_chunk(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:  # five (n,)
-    """TokenLogps of one chunk in few passes over it; overwrites `logits`."""
+    """TokenLogps of one chunk in few passes over it, and one more tensor of its size; overwrites `logits`."""
     mean = logits.mean(-1)
     top = logits.amax(-1)
     at_target = logits.gather(-1, targets[:, None]).squeeze(-1)
     logits -= top[:, None]  # z, at most 0
     e = logits.exp()
     total = e.sum(-1)
-    entropy = total.log() - torch.linalg.vecdot(e, logits) / total  # log sum e^z - sum p z
-    log_sum_sq = torch.linalg.vecdot(e, e).log() - 2 * total.log()
+    entropy = total.log() - logits.mul_(e).sum(-1) / total  # log sum e^z - sum p z
+    log_sum_sq = e.square_().sum(-1).log() - 2 * total.log()
     return at_target - top - total.log(), entropy, log_sum_sq, mean, at_target == top
 
 

@@ -1,10 +1,24 @@
 """Ours and TRL 1.16 in turn, on the same model, pairs, order and precision; medians of several rounds.
 
-    python bench/compare.py --model DIR --data prefs.jsonl --pairs 32 --batch 8 --rounds 3 [--bf16] [--checkpointing]
+    python bench/compare.py --model DIR --data prefs.jsonl --pairs 32 --batch 8 --rounds 5 [--bf16] [--checkpointing]
+    python bench/compare.py ... --adapter lora               LoRA on q_proj and v_proj on both sides; qlora: ours alone
+    python bench/compare.py ... --ablate sharing packing chunked_head checkpointing precomputed_reference compile
+    python bench/compare.py ... --model qwen2-0.5b --tokenizer DIR --device cuda     a random model of that shape
 
-Both train one epoch in file order with full fine-tuning and the reference precomputed (TRL's fastest mode on these
-machines, ours by default), each in a fresh process. `whole run` is everything from start to the saved model: imports,
-tokenization, the reference pass, training. Peak memory is the process's resident set. Prints a table, and JSON with --json.
+Both train one epoch in file order, each run in a fresh process, with the reference precomputed: TRL's fastest mode, and
+ours by default. Checkpointing of activations is off unless asked for, on both sides; TRL 1.16 has padding_free switched
+off itself, and Liger needs a GPU, so this is TRL at its fastest on a CPU. Columns:
+
+    run s     everything from start to the saved model: imports, tokenization, reference pass, training
+    start s   until the first optimizer step could begin (ours: imports, tokenization, reference; TRL: the same)
+    train s   the optimizer steps
+    tokens/s  of training, real ones as TRL counts them: a prompt twice, padding never
+    peak MiB  resident set of the process; on a GPU, CUDA's peak of reserved memory
+    share     of the machine's matrix rate, measured here: the model's FLOPs (prompts once, nothing recomputed) of the
+              reference pass and training, over run s
+
+An ablation runs ours with one thing turned off (or on: compile, checkpointing) beside ours as it is.
+Prints a table, and JSON with --json.
 """
 
 import argparse
@@ -12,6 +26,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -19,42 +34,85 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+SHAPES = {  # random models for machines where a real one is not at hand
+    "qwen2-0.5b": dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"], vocab_size=151936, hidden_size=896,
+                       intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+                       max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=True),
+    "llama-3.2-1b": dict(model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=128256, hidden_size=2048,
+                         intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
+                         head_dim=64, max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=5e5,
+                         tie_word_embeddings=True)}
+ABLATIONS = {  # flags, or code that runs before dpo.main()
+    "sharing": "import functools, data; data.collate = functools.partial(data.collate, share_prefix=False)",
+    "packing": {"max_tokens_per_forward": 1},
+    "chunked_head": "import model; model.HEAD_CHUNK = 2**40",
+    "checkpointing": {"gradient_checkpointing": True},
+    "precomputed_reference": {"precompute_ref_log_probs": False},
+    "compile": {"torch_compile": True}}
+COLUMNS = ("run_s", "start_s", "train_s", "cpu_s", "pairs_per_s", "tokens_per_s", "peak_mib", "share")
 
 
 def main() -> None:
     args = parse()
-    rows = read_rows(args.data, args.pairs)
-    results = {"ours": [], "trl": []}
     with tempfile.TemporaryDirectory() as scratch:
-        data = Path(scratch) / "pairs.jsonl"
-        data.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+        scratch = Path(scratch)
+        if args.model in SHAPES:
+            args.model = make_model(SHAPES[args.model], args.tokenizer, scratch / args.model)
+        rows = read_rows(args.data, args.pairs)
+        pairs = scratch / "pairs.jsonl"
+        pairs.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+        work = count_work(args, pairs, scratch / "store")
+        results, rates = {name: [] for name in sides(args)}, []
         for i in range(args.rounds):
-            for name, command in (("ours", ours), ("trl", trl)):
-                results[name].append(measure(command(args, data, Path(scratch) / f"{name}{i}"), len(rows)))
+            rates.append(matrix_rate(args))
+            for name in results:
+                results[name].append(run(name, args, pairs, scratch / f"{name}{i}", work))
                 print(f"round {i + 1} {name}: {results[name][-1]}", file=sys.stderr, flush=True)
-    summary = {name: {k: statistics.median(r[k] for r in runs) for k in runs[0]} for name, runs in results.items()}
-    show(args, summary, results)
+    report(args, results, max(rates), work)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", required=True, help=f"directory, or one of {', '.join(SHAPES)}")
+    parser.add_argument("--tokenizer", help="directory with tokenizer.json, for a random model")
     parser.add_argument("--data", required=True, help=".jsonl, .json, .gz")
     parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--max_length", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--adapter", choices=("none", "lora", "qlora"), default="none")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--ablate", nargs="+", choices=tuple(ABLATIONS), default=[], help="ours with and without, no TRL")
     parser.add_argument("--json", help="write everything here")
     return parser.parse_args()
 
 
+def sides(args) -> list[str]:
+    return ["ours", *args.ablate] if args.ablate or args.adapter == "qlora" else ["ours", "trl"]
+
+
+def make_model(config: dict, tokenizer: str, directory: Path) -> str:
+    """A random checkpoint with a tokenizer whose ids it covers."""
+    import model
+
+    torch.manual_seed(0)
+    made = model.Decoder(model.read_config(config))
+    made.raw_config = config
+    model.save_model(made, directory, torch.bfloat16)
+    for file in Path(tokenizer).glob("tokenizer*.json"):
+        shutil.copy(file, directory)
+    return str(directory)
+
+
 def read_rows(path: str, count: int) -> list[dict]:
     """The first rows that both sides take."""
-    sys.path.insert(0, str(ROOT))
     import data
 
     rows = (row for _, row in data.read_rows(data.find_files(path)) if isinstance(row, dict))
@@ -62,38 +120,107 @@ def read_rows(path: str, count: int) -> list[dict]:
     return usable[:count]
 
 
-def ours(args, data: Path, out: Path) -> list[str]:
-    words = {"model_name_or_path": args.model, "dataset_name": data, "output_dir": out, "cache_dir": out / "cache",
+def count_work(args, pairs: Path, cache: Path) -> dict:
+    """Pairs and tokens after tokenization, and the FLOPs of the model: each prompt once, nothing computed twice."""
+    import data
+    import model
+
+    options = data.DataOptions(args.max_length, None, None, "keep_start", need_rejected=True)
+    store = data.build_store(data.find_files(str(pairs)), data.Tokenizer.load(args.model), options, cache)
+    config = model.read_config(model.read_json(Path(args.model) / "config.json"))
+    with torch.device("meta"):
+        blocks = sum(p.numel() for p in model.Decoder(config).model.layers.parameters() if p.dim() == 2)
+    batches = [data.collate([store[i]]) for i in range(len(store))]
+    scored = sum(len(b.targets) for b in batches)
+    attended = sum((e - s) * (d - c) + (e - s) * (e - s + 1) // 2 for b in batches for s, e, c, d in b.spans.tolist())
+    forward = (2 * blocks * int(store.tokens.sum()) + 2 * config.vocab_size * config.hidden_size * scored
+               + 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers * attended)
+    return {"pairs": len(store), "stream_tokens": int(store.tokens.sum()), "tokens": sum(b.num_tokens for b in batches),
+            "scored_tokens": scored, "forward_flops": forward,
+            "flops": forward * (4 if args.adapter == "none" else 3)}  # a frozen weight needs no gradient
+
+
+def matrix_rate(args) -> float:
+    """FLOP/s of a large product in the run's precision."""
+    torch.set_num_threads(args.threads)
+    size = 2048 if args.device == "cpu" else 8192
+    a, b = torch.randn(2, size, size, dtype=torch.bfloat16 if args.bf16 else torch.float32, device=args.device)
+    best = float("inf")
+    for _ in range(8):
+        started = time.perf_counter()
+        float((a @ b)[0, 0])  # waits for a GPU
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def ours(name: str, args, pairs: Path, out: Path) -> list[str]:
+    words = {"model_name_or_path": args.model, "dataset_name": pairs, "output_dir": out, "cache_dir": out / "cache",
              "num_train_epochs": 1, "per_device_train_batch_size": args.batch, "max_length": args.max_length,
              "bf16": args.bf16, "gradient_checkpointing": args.checkpointing, "shuffle_dataset": False,
-             "save_strategy": "no", "logging_steps": 1, "use_cpu": True}
-    return [sys.executable, str(ROOT / "dpo.py"), *(f"--{k}={v}" for k, v in words.items())]
+             "save_strategy": "no", "logging_steps": 1, "use_cpu": args.device == "cpu"}
+    words |= {} if args.adapter == "none" else {"use_peft": True}
+    words |= {"load_in_4bit": True} if args.adapter == "qlora" else {}
+    change = ABLATIONS.get(name, {})
+    words, change = (words | change, "") if isinstance(change, dict) else (words, change)
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import dpo; {change}\nstatus = dpo.main(sys.argv[1:])"
+    return [sys.executable, "-c", code + PEAK.format(out=str(out)) + "\nsys.exit(status)",
+            *(f"--{k}={v}" for k, v in words.items())]
 
 
-def trl(args, data: Path, out: Path) -> list[str]:
+def trl(args, pairs: Path, out: Path) -> list[str]:
     out.mkdir()
-    run = {"model": args.model, "data": [str(data)], "out": str(out), "threads": args.threads, "save": True, "args": {
+    run = {"model": args.model, "data": [str(pairs)], "out": str(out), "threads": args.threads, "save": True, "args": {
         "num_train_epochs": 1, "per_device_train_batch_size": args.batch, "max_length": args.max_length,
-        "bf16": args.bf16, "gradient_checkpointing": args.checkpointing, "precompute_ref_log_probs": True}}
+        "bf16": args.bf16, "gradient_checkpointing": args.checkpointing, "precompute_ref_log_probs": True,
+        "use_cpu": args.device == "cpu"}}
+    if args.adapter == "lora":
+        run["peft"] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
     (out / "run.json").write_text(json.dumps(run))
-    return [sys.executable, str(ROOT / "tests" / "trl_peer.py"), str(out / "run.json")]
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import trl_peer; trl_peer.main(sys.argv[1])"
+    return [sys.executable, "-c", code + PEAK.format(out=str(out)), str(out / "run.json")]
 
 
-def measure(command: list[str], pairs: int) -> dict:
-    """Run to the end; seconds, CPU seconds and peak memory of the process."""
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    peak = 0
-    while process.poll() is None:
-        peak = max(peak, resident(process.pid))
-        time.sleep(0.05)
-    seconds = time.perf_counter() - started
-    if process.returncode:
-        sys.exit(f"{' '.join(command)}\nexit {process.returncode}: {process.stderr.read()[-2000:]}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+PEAK = """
+import torch
+if torch.cuda.is_initialized():
+    open({out!r} + "/cuda_peak", "w").write(str(torch.cuda.max_memory_reserved()))"""
+
+
+def run(name: str, args, pairs: Path, out: Path, work: dict) -> dict:
+    """One whole run in a process of its own, measured from outside."""
+    command = trl(args, pairs, out) if name == "trl" else ours(name, args, pairs, out)
+    env = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+    before, started, marks, peak = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), {}, 0
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=env)
+        while process.poll() is None:
+            peak = max(peak, resident(process.pid))
+            watch(out / "metrics.jsonl", marks, time.perf_counter() - started)
+            time.sleep(0.02)
+        seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+        if process.returncode:
+            errors.seek(0)
+            sys.exit(f"{' '.join(command)}\nexit {process.returncode}: {errors.read()[-2000:]}")
+    start, train = (marks["begun"], marks["last"] - marks["begun"]) if name != "trl" else trl_times(out)
+    peak = int((out / "cuda_peak").read_text()) // 1024 if args.device == "cuda" else peak
+    shutil.rmtree(out)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2), "pairs_per_s": round(pairs / seconds, 4),
-            "peak_mib": peak // 1024}
+    return {"run_s": round(seconds, 2), "start_s": round(start, 2), "train_s": round(train, 2), "cpu_s": round(cpu, 2),
+            "pairs_per_s": round(work["pairs"] / seconds, 4), "tokens_per_s": round(work["tokens"] / train, 1),
+            "peak_mib": peak // 1024, "flops_per_s": work["flops"] / seconds}
+
+
+def watch(metrics: Path, marks: dict, now: float) -> None:
+    """Our trainer makes an empty metrics.jsonl before its first step, and writes a line after each."""
+    size = metrics.stat().st_size if metrics.exists() else None
+    if size is not None and size != marks.get("size"):
+        marks |= {"size": size, "last": now}
+        marks.setdefault("begun", now)
+
+
+def trl_times(out: Path) -> tuple[float, float]:
+    seconds = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["timing"]["seconds"]
+    return seconds["total"] - seconds["train"], seconds["train"]
 
 
 def resident(pid: int) -> int:
@@ -105,21 +232,34 @@ def resident(pid: int) -> int:
     return next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)
 
 
-def show(args, summary: dict, results: dict) -> None:
-    import torch
-
-    ratio = {k: summary["ours"][k] / summary["trl"][k] for k in ("pairs_per_s", "peak_mib", "cpu_seconds")}
-    print(f"{'':6}{'whole run s':>13}{'CPU s':>9}{'pairs/s':>9}{'peak MiB':>10}")
-    for name, r in summary.items():
-        print(f"{name:6}{r['seconds']:13.1f}{r['cpu_seconds']:9.1f}{r['pairs_per_s']:9.3f}{r['peak_mib']:10d}")
-    print(f"ours / TRL: {ratio['pairs_per_s']:.2f}x pairs/s, {ratio['peak_mib']:.2f}x memory, {ratio['cpu_seconds']:.2f}x CPU")
+def report(args, results: dict, rate: float, work: dict) -> None:
+    median = {name: {k: statistics.median(r[k] for r in runs) for k in runs[0]} for name, runs in results.items()}
+    for r in median.values():
+        r["share"] = round(r.pop("flops_per_s") / rate, 3)
+    print(f"{work['pairs']} pairs, {work['tokens']} tokens ({work['stream_tokens']} with each prompt once), "
+          f"{work['flops'] / 1e12:.2f} TFLOP; matrix rate {rate / 1e9:.0f} GFLOP/s")
+    print(f"{'':22}" + "".join(f"{c:>13}" for c in COLUMNS))
+    for name, r in median.items():
+        print(f"{name:22}" + "".join(f"{r[c]:13.3f}" if c in ("share", "pairs_per_s") else f"{r[c]:13.1f}" for c in COLUMNS))
+    keys = ("pairs_per_s", "tokens_per_s", "peak_mib", "cpu_s")
+    ratio = {n: {k: round(median["ours"][k] / median[n][k], 3) for k in keys} for n in median if n != "ours"}
+    for name, r in ratio.items():
+        print(f"ours / {name}: " + "  ".join(f"{k} {v:.2f}x" for k, v in r.items()))
     if args.json:
-        machine = {"processor": platform.processor(), "cores": os.cpu_count(), "torch": torch.__version__}
-        setting = {k: v for k, v in vars(args).items() if k not in ("model", "data", "json")} | {
+        machine = {"processor": processor(), "cores": os.cpu_count(), "torch": torch.__version__,
+                   "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None}
+        setting = {k: v for k, v in vars(args).items() if k not in ("model", "data", "json", "tokenizer")} | {
             "model": Path(args.model).name, "data": Path(args.data).name}
-        text = json.dumps({"date": time.strftime("%Y-%m-%d"), "machine": machine, "setting": setting, "median": summary,
-                           "ratio": ratio, "rounds": results}, indent=1)
+        text = json.dumps({"date": time.strftime("%Y-%m-%d"), "machine": machine, "setting": setting, "work": work,
+                           "matrix_gflops": round(rate / 1e9), "median": median, "ours_over": ratio, "rounds": results}, indent=1)
         Path(args.json).write_text(text + "\n")
+
+
+def processor() -> str:
+    """Its name, with what multiplies bfloat16."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.partition(": ")[2] for line in info.splitlines() if line.startswith("model name")]
+    return " ".join([*(names[:1] or [platform.processor()]), *(f for f in ("avx512_bf16", "amx_bf16") if f" {f}" in info)])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """How fast pairs are tokenized, in how much memory, and how long a second start takes.
 
-    python -m bench.tokenize --model_name_or_path DIR                           a million synthetic pairs, one process
-    python -m bench.tokenize --model_name_or_path DIR --pairs 5000000 --num_proc 8
-    python -m bench.tokenize --model_name_or_path DIR --dataset_name prefs.jsonl
+    python -m bench.tokens --model_name_or_path DIR                           a million synthetic pairs, one process
+    python -m bench.tokens --model_name_or_path DIR --pairs 5000000 --num_proc 8
+    python -m bench.tokens --model_name_or_path DIR --dataset_name prefs.jsonl
 
 Rows go to a scratch directory, and are read from there as any other file is. A rate per core is rows per second of
 processor time, of this process and of those that it starts; peak memory is that of the largest of them, and second
