@@ -102,8 +102,9 @@ def test_a_skipped_step_changes_nothing_but_the_count_of_steps(settings, tmp_pat
 def test_float16_with_loss_scaling_follows_float32(settings, tmp_path):
     train(settings | dict(output_dir=str(tmp_path / "a")))
     trainer = train(settings | dict(output_dir=str(tmp_path / "b"), fp16=True))
-    a, b = ([m["loss"] for m in read_metrics(tmp_path / n)] for n in "ab")
-    assert trainer.scaling["scale"] > 1 and 0 < max(abs(x - y) for x, y in zip(a, b)) < 5e-3
+    a, b = (read_metrics(tmp_path / n) for n in "ab")
+    assert trainer.scaling["scale"] > 1 and 0 < max(abs(x["loss"] - y["loss"]) for x, y in zip(a, b)) < 5e-3
+    assert [m["grad_norm"] for m in b] == pytest.approx([m["grad_norm"] for m in a], rel=0.02)
 
 
 def test_overflow_in_float16_halves_the_scale_and_skips_the_step(settings, monkeypatch):
@@ -130,10 +131,19 @@ def test_the_scale_grows_after_many_good_steps_as_torchs_own():
     assert ours.scaling["scale"] == theirs.get_scale() == 2.0**16
 
 
-def test_a_resumed_float16_run_is_bitwise_the_same(settings, tmp_path):
-    train(settings | dict(fp16=True))
+def test_a_resumed_float16_run_keeps_its_scale_and_is_bitwise_the_same(settings, tmp_path, monkeypatch):
+    keep, first = faults.unscale, []
+
+    def overflows(trainer):
+        if trainer.step == 1 and not first.append(1):
+            trainer.trainable[0].grad[0, 0] = math.inf
+        keep(trainer)
+
+    monkeypatch.setattr(faults, "unscale", overflows)
+    ended = train(settings | dict(fp16=True)).scaling
     whole = load_file(tmp_path / "out" / "model.safetensors")
-    train(settings | dict(fp16=True, resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2")))
+    resumed = train(settings | dict(fp16=True, resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2")))
+    assert len(first) == 1 and resumed.scaling == ended == {"scale": 2.0**15, "since": 4}
     assert all(torch.equal(t, whole[n]) for n, t in load_file(tmp_path / "out" / "model.safetensors").items())
 
 
