@@ -429,6 +429,7 @@ class Ranks(NamedTuple):
     rank: int
     world: int
     device: torch.device
+    timeout: int = 1800  # seconds after which it gives up one that is silent
 
     @property
     def first(self) -> bool:
@@ -453,14 +454,19 @@ class Ranks(NamedTuple):
         """`make()` is run by rank 0 and its JSON object handed to all; a ValueError or OSError there is raised on every rank."""
         if self.world == 1:
             return make()
-        answer = b""
+        from extras.ranks import asking_for_patience
+
+        size = torch.zeros(1, dtype=torch.int64, device=self.device)
         if self.first:
-            try:
-                answer = json.dumps({"value": make()}).encode()
-            except (ValueError, OSError) as error:
-                answer = json.dumps({"error": str(error), "of_system": isinstance(error, OSError)}).encode()
-        size = torch.tensor([len(answer)], device=self.device)
-        dist.broadcast(size, 0)
+            with asking_for_patience(size, self.timeout):
+                try:
+                    answer = json.dumps({"value": make()}).encode()
+                except (ValueError, OSError) as error:
+                    answer = json.dumps({"error": str(error), "of_system": isinstance(error, OSError)}).encode()
+            size += len(answer)
+            dist.broadcast(size, 0)
+        while not size:  # 0 says that rank 0 is still at work
+            dist.broadcast(size, 0)
         body = torch.empty(int(size), dtype=torch.uint8, device=self.device)
         if self.first:
             body.copy_(torch.frombuffer(bytearray(answer), dtype=torch.uint8))
@@ -489,7 +495,7 @@ def start_ranks(use_cpu: bool, timeout: int) -> Ranks:
         # torchrun keeps its store when it starts workers again; the addresses of those before must not be found there
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=wait, rank=rank, world_size=world, store=store)
-    return Ranks(rank, world, device)
+    return Ranks(rank, world, device, timeout)
 
 
 def keep_freed_memory() -> None:
@@ -797,7 +803,8 @@ class DPOTrainer:
         self.ddp = self.model
         if self.ranks.world > 1 and not c.fsdp:
             ids = [self.ranks.device.index] if self.ranks.device.type == "cuda" else None
-            self.ddp = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)  # all read the same
+            self.ddp = DistributedDataParallel(self.model, device_ids=ids)
+            self.ddp.broadcast_buffers = False  # nothing changes them; torch 2.13 warns of the argument of this name
 
     def load_policy(self, directory: str) -> tuple[models.Decoder, dict]:
         """As the flags have it: type, longest sequence, and whether it is put in 4 bits."""

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import threading
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -25,6 +27,29 @@ def agree(ranks, what: dict) -> None:
                       if other.get(n) != found[0].get(n))
     raise ValueError(f"the ranks disagree: {name} is {found[rank].get(name)!r} on rank {rank} and "
                      f"{found[0].get(name)!r} on rank 0; start all with the same flags, data, model and code")
+
+
+@contextmanager
+def asking_for_patience(zero: Tensor, timeout: float):
+    """Within, rank 0 broadcasts `zero` again and again, so that ranks that wait for it never give it up while it works.
+
+    Tokenizing may take longer than --ddp_timeout; a process that died or hangs in the kernel does not ask."""
+    done = threading.Event()
+
+    def ask() -> None:
+        while not done.wait(timeout / 4):
+            try:
+                dist.broadcast(zero, 0)
+            except RuntimeError:
+                return  # another rank has died: the broadcast that follows says so
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def gathered(ranks, tensor: Tensor) -> list[Tensor]:

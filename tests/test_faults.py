@@ -263,6 +263,19 @@ def test_ranks_with_other_flags_end_in_one_message(settings, tmp_path):
     assert status != 0 and said.count("error: ") == 1 and "the ranks disagree: beta is 0.2 on rank 1 and 0.1 on rank 0" in said
 
 
+SLOW = """
+import time
+keep = dpo.DPOTrainer.claim_output
+dpo.DPOTrainer.claim_output = lambda self: (time.sleep(8), keep(self))[1]
+"""
+
+
+def test_ranks_wait_for_rank_0_longer_than_their_time_out_while_it_works(settings, tmp_path):
+    """As for tokenizing, which rank 0 does alone. Nothing is warned of on the way."""
+    status, said, _ = two_ranks(settings | dict(ddp_timeout=4, num_train_epochs=0.1), tmp_path, SLOW)
+    assert status == 0 and "Warning" not in said, said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("more,words", [
     ("dpo.fingerprint = lambda model: rank", "model is '1' on rank 1 and '0' on rank 0"),
