@@ -776,6 +776,8 @@ class DPOTrainer:
             self.lora, self.continues = adapter or self.lora, bool(adapter)
             self.base = find_base(adapter, self.ranks) if adapter else model
         self.check_vocabulary(self.model)
+        if c.merge_adapter and not self.lora:
+            raise ValueError("--merge_adapter: there is no adapter to merge; add --use_peft, or name an adapter as the model")
         if self.model.four_bit and not self.lora:
             raise ValueError(f"{c.model_name_or_path}: weights in 4 bits are not trained themselves: add --use_peft for "
                              "a LoRA on them, or train the original ones")
@@ -1228,6 +1230,8 @@ class DPOTrainer:
     def train(self, resume_from_checkpoint: Any = None) -> dict:
         """Run all steps, log, evaluate, checkpoint, and save the model to output_dir; returns the last metrics."""
         c = self.args
+        if self.step and resume_from_checkpoint is None:
+            raise ValueError(f"this trainer has taken {self.step} steps already; make a new DPOTrainer to train again")
         if resume_from_checkpoint is not None:
             self.find_checkpoint(str(resume_from_checkpoint))
         if self.precompute:
@@ -1348,10 +1352,15 @@ class DPOTrainer:
         if self.ranks.first:
             scratch = directory / f".model.{os.getpid()}"
             self.write_model(model, scratch, merges)
+            names = {path.name for path in scratch.iterdir()}
             for path in filter(Path.is_file, scratch.rglob("*")):  # a reader finds the old files or the new
                 (directory / path.relative_to(scratch)).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, directory / path.relative_to(scratch))
             shutil.rmtree(scratch)
+            if "config.json" in names:  # an adapter, or shards, of an earlier run would be read in the model's place
+                for path in [*directory.glob("adapter_*.*"), *directory.glob("model*.safetensors*")]:
+                    if path.is_file() and path.name not in names:
+                        path.unlink()
 
     def write_model(self, model: models.Decoder, directory: Path, merges: bool = False) -> None:
         if merges:

@@ -129,3 +129,29 @@ def test_one_pair_and_a_batch_larger_than_the_data_train_and_stay_finite(flags, 
     assert dpo.main([*flags, "--dataset_name", str(path), "--per_device_train_batch_size", "1000", "--max_steps", "3"]) == 0
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.isfinite(t).all() for t in weights.values())
+
+
+def test_merging_without_an_adapter_is_refused(flags, capsys):
+    assert refused(capsys, [*flags, "--merge_adapter"], "--merge_adapter", "no adapter to merge")
+
+
+def test_a_whole_model_saved_over_an_adapter_or_shards_is_what_is_read_back(flags, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "model.safetensors.index.json",
+                 "model-00001-of-00002.safetensors"):
+        (out / name).write_text("of an earlier run")
+    assert dpo.main([*flags, "--max_steps", "1"]) == 0
+    model, settings = dpo.load_policy(str(out), torch.float32)
+    assert not settings
+    saved = load_file(out / "model.safetensors")
+    assert all(torch.equal(saved[name], p) for name, p in model.named_parameters())
+
+
+def test_training_twice_with_one_trainer_is_refused_and_keeps_the_metrics(flags, tmp_path):
+    trainer = dpo.DPOTrainer(args=dpo.parse_config(flags))
+    trainer.train()
+    before = read_metrics(tmp_path / "out")
+    with pytest.raises(ValueError, match="taken 2 steps already"):
+        trainer.train()
+    assert read_metrics(tmp_path / "out") == before
