@@ -454,27 +454,9 @@ class Ranks(NamedTuple):
         """`make()` is run by rank 0 and its JSON object handed to all; a ValueError or OSError there is raised on every rank."""
         if self.world == 1:
             return make()
-        from extras.ranks import asking_for_patience
+        from extras import ranks
 
-        size = torch.zeros(1, dtype=torch.int64, device=self.device)
-        if self.first:
-            with asking_for_patience(size, self.timeout):
-                try:
-                    answer = json.dumps({"value": make()}).encode()
-                except (ValueError, OSError) as error:
-                    answer = json.dumps({"error": str(error), "of_system": isinstance(error, OSError)}).encode()
-            size += len(answer)
-            dist.broadcast(size, 0)
-        while not size:  # 0 says that rank 0 is still at work
-            dist.broadcast(size, 0)
-        body = torch.empty(int(size), dtype=torch.uint8, device=self.device)
-        if self.first:
-            body.copy_(torch.frombuffer(bytearray(answer), dtype=torch.uint8))
-        dist.broadcast(body, 0)
-        answer = json.loads(bytes(body.cpu().numpy()))
-        if "error" in answer:
-            raise (OSError if answer["of_system"] else ValueError)(answer["error"])
-        return answer["value"]
+        return ranks.from_first(self, make)
 
 
 def start_ranks(use_cpu: bool, timeout: int) -> Ranks:
@@ -717,8 +699,10 @@ class DPOTrainer:
         home = model if isinstance(model, str) else c.model_name_or_path
         self.tokenizer = processing_class or data.Tokenizer.load(tokenizer_home(home, self.ranks))
         self.options = vars(c) | {"delta": 0.0}
-        if c.push_to_hub:
-            self.create_repository()
+        if c.push_to_hub:  # before training, so that a missing token or right costs no run
+            from extras import card
+
+            card.create_repository(self)
         self.load_model(model, peft_config or {})
         self.load_data(train_dataset, eval_dataset)
         self.load_ref(ref_model)
@@ -847,7 +831,10 @@ class DPOTrainer:
             raise ValueError(f"{c.dataset_name}: no pair is left to train on; lower --eval_fraction")
         for store in filter(None, (self.train_store, self.eval_store)):
             models.check_length(self.model.config, longest(store))
-        self.check_ratings()
+        if set(c.loss_type) & losses.READS_RATINGS:
+            from extras import ratings
+
+            ratings.check(self)
 
     def find_rows(self, dataset, split: str) -> list[Path]:
         """Files of pairs: those that a path or glob names, else a split of a data set on the hub."""
@@ -876,18 +863,6 @@ class DPOTrainer:
             return {"directory": str(store.directory)}
 
         return data.PairStore.open(self.ranks.from_first(build)["directory"])
-
-    def check_ratings(self) -> None:
-        """Rows must carry the scores that a loss reads, and odpo's log needs chosen above rejected."""
-        reading = sorted(set(self.args.loss_type) & losses.READS_RATINGS)
-        for store in filter(None, (self.train_store, self.eval_store) if reading else ()):
-            gap = store.ratings[:, 0] - store.ratings[:, 1]
-            log_gap = "odpo" in reading and self.args.odpo_margin == "log"
-            bad = np.flatnonzero(np.isnan(gap) | (gap <= 0) if log_gap else np.isnan(gap))
-            if len(bad):
-                found = "no chosen_score and rejected_score" if np.isnan(gap[bad[0]]) else "chosen_score <= rejected_score"
-                raise ValueError(f"{store.where(int(bad[0]))}: {found}, which --loss_type {reading[0]} reads "
-                                 f"({len(bad)} such rows)")
 
     def plan_steps(self, global_batch: Optional[int] = None) -> None:
         c = self.args
@@ -1379,27 +1354,11 @@ class DPOTrainer:
 
         return fsdp.gather(model, self.ranks, trained_only)
 
-    def create_repository(self) -> None:
-        """Before training, so that a missing token or right costs no run."""
-        from extras import hub
-
-        c, default = self.args, self.output_dir.resolve().name
-        make = lambda: {"id": hub.create(c.hub_model_id or default, c.hub_private_repo, c.hub_token)}
-        self.hub_model_id = self.ranks.from_first(make)["id"]
-
     def push_to_hub(self, commit_message: str = "Trained with DPO", dataset_name: Optional[str] = None) -> None:
         """Upload output_dir, with a model card (which tells `dataset_name` where the rows were objects)."""
-        c = self.args
-        if not c.push_to_hub:
-            self.create_repository()
-        if not self.ranks.first:
-            return
-        from extras import card, hub
+        from extras import card
 
-        settings = vars(c) | {"dataset_name": dataset_name or c.dataset_name}
-        card.write_card(self.output_dir, settings, vars(DPOConfig()), self.hub_model_id)
-        address = hub.push(self.output_dir, self.hub_model_id, None, c.hub_revision, c.hub_token, commit_message)
-        self.say(f"pushed to {address}")
+        card.push(self, commit_message, dataset_name or self.args.dataset_name)
 
     def write_metrics(self, metrics: dict) -> None:
         if self.ranks.first:

@@ -1,4 +1,4 @@
-"""The model card of a trained model: README.md with the front matter that the hub reads."""
+"""--push_to_hub: the trained model goes to the hub with a card, README.md with the front matter that the hub reads."""
 
 import json
 import platform
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import yaml
 
+from extras import hub
 from extras.conversations import find_templates
 from extras.hub import is_hub_id
 from extras.report import PICTURE, write_picture
@@ -60,6 +61,25 @@ from transformers import AutoTokenizer
 
 model = AutoPeftModelForCausalLM.from_pretrained("{id}")
 tokenizer = AutoTokenizer.from_pretrained("{id}")"""
+
+
+def create_repository(trainer) -> None:
+    """That of --hub_model_id, or of output_dir's name."""
+    c, default = trainer.args, trainer.output_dir.resolve().name
+    make = lambda: {"id": hub.create(c.hub_model_id or default, c.hub_private_repo, c.hub_token)}
+    trainer.hub_model_id = trainer.ranks.from_first(make)["id"]
+
+
+def push(trainer, commit_message: str, dataset_name: str) -> None:
+    """Write the card and upload output_dir."""
+    c = trainer.args
+    if not c.push_to_hub:
+        create_repository(trainer)
+    if not trainer.ranks.first:
+        return
+    write_card(trainer.output_dir, vars(c) | {"dataset_name": dataset_name}, vars(type(c)()), trainer.hub_model_id)
+    address = hub.push(trainer.output_dir, trainer.hub_model_id, None, c.hub_revision, c.hub_token, commit_message)
+    trainer.say(f"pushed to {address}")
 
 
 def write_card(directory: str | Path, settings: dict[str, Any], defaults: dict[str, Any], repo_id: str) -> Path:

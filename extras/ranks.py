@@ -1,9 +1,10 @@
-"""That all ranks run the same: compared before they wait for one another."""
+"""What several ranks tell one another: what rank 0 found, and before they wait for one another that all run the same."""
 
 import hashlib
 import json
 import threading
 from contextlib import contextmanager
+from typing import Callable
 
 import torch
 import torch.distributed as dist
@@ -56,3 +57,26 @@ def gathered(ranks, tensor: Tensor) -> list[Tensor]:
     out = [torch.empty_like(tensor) for _ in range(ranks.world)]
     dist.all_gather(out, tensor)
     return out
+
+
+def from_first(ranks, make: Callable[[], dict]) -> dict:
+    """The JSON object that `make()` gives on rank 0, on every rank; a ValueError or OSError there is raised on all."""
+    size = torch.zeros(1, dtype=torch.int64, device=ranks.device)
+    if ranks.first:
+        with asking_for_patience(size, ranks.timeout):
+            try:
+                answer = json.dumps({"value": make()}).encode()
+            except (ValueError, OSError) as error:
+                answer = json.dumps({"error": str(error), "of_system": isinstance(error, OSError)}).encode()
+        size += len(answer)
+        dist.broadcast(size, 0)
+    while not size:  # 0 says that rank 0 is still at work
+        dist.broadcast(size, 0)
+    body = torch.empty(int(size), dtype=torch.uint8, device=ranks.device)
+    if ranks.first:
+        body.copy_(torch.frombuffer(bytearray(answer), dtype=torch.uint8))
+    dist.broadcast(body, 0)
+    found = json.loads(bytes(body.cpu().numpy()))
+    if "error" in found:
+        raise (OSError if found["of_system"] else ValueError)(found["error"])
+    return found["value"]
