@@ -1332,10 +1332,9 @@ class DPOTrainer:
                 (directory / path.relative_to(scratch)).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, directory / path.relative_to(scratch))
             shutil.rmtree(scratch)
-            if "config.json" in names:  # an adapter, or shards, of an earlier run would be read in the model's place
-                for path in [*directory.glob("adapter_*.*"), *directory.glob("model*.safetensors*")]:
-                    if path.is_file() and path.name not in names:
-                        path.unlink()
+            stale = {"adapter_config.json", "adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json"}
+            for name in stale - names if "config.json" in names else ():  # of an earlier run: read in the model's place
+                (directory / name).unlink(missing_ok=True)
 
     def write_model(self, model: models.Decoder, directory: Path, merges: bool = False) -> None:
         if merges:

@@ -139,11 +139,11 @@ def test_a_whole_model_saved_over_an_adapter_or_shards_is_what_is_read_back(flag
     out = tmp_path / "out"
     out.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors", "model.safetensors.index.json",
-                 "model-00001-of-00002.safetensors"):
+                 "model_of_mine.safetensors"):
         (out / name).write_text("of an earlier run")
     assert dpo.main([*flags, "--max_steps", "1"]) == 0
     model, settings = dpo.load_policy(str(out), torch.float32)
-    assert not settings
+    assert not settings and (out / "model_of_mine.safetensors").exists()
     saved = load_file(out / "model.safetensors")
     assert all(torch.equal(saved[name], p) for name, p in model.named_parameters())
 
