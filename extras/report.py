@@ -173,7 +173,8 @@ def summary(run: Run, title: str) -> str:
     parts, wide, high = [], 460, 260
     for at, (heading, keys, _) in enumerate(CHARTS[:4]):
         lines = lines_of([run], keys)
-        inside = panel(heading, lines, "step", wide, high) + (legend(lines, wide - 170, 18) if len(lines) > 1 else [])
+        corner = (wide - 170, 18) if len(lines) < 3 else (70, high - 50 - 16 * len(lines))  # where there is room
+        inside = panel(heading, lines, "step", wide, high) + (legend(lines, *corner) if len(lines) > 1 else [])
         parts += [f'<g transform="translate({at % 2 * wide},{at // 2 * high})">', *inside, "</g>"]
     return picture(2 * wide, 2 * high, title, parts)
 
@@ -311,13 +312,16 @@ def main(argv: Optional[list[str]] = None, say: Callable = print) -> int:
     parser.add_argument("directory", nargs="+", help="output directories of runs")
     parser.add_argument("--output", help="the page [report.html in the only directory, or here]")
     parser.add_argument("--png", help="folder for the curves as PNG")
+    parser.add_argument("--svg", help="file for the first run's loss, rewards, margin and accuracy as one picture")
     args = parser.parse_args(argv)
     try:
         runs = read_runs(args.directory)
         alone = Path(args.directory[0]) if len(runs) == 1 else Path(".")
         path = Path(args.output) if args.output else alone / "report.html"
         path.write_text(page(runs), encoding="utf-8")
-        for file in [path, *(write_pngs(runs, Path(args.png)) if args.png else [])]:
+        if args.svg:
+            Path(args.svg).write_text(summary(runs[0], "Training") + "\n", encoding="utf-8")
+        for file in [path, *filter(None, [args.svg]), *(write_pngs(runs, Path(args.png)) if args.png else [])]:
             say(file)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

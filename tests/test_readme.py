@@ -1,4 +1,4 @@
-"""Every command of the README runs: these here, the demo in test_demo.py, the tests by CI."""
+"""Every command of the README and of the pages in docs/ runs: these here, the demo in test_demo.py, the tests by CI."""
 
 import os
 import re
@@ -10,7 +10,10 @@ import sys
 import pytest
 from conftest import ROOT
 
-COMMANDS = re.findall(r"^    ((?:python3? |torchrun |echo |venv/).*)$", (ROOT / "README.md").read_text("utf-8"), re.M)
+PAGES = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").glob("*.md")) if p.name != "questions.md")]  # test_questions.py
+COMMANDS = list(dict.fromkeys(command for page in PAGES for command in re.findall(
+    r"^    ((?:python3? |torchrun |echo |venv/).*)$", page.read_text("utf-8"), re.M)))
+TRAIN = "python dpo.py --model_name_or_path MODEL --dataset_name prefs.jsonl --output_dir OUT"
 ELSEWHERE = {  # where else a command is run
     "python3 -m venv venv && venv/bin/pip install -r requirements.txt && venv/bin/python dpo.py": "test_demo.py",
     "python dpo.py --config demo-pictures/config.toml": "test_demo_pictures.py",
@@ -19,22 +22,12 @@ ELSEWHERE = {  # where else a command is run
 
 
 def test_the_readme_has_commands_and_the_tests_command_is_what_ci_runs():
-    assert len(COMMANDS) >= 7 and set(ELSEWHERE) <= set(COMMANDS)
+    assert len(COMMANDS) >= 20 and TRAIN in COMMANDS and set(ELSEWHERE) <= set(COMMANDS)
     ci = (ROOT / ".ci" / "run").read_text("utf-8")
     assert "venv/bin/pip install -q -r tests/requirements.txt && venv/bin/python -m pytest" in ci
 
 
-@pytest.fixture(scope="module")
-def workplace(tiny, pairs_file, tmp_path_factory):
-    """A folder where MODEL and prefs.jsonl are."""
-    here = tmp_path_factory.mktemp("readme")
-    shutil.copytree(tiny, here / "MODEL")
-    shutil.copy(pairs_file, here / "prefs.jsonl")
-    return here
-
-
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ELSEWHERE])
-def test_command(command, workplace):
+def run(command: str, here) -> None:
     """With one thread and two ranks for eight; `python` and `torchrun` are those of this environment."""
     said = ""
     if command.startswith("echo"):
@@ -43,9 +36,32 @@ def test_command(command, workplace):
     if words[0] == "torchrun":
         words = ["python", "-m", "torch.distributed.run", "--standalone", *words[1:]]
     words = [sys.executable, *(str(ROOT / w) if w.endswith(".py") else w for w in words[1:])]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HOME": str(workplace), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, cwd=workplace, input=said, capture_output=True, text=True, timeout=300, env=environment)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HOME": str(here), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=here, input=said, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.fixture(scope="module")
+def workplace(tiny, pairs_file, tmp_path_factory):
+    """A folder where MODEL and prefs.jsonl are, and OUT, which TRAIN made: the other commands run in any order."""
+    here = tmp_path_factory.mktemp("readme")
+    shutil.copytree(tiny, here / "MODEL")
+    shutil.copy(pairs_file, here / "prefs.jsonl")
+    run(TRAIN, here)
+    return here
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ELSEWHERE])
+def test_command(command, workplace):
+    run(command, workplace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_are_there(page):
+    text = page.read_text("utf-8")
+    shown = [page.parent / name for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)]
+    named = [ROOT / name for name in re.findall(r"`((?:docs|tests|bench|demo|extras)/[\w./-]+\.\w+)`", text)]
+    assert [path for path in shown + named if not path.exists()] == []
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/api.md"])

@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
-from conftest import make_rows
+from conftest import ROOT, make_rows
 
 import dpo
 from extras import chart, report, score
@@ -251,3 +251,14 @@ def test_rewards_scale_with_beta_and_a_reference_can_be_named(trained, tiny, tmp
     assert "give --ref" in capsys.readouterr().err
     assert score.main([str(directory / "whole"), "nowhere.jsonl", "--use_cpu"]) == 2
     assert "nowhere.jsonl" in capsys.readouterr().err
+
+
+def test_one_picture_for_a_readme(tmp_path):
+    make_run(tmp_path / "run")
+    said = []
+    assert report.main([str(tmp_path / "run"), "--svg", str(tmp_path / "p.svg")], said.append) == 0
+    drawn = (tmp_path / "p.svg").read_text()
+    assert str(tmp_path / "p.svg") in map(str, said)
+    demo = (ROOT / "docs" / "demo.svg").read_text()
+    for heading in ("Loss", "Rewards of chosen and rejected", "Margin", "Accuracy"):
+        assert f">{heading}</text>" in drawn and f">{heading}</text>" in demo
