@@ -71,6 +71,11 @@ def find_files(spec: str | Path | list) -> list[Path]:
     return list(dict.fromkeys(found))  # a file that two globs match is read once
 
 
+def on_hub(name: Any) -> bool:
+    """Whether a name of data or of a model is none of a path or glob here, so that the hub is asked."""
+    return isinstance(name, str) and not Path(name).expanduser().exists() and not glob.has_magic(name)
+
+
 def attempt(function: Callable, *arguments) -> Any:
     """What the function returns, or the DataError that it raises: one bad row does not end the others."""
     try:

@@ -16,7 +16,6 @@ import argparse
 import copy
 import ctypes
 import dataclasses
-import glob
 import hashlib
 import json
 import math
@@ -587,32 +586,22 @@ def tokenizer_home(directory: str, ranks: Ranks) -> str:
     settings = Path(directory) / "adapter_config.json"
     if (Path(directory) / "tokenizer.json").exists() or not settings.exists():
         return directory
-    from extras.peft_io import read_settings
+    from extras import peft_io
 
-    return find_base(read_settings(Path(directory)), ranks)
-
-
-def on_hub(name) -> bool:
-    """Whether a name of a model or of data is none of a path or glob here, so that the hub is asked."""
-    return isinstance(name, str) and not Path(name).expanduser().exists() and not glob.has_magic(name)
+    return peft_io.find_base(peft_io.read_settings(settings.parent), ranks)
 
 
-def find_model(name: str, ranks: Optional[Ranks] = None, revision: Optional[str] = None) -> str:
-    """The directory of a model: `name` as it is, else from the hub, at the commit that rank 0 found and fetched."""
-    if not on_hub(name) and revision is None:
+def find_model(name: str, ranks: Optional[Ranks] = None, revision: Optional[str] = None, adapter: Optional[str] = None) -> str:
+    """The directory of a model, or of the adapter so named in it: `name` as it is, else from the hub."""
+    if data.on_hub(name) or revision is not None:
+        from extras import hub
+
+        name = str(hub.same_model(name, revision, ranks))
+    if adapter is None:
         return name
-    from extras import hub
+    from extras.peft_io import adapter_home
 
-    hub.check_id(name, "model")  # before the ranks wait for one another
-    if ranks is not None:
-        revision = ranks.from_first(lambda: {"commit": hub.local_model(name, revision).name})["commit"]
-    return str(hub.local_model(name, revision))
-
-
-def find_base(settings: dict, ranks: Optional[Ranks] = None) -> str:
-    """The directory of an adapter's base; the revision that the adapter names is one on the hub."""
-    base = settings["base_model_name_or_path"]
-    return find_model(base, ranks, settings.get("revision") if on_hub(base) else None)
+    return adapter_home(name, adapter)
 
 
 def load_policy(directory: str, dtype: torch.dtype, max_length: Optional[int] = None,
@@ -621,31 +610,20 @@ def load_policy(directory: str, dtype: torch.dtype, max_length: Optional[int] = 
     """A model, and its LoRA's settings where `directory` is a PEFT adapter (the model is then its base with it on)."""
     if not (Path(directory) / "adapter_config.json").exists():
         return models.load_model(directory, dtype, device, max_length, four_bit=four_bit), {}
-    from extras.peft_io import read_settings
+    from extras import peft_io
 
-    settings = read_settings(Path(directory))
-    model = models.load_model(find_base(settings, ranks), dtype, device, max_length, four_bit=four_bit)
+    settings = peft_io.read_settings(Path(directory))
+    model = models.load_model(peft_io.find_base(settings, ranks), dtype, device, max_length, four_bit=four_bit)
     put_lora(model, settings)
     models.load_adapter(model, directory)
     return model.eval(), settings
 
 
-def adapter_home(directory: str, name: Optional[str]) -> str:
-    """Where the adapter of that name lies: in the folder of the name, as PEFT saves several, or in `directory` itself."""
-    if name is None:
-        return directory
-    from extras.peft_io import adapter_home
-
-    return adapter_home(directory, name)
-
-
 def put_lora(model: models.Decoder, settings: dict) -> None:
-    """Wrap the modules that PEFT's settings choose; by default those of PEFT, q_proj and v_proj."""
+    """Wrap the modules that PEFT's settings choose."""
     from extras.lora_targets import add_lora
 
-    usual = ["qkv_proj"] if model.config.fused_qkv else ["q_proj", "v_proj"]
-    chosen = settings.get("target_modules") or settings.get("target_parameters")
-    add_lora(model, settings if chosen else settings | {"target_modules": usual})
+    add_lora(model, settings)
 
 
 def load_adapter(model: models.Decoder, directory: str, adapter_name: str = "default") -> models.Decoder:
@@ -686,24 +664,17 @@ class DPOTrainer:
             from extras import ranks
 
             ranks.agree(self.ranks, {name: value for name, value in vars(c).items() if name not in ranks.OWN})
-        self.output_dir, self.panel = Path(c.output_dir), None
-        self.cache_dir = Path(c.cache_dir) if c.cache_dir else Path.home() / ".cache" / "dpo"
-        self.wide = torch.promote_types(getattr(torch, c.dtype), torch.float32)  # of sums of log-probs
-        self.bf16 = c.dtype == "float32" and not c.fp16 and computes_bf16(self.ranks.device) if c.bf16 is None else c.bf16
-        self.half = torch.float16 if c.fp16 else torch.bfloat16  # what autocast computes in, where it is on
-        # where models are loaded to; FSDP hands shards out from rank 0's memory
-        self.home = self.ranks.device if not c.fsdp else torch.device("cpu" if self.ranks.first else "meta")
-        self.continues = False  # whether an adapter is trained on
+        self.choose_places()
         if not isinstance(model, models.Decoder):
-            model = adapter_home(find_model(model or c.model_name_or_path, self.ranks, c.model_revision), c.model_adapter_name)
+            model = find_model(model or c.model_name_or_path, self.ranks, c.model_revision, c.model_adapter_name)
         home = model if isinstance(model, str) else c.model_name_or_path
         self.tokenizer = processing_class or data.Tokenizer.load(tokenizer_home(home, self.ranks))
-        self.options = vars(c) | {"delta": 0.0}
         if c.push_to_hub:  # before training, so that a missing token or right costs no run
             from extras import card
 
             card.create_repository(self)
         self.load_model(model, peft_config or {})
+        self.make_ready()
         self.load_data(train_dataset, eval_dataset)
         self.load_ref(ref_model)
         if c.fsdp:
@@ -713,12 +684,7 @@ class DPOTrainer:
         if self.ranks.world > 1:
             ranks.agree(self.ranks, {"data": self.train_store.digest, "model": self.started_from, "torch": torch.__version__})
         self.plan_steps()
-        self.step, self.num_tokens, self.pairs_done, self.pending = 0, 0, 0, []
-        self.order = -1, None  # epoch, and its pairs in order
-        self.delta_sum, self.delta_count = 0.0, 0
-        self.evaluation, self.best = {}, {"step": 0, "value": None, "directory": None, "waited": 0}
-        self.scaling, self.skipped = {"scale": 2.0**16 if c.fp16 else 1.0, "since": 0}, 0  # of the loss; steps not applied
-        self.signal, self.leaving = 0, False  # what this process was told, and whether a rank was
+        self.begin()
         self.loggers = []
         if c.report_to != ["none"]:
             from extras import loggers
@@ -735,34 +701,49 @@ class DPOTrainer:
 
     # set-up
 
+    def choose_places(self) -> None:
+        """Directories, devices and types."""
+        c, device = self.args, self.ranks.device
+        self.output_dir, self.panel = Path(c.output_dir), None
+        self.cache_dir = Path(c.cache_dir) if c.cache_dir else Path.home() / ".cache" / "dpo"
+        self.wide = torch.promote_types(getattr(torch, c.dtype), torch.float32)  # of sums of log-probs
+        self.bf16 = c.dtype == "float32" and not c.fp16 and computes_bf16(device) if c.bf16 is None else c.bf16
+        self.half = torch.float16 if c.fp16 else torch.bfloat16  # what autocast computes in, where it is on
+        # where models are loaded to; FSDP hands shards out from rank 0's memory
+        self.home = device if not c.fsdp else torch.device("cpu" if self.ranks.first else "meta")
+
+    def begin(self) -> None:
+        """All that moves during a run, as it is before the first step."""
+        self.step, self.num_tokens, self.pairs_done, self.pending = 0, 0, 0, []
+        self.order = -1, None  # epoch, and its pairs in order
+        self.options, self.delta_sum, self.delta_count = vars(self.args) | {"delta": 0.0}, 0.0, 0
+        self.evaluation, self.best = {}, {"step": 0, "value": None, "directory": None, "waited": 0}
+        self.scaling = {"scale": 2.0**16 if self.args.fp16 else 1.0, "since": 0}  # of the loss
+        self.skipped = 0  # steps not applied
+        self.signal, self.leaving = 0, False  # what this process was told, and whether a rank was
+
     def load_model(self, model, settings: dict) -> None:
         """The policy: a checkpoint, one with a fresh LoRA on it, or an adapter's directory, whose LoRA is trained on.
 
         `settings` are PEFT's that have no flag (rank_pattern, layers_to_transform ...)."""
-        c = self.args
+        c, adapter = self.args, {}
         torch.manual_seed(c.seed)
-        self.lora = {} if not c.use_peft else settings | {
-            "r": c.lora_r, "lora_alpha": c.lora_alpha, "lora_dropout": c.lora_dropout, "use_rslora": c.use_rslora,
-            "use_dora": c.use_dora, "target_modules": c.lora_target_modules, "target_parameters": c.lora_target_parameters,
-            "modules_to_save": c.lora_modules_to_save, "base_model_name_or_path": c.model_name_or_path}
-        self.base = model  # what a LoRA is on
-        if isinstance(model, models.Decoder):
-            self.model = model
-            if hasattr(model, "adapters"):
-                from extras.adapters import wear_named
-
-                self.lora, self.continues = wear_named(model, c.model_adapter_name), True
-        else:
+        self.model = self.given = model
+        if not isinstance(model, models.Decoder):
             self.model, adapter = self.load_policy(model)
             if adapter and c.use_peft:
                 raise ValueError(f"--use_peft: {c.model_name_or_path} is an adapter already, and is trained on as it is; "
                                  "for a new one on top, merge it first (--merge_adapter)")
-            self.lora, self.continues = adapter or self.lora, bool(adapter)
-            self.base = find_base(adapter, self.ranks) if adapter else model
+        elif hasattr(model, "adapters"):
+            from extras.adapters import wear_named
+
+            adapter = wear_named(model, c.model_adapter_name)
+        self.lora, self.continues = adapter, bool(adapter)  # whether an adapter is trained on
         self.check_vocabulary(self.model)
-        if c.merge_adapter and not self.lora:
+        lora = bool(adapter or c.use_peft)
+        if c.merge_adapter and not lora:
             raise ValueError("--merge_adapter: there is no adapter to merge; add --use_peft, or name an adapter as the model")
-        if self.model.four_bit and not self.lora:
+        if self.model.four_bit and not lora:
             raise ValueError(f"{c.model_name_or_path}: weights in 4 bits are not trained themselves: add --use_peft for "
                              "a LoRA on them, or train the original ones")
         self.pictures = None  # decodes them in the background
@@ -773,7 +754,14 @@ class DPOTrainer:
         elif not c.freeze_vision_tower:
             raise ValueError("--freeze_vision_tower false: this model reads no pictures")
         if c.use_peft:
+            from extras.adapters import fresh_settings
+
+            self.lora = adapter or fresh_settings(c, settings)
             put_lora(self.model, self.lora)
+
+    def make_ready(self) -> None:
+        """The policy to its device, with what is to happen in its forward and backward."""
+        c = self.args
         self.model.to(self.home).train(not c.disable_dropout)
         self.model.model.gradient_checkpointing = c.gradient_checkpointing
         if c.torch_compile:
@@ -814,7 +802,7 @@ class DPOTrainer:
         self.eval_store, self.eval_pairs = None, np.arange(0)
         eval_dataset = eval_dataset or c.eval_dataset_name
         if c.eval_strategy != "no" and not eval_dataset and not c.eval_fraction:  # the other split
-            eval_dataset = c.dataset_name if train_dataset is None and on_hub(c.dataset_name) else None
+            eval_dataset = c.dataset_name if train_dataset is None and data.on_hub(c.dataset_name) else None
         if eval_dataset is not None:
             self.eval_store = self.open_store(eval_dataset, c.dataset_test_split, options)
             self.eval_pairs = np.arange(len(self.eval_store))
@@ -843,7 +831,7 @@ class DPOTrainer:
 
             return rows_file(dataset, self.cache_dir)
         config, revision = self.args.dataset_config, self.args.dataset_revision
-        if not on_hub(dataset) and config is None and revision is None:
+        if not data.on_hub(dataset) and config is None and revision is None:
             return data.find_files(dataset)
         from extras import hub
 
@@ -891,7 +879,9 @@ class DPOTrainer:
             return
         other = c.ref_model_name_or_path or c.ref_adapter_name  # than the policy as it starts
         if ref_model is None and self.lora:
-            self.load_ref_adapter()
+            from extras import adapters
+
+            self.ref_adapter = adapters.reference_of(self)
         elif ref_model is None and other:
             self.load_ref_model()
         elif ref_model is None and not self.precompute:
@@ -903,36 +893,17 @@ class DPOTrainer:
             raise ValueError("--ref_model_dtype and --ref_model_device: the reference is no model of its own here, so there is "
                              "nothing to hold (--no_precompute_ref_log_probs keeps a copy, where all weights are trained)")
         if c.sync_ref_model and self.lora:
-            from extras.adapters import dense_adapter
+            from extras import adapters
 
-            if self.ref_model is not None:
-                raise ValueError("--sync_ref_model with a LoRA: the reference is another model, which cannot move towards it")
-            self.ref_adapter = dense_adapter(models.lora_modules(self.model), self.ref_adapter)
+            self.ref_adapter = adapters.moving_reference(self)
+
+    def find_ref(self) -> str:
+        c = self.args
+        return find_model(c.ref_model_name_or_path or c.model_name_or_path, self.ranks, adapter=c.ref_adapter_name)
 
     def load_ref_model(self) -> None:
-        c = self.args
-        home = adapter_home(find_model(c.ref_model_name_or_path or c.model_name_or_path, self.ranks), c.ref_adapter_name)
-        self.ref_model, _ = self.load_policy(home)
+        self.ref_model, _ = self.load_policy(self.find_ref())
         self.check_vocabulary(self.ref_model)
-
-    def load_ref_adapter(self) -> None:
-        """The reference of a LoRA: its base, its own start, or another adapter on the same base; else a whole model."""
-        from extras import adapters, peft_io
-
-        c, loaded = self.args, getattr(self.model, "adapters", {})
-        if c.ref_adapter_name in loaded and not c.ref_model_name_or_path:
-            self.ref_adapter = adapters.copy_adapter(loaded[c.ref_adapter_name][0])
-        elif c.ref_model_name_or_path or c.ref_adapter_name:
-            home = find_model(c.ref_model_name_or_path or c.model_name_or_path, self.ranks)
-            home = Path(adapter_home(home, c.ref_adapter_name))
-            is_adapter = (home / "adapter_config.json").exists()
-            base = find_base(peft_io.read_settings(home), self.ranks) if is_adapter else home
-            if isinstance(self.base, models.Decoder) or Path(base).resolve() != Path(self.base).resolve():
-                self.load_ref_model()
-            elif is_adapter:
-                self.ref_adapter = adapters.load_beside(self.model, home)
-        elif self.continues:
-            self.ref_adapter = adapters.copy_adapter(models.lora_modules(self.model))
 
     def reference(self):
         """Within, the model whose log-probs are the reference's: one of its own, or the policy, without its LoRA or with

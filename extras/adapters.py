@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from extras import lora_kinds as kinds
 from extras.lora_targets import add_lora
-from extras.peft_io import adapter_home, load_adapter, read_settings
-from model import lora_modules, open_safetensors, replace_module
+from extras.peft_io import adapter_home, find_base, load_adapter, read_settings
+from model import Decoder, lora_modules, open_safetensors, replace_module
 
 
 @contextmanager
@@ -71,6 +71,14 @@ def load_named(model: nn.Module, directory: str, name: str) -> nn.Module:
     return model
 
 
+def fresh_settings(c, more: dict) -> dict:
+    """PEFT's settings of a new LoRA: those that flags name, and `more` that have none (rank_pattern ...)."""
+    named = "lora_alpha lora_dropout use_rslora use_dora".split()
+    return more | {name: getattr(c, name) for name in named} | {
+        "r": c.lora_r, "target_modules": c.lora_target_modules, "target_parameters": c.lora_target_parameters,
+        "modules_to_save": c.lora_modules_to_save, "base_model_name_or_path": c.model_name_or_path}
+
+
 def wear_named(model: nn.Module, name: str | None) -> dict:
     """Put on the adapter of that name, or keep the one that is on, to be trained; returns its settings."""
     if name is not None and name not in model.adapters:
@@ -85,7 +93,40 @@ def wear_named(model: nn.Module, name: str | None) -> dict:
     return settings
 
 
-# The moving reference of TR-DPO
+# The reference of a LoRA
+
+
+def reference_of(trainer) -> dict[str, nn.Module]:
+    """What the policy wears to be its own reference: nothing (its base), its start, or another adapter on that base.
+
+    Where the flags name something else, that is loaded as the trainer's ref_model.
+    """
+    c, loaded = trainer.args, getattr(trainer.model, "adapters", {})
+    if c.ref_adapter_name in loaded and not c.ref_model_name_or_path:
+        return copy_adapter(loaded[c.ref_adapter_name][0])
+    if not (c.ref_model_name_or_path or c.ref_adapter_name):
+        return copy_adapter(lora_modules(trainer.model)) if trainer.continues else {}
+    home = Path(trainer.find_ref())
+    if isinstance(trainer.given, Decoder) or base_of(home, trainer.ranks) != base_of(Path(trainer.given), trainer.ranks):
+        trainer.load_ref_model()
+        return {}
+    return load_beside(trainer.model, home) if is_adapter(home) else {}
+
+
+def is_adapter(directory: Path) -> bool:
+    return (directory / "adapter_config.json").exists()
+
+
+def base_of(directory: Path, ranks) -> Path:
+    """The directory of an adapter's base; of what is no adapter, its own."""
+    return Path(find_base(read_settings(directory), ranks) if is_adapter(directory) else directory).resolve()
+
+
+def moving_reference(trainer) -> dict[str, nn.Module]:
+    """--sync_ref_model: the reference as what can move towards the policy."""
+    if trainer.ref_model is not None:
+        raise ValueError("--sync_ref_model with a LoRA: the reference is another model, which cannot move towards it")
+    return dense_adapter(lora_modules(trainer.model), trainer.ref_adapter)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from data import TOKENIZER_FILES, find_files
 from extras.splits import DATA_FILE, split_files
@@ -111,6 +111,14 @@ def local_model(name: str, revision: Optional[str] = None) -> Path:
         if missing:
             raise ValueError(f"{name}: {why_missing(name, directory.name, missing)}")
     return directory
+
+
+def same_model(name: str, revision: Optional[str], ranks: Any) -> Path:
+    """`local_model` for all ranks, where there are any: at the commit that rank 0 found and fetched."""
+    check_id(name, "model")  # before the ranks wait for one another
+    if ranks is not None:
+        revision = ranks.from_first(lambda: {"commit": local_model(name, revision).name})["commit"]
+    return local_model(name, revision)
 
 
 def weight_files(directory: Path) -> list[str]:

@@ -17,10 +17,12 @@ DEFAULTS = dict(target_modules=None, target_parameters=None, modules_to_save=Non
 
 
 def add_lora(model: nn.Module, settings: dict) -> list[str]:
-    """Freeze `model` and wrap what PEFT's settings choose; returns the names of the wrapped modules.
+    """Freeze `model` and wrap what PEFT's settings choose, by default q_proj and v_proj; returns the wrapped modules' names.
 
     Raises ValueError for a target that matches nothing. The draws follow the model's order.
     """
+    if not (settings.get("target_modules") or settings.get("target_parameters")):
+        settings = settings | {"target_modules": ["qkv_proj"] if model.config.fused_qkv else ["q_proj", "v_proj"]}
     settings = named_experts(DEFAULTS | settings, model.config)
     model.requires_grad_(False)
     chosen = choose(model, settings)

@@ -3,11 +3,13 @@
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from data import on_hub
 from extras import lora_kinds as kinds
 from extras import lora_targets as targets
 from model import file_name, lora_modules, open_safetensors, read_json, write_json
@@ -77,6 +79,16 @@ def check_patterns(settings: dict, where) -> None:
                 re.compile(pattern)
             except (re.error, TypeError):
                 raise ValueError(f"{where}: {name}: {pattern!r} is no name or pattern") from None
+
+
+def find_base(settings: dict, ranks: Any = None) -> str:
+    """The directory of an adapter's base; the revision that the adapter names is one on the hub."""
+    base = settings["base_model_name_or_path"]
+    if not on_hub(base):
+        return base
+    from extras import hub
+
+    return str(hub.same_model(base, settings.get("revision"), ranks))
 
 
 def adapter_home(directory: str, name: str | None) -> str:
