@@ -80,6 +80,6 @@ def test_a_data_format(changed, tiny, tmp_path):
         train(place, "--model_name_or_path", tiny, "--dataset_name", tmp_path / name)
         found.append(read_metrics(place / "out"))
     assert {k: v for k, v in found[0][0].items() if "time" not in k} == {k: v for k, v in found[1][0].items() if "time" not in k}
-    (tmp_path / "odd.csv").write_text("prompt,chosen,rejected\nthe,cat,dog\nred,blue\n")
+    (tmp_path / "odd.csv").write_text("prompt,chosen,rejected\nthe, cat, dog\nred, blue\n")
     refused = train(place, "--model_name_or_path", tiny, "--dataset_name", tmp_path / "odd.csv", expect=2)
     assert "odd.csv:3: a row of another width" in refused.stderr
