@@ -100,11 +100,13 @@ def memory(config: models.ModelConfig, run: Run) -> dict[str, int]:
     if run.world > 1 and not run.fsdp:
         m["exchange"] = counted["learns"]  # DDP's buckets
     if run.fsdp:
-        m["exchange"] = 2 * counted["block"] * (2 if run.bf16 else 4) * 2  # two blocks whole, weights and gradients
+        # two blocks whole: weights, and gradients where they learn
+        m["exchange"] = 2 * counted["block"] * (2 if run.bf16 else 4) * (1 if run.rank else 2)
     at_most = sum(m.values())
     first = at_most - m["gradients"]  # with one forward in a step, gradients come as activations go
     last = at_most - m["activations"] - m["passing"]
-    return m | {"total": at_most if run.forwards > 1 or run.world > 1 else max(first, last)}
+    buckets = run.world > 1 and not run.fsdp  # of DDP, which hold all gradients throughout
+    return m | {"total": at_most if run.forwards > 1 or buckets else max(first, last)}
 
 
 def flops(config: models.ModelConfig, run: Run, tokens: int, scored: int, length: float, references: int) -> float:
