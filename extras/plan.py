@@ -83,7 +83,7 @@ def activations(config: models.ModelConfig, run: Run, block: int) -> tuple[int, 
     ends = wide * (c.hidden_size * (run.tokens + run.scored) + 2 * c.head_dim * run.tokens)
     saved = block_activations(config, run, block)
     rows = min(run.scored, max(16, models.HEAD_CHUNK // c.vocab_size))
-    head = 12 * rows * c.vocab_size + 4 * c.hidden_size * (run.scored + (0 if run.rank else c.vocab_size))
+    head = 8 * rows * c.vocab_size + 4 * c.hidden_size * (run.scored + (0 if run.rank else c.vocab_size))
     mlp = (5 if run.bf16 else 10) * run.tokens * c.intermediate_size
     if run.checkpointing:
         return ends + c.num_hidden_layers * wide * c.hidden_size * run.tokens, max(head, saved + mlp)
