@@ -970,7 +970,8 @@ class DPOTrainer:
             adapted = self.ref_model is not None or self.ref_adapter
             compute_dtype = (reference.four_bit or {}).get("compute_dtype")
             half = "fp16" if self.args.fp16 else self.bf16
-            h = hashlib.sha256(f"2 {half} {self.args.dtype} {compute_dtype} {reference.config}".encode())
+            pixels = self.tokenizer.pictures if self.pictures else ""  # how pictures are cut and scaled
+            h = hashlib.sha256(f"2 {half} {self.args.dtype} {compute_dtype} {reference.config}{pixels}".encode())
             for name, t in chain(reference.named_parameters(), reference.named_buffers()):  # buffers: weights in 4 bits
                 if adapted or "lora_" not in name:
                     h.update(f"{name.replace('.base_layer.', '.')} {t.dtype} {tuple(t.shape)}".encode())
