@@ -179,11 +179,17 @@ def save(trainer) -> None:
     """
     model, ref_model, moments = *whole_models(trainer), {}
     for name, p in zip(trainer.trainable_names, trainer.trainable):
+        state = trainer.optimizer.state[p] or no_moments(p)
         for key in MOMENTS:
-            tensor = models.whole(trainer.optimizer.state[p][key])
+            tensor = models.whole(state[key])
             if trainer.ranks.first:
                 moments[f"{name}.{key}"] = tensor.cpu()
     trainer.ranks.from_first(partial(write, trainer, model, ref_model, moments))
+
+
+def no_moments(p: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of a parameter that no step has moved: what its first step begins with."""
+    return {"step": torch.zeros((), device=p.device), **{key: torch.zeros_like(p) for key in MOMENTS[1:]}}
 
 
 def whole_models(trainer) -> tuple[models.Decoder, Optional[models.Decoder]]:
@@ -308,7 +314,7 @@ def read_moments(trainer, path: Path) -> None:
     """AdamW's state; a fused one counts its steps where the parameters are."""
     found = load_file(path) if trainer.ranks.first else {}
     for name, p in zip(trainer.trainable_names, trainer.trainable):
-        state = {"step": torch.zeros((), device=p.device), **{key: torch.zeros_like(p) for key in MOMENTS[1:]}}
+        state = no_moments(p)
         for key in MOMENTS:
             from_first(trainer, state[key], found.get(f"{name}.{key}"))
         trainer.optimizer.state[p] = state
