@@ -30,7 +30,10 @@ def when_first_used(opener: Callable, trainer) -> Log:
 
     def log(metrics: dict) -> None:
         if not opened:
-            opened.append(opener(trainer, metrics["step"]))
+            try:
+                opened.append(opener(trainer, metrics["step"]))
+            except Exception as error:  # no key, no network: each package has its own kinds
+                raise OSError(f"--report_to {opener.__name__}: it cannot be started ({error})") from error
         opened[0](metrics)
 
     return log
