@@ -1214,6 +1214,10 @@ class DPOTrainer:
         store, pairs = self.eval_store, self.eval_pairs
         if store is None:
             raise ValueError("there are no pairs to evaluate on; give eval_dataset, --eval_dataset_name or --eval_fraction")
+        merged = self.args.merge_adapter and not self.lora
+        if merged and self.needs_ref and self.ref_model is None and store.digest not in self.ref_sums:
+            raise ValueError("the LoRA is merged, and the reference, which was the model without it, is gone; evaluate before "
+                             "the model is saved, or with --precompute_ref_log_probs")
         if self.precompute and store.digest not in self.ref_sums:
             self.precompute_ref()
         rows = self.forwards(store, pairs, self.args.per_device_eval_batch_size)
@@ -1307,6 +1311,8 @@ class DPOTrainer:
             stale = {"adapter_config.json", "adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json"}
             for name in stale - names if "config.json" in names else ():  # of an earlier run: read in the model's place
                 (directory / name).unlink(missing_ok=True)
+        if merges and not self.args.fsdp:
+            self.lora = {}  # it is in the weights now; a gathered copy leaves the shards as they are
 
     def write_model(self, model: models.Decoder, directory: Path, merges: bool = False) -> None:
         if merges:

@@ -155,3 +155,59 @@ def test_training_twice_with_one_trainer_is_refused_and_keeps_the_metrics(flags,
     with pytest.raises(ValueError, match="taken 2 steps already"):
         trainer.train()
     assert read_metrics(tmp_path / "out") == before
+
+
+def test_a_checkpoint_before_the_first_step_that_was_applied_is_written_and_resumed(flags, tmp_path, monkeypatch):
+    """float16's first steps overflow, which is how the scale is found."""
+    from extras import faults
+
+    real, steps = faults.unscale, []
+
+    def overflow_once(trainer):
+        real(trainer)
+        steps.append(trainer.step)
+        if trainer.step == 0:
+            trainer.trainable[0].grad.fill_(float("inf"))
+
+    monkeypatch.setattr(faults, "unscale", overflow_once)
+    flags = [*flags, "--fp16"]
+    assert dpo.main(flags) == 0
+    whole = load_file(tmp_path / "out" / "model.safetensors")
+    shutil.rmtree(tmp_path / "out" / "checkpoint-2")
+    assert dpo.main([*flags, "--resume_from_checkpoint", "true"]) == 0 and steps == [0, 1, 1]
+    again = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_logger_that_cannot_be_started_ends_the_run_in_one_message(flags, capsys, monkeypatch):
+    from extras import loggers
+
+    def trackio(trainer, step):
+        raise RuntimeError("no key")
+
+    monkeypatch.setattr(loggers, "trackio", trackio)
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: name)
+    assert dpo.main([*flags, "--report_to", "trackio"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("error: --report_to trackio: it cannot be started (no key)") == 1 and "Traceback" not in error
+
+
+def merged_trainer(flags, *more):
+    trainer = dpo.DPOTrainer(args=dpo.parse_config([*flags, "--use_peft", "--lora_r", "4", "--merge_adapter",
+                                                    "--eval_fraction", "0.2", "--learning_rate", "0.01", *more]))
+    return trainer, trainer.train()
+
+
+def test_an_evaluation_after_the_merge_is_that_of_before_or_refused(flags):
+    trainer, trained = merged_trainer(flags)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trained["eval_loss"], rel=1e-5)
+    trainer, _ = merged_trainer(flags, "--no_precompute_ref_log_probs")
+    with pytest.raises(ValueError, match="the LoRA is merged"):
+        trainer.evaluate()
+
+
+def test_a_merged_model_is_saved_whole_wherever_it_is_saved(flags, tmp_path):
+    trainer, _ = merged_trainer(flags)
+    trainer.save_model(tmp_path / "other")
+    here, there = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "other"))
+    assert here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
