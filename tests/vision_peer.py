@@ -1,8 +1,9 @@
 """TRL 1.16's vision path as the peer: python tests/vision_peer.py run.json
 
-run.json: {"model": DIR, "data": FILE, "out": DIR, "args": {...}, "shared_images": false}. Writes metrics.jsonl and the
+run.json: {"model": DIR, "data": FILE, "out": DIR, "args": {...}, "backend": "pil"}. Writes metrics.jsonl and the
 trained parameters, params.safetensors. Without torchvision transformers has its pillow processors, and LLaVA's and
-Idefics3's processors work; SmolVLM's and Qwen's hold a video processor, which only exists with torchvision.
+Idefics3's processors work; SmolVLM's and Qwen's hold a video processor, which only exists with torchvision. `backend` says
+who scales pictures: "pil", which extras/pictures.py equals, or "torchvision", transformers' own choice where it is installed.
 """
 
 import json
@@ -17,7 +18,7 @@ def main(path: str) -> None:
     from datasets import Dataset
     from PIL import Image
     from safetensors.torch import save_file
-    from transformers import AutoProcessor, TrainerCallback
+    from transformers import AutoImageProcessor, AutoProcessor, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
     torch.set_num_threads(run.get("threads", 1))
@@ -36,8 +37,10 @@ def main(path: str) -> None:
     args = DPOConfig(output_dir=str(out), use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1,
                      logging_nan_inf_filter=False, train_sampling_strategy="sequential", bf16=False,
                      gradient_checkpointing=False, **run["args"])
+    processor = AutoProcessor.from_pretrained(run["model"])
+    processor.image_processor = AutoImageProcessor.from_pretrained(run["model"], backend=run.get("backend", "pil"))
     trainer = DPOTrainer(model=run["model"], args=args, train_dataset=Dataset.from_list(rows), callbacks=[Write()],
-                         processing_class=AutoProcessor.from_pretrained(run["model"]))
+                         processing_class=processor)
     started = time.perf_counter()
     trainer.train()
     log.write(json.dumps({"timing": time.perf_counter() - started}) + "\n")
