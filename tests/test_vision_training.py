@@ -148,14 +148,15 @@ def test_micro_batches_and_prefix_sharing_do_not_change_the_result(run):
         assert all(a[k] == pytest.approx(b[k], rel=1e-9, abs=1e-12) for k in ("loss", "grad_norm", "logps/chosen"))
 
 
-def test_two_ranks_with_text_only_batches_equal_one(run, place, tmp_path):
+@pytest.mark.parametrize("flags", [(), ("--fsdp", "full_shard")], ids=str)
+def test_two_ranks_with_text_only_batches_equal_one(run, place, tmp_path, flags):
     """Three of four micro-batches of a step are text alone, on one rank all; the tower trains."""
     options = dict(data="mixed", dtype="float64", freeze_vision_tower=False)
     one, trainer = run("one", per_device_train_batch_size=4, max_steps=2, **options)
     run_dpo("--model_name_or_path", place / "llava", "--dataset_name", place / "mixed.jsonl", "--output_dir", tmp_path / "two",
             "--cache_dir", tmp_path / "cache2", "--logging_steps", 1, "--use_cpu", "--dtype", "float64", "--no_bf16", "--max_steps", 2,
             "--learning_rate", "1e-3", "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2,
-            "--shuffle_dataset", "false", "--freeze_vision_tower", "false", ranks=2)
+            "--shuffle_dataset", "false", "--freeze_vision_tower", "false", *flags, ranks=2)
     two = read_metrics(tmp_path / "two")
     for a, b in zip(one, two, strict=True):
         assert all(a[k] == pytest.approx(b[k], rel=1e-9, abs=1e-12) for k in ("loss", "grad_norm", "logps/chosen"))
