@@ -5,7 +5,8 @@
 A random Llama of 30M parameters on one thread, CPU seconds (user time) of forward and backward, the better of two.
 Three tables: one pair of 64 to 4,096 tokens; the peak of resident memory over that of 4,096 tokens and 8,192 words as
 the vocabulary grows, beside the (tokens, vocabulary) logits that are never made; and 1 to 32 pairs of 256 tokens.
-Attention's own cost grows with the square of a length; the first table tells its share of the FLOPs.
+Attention's own cost grows with the square of a length: the first table also times the model without it, and tells its
+share of the FLOPs.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import resource
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -49,6 +51,17 @@ def cpu_seconds(model: models.Decoder, batch: data.Batch, rounds: int = 2) -> fl
     return min(times[1:])
 
 
+@contextmanager
+def without_attention():
+    """Each token sees its own value alone."""
+    attend = models.attend
+    models.attend = lambda q, k, v, *_: q * 0 + v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+    try:
+        yield
+    finally:
+        models.attend = attend
+
+
 def attention_share(tokens: int) -> float:
     """Of the FLOPs of one pair."""
     half, quarter = tokens // 2, tokens // 4
@@ -76,13 +89,17 @@ def main() -> None:
     if args.peak:
         model = models.Decoder(models.read_config(CONFIG | {"vocab_size": args.peak[1]}))
         one_pass(model, make_batch(1, *args.peak))
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+        status = Path("/proc/self/status").read_text()  # not ru_maxrss, which begins at the parent's
+        print(int(status.partition("VmHWM:")[2].split()[0]) // 1024)
         return
     model = models.Decoder(models.read_config(CONFIG))
     tables = {"one pair": [], "vocabulary": [], "batch": []}
     for tokens in (64, 128, 256, 512, 1024, 2048, 4096):
         row = {"tokens": tokens, "ms": 1e3 * cpu_seconds(model, make_batch(1, tokens, CONFIG["vocab_size"]))}
-        row |= {"ms_per_token": row["ms"] / tokens, "attention_flops": attention_share(tokens)}
+        with without_attention():
+            rest = 1e3 * cpu_seconds(model, make_batch(1, tokens, CONFIG["vocab_size"]))
+        row |= {"ms_per_token": row["ms"] / tokens, "ms_per_token_without_attention": rest / tokens,
+                "attention_flops": attention_share(tokens)}
         show(tables["one pair"], row)
     for tokens, vocab_size in ((1024, 8192), (1024, 131072), (4096, 8192), (4096, 32768), (4096, 131072)):
         weights = vocab_size * CONFIG["hidden_size"] * 4 / 2**20
