@@ -279,8 +279,17 @@ def broad(tiny, tmp_path_factory):
     return directory
 
 
+@pytest.fixture
+def others_frozen():
+    """What other tests left is not looked through at each count."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def live_bytes() -> int:
-    """Of all tensors that this process holds, each storage once."""
+    """Of all tensors that this process made since, each storage once."""
     gc.collect()
     tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
     return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
@@ -288,7 +297,7 @@ def live_bytes() -> int:
 
 @pytest.mark.parametrize("options, copies", [
     ({}, 1), (LIVE, 2), (LIVE | dict(ref_model_dtype="bfloat16"), 1.5), (LORA, 1), (LORA | LIVE, 1)], ids=str)
-def test_copies_of_the_weights_that_are_held(options, copies, broad, pairs_file, tmp_path, monkeypatch):
+def test_copies_of_the_weights_that_are_held(options, copies, broad, pairs_file, tmp_path, monkeypatch, others_frozen):
     """In float32 sizes of the model, gradients and moments not counted: with the reference precomputed, one, in the
     pass before training and in every step."""
     before, held = live_bytes(), []
