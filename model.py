@@ -304,11 +304,33 @@ def rotary_tables(ropes: dict[str, Rope], position_ids: Tensor, dtype: torch.dty
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (T, H, D)
-    """Turn the first `cos.shape[-1]` dims of each head: x cos + rotate_half(x) sin."""
+    """Turn the first `cos.shape[-1]` dims of each head: x cos + rotate_half(x) sin; in the wider of their types."""
     part, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    first, second = part.chunk(2, -1)
-    turned = part * cos + torch.cat([-second, first], -1) * sin
-    return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+    turned = Rotation.apply(part, cos, sin)
+    return torch.cat([turned, rest.to(turned.dtype)], -1) if rest.shape[-1] else turned
+
+
+class Rotation(torch.autograd.Function):
+    """Of the two halves of the last dim: (a cos - b sin, b cos + a sin). Its gradient turns back: the same with -sin."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.dtype = x.dtype
+        return turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        cos, sin = ctx.saved_tensors
+        return turn(grad, cos, -sin).to(ctx.dtype), None, None
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    out, half = x * cos, x.shape[-1] // 2
+    x, sin = x.to(out.dtype), sin[..., :half]
+    out[..., :half].addcmul_(x[..., half:], sin, value=-1)
+    out[..., half:].addcmul_(x[..., :half], sin)
+    return out
 
 
 # Attention over spans
@@ -390,14 +412,14 @@ def plan_attention(config: ModelConfig, spans: Tensor, position_ids: Tensor, dty
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan, window: Optional[int], config: ModelConfig) -> Tensor:  # (T, H, D)
-    """softmax(q k^T scale) v over the spans of the stream; q (T, H, D), k and v (T, K, D)."""
+    """softmax(q k^T scale) v over the spans of the stream, in the type of v; q (T, H, D), k and v (T, K, D)."""
     if isinstance(plan, CachedPlan):
         plan, keys, values, places = plan
-        k, v = keys.index_copy_(0, places, k), values.index_copy_(0, places, v)
+        k, v = keys.index_copy_(0, places, k.to(keys.dtype)), values.index_copy_(0, places, v)
     if isinstance(plan, VarlenPlan):
         from torch.nn.attention.varlen import varlen_attn
 
-        k, v = k[plan.key_index], v[plan.key_index]
+        q, k, v = q.to(v.dtype), k.to(v.dtype)[plan.key_index], v[plan.key_index]
         left = -1 if window is None else window - 1
         return varlen_attn(q, k, v, plan.cu_queries, plan.cu_keys, plan.max_queries, plan.max_keys,
                            scale=config.attention_scale, window_size=(left, 0), enable_gqa=True)
@@ -407,8 +429,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan, window: Optional[int], config:
 
         core = partial(softcapped_attention, cap=config.attn_softcap)
     dtype = v.dtype
-    if q.device.type == "cpu":  # whose float32 kernel is faster than the bfloat16 one
-        q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
+    # a CPU's float32 kernel is faster than its bfloat16 one
+    compute = torch.promote_types(dtype, torch.float32) if q.device.type == "cpu" else dtype
+    q, k, v = q.to(compute), k.to(compute), v.to(compute)
     queries, ranges = cut(q, [((start, end),) for start, end, _, _ in plan]), [keys for _, _, keys, _ in plan]
     with torch.autocast(q.device.type, enabled=False):
         return torch.cat([core(*parts, mask, config.attention_scale) for *parts, (_, _, _, mask)
@@ -440,7 +463,10 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], sca
 
 
 class Norm(nn.Module):
-    """RMSNorm: x / sqrt(mean(x^2) + eps) * w (Gemma: 1 + w), or LayerNorm; statistics in float32 at least."""
+    """RMSNorm: x / sqrt(mean(x^2) + eps) * w (Gemma: 1 + w), or LayerNorm; statistics in float32 at least.
+
+    Its result has the type that the matrix products after it run in: rounded once for all of them.
+    """
 
     def __init__(self, size: int, config: ModelConfig):
         super().__init__()
@@ -450,12 +476,17 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.layer:
-            return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+            return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps).to(compute_dtype(x))
         wide = torch.promote_types(x.dtype, torch.float32)
         weight = self.weight.to(wide) + 1 if self.offset else self.weight.to(wide)
         if x.device.type == "cpu":
-            return RMSNorm.apply(x.to(wide), weight, self.eps).to(x.dtype)
-        return F.rms_norm(x.to(wide), x.shape[-1:], weight, self.eps).to(x.dtype)
+            return RMSNorm.apply(x, weight, self.eps, compute_dtype(x))
+        return F.rms_norm(x.to(wide), x.shape[-1:], weight, self.eps).to(compute_dtype(x))
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What a matrix product of x runs in: autocast's type where it is on."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 class RMSNorm(torch.autograd.Function):
@@ -465,18 +496,20 @@ class RMSNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        r = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        wide = x.to(weight.dtype)
+        r = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, r)
-        return (x * r).mul_(weight)
+        return (wide * r).mul_(weight).to(dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight, r = ctx.saved_tensors
-        n = x * r
+        grad, n = grad.to(weight.dtype), x * r
         grad_weight = torch.linalg.vecdot(grad, n, dim=0) if grad.dim() == 2 else (grad * n).flatten(0, -2).sum(0)
         g = grad * weight
-        return g.addcmul_(n, torch.linalg.vecdot(g, n)[..., None], value=-1 / x.shape[-1]).mul_(r), grad_weight, None
+        g.addcmul_(n, torch.linalg.vecdot(g, n)[..., None], value=-1 / x.shape[-1]).mul_(r)
+        return g.to(x.dtype), grad_weight, None, None
 
 
 class Attention(nn.Module):
@@ -513,7 +546,7 @@ class Attention(nn.Module):
         q, k, v = self.project(x)
         if self.rope is not None:
             q, k = (rotate(part, *tables[self.rope]) for part in (q, k))
-        out = attend(q.to(v.dtype), k.to(v.dtype), v, plans[self.window], self.window, self.config)
+        out = attend(q, k, v, plans[self.window], self.window, self.config)
         return self.o_proj(out.flatten(1))
 
 
@@ -584,10 +617,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, tables: dict, plans: dict) -> tuple[Tensor, Optional[Tensor]]:
         """Hidden states (T, C), and the router's logits (T, experts) of a sparse layer."""
         scale = self.config.residual_scale
-        attended = x + self.norm(1, self.self_attn(self.norm(0, x), tables, plans)) * scale
+        attended = torch.add(x, self.norm(1, self.self_attn(self.norm(0, x), tables, plans)), alpha=scale)
         out = self.mlp(self.norm(2, x if self.config.parallel_residual else attended))
         out, router_logits = out if isinstance(out, tuple) else (out, None)
-        return attended + self.norm(3, out) * scale, router_logits
+        return torch.add(attended, self.norm(3, out), alpha=scale), router_logits
 
 
 def make_embedding(count: int, size: int) -> nn.Embedding:
@@ -630,9 +663,7 @@ class Stack(nn.Module):
         tables = rotary_tables(self.config.ropes, position_ids, x.dtype)
         if self.config.vision is not None:
             x, tables = self.vision(x, tables, pictures, self.config.ropes, self.gradient_checkpointing)
-        device = x.device.type
-        compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        stream = (self.config, spans, position_ids, compute)
+        stream = (self.config, spans, position_ids, compute_dtype(x))
         plans = cache.plan(*stream) if cache else [plan_attention(*stream)] * len(self.layers)
         for layer, plan in zip(self.layers, plans):
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -706,10 +737,8 @@ def token_logps(terms: list[tuple[Tensor, Tensor]], targets: Tensor, softcap: Op
 
     The matrix products run in the autocast type where there is one, everything after them in float32 or wider.
     """
-    device, compute = targets.device.type, terms[0][0].dtype
-    if torch.is_autocast_enabled(device):
-        compute = torch.get_autocast_dtype(device)
-    with torch.autocast(device, enabled=False):
+    compute = compute_dtype(terms[0][0])
+    with torch.autocast(targets.device.type, enabled=False):
         return TokenLogps(*ChunkedLogps.apply(targets, softcap, compute, *(t for term in terms for t in term)))
 
 
@@ -727,8 +756,8 @@ class ChunkedLogps(torch.autograd.Function):
         tensors = [t.to(compute) for t in tensors]  # once, for backward too
         ctx.save_for_backward(targets, *tensors)
         terms = list(zip(tensors[0::2], tensors[1::2]))
-        out = [score_chunk(chunk_logits(terms, rows, softcap).to(wide), targets[rows])
-               for rows in chunks(len(targets), len(terms[0][1]))]
+        out = [score_rows(logits.to(wide), at) for rows in chunks(len(targets), len(terms[0][1])) for logits, at in
+               few_rows(chunk_logits(terms, rows, softcap), targets[rows])]
         out = [torch.cat(column) for column in zip(*out)]
         ctx.mark_non_differentiable(*out[1:])
         return tuple(out)
@@ -741,8 +770,9 @@ class ChunkedLogps(torch.autograd.Function):
         grads = [torch.empty(t.shape, dtype=wide, device=t.device) if needed else None
                  for t, needed in zip(tensors, ctx.needs_input_grad[3:])]
         for rows in chunks(len(targets), len(terms[0][1])):
-            d = grad_logits(chunk_logits(terms, rows, ctx.softcap), targets[rows], grad[rows], ctx.softcap)  # (n, V)
-            d = d.to(ctx.compute)
+            d = chunk_logits(terms, rows, ctx.softcap)  # (n, V), overwritten by its gradient
+            for logits, *at in few_rows(d, targets[rows], grad[rows]):
+                logits.copy_(grad_logits(logits, *at, ctx.softcap))
             for (x, w), grad_x, grad_w in zip(terms, grads[0::2], grads[1::2]):
                 if grad_x is not None:
                     grad_x[rows] = (d @ w).to(wide)
@@ -773,8 +803,13 @@ def chunk_logits(terms: list[tuple[Tensor, Tensor]], rows: slice, softcap: Optio
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
-def score_chunk(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:  # five (n,)
-    """TokenLogps of one chunk in few passes over it, and one more tensor of its size; overwrites `logits`."""
+def few_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """A CPU goes over logits many times, in float32: over as many rows as its caches hold."""
+    return zip(*(t.split(32 if t.device.type == "cpu" else max(1, len(t))) for t in tensors))
+
+
+def score_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:  # five (n,)
+    """TokenLogps of some rows in few passes over them, and one more tensor of their size; overwrites `logits`."""
     mean = logits.mean(-1)
     top = logits.amax(-1)
     at_target = logits.gather(-1, targets[:, None]).squeeze(-1)

@@ -20,7 +20,7 @@ import model as models
 
 # What a block saves for its backward: bytes per token and unit of (hidden, all query heads, all kv heads, MLP).
 # float32: x and its norm, twice; q, q rotated, the heads' output; k, k rotated, v; gate, up and their product.
-PER_TOKEN = {"float32": (16, 12, 12, 12), "bf16": (20, 11, 11, 6)}
+PER_TOKEN = {"float32": (16, 12, 12, 12), "bf16": (12, 11, 11, 6)}
 FROZEN = {"float32": (4, 4, 0, 4), "bf16": (4, 2, 0, 2)}  # less, where linear layers learn nothing: their inputs
 
 
@@ -83,7 +83,8 @@ def activations(config: models.ModelConfig, run: Run, block: int) -> tuple[int, 
     ends = wide * (c.hidden_size * (run.tokens + run.scored) + 2 * c.head_dim * run.tokens)
     saved = block_activations(config, run, block)
     rows = min(run.scored, max(16, models.HEAD_CHUNK // c.vocab_size))
-    head = 8 * rows * c.vocab_size + 4 * c.hidden_size * (run.scored + (0 if run.rank else c.vocab_size))
+    logits = c.vocab_size * ((2 if run.bf16 else wide) * rows + 8 * min(rows, 32))  # and a few rows in float32, twice
+    head = logits + 4 * c.hidden_size * (run.scored + (0 if run.rank else c.vocab_size))
     mlp = (5 if run.bf16 else 10) * run.tokens * c.intermediate_size
     if run.checkpointing:
         return ends + c.num_hidden_layers * wide * c.hidden_size * run.tokens, max(head, saved + mlp)

@@ -201,9 +201,10 @@ def test_bf16_weights_are_as_near_to_float32_as_in_transformers(case):
 
 
 def assert_as_near(own, peer, exact, name: str) -> None:
-    error = lambda x: (x - exact).pow(2).mean().sqrt().item()
-    # a token near the border of two experts may go to the other one, in either implementation
-    assert error(own) < (3 if name in SPARSE else 1.5) * error(peer) + 1e-3
+    # a token near the border of two experts may go to the other one, in either implementation: not the mean then
+    middle = torch.median if name in SPARSE else torch.mean
+    error = lambda x: middle((x - exact).pow(2).mean(-1)).sqrt().item()
+    assert error(own) < 1.5 * error(peer) + 1e-3
 
 
 def test_gemma_norms_are_not_rounded_before_they_are_applied():

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import dpo
 import model as models
 from extras.compiled import compile_blocks
 
@@ -54,11 +55,22 @@ def test_rms_norm_by_hand_has_the_values_and_gradients_of_pytorch():
     x, w = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((7, 3, 16), (16,)))
     for y in (x, x.flatten(0, 1)):
         grad = torch.randn_like(y)
-        ours, theirs = models.RMSNorm.apply(y, w, 1e-5), F.rms_norm(y, (16,), w, 1e-5)
+        ours, theirs = models.RMSNorm.apply(y, w, 1e-5, torch.float64), F.rms_norm(y, (16,), w, 1e-5)
         torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
         for a, b in zip(*(torch.autograd.grad(out, (x, w), grad) for out in (ours, theirs))):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda x, w: models.RMSNorm.apply(x, w, 1e-5), (x[0].detach().requires_grad_(), w))
+    assert torch.autograd.gradcheck(lambda x, w: models.RMSNorm.apply(x, w, 1e-5, torch.float64), (x[0].detach().requires_grad_(), w))
+
+
+def test_the_turn_of_rotary_embeddings_by_hand_has_its_values_and_gradients():
+    """Against x cos + rotate_half(x) sin, with a part of the dims left alone."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 2, 10, dtype=torch.float64, requires_grad=True)
+    cos, sin = models.rotary_tables({"": models.Rope((1.0, 0.1, 0.02))}, torch.arange(5), x.dtype)[""]
+    half = torch.cat([-x[..., 3:6], x[..., :3]], -1)
+    expected = torch.cat([x[..., :6] * cos + half * sin, x[..., 6:]], -1)
+    torch.testing.assert_close(models.rotate(x, cos, sin), expected, rtol=1e-14, atol=1e-14)
+    assert torch.autograd.gradcheck(lambda x: models.rotate(x, cos, sin), x)
 
 
 def test_gated_activation_by_hand_has_its_gradient():
@@ -87,3 +99,25 @@ def test_a_bf16_log_prob_does_not_depend_on_the_other_pairs_of_its_stream():
         many, few = (model(b.input_ids, b.position_ids, b.spans, b.score_index, b.targets).logps
                      for b in (data.collate(pairs), data.collate(pairs[:2])))
     torch.testing.assert_close(many[: len(few)], few, rtol=2e-2, atol=2e-2)
+
+
+def test_a_norm_is_rounded_once_for_the_products_after_it():
+    """Under autocast it gives the products' type, rounded from float32, and its gradient comes back in float32."""
+    torch.manual_seed(0)
+    norm = models.Norm(32, models.read_config(CONFIG))
+    x = torch.randn(5, 32, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm(x)
+    assert torch.equal(y, norm(x).bfloat16())
+    assert torch.autograd.grad(y.float().sum(), x)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("options,limit", [({}, 2048), (dict(max_tokens_per_forward=300), 300),
+                                           (dict(loss_type=["aot"], exact_global_loss=False), None)], ids=str)
+def test_forwards_on_a_cpu_are_cut_by_their_tokens_unless_one_loss_couples_them(tiny, pairs_file, tmp_path, options, limit):
+    trainer = dpo.DPOTrainer(args=dpo.DPOConfig(model_name_or_path=str(tiny), dataset_name=str(pairs_file), use_cpu=True,
+                                                output_dir=str(tmp_path / "o"), cache_dir=str(tmp_path / "c"), **options))
+    pairs = np.tile(trainer.train_pairs, 40)
+    sizes = [int(trainer.train_store.tokens[rows].sum()) for rows in trainer.forwards(trainer.train_store, pairs, len(pairs))]
+    assert sum(sizes) > 2 * 2048
+    assert (len(sizes) == 1) if limit is None else (max(sizes) <= limit < sizes[0] + sizes[1])
