@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-HEAD_CHUNK = 2**24  # logits held at once: rows x vocabulary (64 MiB in float32)
+HEAD_CHUNK = 2**24  # logits held at once: rows x vocabulary (64 MiB in float32); on a GPU eight times as many
 SHARD_BYTES = 5 * 10**9  # a larger checkpoint is saved in several files
 
 
@@ -756,7 +756,7 @@ class ChunkedLogps(torch.autograd.Function):
         tensors = [t.to(compute) for t in tensors]  # once, for backward too
         ctx.save_for_backward(targets, *tensors)
         terms = list(zip(tensors[0::2], tensors[1::2]))
-        out = [score_rows(logits.to(wide), at) for rows in chunks(len(targets), len(terms[0][1])) for logits, at in
+        out = [score_rows(logits.to(wide), at) for rows in chunks(targets, len(terms[0][1])) for logits, at in
                few_rows(chunk_logits(terms, rows, softcap), targets[rows])]
         out = [torch.cat(column) for column in zip(*out)]
         ctx.mark_non_differentiable(*out[1:])
@@ -769,7 +769,7 @@ class ChunkedLogps(torch.autograd.Function):
         wide = torch.promote_types(ctx.compute, torch.float32)
         grads = [torch.empty(t.shape, dtype=wide, device=t.device) if needed else None
                  for t, needed in zip(tensors, ctx.needs_input_grad[3:])]
-        for rows in chunks(len(targets), len(terms[0][1])):
+        for rows in chunks(targets, len(terms[0][1])):
             d = chunk_logits(terms, rows, ctx.softcap)  # (n, V), overwritten by its gradient
             for logits, *at in few_rows(d, targets[rows], grad[rows]):
                 logits.copy_(grad_logits(logits, *at, ctx.softcap))
@@ -789,10 +789,15 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         total.copy_(a @ b) if first else total.add_(a @ b)
 
 
-def chunks(count: int, vocab_size: int) -> Iterator[slice]:
+def chunks(targets: Tensor, vocab_size: int) -> Iterator[slice]:
     """At least one, though it be empty: a stream without scored tokens has empty log-probs and zero gradients."""
-    size = max(16, HEAD_CHUNK // vocab_size)
+    count, size = len(targets), chunk_rows(vocab_size, targets.device.type)
     return (slice(i, min(i + size, count)) for i in range(0, max(count, 1), size))
+
+
+def chunk_rows(vocab_size: int, device: str) -> int:
+    """Every chunk reads the whole weight, and adds to all of its gradient: a GPU waits for that below some 600 rows."""
+    return max(16, HEAD_CHUNK * (1 if device == "cpu" else 8) // vocab_size)
 
 
 def chunk_logits(terms: list[tuple[Tensor, Tensor]], rows: slice, softcap: Optional[float]) -> Tensor:  # (n, V)
@@ -803,9 +808,10 @@ def chunk_logits(terms: list[tuple[Tensor, Tensor]], rows: slice, softcap: Optio
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
-def few_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """A CPU goes over logits many times, in float32: over as many rows as its caches hold."""
-    return zip(*(t.split(32 if t.device.type == "cpu" else max(1, len(t))) for t in tensors))
+def few_rows(logits: Tensor, *more: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Of a chunk so many rows at once as are gone over many times in float32: what a CPU's caches hold, or 64 MiB."""
+    size = 32 if logits.device.type == "cpu" else max(16, HEAD_CHUNK // logits.shape[1])
+    return zip(*(t.split(size) for t in (logits, *more)))
 
 
 def score_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:  # five (n,)

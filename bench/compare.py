@@ -64,7 +64,7 @@ def main() -> None:
             args.model = make_model(SHAPES[args.model], args.tokenizer, scratch / args.model)
         rows = read_rows(args.data, args.pairs)
         pairs = scratch / "pairs.jsonl"
-        pairs.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+        write_rows(pairs, rows)
         work = count_work(args, pairs, scratch / "store")
         results, rates = {name: [] for name in sides(args)}, []
         for i in range(args.rounds):
@@ -118,6 +118,10 @@ def read_rows(path: str, count: int) -> list[dict]:
     rows = (row for _, row in data.read_rows(data.find_files(path)) if isinstance(row, dict))
     usable = [r for r in rows if r.get("chosen") and r.get("rejected") and r["chosen"] != r["rejected"]]
     return usable[:count]
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
 
 
 def count_work(args, pairs: Path, cache: Path) -> dict:

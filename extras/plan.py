@@ -39,6 +39,7 @@ class Run(NamedTuple):
     rank: int = 0  # of a LoRA; 0 trains all weights
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     four_bit: Optional[str] = None  # "plain" or "nested" absmax
+    device: str = "cpu"
 
 
 def bits_of(run: Run, name: str, module: torch.nn.Module) -> float:
@@ -82,8 +83,9 @@ def activations(config: models.ModelConfig, run: Run, block: int) -> tuple[int, 
     c, wide = config, 8 if run.weights == "float64" else 4
     ends = wide * (c.hidden_size * (run.tokens + run.scored) + 2 * c.head_dim * run.tokens)
     saved = block_activations(config, run, block)
-    rows = min(run.scored, max(16, models.HEAD_CHUNK // c.vocab_size))
-    logits = c.vocab_size * ((2 if run.bf16 else wide) * rows + 8 * min(rows, 32))  # and a few rows in float32, twice
+    rows = min(run.scored, models.chunk_rows(c.vocab_size, run.device))
+    few = min(rows, 32 if run.device == "cpu" else max(16, models.HEAD_CHUNK // c.vocab_size))
+    logits = c.vocab_size * ((2 if run.bf16 else wide) * rows + 8 * few)  # a few rows in float32, twice
     head = logits + 4 * c.hidden_size * (run.scored + (0 if run.rank else c.vocab_size))
     mlp = (5 if run.bf16 else 10) * run.tokens * c.intermediate_size
     if run.checkpointing:
@@ -143,7 +145,8 @@ def run_of(trainer) -> Run:
     four_bit = ("nested" if c.use_bnb_nested_quant else "plain") if c.load_in_4bit else None
     rank = trainer.lora.get("r", 0)
     return Run(tokens, scored, max(map(len, steps)), trainer.ranks.world, bool(getattr(c, "fsdp", False)), c.dtype,
-               trainer.bf16, c.gradient_checkpointing, trainer.ref_model is not None, rank, targets, four_bit)
+               trainer.bf16, c.gradient_checkpointing, trainer.ref_model is not None, rank, targets, four_bit,
+               trainer.ranks.device.type)
 
 
 def describe(trainer) -> list[str]:
@@ -178,7 +181,7 @@ def main() -> None:
     parser.add_argument("--world", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=4096, help="of one forward")
     c = parser.parse_args()
-    base = Run(c.tokens, c.tokens // 2, world=c.world, bf16=True, checkpointing=True)
+    base = Run(c.tokens, c.tokens // 2, world=c.world, bf16=True, checkpointing=True, device="cuda")
     lora = base._replace(rank=16, targets=("all-linear",), weights="bfloat16")
     modes = {"DDP": base, "FSDP": base._replace(fsdp=True), "LoRA": lora, "QLoRA": lora._replace(four_bit="nested")}
     for directory in c.directories:
