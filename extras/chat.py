@@ -22,8 +22,8 @@ from collections.abc import Iterator
 from itertools import islice, zip_longest
 from typing import Optional
 
-from data import DataError, find_files, parse_turns, read_rows, split_row
 from extras.generate import Cache, complete, generate
+from extras.rows.prompts import read_prompts
 from extras.speaker import Speaker, decode, encode_prompt, load, pieces
 
 
@@ -111,20 +111,6 @@ def talk(speakers: list[Speaker], system: Optional[str]) -> None:
         except ValueError as error:  # too long for the model, or the template refuses it
             print(error)
         turn += 1
-
-
-def read_prompts(path: str) -> Iterator[str | list[dict]]:
-    """The prompts of a file's rows. Raises DataError naming file and line."""
-    for where, row in read_rows(find_files(path)):
-        try:
-            if isinstance(row, DataError):
-                raise row
-            prompt = parse_turns(row, "prompt") if "prompt" in row else split_row(row, True)[0]
-            if not prompt:
-                raise DataError('"prompt" is empty')
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from None
-        yield prompt
 
 
 def write_completions(speaker: Speaker, args: argparse.Namespace) -> int:

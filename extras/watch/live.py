@@ -1,7 +1,7 @@
-"""The view of a run at a terminal: curves of loss, accuracy and margin over the whole run, speed, memory, time left.
+"""A run at a terminal: curves of loss, accuracy and margin over the whole run, speed, memory, time left.
 
-It stands above the progress bar and is drawn anew at each log; the cursor always rests below it, so that an
-interrupted run leaves the terminal in order. Where output is no terminal, dpo.py prints lines instead.
+The panel stands above the progress bar and is redrawn at each log. The cursor always rests below it,
+so an interrupted run leaves the terminal in order. Without a terminal, parts/log.py prints lines.
 """
 
 import os
@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+
+from parts.log import Speed
+from parts.position import Position
 
 CURVES = {
     "loss": ("loss", 34),
@@ -28,7 +31,8 @@ class Panel:
     """What is drawn, and how many lines of it stand on the screen above the bar."""
 
     bar: Any
-    points: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: {name: [] for name in CURVES})
+    points: dict[str, list[tuple[float, float]]] = field(
+        default_factory=lambda: {name: [] for name in CURVES})
     lines: list[str] = field(default_factory=list)
     drawn: int = 0
 
@@ -38,44 +42,41 @@ class Panel:
         print(line, file=file, flush=True)
         draw(self)
 
+    def show(self, metrics: dict, position: Position, total: int, speed: Speed) -> None:
+        """Add the metrics of a log to the curves, and draw."""
+        for name, (key, _) in CURVES.items():
+            self.points[name].append((position.step / total, metrics[key]))
+        left = tqdm.format_interval(speed.seconds_left(position, total))
+        pairs, tokens = speed.rates(position)
+        facts = [
+            f"{pairs:.1f} pairs/s", f"{tokens:,.0f} tokens/s", memory(), f"{left} left",
+            f"epoch {metrics['epoch']:.2f}", f"lr {metrics['learning_rate']:.2g}",
+            f"grad norm {metrics['grad_norm']:.3g}"]
+        size = os.get_terminal_size(sys.stderr.fileno())
+        self.lines = layout(self, facts, *size, unicode=speaks_unicode())
+        erase(self)
+        draw(self)
 
-def show(trainer, bar, metrics: dict, seconds: float) -> None:
-    """Take up the metrics of a log, and draw; only the bar's own line where this is no terminal."""
-    if not sys.stderr.isatty():
-        bar.set_postfix_str(f"loss {metrics['loss']:.4f}")
-        return
-    panel = trainer.panel = trainer.panel or Panel(bar)
-    share = trainer.step / trainer.total_steps
-    for name, (key, _) in CURVES.items():
-        panel.points[name].append((share, metrics[key]))
-    _, pairs, tokens = trainer.started_at
-    done = trainer.pairs_done - pairs
-    left = (trainer.total_steps - trainer.step) * seconds / max(1, trainer.step - bar.initial)
-    facts = [f"{done / seconds:.1f} pairs/s", f"{(trainer.num_tokens - tokens) / seconds:,.0f} tokens/s",
-             memory(trainer.ranks.device), f"{tqdm.format_interval(left)} left", f"epoch {metrics['epoch']:.2f}",
-             f"lr {metrics['learning_rate']:.2g}", f"grad norm {metrics['grad_norm']:.3g}"]
-    panel.lines = layout(panel, facts, *os.get_terminal_size(sys.stderr.fileno()), unicode=speaks_unicode())
-    erase(panel)
-    draw(panel)
-    if trainer.step == trainer.total_steps:  # it stays as it is
-        clear(bar)
-        bar.disable, trainer.panel = True, None
+    def close(self) -> None:
+        """Take the bar away and leave the curves on the screen."""
+        clear(self.bar)
+        self.bar.disable = True
 
 
 def speaks_unicode() -> bool:
     return "utf" in (sys.stderr.encoding or "").lower()
 
 
-def memory(device: torch.device) -> str:
-    """Peak so far: of the GPU where there is one, else of the process."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB GPU"
+def memory() -> str:
+    """Peak so far: of the GPU if one is used, else of the process."""
+    if torch.cuda.is_initialized():
+        return f"{torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB GPU"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return f"{peak / (2**20 if sys.platform == 'darwin' else 2**10):,.0f} MiB"
 
 
 def clear(bar) -> None:
-    """Take the bar away, the cursor at the beginning of its line; standard output may write there."""
+    """Remove the bar; the cursor is then at the start of its line, where standard output may write."""
     bar.clear()
     sys.stderr.flush()
 

@@ -5,33 +5,36 @@ Names are those of transformers' Trainer: `train/loss`, `eval/rewards/accuracies
 
 import importlib.util
 from collections.abc import Callable
+from pathlib import Path
+
+from parts.config import DPOConfig
+from parts.log import Logger
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
-Log = Callable[[dict], None]
 
 
-def make(trainer) -> list[Log]:
-    """A function for each logger; what it needs is opened at the first metrics, on rank 0.
+def make_loggers(c: DPOConfig) -> list[Logger]:
+    """A function for each logger; its package is started at the first metrics, on rank 0.
 
-    Raises ValueError, on every rank, naming what is to be installed.
+    Raises ValueError, on every rank, naming what to install.
     """
-    names = trainer.args.report_to
+    names = c.report_to
     if "none" in names:
         raise ValueError(f"--report_to {' '.join(names)}: none goes with no other")
     for name in names:
         if importlib.util.find_spec(PACKAGES[name]) is None:
             raise ValueError(f"--report_to {name}: not installed; pip install {PACKAGES[name]}")
     openers = {"tensorboard": tensorboard, "wandb": wandb, "trackio": trackio}
-    return [when_first_used(openers[name], trainer) for name in dict.fromkeys(names)]
+    return [when_first_used(openers[name], c) for name in dict.fromkeys(names)]
 
 
-def when_first_used(opener: Callable, trainer) -> Log:
+def when_first_used(opener: Callable, c: DPOConfig) -> Logger:
     opened = []
 
     def log(metrics: dict) -> None:
         if not opened:
             try:
-                opened.append(opener(trainer, metrics["step"]))
+                opened.append(opener(c, metrics["step"]))
             except Exception as error:  # no key, no network: each package has its own kinds
                 raise OSError(f"--report_to {opener.__name__}: it cannot be started ({error})") from error
         opened[0](metrics)
@@ -45,24 +48,24 @@ def named(metrics: dict) -> dict[str, float]:
     return {f"eval/{k[5:]}" if k.startswith("eval_") else f"train/{k}": v for k, v in kept.items()}
 
 
-def run_name(trainer) -> str:
-    return trainer.args.run_name or trainer.output_dir.resolve().name
+def run_name(c: DPOConfig) -> str:
+    return c.run_name or Path(c.output_dir).resolve().name
 
 
-def settings(trainer) -> dict:
-    return {k: v for k, v in vars(trainer.args).items() if k != "hub_token"}
+def settings(c: DPOConfig) -> dict:
+    return {k: v for k, v in vars(c).items() if k != "hub_token"}
 
 
 def sample_rows(metrics: dict) -> list[dict]:
     return metrics.get("eval_samples", [])
 
 
-def tensorboard(trainer, step: int) -> Log:
+def tensorboard(c: DPOConfig, step: int) -> Logger:
     """Event files in output_dir/runs; after a resume, later steps of the interrupted run are dropped."""
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(trainer.output_dir / "runs" / run_name(trainer), purge_step=step)
-    writer.add_text("configuration", "\n".join(f"    {k}: {v}" for k, v in settings(trainer).items()), step)
+    writer = SummaryWriter(Path(c.output_dir) / "runs" / run_name(c), purge_step=step)
+    writer.add_text("configuration", "\n".join(f"    {k}: {v}" for k, v in settings(c).items()), step)
 
     def log(metrics: dict) -> None:
         for name, value in named(metrics).items():
@@ -75,11 +78,11 @@ def tensorboard(trainer, step: int) -> Log:
     return log
 
 
-def wandb(trainer, step: int) -> Log:
+def wandb(c: DPOConfig, step: int) -> Logger:
     import wandb
 
-    run = wandb.init(project=trainer.args.project, name=run_name(trainer), config=settings(trainer),
-                     dir=str(trainer.output_dir))
+    run = wandb.init(project=c.project, name=run_name(c), config=settings(c),
+                     dir=str(c.output_dir))
 
     def log(metrics: dict) -> None:
         table = {}
@@ -92,10 +95,10 @@ def wandb(trainer, step: int) -> Log:
     return log
 
 
-def trackio(trainer, step: int) -> Log:
+def trackio(c: DPOConfig, step: int) -> Logger:
     import trackio
 
-    run = trackio.init(project=trainer.args.project, name=run_name(trainer), config=settings(trainer), resume="allow")
+    run = trackio.init(project=c.project, name=run_name(c), config=settings(c), resume="allow")
 
     def log(metrics: dict) -> None:
         run.log(named(metrics), step=metrics["step"])

@@ -1,0 +1,79 @@
+"""References other than the policy's own start: another model, another adapter, one that moves (TR-DPO).
+
+DPOTrainer handles the plain ones itself: a copy of the policy, or the policy with its LoRA off.
+"""
+
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from extras.lora import adapters
+from extras.models.opening import base_directory, is_adapter, load_adapted, model_directory
+from model import Decoder, lora_modules
+
+
+def other_reference(trainer: Any, opened: Any, ref_model: Decoder | None) -> tuple[nn.Module | None, dict]:
+    """(a model of its own or None, an adapter that is swapped in for the policy's, {} for none).
+
+    Raises ValueError for an adapter that is not there.
+    """
+    if ref_model is not None:
+        return ref_model, {}
+    c = trainer.args
+    named = c.ref_model_name_or_path or c.ref_adapter_name
+    if not opened.lora:
+        return (load_reference(trainer) if named else None), {}
+    loaded = getattr(trainer.model, "adapters", {})
+    if c.ref_adapter_name in loaded and not c.ref_model_name_or_path:
+        return None, adapters.copy_adapter(loaded[c.ref_adapter_name][0])
+    if not named:
+        # A LoRA that is trained further: the reference is its start.
+        continued = lora_modules(trainer.model) if opened.continues else {}
+        return None, adapters.copy_adapter(continued)
+    home = Path(find_reference(trainer))
+    is_same_base = opened.directory is not None and (
+        base_directory(home, trainer.ranks) == base_directory(opened.directory, trainer.ranks))
+    if not is_same_base:
+        return load_reference(trainer), {}
+    return None, adapters.load_beside(trainer.model, home) if is_adapter(home) else {}
+
+
+def find_reference(trainer: Any) -> str:
+    c = trainer.args
+    name = c.ref_model_name_or_path or c.model_name_or_path
+    return model_directory(name, trainer.ranks, adapter=c.ref_adapter_name)
+
+
+def load_reference(trainer: Any) -> Decoder:
+    """The model that the flags name, as the policy is loaded."""
+    model, _ = load_adapted(find_reference(trainer), **trainer.loading())
+    trainer.check_vocabulary(model)
+    return model
+
+
+# TR-DPO (arXiv:2404.09656): ref <- alpha policy + (1 - alpha) ref
+
+
+def make_moving(trainer: Any, reference: Any) -> None:
+    """Give `reference` its `move`: towards the policy, by ref_model_mixup_alpha."""
+    alpha = trainer.args.ref_model_mixup_alpha
+    if not trainer.lora:
+        reference.move = lambda: move_model(reference.model, trainer.model, alpha)
+        return
+    if reference.model is not None:
+        raise ValueError(
+            "--sync_ref_model with a LoRA: the reference is another model, which cannot move towards it")
+    policy = lora_modules(trainer.model)
+    reference.adapter = adapters.dense_adapter(policy, reference.adapter)
+    reference.move = lambda: adapters.move_towards(
+        reference.adapter, lora_modules(trainer.model), alpha)
+
+
+@torch.no_grad()
+def move_model(ref: nn.Module, policy: nn.Module, alpha: float) -> None:
+    for p, q in zip(ref.parameters(), policy.parameters()):
+        p.lerp_(q.to(p.dtype), alpha)

@@ -1,0 +1,19 @@
+"""Prompts of a file: what chat and --generate_during_eval answer."""
+
+from collections.abc import Iterator
+
+from data import DataError, find_files, parse_turns, read_rows, split_row
+
+
+def read_prompts(path: str) -> Iterator[str | list[dict]]:
+    """The prompts of a file's rows, text or messages. Raises DataError naming file and line."""
+    for where, row in read_rows(find_files(path)):
+        try:
+            if isinstance(row, DataError):
+                raise row
+            prompt = parse_turns(row, "prompt") if "prompt" in row else split_row(row, True)[0]
+            if not prompt:
+                raise DataError('"prompt" is empty')
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+        yield prompt

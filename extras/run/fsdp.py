@@ -1,0 +1,139 @@
+"""--fsdp: parameters, gradients, optimizer state and the reference copy split across the ranks (arXiv:2304.11277).
+
+This is torch's own fully_shard, block by block: a block's weights are gathered for its forward, dropped,
+gathered again for its backward, and its gradients are reduced to their shards. With bf16 the blocks are
+gathered in bfloat16. The shards and the reduction stay in float32, and so do embedding and head, so that
+the residual stream is what it is without FSDP. Rank 0 alone loads the model; the other ranks begin on the
+meta device and receive their shards from it.
+"""
+
+import copy
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import distribute_tensor
+
+from model import Decoder
+from parts.checks import fsdp_words
+from parts.config import DPOConfig
+from parts.precision import Precision
+from parts.ranks import Ranks
+
+
+class Shards:
+    """A `parts.place.Place` in which every rank holds a part of each weight."""
+
+    is_sharded = True
+
+    def __init__(
+        self, model: nn.Module, ranks: Ranks, c: DPOConfig, precision: Precision, ref_adapter: dict,
+    ):
+        """`ref_adapter` is the reference's own LoRA on the policy's base. Raises ValueError if it has one."""
+        if ref_adapter:
+            raise ValueError(
+                "--fsdp: the reference is a LoRA on the policy's own base (one that is continued, or "
+                "moves), which is not split; merge it into a model and give that as "
+                "--ref_model_name_or_path")
+        self.ranks = ranks
+        self.half = precision.half
+        words = fsdp_words(c.fsdp)
+        if not dist.is_initialized():  # one process, not started by torchrun
+            backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        offload: OffloadPolicy = OffloadPolicy()
+        if "offload" in words:
+            offload = CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda")
+        self.options = {
+            "mesh": init_device_mesh(ranks.device.type, (ranks.world,)),
+            "reshard_after_forward": "shard_grad_op" not in words,
+            "offload_policy": offload}
+        self.model = self.shared(model)
+        self.module = self.model
+
+    def sync(self, last: bool) -> Any:
+        """Gradients are reduced to their shards after every forward."""
+        return nullcontext()
+
+    def shared(self, model: nn.Module) -> nn.Module:
+        """A sharded copy of rank 0's model, which lies on the CPU (elsewhere on the meta device)."""
+        is_narrow = next(model.parameters()).dtype.itemsize < 4 or self.half is not None
+        reduce = torch.float32 if is_narrow else None
+        wide = MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
+        narrow = MixedPrecisionPolicy(
+            param_dtype=self.half, reduce_dtype=reduce, cast_forward_inputs=False)
+        sharded = meta_copy(model)
+        for block in sharded.model.layers:
+            fully_shard(block, mp_policy=narrow, **self.options)
+        # The root would stay gathered after a forward without backward, and the next would see old
+        # weights: it is always resharded.
+        fully_shard(sharded, mp_policy=wide, **self.options | {"reshard_after_forward": True})
+        offloads = isinstance(self.options["offload_policy"], CPUOffloadPolicy)
+        sharded.to_empty(device="cpu" if offloads else self.ranks.device)
+        self.scatter(sharded, model)
+        for target, source in zip(sharded.buffers(), model.buffers()):
+            target.copy_(source if not source.is_meta else target)
+            dist.broadcast(target, 0)
+        sharded.skeleton = (meta_copy(model),)  # in a tuple, so that it is no submodule
+        return sharded
+
+    @torch.no_grad()
+    def scatter(self, sharded: nn.Module, source: nn.Module) -> None:
+        """Everyone's shards from rank 0's whole parameters; those on the meta device there stay as they are."""
+        given = dict(source.named_parameters())
+        for name, p in sharded.named_parameters():
+            is_there = self.ranks.from_first(lambda name=name: {"there": not given[name].is_meta})
+            if is_there["there"]:
+                self.fill(p, given[name])
+
+    @torch.no_grad()
+    def fill(self, target: Any, source: Tensor | None) -> None:
+        """`target`'s shard of rank 0's whole `source`; every rank calls this."""
+        if not hasattr(target, "full_tensor"):  # AdamW's count of steps
+            if self.ranks.first:
+                target.copy_(source)
+            there = target.detach().to(self.ranks.device)
+            dist.broadcast(there, 0)
+            target.copy_(there)
+            return
+        device = target.device_mesh.device_type
+        if self.ranks.first:
+            whole = source.detach().to(device, target.dtype).contiguous()
+        else:
+            whole = torch.empty(target.shape, dtype=target.dtype, device=device)
+        shard = distribute_tensor(whole, target.device_mesh, target.placements)
+        target.to_local().detach().copy_(shard.to_local())
+
+    def whole(self, tensor: Any) -> Tensor:
+        """All of a sharded tensor; every rank calls this."""
+        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+    @torch.no_grad()
+    def gathered(self, sharded: nn.Module, trained_only: bool = False) -> Decoder:
+        """A whole copy in rank 0's memory; on the other ranks, and for weights that do not learn where
+        only trained ones are wanted, on the meta device."""
+        twin = copy.deepcopy(sharded.skeleton[0])
+        state = {}
+        for name, p in sharded.named_parameters():
+            if p.requires_grad or not trained_only:
+                tensor = self.whole(p)
+                if self.ranks.first:
+                    state[name] = tensor.cpu()
+        twin.load_state_dict(state, strict=False, assign=True)
+        twin.tie()
+        return twin
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """The same modules, without memory for their parameters and buffers; what is tied stays tied."""
+    empty = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, empty | {id(b): b.to("meta") for b in model.buffers()})

@@ -1,0 +1,96 @@
+"""--generate_during_eval: answers to the same prompts with the same draws, at each evaluation.
+
+The draws come from the seed and the prompt's number, so two evaluations differ by the model alone, and
+training is the same with and without them. Answers are drawn at temperature 1.
+"""
+
+import contextlib
+from itertools import islice
+
+import torch
+
+import model as models
+from extras.generate import Sampling, complete
+from extras.rows.prompts import read_prompts
+from parts.place import eval_mode
+
+PROMPTS = 8  # of which SHOWN are printed
+SHOWN = 2
+MAX_NEW_TOKENS = 128
+
+
+class Samples:
+    """The prompts that are answered at each evaluation: (text, token ids) of at most PROMPTS of them."""
+
+    def __init__(self, trainer):
+        """Take the prompts of --generate_prompts, else of the first evaluation pairs that have one.
+
+        Raises ValueError for rows that cannot be read and for prompts that leave the model no room.
+        """
+        found = given(trainer) if trainer.args.generate_prompts else held_out(trainer)
+        self.prompts = [(text, ids) for text, ids in found if ids]
+        if not self.prompts:
+            raise ValueError("--generate_during_eval: no prompt to answer; give --generate_prompts FILE")
+        longest = max(len(ids) for _, ids in self.prompts)
+        ends = frozenset({trainer.tokenizer.eos_token_id} - {None})
+        self.sampling = Sampling(
+            seed=trainer.args.seed, max_new_tokens=room(trainer.model.config, longest), stop_ids=ends)
+
+    @torch.no_grad()
+    def take(self, trainer) -> dict:
+        """Metrics of an evaluation: `eval_samples`, a list of {prompt, completion, tokens}, and its mean
+        length. Rank 0 answers; the others return nothing."""
+        if not trainer.ranks.first:
+            return {}
+        with eval_mode(trainer.model):
+            written = complete(trainer.model, [ids for _, ids in self.prompts], self.sampling)
+        rows = []
+        for (text, _), tokens in zip(self.prompts, written):
+            completion = trainer.tokenizer.decode(tokens, skip_special_tokens=True)
+            rows.append({"prompt": text, "completion": completion, "tokens": len(tokens)})
+        for row in rows[:SHOWN]:
+            line = f"{shown(row['prompt'])} => {shown(row['completion'], 160)}"
+            trainer.log.say(f"step {trainer.position.step}: {line}")
+        mean = sum(map(len, written)) / len(written)
+        return {"eval_samples": rows, "eval_completions/mean_length": mean}
+
+
+def held_out(trainer) -> list[tuple[str, list[int]]]:
+    """The prompts of the first evaluation pairs."""
+    found = []
+    for index in trainer.eval_pairs[:PROMPTS]:
+        ids = [int(token) for token in trainer.eval_store[int(index)].prompt_ids]
+        found.append((trainer.tokenizer.decode(ids), ids))
+    return found
+
+
+def given(trainer) -> list[tuple[str, list[int]]]:
+    """The prompts of a file: text as it stands, conversations through the chat template as in training."""
+    tokenizer = trainer.tokenizer
+    found = []
+    for prompt in islice(read_prompts(trainer.args.generate_prompts), PROMPTS):
+        is_chat = not isinstance(prompt, str)
+        text = tokenizer.render(prompt, add_generation_prompt=True) if is_chat else prompt
+        ids = tokenizer.encode(text, add_special_tokens=not is_chat)
+        ends = ids[-1:] == [tokenizer.eos_token_id] and not is_chat  # some tokenizers end every text
+        found.append((text, ids[:-1] if ends else ids))
+    return found
+
+
+def room(config: models.ModelConfig, longest: int) -> int:
+    """New tokens after the longest prompt: MAX_NEW_TOKENS, or fewer if the model's positions end before.
+
+    Raises ValueError where not even one fits.
+    """
+    for new in range(MAX_NEW_TOKENS, 1, -1):
+        with contextlib.suppress(ValueError):
+            models.check_length(config, longest + new)
+            return new
+    models.check_length(config, longest + 1)
+    return 1
+
+
+def shown(text: str, most: int = 60) -> str:
+    """One line of at most `most` characters, from the end of a prompt or the beginning of an answer; printable."""
+    line = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+    return line if len(line) <= most else line[: most - 3] + "..."

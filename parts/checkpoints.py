@@ -1,0 +1,472 @@
+"""checkpoint-N: what a run resumes from: a loadable model, AdamW's moments, and the run's position.
+
+A checkpoint is written beside its place, synced to the disk and renamed, so it is whole or absent. What
+a disk damages later shows in the sha256 of each file, which trainer_state.json keeps. Rank 0 alone
+reads and writes; every rank calls the methods.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from parts.config import DPOConfig
+from parts.files import open_safetensors, read_json, write_json
+from parts.output import sync
+
+STATE = "trainer_state.json"
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
+# Options that may differ between a run and its resume: they change no weight, or what they change is
+# compared by content (model, data) or by effect (global_batch, total_steps).
+MAY_DIFFER = set("""
+    model_name_or_path model_revision output_dir gradient_checkpointing dataset_name dataset_config
+    dataset_train_split dataset_test_split eval_dataset_name max_prompt_length max_completion_length
+    truncation_mode on_bad_row dataset_num_proc cache_dir exact_global_loss precompute_ref_log_probs
+    ref_model_name_or_path ref_model_device merge_adapter per_device_train_batch_size
+    gradient_accumulation_steps max_tokens_per_forward num_train_epochs max_steps optim warmup_ratio
+    use_cpu ddp_timeout logging_steps logging_first_step disable_tqdm report_to eval_strategy
+    eval_steps eval_on_start per_device_eval_batch_size save_strategy save_steps save_total_limit
+    resume_from_checkpoint force_resume load_best_model_at_end metric_for_best_model
+    greater_is_better early_stopping_patience early_stopping_threshold skip_nonfinite fsdp push_to_hub
+    hub_model_id hub_private_repo hub_revision hub_token dataset_revision generate_during_eval
+    generate_prompts project run_name""".split())
+
+
+class Found(NamedTuple):
+    """A checkpoint that a run goes on from."""
+
+    directory: Path
+    state: dict
+
+
+class Checkpoints:
+    """Finds, writes and reads a run's checkpoints, and notices when the process is told to leave."""
+
+    def __init__(self, trainer: Any, fingerprint: str):
+        self.trainer = trainer
+        self.fingerprint = fingerprint  # of the policy's weights as the run began
+        self.found: Found | None = None  # what to resume from
+        self.signal = 0  # SIGTERM or SIGUSR1, if this process was sent one
+        self.leaving = False  # whether any rank was: agreed on once a step, with the metrics
+
+    # What of the reference a checkpoint must hold: what moves (TR-DPO), as the flags do not bring it back
+
+    def moving_model(self) -> nn.Module | None:
+        c = self.trainer.args
+        return self.trainer.reference.model if c.sync_ref_model and not self.trainer.lora else None
+
+    def moving_adapter(self) -> dict[str, Tensor]:
+        """{name: tensor} of the reference's LoRA, if it moves."""
+        if not (self.trainer.args.sync_ref_model and self.trainer.lora):
+            return {}
+        state = {}
+        for name, module in self.trainer.reference.adapter.items():
+            for part, p in module.named_parameters():
+                if part.startswith("lora_"):
+                    state[f"{name}.{part}"] = p.detach()
+        return state
+
+    # Which checkpoint
+
+    def find(self, asked: str | None) -> None:
+        """Find the checkpoint that `--resume_from_checkpoint asked` means.
+
+        A worker that torchrun restarted resumes without being asked. Raises ValueError if there is none,
+        if none is whole, and if it belongs to another run.
+        """
+        trainer = self.trainer
+        name = str(asked).lower()
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        self.found = None
+        if name in ("none", "false") and not restarted:
+            return
+        newest = name == "true" or restarted
+        is_asked = name not in ("none", "false")
+        found = trainer.ranks.from_first(partial(self.choose, asked, newest, is_asked))
+        if found is None:
+            return
+        directory = Path(found["directory"])
+        state = found["state"]
+        self.adopt_batch(state["run"])
+        differs = self.differences(state["run"])
+        if differs and not is_asked:
+            trainer.log.say(
+                f"{directory}: of another run ({differs[0]}); starting from the beginning")
+            return
+        if differs and not trainer.args.force_resume:
+            raise ValueError(
+                f"{directory}: {'; '.join(differs)}; resume with the same settings and data, continue "
+                "anyway with --force_resume, or start a new run in another --output_dir")
+        total = trainer.schedule.total_steps
+        if state["step"] > total:
+            raise ValueError(
+                f"{directory}: step {state['step']} is beyond the {total} steps of this run")
+        trainer.ranks.from_first(partial(check_moments, directory, trainer.model))
+        self.found = Found(directory, state)
+
+    def choose(self, asked: str | None, newest: bool, is_asked: bool) -> dict | None:
+        """The newest whole checkpoint of output_dir, or the directory asked for; damaged ones are named."""
+        home = self.trainer.log.directory
+        say = self.trainer.log.say
+        damage: list[str] = []
+        for directory in in_directory(home)[::-1] if newest else [Path(str(asked))]:
+            if not newest and not (directory / STATE).exists():
+                raise ValueError(f"--resume_from_checkpoint {directory}: no checkpoint there")
+            try:
+                state = read_state(directory)
+            except ValueError as error:
+                damage.append(str(error))
+                continue
+            if damage:
+                say(f"damaged: {'; '.join(damage)}; going on from {directory}")
+            return {"directory": str(directory), "state": state}
+        if damage and is_asked:
+            raise ValueError(
+                f"{'; '.join(damage)}; resume from another checkpoint, or start anew without "
+                "--resume_from_checkpoint")
+        say(f"{home}: {'; '.join(damage) or 'no checkpoint yet'}, starting from the beginning")
+        return None
+
+    def of_run(self) -> dict[str, Any]:
+        """What a checkpoint must share with the run that resumes from it, and (`cut`) how its global
+        batch is made up."""
+        trainer = self.trainer
+        c = trainer.args
+        same = {name: v for name, v in sorted(vars(c).items()) if name not in MAY_DIFFER}
+        return same | {
+            "global_batch": trainer.schedule.global_batch,
+            "total_steps": trainer.schedule.total_steps,
+            "data": trainer.train_store.digest,
+            "model": self.fingerprint,
+            "bf16": trainer.precision.half is torch.bfloat16,
+            "cut": [c.per_device_train_batch_size, c.gradient_accumulation_steps]}
+
+    def adopt_batch(self, run: dict) -> None:
+        """On another number of ranks, the same command goes on with the global batch of the first run."""
+        now = self.of_run()
+        if run.get("cut") == now["cut"] and run.get("global_batch") != now["global_batch"]:
+            self.trainer.plan_steps(run["global_batch"])
+            self.trainer.log.say(
+                f"the run began with {run['global_batch']} pairs in a step, and goes on so")
+
+    def differences(self, run: dict) -> list[str]:
+        """"beta was 0.1 there and is 0.2 now", for all that must be the same.
+
+        An option that `run` lacks had its default.
+        """
+        found = []
+        before = vars(DPOConfig()) | run
+        for name, value in self.of_run().items():
+            if name != "cut" and before.get(name) != value:
+                found.append(f"{name} was {before.get(name)!r} there and is {value!r} now")
+        return found
+
+    # While training
+
+    @contextmanager
+    def noticing_signals(self) -> Iterator[None]:
+        """SIGTERM and SIGUSR1 are only noted inside; the run leaves after the step it is in."""
+
+        def notice(number: int, frame: Any) -> None:
+            self.signal = number
+
+        is_main = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGTERM, signal.SIGUSR1) if is_main and self.trainer.schedule.save_every else ()
+        before = {number: signal.signal(number, notice) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def after(self, evaluated: dict) -> bool:
+        """Save if a checkpoint is due: by --save_steps, because `evaluated` is the best so far, or because
+        the process was told to leave. Return whether to stop training now."""
+        trainer = self.trainer
+        every = trainer.schedule.save_every
+        if not every:
+            return False
+        step = trainer.position.step
+        best = bool(evaluated) and trainer.args.load_best_model_at_end and self.judge(evaluated)
+        if step % every == 0 or best or self.leaving:
+            self.save()
+        if self.leaving:
+            return True
+        patience = trainer.args.early_stopping_patience
+        if patience is None or trainer.position.best["waited"] < patience:
+            return False
+        trainer.log.say(
+            f"step {step}: no evaluation was better than that of step "
+            f"{trainer.position.best['step']}; stopping early")
+        return True
+
+    def judge(self, evaluated: dict) -> bool:
+        """Whether an evaluation is the best so far; counts those since the best.
+
+        As in transformers, an improvement of at most early_stopping_threshold counts as none, though it
+        is the new best.
+        """
+        trainer = self.trainer
+        c = trainer.args
+        best = trainer.position.best
+        name = "eval_" + (c.metric_for_best_model or "loss").removeprefix("eval_")
+        greater = c.greater_is_better
+        if greater is None:
+            greater = not name.endswith("loss")
+        value = evaluated[name]
+        gain = math.inf if best["value"] is None else (value - best["value"]) * (1 if greater else -1)
+        waited = 0 if gain > c.early_stopping_threshold else best["waited"] + 1
+        if gain > 0:
+            step = trainer.position.step
+            directory = trainer.log.directory / f"checkpoint-{step}"
+            best = {"name": name, "value": value, "step": step, "directory": str(directory)}
+        trainer.position.best = best | {"waited": waited}
+        return gain > 0
+
+    def leave(self) -> None:
+        """Exit as the shell expects of a process that a signal ended: 128 + its number."""
+        self.trainer.log.say(
+            f"told to leave: checkpoint-{self.trainer.position.step} is written; "
+            "--resume_from_checkpoint true goes on from it")
+        sys.exit(128 + (self.signal or signal.SIGTERM))
+
+    def load_best(self) -> None:
+        """Make the best checkpoint's weights the model's, with --load_best_model_at_end."""
+        trainer = self.trainer
+        best = trainer.position.best
+        if trainer.args.load_best_model_at_end and best["step"] not in (0, trainer.position.step):
+            self.read_weights(Path(best["directory"]))
+            trainer.log.say(
+                f"the best model is that of step {best['step']}, {best['name']} {best['value']:g}")
+
+    # Writing
+
+    def save(self) -> None:
+        """Write checkpoint-N of the last step; then remove the oldest beyond --save_total_limit.
+
+        Raises OSError, on every rank, if it cannot be written; the checkpoints before it stay whole.
+        """
+        trainer = self.trainer
+        place = trainer.place
+        model = place.gathered(trainer.model, trained_only=bool(trainer.lora))
+        moving = self.moving_model()
+        ref_model = None if moving is None else place.gathered(moving)
+        moments: dict[str, Tensor] = {}
+        for name, p in trained(trainer.model):
+            state = trainer.optimizer.state[p] or no_moments(p)
+            for key in MOMENTS:
+                tensor = place.whole(state[key])
+                if trainer.ranks.first:
+                    moments[f"{name}.{key}"] = tensor.cpu()
+        trainer.ranks.from_first(partial(self.write, model, ref_model, moments))
+
+    def write(self, model: nn.Module, ref_model: nn.Module | None, moments: dict[str, Tensor]) -> None:
+        trainer = self.trainer
+        target = trainer.log.directory / f"checkpoint-{trainer.position.step}"
+        scratch = target.with_name(f".{target.name}")
+        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            trainer.write_model(scratch, model)
+            if ref_model is not None:
+                trainer.write_model(scratch / "ref_model", ref_model)
+            if self.moving_adapter():
+                save_file(self.moving_adapter(), scratch / "ref_adapter.safetensors")
+            save_file(moments, scratch / "optimizer.safetensors")
+            self.write_state(scratch)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(scratch, target)
+            sync(target.parent)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            last = in_directory(target.parent)
+            what_now = "there is no checkpoint before it"
+            if last:
+                what_now = (
+                    f"{last[-1].name} is whole: make room, then go on with --resume_from_checkpoint true")
+            raise OSError(f"{target}: cannot be written ({error}); {what_now}") from None
+        self.remove_old()
+
+    def write_state(self, scratch: Path) -> None:
+        """Write what is not weights, and see all files to the disk."""
+        metrics = self.trainer.log.directory / "metrics.jsonl"
+        if metrics.exists():
+            shutil.copyfile(metrics, scratch / metrics.name)
+        names = sorted(str(p.relative_to(scratch)) for p in scratch.rglob("*") if p.is_file())
+        state = self.trainer.position.saved()
+        state |= {"run": self.of_run(), "files": hash_files(scratch, names)}
+        digest = digest_of(json.loads(json.dumps(state)))
+        write_json(scratch / STATE, state | {"sha256": digest})
+        for path in [*scratch.rglob("*"), scratch]:
+            sync(path)
+
+    def remove_old(self) -> None:
+        """Keep --save_total_limit checkpoints; the best one and the newest in any case."""
+        trainer = self.trainer
+        limit = trainer.args.save_total_limit
+        found = in_directory(trainer.log.directory)
+        if limit is None:
+            return
+        spare = [p for p in found[:-1] if str(p) != trainer.position.best["directory"]]
+        for old in spare[: max(0, len(found) - limit)]:
+            shutil.rmtree(old)
+
+    # Reading
+
+    def resume(self) -> bytes:
+        """Go on exactly where the checkpoint was written; return metrics.jsonl as it was then.
+
+        Without a checkpoint the run starts from the beginning, and no line has been written.
+        """
+        if self.found is None:
+            return b""
+        trainer = self.trainer
+        directory, state = self.found
+        self.read_weights(directory)
+        self.read_moments(directory / "optimizer.safetensors")
+        trainer.position.restore(state)
+        trainer.log.say(
+            f"resuming from {directory}, step {trainer.position.step} of "
+            f"{trainer.schedule.total_steps}")
+        metrics = directory / "metrics.jsonl"
+        return metrics.read_bytes() if trainer.ranks.first and metrics.exists() else b""
+
+    def read_weights(self, directory: Path) -> None:
+        """The policy's weights, and those of a reference that moves, from rank 0 to all."""
+        trainer = self.trainer
+        place = trainer.place
+        model = place.gathered(trainer.model, trained_only=bool(trainer.lora))
+        moving = self.moving_model()
+        ref_model = None if moving is None else place.gathered(moving)
+        if trainer.ranks.first:
+            trainer.read_model(directory, model)
+            if ref_model is not None:
+                trainer.read_model(directory / "ref_model", ref_model)
+        for name, p in trained(model):
+            place.fill(trainer.model.get_parameter(name), p)
+        if ref_model is not None:
+            for name, p in ref_model.named_parameters():
+                place.fill(moving.get_parameter(name), p)
+        if self.moving_adapter():
+            self.read_adapter(directory / "ref_adapter.safetensors")
+
+    def read_adapter(self, path: Path) -> None:
+        """The reference's LoRA that moves. Raises ValueError for a file of another adapter."""
+        trainer = self.trainer
+        ours = self.moving_adapter()
+        found = load_file(path) if trainer.ranks.first else dict.fromkeys(ours)
+        odd = ours.keys() ^ found.keys()
+        if odd:
+            raise ValueError(f"{path}: {min(odd)}: it is of another run")
+        for name, tensor in ours.items():
+            trainer.place.fill(tensor, found[name])
+
+    def read_moments(self, path: Path) -> None:
+        """AdamW's state; a fused AdamW counts its steps where the parameters are."""
+        trainer = self.trainer
+        found = load_file(path) if trainer.ranks.first else {}
+        for name, p in trained(trainer.model):
+            state = no_moments(p)
+            for key in MOMENTS:
+                trainer.place.fill(state[key], found.get(f"{name}.{key}"))
+            trainer.optimizer.state[p] = state
+
+
+def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that learn, with their names, in the model's order."""
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def no_moments(p: Tensor) -> dict[str, Tensor]:
+    """AdamW's state before a parameter's first step."""
+    zeros = {key: torch.zeros_like(p) for key in MOMENTS[1:]}
+    return {"step": torch.zeros((), device=p.device), **zeros}
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Tell models apart without reading all of them: a hash of each tensor's name, shape and first
+    thousand values."""
+    h = hashlib.sha256()
+    for name, p in chain(model.named_parameters(), model.named_buffers()):  # buffers: 4-bit weights
+        if p.is_meta:  # FSDP: rank 0 has the weights
+            continue
+        h.update(f"{name} {tuple(p.shape)}".encode())
+        h.update(p.detach().flatten()[:1000].cpu().contiguous().view(torch.uint8).numpy().data)
+    return h.hexdigest()[:16]
+
+
+# Files of a checkpoint
+
+
+def in_directory(output_dir: Path) -> list[Path]:
+    """Its checkpoint-N directories, oldest first."""
+    found = [p for p in output_dir.glob("checkpoint-*") if p.name[11:].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[11:]))
+
+
+def last_checkpoint(output_dir: Path) -> str:
+    """A sentence for messages about a run that ended: what to go on from; "" if there is nothing."""
+    found = in_directory(output_dir)
+    if not found:
+        return ""
+    return f". {found[-1].name} is whole: --resume_from_checkpoint true goes on from there"
+
+
+def read_state(directory: Path) -> dict:
+    """trainer_state.json of a whole checkpoint; ValueError names the first file that was changed."""
+    state = read_json(directory / STATE)
+    if state.pop("sha256", None) != digest_of(state):
+        raise ValueError(f"{directory / STATE}: its checksum differs")
+    for name in state["files"]:
+        if not (directory / name).is_file():
+            raise ValueError(f"{directory / name}: missing")
+    for name, found in hash_files(directory, state["files"]).items():
+        if found != state["files"][name]:
+            raise ValueError(f"{directory / name}: its checksum differs from that in {STATE}")
+    return state
+
+
+def digest_of(state: dict) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def hash_files(directory: Path, names: Iterable[str]) -> dict[str, str]:
+    """sha256 of each file, several at a time."""
+
+    def hashed(name: str) -> str:
+        with open(directory / name, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return dict(zip(names, pool.map(hashed, names)))
+
+
+def check_moments(directory: Path, model: nn.Module) -> None:
+    """Raise ValueError if AdamW's tensors are not those of this model (with --force_resume)."""
+    path = directory / "optimizer.safetensors"
+    opened = open_safetensors(path)
+    found = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+    wanted = {}
+    for name, p in trained(model):
+        for key in MOMENTS:
+            wanted[f"{name}.{key}"] = () if key == "step" else tuple(p.shape)
+    wrong = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
+    if wrong:
+        raise ValueError(
+            f"{path}: {wrong[0]} is {found.get(wrong[0], 'missing')}, this run has "
+            f"{wanted.get(wrong[0], 'none')}; it is of another model")

@@ -1,0 +1,208 @@
+"""Refuse what cannot be run, by name and with the reason, before anything is read."""
+
+import math
+from dataclasses import Field, fields
+from typing import Any
+
+import numpy as np
+
+from losses import NO_REFERENCE, READS_RATINGS
+from parts.config import DPOConfig
+from parts.loss_checks import check_losses
+from parts.metrics import METRICS
+
+FSDP_WORDS = {"true", "full_shard", "shard_grad_op", "auto_wrap", "offload"}  # transformers' words
+
+
+def check_config(c: DPOConfig) -> None:
+    """Raise ValueError for the first thing that has no meaning."""
+    options = vars(c)
+    defaults = vars(DPOConfig())
+    for option in fields(DPOConfig):
+        check_field(option, options[option.name])
+    check_losses(options, defaults)
+    check_values(c, options)
+    check_readers(c, options, defaults)
+    check_fsdp(c)
+    check_best_model(c)
+    if c.sync_ref_model and c.precompute_ref_log_probs:
+        raise ValueError(
+            "--sync_ref_model moves the reference; --precompute_ref_log_probs needs one that stays")
+    if c.load_in_8bit:
+        raise ValueError(
+            "--load_in_8bit: LLM.int8 rounds activations too, and which columns it spares depends on "
+            "all tokens of a forward: a pair's log-probs would depend on what it is batched with; use "
+            "--load_in_4bit, which is also smaller")
+
+
+def check_field(option: Field, value: Any) -> None:
+    """Raise ValueError for a value that is none of the choices, below the least, or infinite."""
+    choices = option.metadata["choices"]
+    least = option.metadata["least"]
+    for one in value if isinstance(value, list) else [value]:
+        if one is not None and choices and one not in choices:
+            raise ValueError(f"--{option.name} {one}: expected one of {', '.join(choices)}")
+    if value is not None and least is not None and not least <= value < math.inf:
+        raise ValueError(f"--{option.name} {value}: it must be {least} or more")
+
+
+def check_values(c: DPOConfig, options: dict[str, Any]) -> None:
+    """Raise ValueError for what is missing, out of range, or set twice."""
+    for name in ("model_name_or_path", "dataset_name", "output_dir"):
+        if not options[name]:
+            raise ValueError(f"--{name} is missing")
+    for name in ("logging_steps", "eval_steps", "save_steps"):
+        if options[name] == 0:
+            raise ValueError(f"--{name} 0: it must be above 0")
+    for name in ("adam_beta1", "adam_beta2", "lora_dropout"):
+        if options[name] >= 1:
+            raise ValueError(f"--{name} {options[name]}: it must be below 1")
+    if not 0 <= c.seed < 2**32:
+        raise ValueError(f"--seed {c.seed}: 0 <= seed < 2^32")
+    if c.bf16 and c.dtype == "float64" or c.fp16 and (c.bf16 or c.dtype != "float32"):
+        name = "fp16" if c.fp16 else "bf16"
+        raise ValueError(
+            f"--{name} --dtype {c.dtype}: choose one of --bf16 and --fp16, for float32 weights")
+    if c.eval_fraction >= 1:
+        raise ValueError(f"--eval_fraction {c.eval_fraction}: a share of the pairs, below 1")
+    if c.eval_fraction and c.eval_dataset_name:
+        raise ValueError("--eval_fraction and --eval_dataset_name: choose one")
+
+
+def needs_reference(c: DPOConfig) -> bool:
+    """Whether any of the losses reads a reference's log-probs."""
+    return not (c.reference_free or set(c.loss_type) <= NO_REFERENCE)
+
+
+def precomputes_reference(c: DPOConfig) -> bool:
+    """Whether the reference runs once, before training. By default it does, unless it moves."""
+    if not needs_reference(c):
+        return False
+    return not c.sync_ref_model if c.precompute_ref_log_probs is None else c.precompute_ref_log_probs
+
+
+def check_readers(c: DPOConfig, options: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Raise ValueError for a value that is not the default and that nothing reads in this run."""
+    readers = {  # what reads the flags: (whether it is on, the flags)
+        "--use_peft": (
+            c.use_peft, "lora_r lora_alpha lora_dropout lora_target_modules use_rslora use_dora "
+            "lora_target_parameters lora_modules_to_save"),
+        "--sync_ref_model": (c.sync_ref_model, "ref_model_mixup_alpha ref_model_sync_steps"),
+        "a loss that has a reference": (
+            needs_reference(c), "precompute_ref_log_probs ref_model_name_or_path ref_adapter_name "
+            "sync_ref_model"),
+        "--eval_strategy steps": (c.eval_strategy == "steps", "eval_steps"),
+        "--eval_strategy steps or epoch": (
+            c.eval_strategy != "no" or bool(c.eval_dataset_name), "dataset_test_split"),
+        "--load_best_model_at_end": (
+            c.load_best_model_at_end,
+            "metric_for_best_model greater_is_better early_stopping_patience"),
+        "--early_stopping_patience": (
+            c.early_stopping_patience is not None, "early_stopping_threshold"),
+        "--resume_from_checkpoint": (c.resume_from_checkpoint is not None, "force_resume"),
+        "--generate_during_eval": (c.generate_during_eval, "generate_prompts"),
+        "--report_to": (c.report_to != ["none"], "run_name project"),
+        "--push_to_hub": (c.push_to_hub, "hub_model_id hub_private_repo hub_revision hub_token"),
+        "--load_in_4bit": (
+            c.load_in_4bit, "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_compute_dtype"),
+        "--disable_dropout false": (not c.disable_dropout, "lora_dropout"),
+        "--loss_type bco_pair": ("bco_pair" in c.loss_type, "bco_delta"),
+    }
+    for reader, (is_on, names) in readers.items():
+        for name in names.split():
+            if not is_on and options[name] != defaults[name]:
+                raise ValueError(f"--{name} {options[name]}: read only with {reader}")
+
+
+def fsdp_words(fsdp: str | None) -> set[str]:
+    """The words of --fsdp; none where it is off. Blocks are always wrapped one by one.
+
+    Raises ValueError for a word that is not known.
+    """
+    found = set(str(fsdp or "").lower().split()) - {"false"}
+    unknown = sorted(found - FSDP_WORDS)
+    if unknown:
+        raise ValueError(
+            f"--fsdp {fsdp}: {', '.join(unknown)} is not supported; known are "
+            f"{', '.join(sorted(FSDP_WORDS))}")
+    return found
+
+
+def check_fsdp(c: DPOConfig) -> None:
+    """Raise ValueError for what FSDP cannot be combined with."""
+    if not c.fsdp:
+        return
+    for name in ("load_in_4bit", "ref_model_device", "generate_during_eval"):
+        if getattr(c, name):
+            raise ValueError(f"--fsdp with --{name}: not supported; leave one of them out")
+
+
+def check_best_model(c: DPOConfig) -> None:
+    """Raise ValueError where --load_best_model_at_end lacks what it needs."""
+    if not c.load_best_model_at_end:
+        return
+    if c.eval_strategy == "no" or c.save_strategy == "no":
+        raise ValueError(
+            "--load_best_model_at_end: it needs evaluations and checkpoints; give --eval_strategy and "
+            "--save_strategy")
+    name = (c.metric_for_best_model or "loss").removeprefix("eval_")
+    if name not in METRICS:
+        raise ValueError(
+            f"--metric_for_best_model {name}: no such metric; there are {', '.join(sorted(METRICS))}")
+
+
+def check_ratings(c: DPOConfig, store: Any) -> None:
+    """Raise ValueError for a pair without the scores that a loss reads, or, as odpo takes the log of
+    their gap, with chosen not above rejected."""
+    reading = sorted(set(c.loss_type) & READS_RATINGS)
+    if not reading:
+        return
+    takes_log = "odpo" in reading and c.odpo_margin == "log"
+    gap = store.ratings[:, 0] - store.ratings[:, 1]
+    bad = np.flatnonzero(np.isnan(gap) | (gap <= 0) if takes_log else np.isnan(gap))
+    if len(bad):
+        is_missing = np.isnan(gap[bad[0]])
+        found = "no chosen_score and rejected_score" if is_missing else "chosen_score <= rejected_score"
+        raise ValueError(
+            f"{store.where(int(bad[0]))}: {found}, which --loss_type {reading[0]} reads "
+            f"({len(bad)} such rows)")
+
+
+def check_pairs(c: DPOConfig, train_pairs: Any, eval_store: Any) -> None:
+    """Raise ValueError if there is nothing to train on, or nothing to evaluate on though asked to."""
+    if not len(train_pairs):
+        raise ValueError(f"{c.dataset_name}: no pair is left to train on; lower --eval_fraction")
+    for name in ("eval_on_start", "generate_during_eval", "eval_strategy"):
+        if eval_store is None and getattr(c, name) not in ("no", False):
+            raise ValueError(
+                f"--{name}: there are no pairs to evaluate on; give --eval_dataset_name or "
+                "--eval_fraction")
+
+
+def check_model(c: DPOConfig, config: Any) -> None:
+    """Raise ValueError for flags about parts that this model does not have."""
+    if config.vision is None and not c.freeze_vision_tower:
+        raise ValueError("--freeze_vision_tower false: this model reads no images")
+    if config.moe is None and c.router_aux_loss_coef is not None:
+        raise ValueError("--router_aux_loss_coef: this model has no experts")
+
+
+def check_held_reference(c: DPOConfig, model: Any) -> None:
+    """Raise ValueError for a type or device of a reference that is no model of its own."""
+    if model is None and (c.ref_model_dtype or c.ref_model_device):
+        raise ValueError(
+            "--ref_model_dtype and --ref_model_device: the reference is no model of its own here, so "
+            "there is nothing to hold (--no_precompute_ref_log_probs keeps a copy, where all weights "
+            "are trained)")
+
+
+def check_evaluation(c: DPOConfig, store: Any, is_reference_gone: bool) -> None:
+    """Raise ValueError for an evaluation without pairs, or without the reference it had."""
+    if store is None:
+        raise ValueError(
+            "there are no pairs to evaluate on; give eval_dataset, --eval_dataset_name or "
+            "--eval_fraction")
+    if is_reference_gone:
+        raise ValueError(
+            "the LoRA is merged, and the reference, which was the model without it, is gone; evaluate "
+            "before the model is saved, or with --precompute_ref_log_probs")

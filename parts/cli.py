@@ -1,0 +1,180 @@
+"""The command line: flags and --config files to a DPOConfig. parts/checks.py then checks the combination."""
+
+import argparse
+import json
+import math
+import os
+import sys
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any
+
+from parts import trl_flags
+from parts.config import DPOConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Flags of TRL that only steer its own machinery: accepted, and named once as having no effect.
+NO_EFFECT = set("""
+    attn_implementation device_map remove_unused_columns padding_free pad_to_multiple_of pad_token
+    dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
+    dataloader_prefetch_factor ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
+    ddp_static_graph gradient_checkpointing_kwargs precompute_ref_batch_size logging_strategy
+    logging_nan_inf_filter log_level log_level_replica log_on_each_node skip_memory_metrics
+    overwrite_output_dir do_train do_eval prediction_loss_only include_num_input_tokens_seen
+    average_tokens_across_devices ignore_bias_buffers lora_task_type torch_empty_cache_steps
+    use_liger_kernel hub_strategy hub_always_push bnb_4bit_quant_storage save_safetensors
+    half_precision_backend trust_remote_code tf32""".split())
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises ValueError instead of exiting."""
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+# Values
+
+
+def whole_number(value: Any) -> int:
+    """Convert to int; neither 2.5 nor `true` is a whole number."""
+    if isinstance(value, bool) or float(value) != int(float(value)):
+        raise ValueError(value)
+    is_plain = isinstance(value, (int, str)) and str(value).lstrip("+-").isdigit()
+    return int(value) if is_plain else int(float(value))  # 1e3 is one too
+
+
+def truth(value: Any) -> bool:
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    return words[str(value).lower()]
+
+
+def number(value: Any) -> float:
+    """Convert to float; neither `true` nor nan is a number."""
+    if isinstance(value, bool) or math.isnan(float(value)):
+        raise ValueError(value)
+    return float(value)
+
+
+PARSERS = {
+    "bool": (truth, "true or false"),
+    "int": (whole_number, "a whole number"),
+    "float": (number, "a number"),
+    "str": (str, "a string"),
+}
+
+
+def parse_value(name: str, value: Any) -> Any:
+    """`value` (a string, or from a config file) as the type of DPOConfig's field `name`.
+
+    Raises ValueError.
+    """
+    kind = str(DPOConfig.__dataclass_fields__[name].type)
+    if "None" in kind and str(value).lower() in ("none", "null"):
+        return None
+    parse, wanted = next(PARSERS[k] for k in PARSERS if k in kind)
+    values = value if isinstance(value, (list, tuple)) else [value]
+    try:
+        parsed = [parse(v) for v in values]
+        if not parsed or ("list" not in kind and len(parsed) > 1):
+            raise ValueError
+    except (TypeError, ValueError, KeyError, OverflowError):
+        raise ValueError(f"--{name} {value}: expected {wanted}") from None
+    return parsed if "list" in kind else parsed[0]
+
+
+# The parser
+
+
+def default_of(option: Field) -> Any:
+    return option.default if option.default is not MISSING else option.default_factory()
+
+
+def add_option(group: Any, option: Field) -> None:
+    """Add one field of DPOConfig: `--x`, `--x true` and `--no_x` for booleans, words for lists."""
+    kind = str(option.type)
+    default = default_of(option)
+    shown = "unset" if default is None else default
+    text = f"{option.metadata['help']} [{shown}]".replace("%", "%%")
+    if "bool" in kind:
+        group.add_argument(
+            f"--{option.name}", nargs="?", const="true", metavar="BOOL", help=text)
+        group.add_argument(
+            f"--no_{option.name}", dest=option.name, action="store_const", const="false",
+            help=argparse.SUPPRESS)
+        return
+    bare = option.metadata["bare"]
+    nargs = "+" if "list" in kind else "?" if bare else None
+    group.add_argument(f"--{option.name}", nargs=nargs, const=bare, metavar="X", help=text)
+
+
+def build_parser(description: str = "") -> Parser:
+    parser = Parser(
+        prog="dpo.py", description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--config", help="toml, json or yaml file with any of these; the command line wins")
+    group = parser
+    for option in fields(DPOConfig):
+        if option.metadata["group"]:
+            group = parser.add_argument_group(option.metadata["group"])
+        add_option(group, option)
+    for name in NO_EFFECT:
+        for flag in (f"--{name}", f"--no_{name}"):
+            parser.add_argument(flag, dest=name, nargs="*", help=argparse.SUPPRESS)
+    return parser
+
+
+def parse_text(path: str, text: str) -> Any:
+    """The content of a toml, json or yaml file."""
+    if path.endswith(".toml"):
+        import tomllib
+
+        return tomllib.loads(text)
+    if path.endswith(".json"):
+        return json.loads(text)
+    import yaml  # comes with huggingface_hub, which tokenizers requires
+
+    return yaml.safe_load(text) or {}
+
+
+def read_config_file(path: str) -> dict[str, Any]:
+    """The options in a toml, json or yaml file. Raises ValueError naming the file."""
+    try:
+        settings = parse_text(path, Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--config {path}: {error.strerror}") from None
+    except Exception as error:  # each parser raises its own kind
+        raise ValueError(f"--config {path}: {error}") from None
+    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
+        kind = type(settings).__name__
+        raise ValueError(
+            f"--config {path}: found a {kind}; each entry must be an option's name and its value")
+    return settings
+
+
+def demo_settings() -> dict[str, Any]:
+    """demo/config.toml with its paths made absolute."""
+    settings = read_config_file(str(ROOT / "demo" / "config.toml"))
+    is_path = lambda name: name.endswith(("_path", "dataset_name"))
+    return {k: str(ROOT / v) if is_path(k) else v for k, v in settings.items()}
+
+
+def parse_config(argv: list[str], description: str = "") -> DPOConfig:
+    """DPOConfig from a command line. With neither a model nor a data set named, the demo's settings
+    lie under it. Raises ValueError."""
+    parsed, words = build_parser(description).parse_known_args(argv)
+    given = vars(parsed)
+    path = given.pop("config", None)
+    settings = ({} if path is None else read_config_file(path)) | given
+    known = DPOConfig.__annotations__.keys() | NO_EFFECT
+    if words or settings.keys() - known:  # TRL's other options, or a mistake
+        settings = trl_flags.settle(settings, words, known, path)
+    if not {"model_name_or_path", "dataset_name"} & settings.keys():
+        settings = demo_settings() | settings
+    unread = sorted(settings.keys() & NO_EFFECT)
+    if unread and int(os.environ.get("RANK", 0)) == 0:
+        names = ", ".join("--" + name for name in unread)
+        print(f"without effect here: {names}", file=sys.stderr)
+    return DPOConfig(**{k: parse_value(k, v) for k, v in settings.items() if k not in NO_EFFECT})

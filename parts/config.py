@@ -1,0 +1,283 @@
+"""Every option of a run: its name, default, type and help text, group by group.
+
+The command line (parts/cli.py) and `dpo.DPOConfig` are both made of this one dataclass. Names and
+defaults are TRL 1.16's wherever TRL has the option; parts/checks.py refuses combinations without meaning.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from losses import F_DIVERGENCES, LOSSES
+
+DTYPES = ("float32", "bfloat16", "float64")
+
+
+def flag(
+    default: Any,
+    text: str,
+    group: str = "",
+    choices: tuple[str, ...] = (),
+    least: float | None = None,
+    bare: str | None = None,
+) -> Any:
+    """Declare an option with its help text.
+
+    `group` opens a new group of `--help`; `least` is the smallest allowed value; `bare` is what the
+    flag stands for when it is given without a value.
+    """
+    if choices:
+        text = f"{text}: {', '.join(choices)}"
+    meta = {"help": text, "group": group, "choices": choices, "least": least, "bare": bare}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=meta)
+    return field(default=default, metadata=meta)
+
+
+@dataclass
+class DPOConfig:
+    """Every option of a run. Names and defaults are TRL 1.16's where it has the option."""
+
+    # The model
+
+    output_dir: str | None = flag(
+        None, "where the trained model, checkpoints and metrics.jsonl are written", "model")
+    model_name_or_path: str | None = flag(None, "directory or hub id of the model to train")
+    model_revision: str | None = flag(
+        None, "branch, tag or commit of a model on the hub (also --revision)")
+    dtype: str = flag("float32", "type of the weights", choices=DTYPES)
+    disable_dropout: bool = flag(True, "turn off all dropout, that of LoRA too")
+    fsdp: str | None = flag(
+        None, "split parameters, gradients, optimizer state and reference across the ranks; also takes "
+        "transformers' words: full_shard, shard_grad_op, auto_wrap, offload (to the CPU)",
+        bare="full_shard")
+    gradient_checkpointing: bool = flag(
+        False, "recompute each block's activations in backward instead of keeping them")
+    freeze_vision_tower: bool = flag(
+        True, "of a vision-language model, train everything but the image encoder")
+    torch_compile: bool = flag(
+        False, "compile norms and MLPs: fewer passes over memory, a minute or more to start")
+    router_aux_loss_coef: float | None = flag(
+        None, "weight of the load-balancing loss of mixture-of-experts models; unset is config.json's",
+        least=0)
+
+    # The data
+
+    dataset_name: str | None = flag(
+        None, "preference pairs: file, glob or directory of .jsonl, .json, .gz; or hub id", "data")
+    dataset_config: str | None = flag(None, "configuration, or folder, of a data set on the hub")
+    dataset_revision: str | None = flag(
+        None, "branch, tag or commit of a data set on the hub; unset is its main branch")
+    dataset_train_split: str = flag("train", "split to train on")
+    dataset_test_split: str = flag("test", "split to evaluate on, with --eval_strategy")
+    eval_dataset_name: str | None = flag(None, "pairs to evaluate on; same forms as --dataset_name")
+    eval_fraction: float = flag(
+        0.0, "share of the training pairs held out for evaluation instead", least=0)
+    max_length: int | None = flag(
+        1024, "cut prompt + completion to this many tokens; none for no limit", least=1)
+    max_prompt_length: int | None = flag(None, "cut prompts to this many tokens first", least=1)
+    max_completion_length: int | None = flag(
+        None, "cut completions to this many tokens first", least=1)
+    truncation_mode: str = flag(
+        "keep_start", "which end of a sequence a cut keeps", choices=("keep_start", "keep_end"))
+    on_bad_row: str = flag(
+        "stop", "unusable rows; stop names the first one, skip counts and lists them",
+        choices=("stop", "skip"))
+    shuffle_dataset: bool = flag(
+        True, "shuffle each epoch, by seed and epoch alone; false keeps file order")
+    dataset_num_proc: int | None = flag(None, "processes that tokenize", least=1)
+    cache_dir: str | None = flag(
+        None, "where tokenized pairs and reference log-probs are kept; unset is ~/.cache/dpo")
+
+    # The loss
+
+    loss_type: list[str] = flag(
+        ["sigmoid"], "one or more of: " + " ".join(sorted(LOSSES)), "loss")
+    loss_weights: list[float] | None = flag(None, "weight of each loss type; unset is 1 each")
+    beta: float = flag(0.1, "strength of the tie to the reference (ipo: the paper's tau)")
+    label_smoothing: float = flag(
+        0.0, "probability that a label is flipped (sigmoid, robust, exo_pair, aot, cpo)")
+    f_divergence_type: str = flag("reverse_kl", "scores of f-DPO", choices=tuple(F_DIVERGENCES))
+    f_alpha_divergence_coef: float = flag(0.5, "alpha of alpha_divergence, u^-alpha")
+    reference_free: bool = flag(False, "take the reference's log-probs as 0")
+    ld_alpha: float | None = flag(
+        None, "LD-DPO: weight of the tokens beyond the shorter completion's length")
+    ld_apply_to_ref: bool = flag(True, "LD-DPO: weight the reference's log-probs too")
+    use_weighting: bool = flag(
+        False, "WPO: weight pairs by how likely the policy is to have written them")
+    wpo_clamp: bool = flag(
+        True, "WPO: weights are at most 1, as the authors have it (TRL does not clamp)")
+    rpo_alpha: float | None = flag(
+        None, "RPO: weight of the chosen completion's negative log-likelihood", least=0)
+    rpo_average: str = flag(
+        "sequence", "RPO's average; sequence is the mean of per-token means",
+        choices=("sequence", "token"))
+    sft_average: str = flag(
+        "token", "average of sft, orpo, cpo; token is over the global batch, sum is none",
+        choices=("token", "sequence", "sum"))
+    ipo_average: str = flag(
+        "token", "ipo: log-ratios per token, or their sum", choices=("token", "sum"))
+    discopop_tau: float = flag(0.05, "discopop: temperature of the blend")
+    simpo_gamma: float = flag(
+        0.5, "simpo, alphapo: target margin (the authors' flag is this over beta)")
+    alphapo_alpha: float = flag(0.25, "alphapo: shape of the reward")
+    cpo_alpha: float = flag(1.0, "cpo: weight of the negative log-likelihood")
+    orpo_lambda: float = flag(0.1, "orpo: weight of the odds-ratio term (TRL calls it beta)")
+    dpop_lambda: float = flag(50.0, "dpop: penalty where chosen falls below the reference")
+    rdpo_alpha: float = flag(0.01, "rdpo: penalty per token of length difference")
+    odpo_alpha: float = flag(1.0, "odpo: weight of the offset from the rows' scores")
+    odpo_margin: str = flag(
+        "log", "odpo: offset by the log of the score gap, or the raw gap", choices=("log", "raw"))
+    rpo_eta: float = flag(1.0, "rpo_sq, rpo_bwd_kl, rpo_fwd_kl: scale of the rows' score gap")
+    bco_delta: str = flag(
+        "running", "bco_pair's delta: the running mean reward of earlier steps, this step's own first "
+        "(as TRL 0.18), or zero (as TRL 1.16)", choices=("running", "first", "zero"))
+    exact_global_loss: bool | None = flag(
+        None, "compute the loss over the whole global batch at once, for the price of one more "
+        "forward; unset does so where a loss sorts the batch")
+
+    # The reference
+
+    precompute_ref_log_probs: bool | None = flag(
+        None, "run the reference once, before training, and keep no copy of it; unset does so unless "
+        "the reference moves", "reference")
+    ref_model_name_or_path: str | None = flag(
+        None, "another model, or adapter, as reference; unset is the model as it starts")
+    ref_adapter_name: str | None = flag(
+        None, "the reference is the adapter of this name, in its folder; unset is what is trained, "
+        "as it starts")
+    ref_model_dtype: str | None = flag(
+        None, "type of the reference's weights; bfloat16 halves its memory", choices=DTYPES)
+    ref_model_device: str | None = flag(
+        None, "device of the reference; cpu frees the GPU and is slow")
+    sync_ref_model: bool = flag(False, "TR-DPO: move the reference towards the policy")
+    ref_model_mixup_alpha: float = flag(0.6, "TR-DPO: share of the policy in the moved reference")
+    ref_model_sync_steps: int = flag(512, "TR-DPO: steps between moves", least=1)
+
+    # LoRA
+
+    use_peft: bool = flag(False, "train a LoRA; the reference is the model without it", "LoRA")
+    lora_r: int = flag(16, "rank", least=1)
+    lora_alpha: int = flag(32, "the update is scaled by lora_alpha / lora_r")
+    lora_dropout: float = flag(0.05, "dropout before A; needs --disable_dropout false", least=0)
+    use_rslora: bool = flag(False, "scale by lora_alpha / sqrt(lora_r) instead")
+    loraplus_lr_ratio: float | None = flag(
+        None, "LoRA+: learning rate of B divided by that of A")
+    merge_adapter: bool = flag(
+        False, "at the end, add the LoRA to the weights and save the whole model; over 4 bits, to the "
+        "dequantized weights, in bfloat16")
+    lora_target_modules: list[str] | None = flag(
+        None, "names such as q_proj v_proj lm_head embed_tokens, or all-linear; unset is q_proj v_proj "
+        "(or their fused form)")
+    lora_target_parameters: list[str] | None = flag(
+        None, "stacks of experts and routers: mlp.experts.gate_up_proj mlp.experts.down_proj "
+        "gate.weight")
+    lora_modules_to_save: list[str] | None = flag(
+        None, "modules that are trained whole beside the LoRA, such as lm_head norm")
+    use_dora: bool = flag(
+        False, "DoRA: learn the length of each row of the weights apart from its direction")
+    model_adapter_name: str | None = flag(
+        None, "train the adapter of this name, in its folder of model_name_or_path")
+    load_in_4bit: bool = flag(
+        False, "QLoRA: hold the base, and a reference of its own, in 4 bits; files that are in "
+        "bitsandbytes' 4 bits need no flag")
+    bnb_4bit_quant_type: str = flag(
+        "nf4", "which 16 levels a weight may have", choices=("nf4", "fp4"))
+    use_bnb_nested_quant: bool = flag(False, "quantize the scales of the 4 bits too")
+    bnb_4bit_compute_dtype: str | None = flag(
+        None, "type in which 4-bit weights are multiplied; unset is that of the other layers",
+        choices=("float32", "bfloat16", "float16"))
+    load_in_8bit: bool = flag(False, "refused: use --load_in_4bit")
+
+    # Training
+
+    per_device_train_batch_size: int = flag(8, "pairs in one forward", "training", least=1)
+    gradient_accumulation_steps: int = flag(1, "forwards in one optimizer step", least=1)
+    max_tokens_per_forward: int | None = flag(
+        None, "cut forwards further, to at most this many tokens: bounds memory; unset is 2048 on a "
+        "CPU, where longer ones are no faster", least=1)
+    num_train_epochs: float = flag(3.0, "passes over the pairs", least=0)
+    max_steps: int = flag(
+        -1, "stop after this many optimizer steps; -1 leaves it to num_train_epochs")
+    optim: str = flag(
+        "adamw_torch_fused", "the optimizer; both are the same",
+        choices=("adamw_torch_fused", "adamw_torch"))
+    learning_rate: float = flag(1e-6, "peak learning rate of AdamW", least=0)
+    lr_scheduler_type: str = flag(
+        "linear", "how the learning rate falls",
+        choices=("linear", "cosine", "constant", "constant_with_warmup"))
+    warmup_steps: float = flag(0, "steps of linear warm-up; below 1, a share of all steps", least=0)
+    warmup_ratio: float = flag(0.0, "the older name of that share", least=0)
+    weight_decay: float = flag(
+        0.0, "decoupled decay of matrices (norms and biases are left alone)", least=0)
+    adam_beta1: float = flag(0.9, "decay of AdamW's first moment", least=0)
+    adam_beta2: float = flag(0.999, "decay of AdamW's second moment", least=0)
+    adam_epsilon: float = flag(1e-8, "AdamW's epsilon", least=0)
+    max_grad_norm: float = flag(1.0, "clip gradients to this norm; 0 does not clip", least=0)
+    bf16: bool | None = flag(
+        None, "bfloat16 autocast over float32 weights; unset is on where the device computes it")
+    fp16: bool = flag(
+        False, "float16 autocast with loss scaling, for GPUs without bfloat16")
+    skip_nonfinite: int = flag(
+        0, "skip at most N steps whose loss or gradient is not finite", least=0)
+    seed: int = flag(42, "seed of shuffling, LoRA's start and dropout")
+    use_cpu: bool = flag(False, "train on the CPU even if there is a GPU")
+    ddp_timeout: int = flag(1800, "collective timeout, seconds", least=1)
+
+    # Evaluation and files
+
+    logging_steps: float = flag(
+        10, "steps between lines of metrics; below 1, a share of all steps",
+        "evaluation and files", least=0)
+    logging_first_step: bool = flag(False, "log the first step too")
+    disable_tqdm: bool | None = flag(None, "no progress bar; unset shows one at a terminal")
+    report_to: list[str] = flag(
+        ["none"], "loggers besides metrics.jsonl",
+        choices=("none", "tensorboard", "wandb", "trackio"))
+    run_name: str | None = flag(None, "name of the run there; unset is output_dir's name")
+    project: str = flag("huggingface", "project there (wandb, trackio)")
+    eval_strategy: str = flag(
+        "no", "when to evaluate; no is once, at the end, if there are pairs to evaluate on",
+        choices=("no", "steps", "epoch"))
+    eval_steps: float | None = flag(
+        None, "steps between evaluations; unset is logging_steps", least=0)
+    eval_on_start: bool = flag(False, "evaluate before the first step too")
+    generate_during_eval: bool = flag(
+        False, "answer a few prompts at each evaluation, and before the first step")
+    generate_prompts: str | None = flag(
+        None, "file of rows with these prompts; unset is the first evaluation pairs'")
+    per_device_eval_batch_size: int = flag(
+        8, "pairs in one forward of evaluation and of the reference pass", least=1)
+    save_strategy: str = flag(
+        "steps", "when to write checkpoint-N, from which a run resumes",
+        choices=("no", "steps", "epoch"))
+    save_steps: float = flag(
+        500, "steps between checkpoints; below 1, a share of all steps", least=0)
+    save_total_limit: int | None = flag(None, "keep at most N checkpoints", least=1)
+    load_best_model_at_end: bool = flag(
+        False, "keep the checkpoint of the best evaluation, and end with it")
+    metric_for_best_model: str | None = flag(
+        None, "the metric that decides which is best; unset is loss")
+    greater_is_better: bool | None = flag(
+        None, "whether more of it is better; unset is yes unless its name ends in loss")
+    early_stopping_patience: int | None = flag(
+        None, "stop after this many evaluations that were no better", least=1)
+    early_stopping_threshold: float = flag(
+        0.0, "how much better an evaluation must be to count", least=0)
+    resume_from_checkpoint: str | None = flag(
+        None, "true (the newest in output_dir) or a checkpoint-N directory")
+    force_resume: bool = flag(
+        False, "resume even if data or settings are not those of the checkpoint")
+    dry_run: bool = flag(
+        False, "set up, print how many steps and tokens, how much memory and time, and exit")
+
+    # The hub
+
+    push_to_hub: bool = flag(
+        False, "at the end, upload output_dir with a model card; needs a token", "the hub")
+    hub_model_id: str | None = flag(
+        None, "owner/name of the repository; unset is output_dir's name, in your own account")
+    hub_private_repo: bool | None = flag(
+        None, "make it private; unset is its owner's default")
+    hub_revision: str | None = flag(None, "branch to push to")
+    hub_token: str | None = flag(
+        None, "token to write with; unset is that of `hf auth login` or HF_TOKEN")

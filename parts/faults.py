@@ -1,0 +1,82 @@
+"""Runs that go wrong: numbers that are not finite, too little memory, ranks that are gone. Each ends in a sentence."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from parts.checkpoints import last_checkpoint
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def naming(batch: Any, number: int = 0, count: int = 0) -> Iterator[None]:
+    """An error inside gets a note that says which forward it was (PEP 678)."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        which = f"micro-batch {number} of {count}, " if count else ""
+        error.add_note(f"{which}{len(batch.pair_ids)} pairs, {len(batch.input_ids):,} tokens")
+        raise
+
+
+def nonfinite_step(trainer: Any, metrics: dict, pairs: Any, bad: list[int]) -> None:
+    """Say which pairs a skipped step was about, or raise FloatingPointError if it is one too many.
+
+    `bad` are the pairs whose own loss is not finite; there may be none if only a gradient is not.
+    """
+    c = trainer.args
+    skipped = trainer.position.skipped
+    told = bad or [int(i) for i in pairs]
+    names = ", ".join(map(trainer.train_store.where, told[:8])) + (" ..." if len(told) > 8 else "")
+    found = (
+        f"step {trainer.position.step + 1}: loss {metrics['loss']}, gradient norm "
+        f"{metrics['grad_norm']}; {'not finite are the' if bad else 'of the'} pairs {names}; nothing of "
+        "it was applied")
+    if skipped > c.skip_nonfinite:
+        raise FloatingPointError(
+            f"{found}. Try a lower --learning_rate, a lower --max_grad_norm, --no_bf16, "
+            f"--skip_nonfinite N, or look at these pairs{last_checkpoint(trainer.log.directory)}")
+    trainer.log.say(f"{found}, {skipped} of at most {c.skip_nonfinite} such steps")
+
+
+def explained(error: Exception, trainer: Any) -> str:
+    """What to say of an error that ended the training. Raises it again if there is nothing to say."""
+    text = str(error)
+    if isinstance(error, (FloatingPointError, OSError)):
+        return text
+    if is_out_of_memory(error):
+        return out_of_memory(error, trainer)
+    words = ("gloo", "NCCL", "closed by peer")
+    is_lost = isinstance(error, dist.DistError) or any(word in text for word in words)
+    if trainer.ranks.world > 1 and is_lost:
+        return (
+            f"rank {trainer.ranks.rank} has lost the others at step {trainer.position.step + 1} "
+            f"({text.splitlines()[0][:200]}): one died, or was silent for --ddp_timeout "
+            f"{trainer.args.ddp_timeout} seconds{last_checkpoint(trainer.log.directory)}")
+    raise error
+
+
+def out_of_memory(error: Exception, trainer: Any) -> str:
+    """Which forward it was, and the flags that help."""
+    c = trainer.args
+    notes = getattr(error, "__notes__", ["the model"])
+    smaller = "--per_device_train_batch_size 1 with more --gradient_accumulation_steps"
+    helps = {
+        "--max_tokens_per_forward": True,
+        smaller: c.per_device_train_batch_size > 1,
+        "--gradient_checkpointing": not c.gradient_checkpointing,
+        "--precompute_ref_log_probs": trainer.reference.is_live and not c.sync_ref_model,
+        "--fsdp": trainer.ranks.world > 1 and not c.fsdp}
+    flags = ", ".join(flag for flag, does in helps.items() if does)
+    first_line = str(error).partition("\n")[0][:150]
+    return (
+        f"rank {trainer.ranks.rank} is out of memory at step {trainer.position.step + 1} "
+        f"({notes[0]}; {first_line}). These help and change no result: {flags}; --use_peft and a lower "
+        f"--max_length help too{last_checkpoint(trainer.log.directory)}")

@@ -1,0 +1,68 @@
+"""TRL's metrics, from sums over the pairs of a global batch.
+
+Every rank adds up its own pairs in float64; the sums of all ranks are the whole. What is a mean in the
+end is divided once, by all pairs or by all tokens, so no metric depends on ranks or micro-batches.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import losses
+
+# What a forward measures of each pair besides its log-probs: sums over tokens.
+STATS = (
+    "entropy", "top1", "chosen_logits", "rejected_logits", "chosen_tokens", "rejected_tokens")
+PAIR_METRICS = (
+    "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
+    "logps/rejected", "kl")
+SUMS = ("loss", *PAIR_METRICS, *STATS, "aux_loss")
+
+
+class Scored(NamedTuple):
+    """What one forward says of B pairs, in their order. Only `logps`, `chosen_nll`, `aux_loss` carry
+    gradients."""
+
+    logps: Tensor  # (B, 2) chosen, rejected: sums over the completion, LD-DPO's where ld_alpha is set
+    chosen_nll: Tensor  # (B,) -log pi(chosen), always the plain sum
+    wpo: Tensor  # (B,) WPO weights; ones without use_weighting
+    stats: Tensor  # (B, 6) see STATS
+    aux_loss: Tensor | None = None  # () load balancing of a mixture of experts, unscaled
+
+
+class Sums:
+    """Sums of SUMS over the forwards of a step."""
+
+    def __init__(self, beta: float, device: torch.device):
+        self.beta = beta
+        self.total = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, x: losses.PairLogps, scored: Scored, values: Tensor, share: float) -> None:
+        """Add one forward; `share` is its part of the global batch, by which the auxiliary loss counts."""
+        pair = losses.pair_metrics(x, self.beta)
+        columns = [values, *(pair[name] for name in PAIR_METRICS), *scored.stats.unbind(1)]
+        sums = [column.detach().to(self.total).sum() for column in columns]
+        aux = self.total.new_zeros(())
+        if scored.aux_loss is not None:
+            aux = scored.aux_loss.detach().to(self.total) * share
+        self.total += torch.stack([*sums, aux])
+
+
+def metrics_of(sums: dict[str, float], pairs: int) -> dict[str, Any]:
+    """Means over pairs, or over the tokens they are about, from sums over a global batch."""
+    per_token = lambda name, tokens: sums[name] / tokens if tokens else 0.0
+    chosen, rejected = sums["chosen_tokens"], sums["rejected_tokens"]
+    metrics = {"loss": sums["loss"] / pairs}
+    metrics |= {name: sums[name] / pairs for name in PAIR_METRICS}
+    metrics["logits/chosen"] = per_token("chosen_logits", chosen)
+    metrics["logits/rejected"] = per_token("rejected_logits", rejected)
+    metrics["entropy"] = per_token("entropy", chosen + rejected)
+    metrics["mean_token_accuracy"] = per_token("top1", chosen)
+    if sums["aux_loss"]:
+        metrics["aux_loss"] = sums["aux_loss"]
+    return metrics
+
+
+METRICS = tuple(metrics_of(dict.fromkeys(SUMS, 0.0), 1))  # names that an evaluation may be judged by

@@ -1,0 +1,72 @@
+"""What opening a model gives, whether the plain way (model.load_model) is enough, and limits that follow from it."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from losses import SORTS_THE_BATCH
+from parts.checks import fsdp_words
+from parts.config import DPOConfig
+from parts.files import read_json
+from parts.ranks import Ranks
+
+
+class Opened(NamedTuple):
+    """A policy as it is before the first step, and what belongs to it."""
+
+    model: nn.Module
+    tokenizer: Any
+    lora: dict = {}  # PEFT's settings of the LoRA that is trained; {}: all weights are
+    continues: bool = False  # the LoRA was trained before, so its start is the reference
+    directory: Path | None = None  # where it was read from; None for a model given as an object
+    images: Any = None  # decodes images in the background, for a vision-language model
+
+
+def is_plain(c: DPOConfig) -> bool:
+    """Whether the model is one local directory of safetensors, all of whose weights are trained."""
+    directory = Path(c.model_name_or_path)
+    if not (directory / "config.json").is_file() or (directory / "adapter_config.json").exists():
+        return False
+    options = (c.use_peft, c.merge_adapter, c.load_in_4bit, c.model_revision, c.model_adapter_name)
+    raw = read_json(directory / "config.json")
+    return not any(options) and not raw.get("vision_config") and not raw.get("quantization_config")
+
+
+def is_sharded(c: DPOConfig) -> bool:
+    return bool(fsdp_words(c.fsdp))
+
+
+def loading_device(c: DPOConfig, ranks: Ranks) -> torch.device:
+    """Where the weights lie before training. FSDP hands out shards from rank 0's memory; the other ranks
+    need none."""
+    if not is_sharded(c):
+        return ranks.device
+    return torch.device("cpu" if ranks.first else "meta")
+
+
+def check_vocabulary(name: str, model: nn.Module, tokenizer: Any) -> None:
+    """Raise ValueError if the tokenizer has more tokens than the embedding has rows."""
+    if tokenizer.size > model.config.vocab_size:
+        raise ValueError(
+            f"{name}: the tokenizer has {tokenizer.size} tokens, the embedding "
+            f"{model.config.vocab_size} rows; they do not belong together")
+
+
+def aux_coef(c: DPOConfig, config: Any) -> float:
+    """Weight of the load-balancing loss; 0 without experts."""
+    if c.router_aux_loss_coef is not None:
+        return c.router_aux_loss_coef
+    return config.moe["router_aux_loss_coef"] if config.moe else 0.0
+
+
+def max_tokens(c: DPOConfig, config: Any, device: torch.device) -> int | None:
+    """Tokens of one forward, at most; None for no limit.
+
+    On a CPU longer forwards are no faster. Cutting one changes no result, except for losses that mix
+    what lies in one forward: those are cut only if asked.
+    """
+    mixes = config.moe is not None or bool(set(c.loss_type) & SORTS_THE_BATCH)
+    default = 2048 if device.type == "cpu" and not mixes else None
+    return c.max_tokens_per_forward or default

@@ -1,0 +1,85 @@
+"""Directories a run writes to: output_dir, claimed by one run, its files old or new, never half; the cache."""
+
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+
+def claim(directory: Path) -> IO:
+    """Make `directory` and lock it for as long as the returned file is open.
+
+    Raises ValueError, before hours are spent, if it cannot be written to or another process trains
+    into it.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = open(directory / ".lock", "a+")
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"--output_dir {directory}: cannot be written to ({why})") from None
+    lock.seek(0)
+    me = f"{platform.node()} {os.getpid()}"
+    holder = lock.read()
+    try:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if holder != me:  # an older trainer of this process is not in the way
+            raise ValueError(
+                f"--output_dir {directory}: another run ({holder}: host, process) writes to it") from None
+    except (ImportError, OSError):  # systems that cannot lock
+        pass
+    lock.truncate(0)
+    lock.write(me)
+    lock.flush()
+    return lock
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader finds the old content or the new, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(scratch, "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(scratch, path)
+
+
+# What a reader of a directory takes for its model, in this order.
+MODEL_FILES = {
+    "adapter_config.json", "adapter_model.safetensors", "model.safetensors",
+    "model.safetensors.index.json"}
+
+
+def replace_model(directory: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` write a model's files beside `directory`'s, and move them to their places one by one."""
+    scratch = directory / f".model.{os.getpid()}"
+    write(scratch)
+    names = {path.name for path in scratch.iterdir()}
+    for path in filter(Path.is_file, scratch.rglob("*")):
+        target = directory / path.relative_to(scratch)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+    shutil.rmtree(scratch)
+    if "config.json" in names:  # files of an earlier run would be read in the model's place
+        for name in MODEL_FILES - names:
+            (directory / name).unlink(missing_ok=True)
+
+
+def cache_directory(named: str | None) -> Path:
+    """Where tokenized pairs and reference log-probs are kept."""
+    return Path(named) if named else Path.home() / ".cache" / "dpo"
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a directory's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

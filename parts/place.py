@@ -1,0 +1,69 @@
+"""Where the policy computes: in one process, or under DDP in several. --fsdp has extras/run/fsdp.py."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from parts.ranks import Ranks
+
+
+class Place:
+    """One process, or DDP: every rank holds all weights.
+
+    `module` is what forwards of the policy call, so that gradients are exchanged; `model` is the
+    Decoder inside.
+    """
+
+    is_sharded = False
+
+    def __init__(self, model: nn.Module, ranks: Ranks):
+        self.ranks = ranks
+        self.model = model
+        self.module = model
+        if ranks.world > 1:
+            # Without device_ids: with them DDP would move the spans, which stay on the CPU.
+            self.module = DistributedDataParallel(model)
+            # Buffers never change. An attribute, since torch 2.13 warns of the argument of this name.
+            self.module.broadcast_buffers = False
+
+    def sync(self, last: bool) -> Any:
+        """Exchange gradients after the last forward of a step only: they are sums until then."""
+        return nullcontext() if last or self.module is self.model else self.module.no_sync()
+
+    def shared(self, model: nn.Module) -> nn.Module:
+        """Another model, held as the policy is: here whole, on every rank."""
+        return model
+
+    def gathered(self, model: nn.Module, trained_only: bool = False) -> nn.Module:
+        """The whole model, in rank 0's memory at least; every rank calls this."""
+        return model
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """The whole of a parameter, gradient norm or moment; every rank calls this."""
+        return tensor
+
+    @torch.no_grad()
+    def fill(self, target: Tensor, source: Tensor | None) -> None:
+        """Overwrite `target` on every rank with rank 0's `source`; every rank calls this."""
+        if self.ranks.first:
+            target.copy_(source)
+        if self.ranks.world > 1:
+            there = target.detach().to(self.ranks.device)  # the reference may lie on the CPU
+            dist.broadcast(there, 0)
+            target.copy_(there)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; the previous mode is restored after."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

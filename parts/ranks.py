@@ -1,0 +1,209 @@
+"""The processes that train one model together: joining them, sums over them, and what they tell one another.
+
+A rank is one process with one device. Ranks agree on flags, data and model before the first step, since
+ranks that differ would wait for one another forever, or train on wrong averages.
+"""
+
+import ctypes
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+# Options that may differ between ranks: paths on their own hosts (what lies there is compared instead).
+OWN = ("cache_dir", "output_dir", "model_name_or_path", "ref_model_name_or_path", "dataset_name",
+       "eval_dataset_name", "disable_tqdm", "hub_token")
+
+
+class Ranks(NamedTuple):
+    """This process among the others that train the same model."""
+
+    rank: int
+    world: int
+    device: torch.device
+    timeout: int = 1800  # seconds after which a collective gives up on a silent rank
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def exact(self) -> torch.device:
+        """Where float64 sums are kept: Apple's GPUs have no float64."""
+        return torch.device("cpu") if self.device.type == "mps" else self.device
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over all ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def from_first(self, make: Callable[[], dict]) -> dict:
+        """Run `make()` on rank 0 and hand its JSON object to all ranks.
+
+        A ValueError or OSError there is raised on every rank.
+        """
+        return make() if self.world == 1 else broadcast_object(self, make)
+
+
+# Joining and leaving
+
+
+def start_ranks(use_cpu: bool, timeout: int) -> Ranks:
+    """Join the other processes of torchrun or accelerate, if there are any."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    on_gpu = torch.cuda.is_available() and not use_cpu
+    on_mac = torch.backends.mps.is_available() and not use_cpu and world == 1
+    if on_gpu:
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    elif on_mac:
+        device = torch.device("mps")
+    else:
+        device = torch.device("cpu")
+        keep_freed_memory()
+        # Saturated losses have gradients of 1e-40, which CPUs multiply 50 times slower than others.
+        torch.set_flush_denormal(True)
+    if world > 1 and not dist.is_initialized():
+        wait = timedelta(seconds=timeout)
+        store, _, _ = next(rendezvous("env://", rank, world, timeout=wait))
+        # torchrun keeps its store when it restarts workers. A prefix of their own keeps the new ones
+        # from finding the addresses of the old.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        store = dist.PrefixStore(f"start {attempt}", store)
+        backend = "nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, timeout=wait, rank=rank, world_size=world, store=store)
+    return Ranks(rank, world, device, timeout)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory.
+
+    By default it returns freed tensors to the kernel, which then clears every page anew: 8 % of a CPU
+    step.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    except (OSError, AttributeError, TypeError):
+        pass  # another libc
+
+
+@contextmanager
+def ending_ranks() -> Iterator[None]:
+    """Leave the other processes and restore this one's settings, whatever happens inside."""
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# What ranks tell one another
+
+
+def agree(ranks: Ranks, what: dict[str, Any]) -> None:
+    """Raise ValueError on every rank, naming the first difference, unless `what` is equal on all."""
+    if ranks.world == 1:
+        return
+    text = json.dumps(what, sort_keys=True, default=str).encode()
+    digest = list(hashlib.sha256(text).digest())
+    mine = torch.tensor(digest, dtype=torch.uint8, device=ranks.device)
+    if all(torch.equal(mine, other) for other in gathered(ranks, mine)):
+        return
+    length = torch.tensor([len(text)], device=ranks.device)
+    longest = max(int(n) for n in gathered(ranks, length))
+    padded = torch.tensor(list(text.ljust(longest)), dtype=torch.uint8, device=ranks.device)
+    found = [json.loads(bytes(t.tolist())) for t in gathered(ranks, padded)]
+    rank, name = first_difference(found)
+    raise ValueError(
+        f"the ranks disagree: {name} is {found[rank].get(name)!r} on rank {rank} and "
+        f"{found[0].get(name)!r} on rank 0; start all with the same flags, data, model and code")
+
+
+def first_difference(found: list[dict]) -> tuple[int, str]:
+    """(rank, name) of the first entry that is not what rank 0 has."""
+    for rank, other in enumerate(found):
+        for name in sorted(found[0].keys() | other.keys()):
+            if other.get(name) != found[0].get(name):
+                return rank, name
+    raise AssertionError("the ranks' digests differ, their content does not")
+
+
+def gathered(ranks: Ranks, tensor: Tensor) -> list[Tensor]:
+    """Every rank's tensor, on every rank."""
+    out = [torch.empty_like(tensor) for _ in range(ranks.world)]
+    dist.all_gather(out, tensor)
+    return out
+
+
+@contextmanager
+def keeping_others_waiting(zero: Tensor, timeout: float) -> Iterator[None]:
+    """Broadcast `zero` again and again while rank 0 works, so that waiting ranks do not time out.
+
+    Tokenizing may take longer than --ddp_timeout. A rank 0 that died or hangs does not broadcast, and
+    is given up on as it should be.
+    """
+    done = threading.Event()
+
+    def broadcast() -> None:
+        while not done.wait(timeout / 4):
+            try:
+                dist.broadcast(zero, 0)
+            except RuntimeError:
+                return  # another rank has died: the broadcast that follows says so
+
+    thread = threading.Thread(target=broadcast, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def answer_of(make: Callable[[], dict]) -> bytes:
+    """`make()`'s object or its ValueError or OSError, as JSON."""
+    try:
+        answer = {"value": make()}
+    except (ValueError, OSError) as error:
+        answer = {"error": str(error), "is_os_error": isinstance(error, OSError)}
+    return json.dumps(answer).encode()
+
+
+def broadcast_object(ranks: Ranks, make: Callable[[], dict]) -> dict:
+    """`Ranks.from_first` over several processes: the length of rank 0's JSON, then the JSON."""
+    size = torch.zeros(1, dtype=torch.int64, device=ranks.device)
+    answer = b""
+    if ranks.first:
+        with keeping_others_waiting(size, ranks.timeout):
+            answer = answer_of(make)
+        size += len(answer)
+        dist.broadcast(size, 0)
+    while not size:  # 0: rank 0 is still at work
+        dist.broadcast(size, 0)
+    body = torch.empty(int(size), dtype=torch.uint8, device=ranks.device)
+    if ranks.first:
+        body.copy_(torch.frombuffer(bytearray(answer), dtype=torch.uint8))
+    dist.broadcast(body, 0)
+    found = json.loads(bytes(body.cpu().numpy()))
+    if "error" in found:
+        raise (OSError if found["is_os_error"] else ValueError)(found["error"])
+    return found["value"]

@@ -1,0 +1,167 @@
+"""A reference that runs once, before training, and is then read from a file; and none at all.
+
+The reference never changes (but for TR-DPO), so its log-probs are constants of the pairs: running it once
+saves a forward in every later epoch, and the memory of a second model in every step. dpo.Reference is
+the live one.
+"""
+
+import hashlib
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from parts import ref_cache
+from parts.faults import naming
+from parts.output import cache_directory
+
+
+class NoReference:
+    """For losses without a reference: its log-probs count as 0."""
+
+    model = None
+    adapter: dict = {}
+    is_live = False
+
+    def sums(self, batch: Any) -> Tensor:  # (B, 2, 2)
+        return batch.ratings.new_zeros(len(batch.lengths), 2, 2)
+
+    def attach(self, batch: Any, store: Any) -> Any:
+        return batch
+
+    def prepare(self) -> None:
+        pass
+
+    def moved(self, step: int) -> None:
+        pass
+
+    def needs_policy(self, store: Any) -> bool:
+        return False
+
+
+class PrecomputedReference:
+    """Runs `live` over the pairs that a run visits and no earlier run did, and keeps the sums on disk.
+
+    The file is found again by what the reference says of given tokens: its weights, to the bit, and how
+    it computes. It does not depend on the loss, beta, the batch size or the ranks. The pass is cut into
+    blocks by pair number, so an interrupted pass computes what an uninterrupted one does.
+    """
+
+    is_live = False
+
+    def __init__(self, trainer: Any, live: Any):
+        self.trainer = trainer
+        self.live = live
+        self.tables: dict[str, np.memmap] = {}  # digest of a store -> its sums
+
+    def sums(self, batch: Any) -> Tensor:  # (B, 2, 2)
+        assert batch.ref_logps is not None, "prepare() runs the reference before any batch is made"
+        return batch.ref_logps
+
+    def attach(self, batch: Any, store: Any) -> Any:
+        """The batch with its pairs' sums; as it is while they are still being computed."""
+        if store.digest not in self.tables:
+            return batch
+        sums = ref_cache.take_sums(self.tables[store.digest], batch.pair_ids.numpy())
+        return batch._replace(ref_logps=torch.from_numpy(sums))
+
+    def moved(self, step: int) -> None:
+        pass
+
+    def needs_policy(self, store: Any) -> bool:
+        return store.digest not in self.tables and self.live.needs_policy(store)
+
+    # The pass
+
+    def prepare(self) -> None:
+        """Compute the sums of all pairs that the run visits, unless the cache has them."""
+        trainer = self.trainer
+        visits = [(trainer.train_store, self.visited())]
+        if trainer.eval_store is not None:
+            visits.append((trainer.eval_store, trainer.eval_pairs))
+        if all(store.digest in self.tables for store, _ in visits):
+            return
+        model = trainer.model if self.live.model is None else self.live.model
+        held = trainer.place.gathered(model)
+        digest = trainer.ranks.from_first(lambda: {"digest": self.digest(held)})["digest"]
+        for store, pairs in visits:
+            self.tables[store.digest] = self.fill_table(store, pairs, digest)
+        self.live.model = None  # no longer needed; free its memory
+
+    def visited(self) -> np.ndarray:
+        """The training pairs that the run's steps touch, sorted."""
+        trainer = self.trainer
+        if trainer.schedule.total_steps >= trainer.schedule.steps_per_epoch:
+            return trainer.train_pairs
+        pairs = [trainer.pairs_of(step) for step in range(trainer.schedule.total_steps)]
+        return np.sort(np.concatenate([np.arange(0), *pairs]))
+
+    def fill_table(self, store: Any, pairs: np.ndarray, digest: str) -> np.memmap:
+        """The table of a store, complete for `pairs`."""
+        trainer = self.trainer
+        name = hashlib.sha256(f"{store.digest} {digest}".encode()).hexdigest()[:32]
+        path = cache_directory(trainer.args.cache_dir) / f"ref-{name}.bin"
+        dtype = np.dtype(str(trainer.precision.sums).removeprefix("torch."))
+        table = ref_cache.open_sums(path, len(store), dtype)
+        missing = pairs[self.missing(path, table, pairs)]
+        total = len(missing) // trainer.ranks.world
+        with trainer.log.progress(None, "reference", total=total, unit="pair") as bar:
+            for block in ref_cache.blocks_of(missing):
+                sums = self.run(store, block, bar)
+                if trainer.ranks.first:
+                    ref_cache.write_sums(path, table, block, sums)
+        trainer.ranks.barrier()
+        return table
+
+    def missing(self, path: Path, table: np.memmap, pairs: np.ndarray) -> np.ndarray:  # (P,) bool
+        """Which pairs' sums rank 0 does not find in the cache."""
+        trainer = self.trainer
+        missing = np.zeros(len(pairs), bool)
+        if trainer.ranks.first:
+            missing, damaged = ref_cache.missing_sums(table, pairs)
+            for number in damaged:
+                trainer.log.say(
+                    f"{path}: damaged in block {number}; the reference is run again over its pairs")
+        shared = torch.from_numpy(missing.astype(np.uint8)).to(trainer.ranks.device)
+        return trainer.ranks.sum(shared).cpu().numpy() > 0
+
+    def run(self, store: Any, pairs: np.ndarray, bar: Any) -> np.ndarray:  # (P, 2, 2)
+        """The reference's sums of `pairs`, sorted, dealt to the ranks."""
+        trainer = self.trainer
+        sums = torch.zeros(len(pairs), 2, 2, dtype=torch.float64, device=trainer.ranks.exact)
+        for rows in trainer.forwards(store, pairs, trainer.args.per_device_eval_batch_size):
+            batch = trainer.batch(store, rows)
+            with naming(batch):
+                sums[np.searchsorted(pairs, rows)] = self.live.sums(batch).to(sums)
+            bar.update(len(rows))
+        return trainer.ranks.sum(sums).to(trainer.precision.sums).cpu().numpy()
+
+    def digest(self, held: nn.Module) -> str:
+        """A hash of all that changes what the reference says of given tokens.
+
+        `held` is the reference's model, whole. A fresh LoRA on it, which is off, does not count.
+        """
+        trainer = self.trainer
+        c = trainer.args
+        with self.live.active() as active:
+            model = held if trainer.place.is_sharded else active
+            is_adapted = self.live.model is not None or bool(self.live.adapter)
+            compute_dtype = (model.four_bit or {}).get("compute_dtype")
+            half = "fp16" if c.fp16 else trainer.precision.half is torch.bfloat16
+            pixels = trainer.tokenizer.pictures if trainer.images else ""  # how images are scaled
+            text = f"2 {half} {c.dtype} {compute_dtype} {model.config}{pixels}"
+            h = hashlib.sha256(text.encode())
+            for name, t in chain(model.named_parameters(), model.named_buffers()):  # 4 bits: buffers
+                if is_adapted or "lora_" not in name:
+                    plain = name.replace(".base_layer.", ".")
+                    h.update(f"{plain} {t.dtype} {tuple(t.shape)}".encode())
+                    raw = t.detach().cpu().contiguous().view(-1).view(torch.uint8)
+                    h.update(raw.numpy().data)
+            if is_adapted:
+                for name, module in model.named_modules():
+                    if hasattr(module, "base_layer"):
+                        h.update(f"{name} {getattr(module, 'scaling', None)}".encode())
+        return h.hexdigest()

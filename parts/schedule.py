@@ -1,0 +1,86 @@
+"""How many steps a run has, what happens at which of them, and how fast the weights move."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from parts.config import DPOConfig
+
+
+class Schedule(NamedTuple):
+    """The steps of a run, and what happens at which of them."""
+
+    global_batch: int  # pairs in one step
+    steps_per_epoch: int
+    total_steps: int
+    log_every: int
+    eval_every: int  # 0: at the end only
+    save_every: int  # 0: never
+    warmup: int  # steps
+
+    def epoch(self, step: int) -> float:
+        return step / self.steps_per_epoch
+
+    def logs_at(self, step: int, logs_first: bool) -> bool:
+        is_end = step == self.total_steps
+        return is_end or step % self.log_every == 0 or (step == 1 and logs_first)
+
+    def evaluates_at(self, step: int) -> bool:
+        return step == self.total_steps or (self.eval_every > 0 and step % self.eval_every == 0)
+
+    def learning_rate(self, c: DPOConfig, step: int) -> float:
+        """Linear warm-up, then the schedule: a function of the step alone, so a resume needs no state."""
+        if step < self.warmup and c.lr_scheduler_type != "constant":
+            return c.learning_rate * step / max(1, self.warmup)
+        done = (step - self.warmup) / max(1, self.total_steps - self.warmup)
+        if c.lr_scheduler_type == "linear":
+            return c.learning_rate * max(0.0, 1 - done)
+        if c.lr_scheduler_type == "cosine":
+            return c.learning_rate * (0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+        return c.learning_rate
+
+
+def make_schedule(c: DPOConfig, pairs: int, global_batch: int) -> Schedule:
+    """Count the steps over `pairs` pairs. Options that count steps are shares of all steps below 1."""
+    per_epoch = math.ceil(pairs / global_batch)
+    total = c.max_steps if c.max_steps > 0 else math.ceil(c.num_train_epochs * per_epoch)
+
+    def every(steps: float) -> int:
+        return int(steps) if steps >= 1 else max(1, math.ceil(steps * total))
+
+    def by_strategy(strategy: str, steps: float) -> int:
+        return {"no": 0, "epoch": per_epoch, "steps": every(steps)}[strategy]
+
+    warmup = c.warmup_steps or c.warmup_ratio
+    return Schedule(
+        global_batch=global_batch,
+        steps_per_epoch=per_epoch,
+        total_steps=total,
+        log_every=every(c.logging_steps),
+        eval_every=by_strategy(c.eval_strategy, c.eval_steps or c.logging_steps),
+        save_every=by_strategy(c.save_strategy, c.save_steps),
+        warmup=math.ceil(warmup * total) if warmup < 1 else int(warmup))
+
+
+def make_optimizer(c: DPOConfig, named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+    """AdamW; weight decay on matrices only; LoRA+ (arXiv:2402.12354) gives B its own learning rate.
+
+    Each group has a `ratio`, which its learning rate is multiplied by.
+    """
+
+    def ratio_of(name: str) -> float:
+        is_b = "lora_B" in name or "lora_embedding_B" in name
+        return c.loraplus_lr_ratio or 1.0 if is_b else 1.0
+
+    groups = []
+    for is_matrix in (True, False):
+        for ratio in sorted({ratio_of(name) for name, _ in named}):
+            members = [p for n, p in named if (p.dim() >= 2) == is_matrix and ratio_of(n) == ratio]
+            decay = c.weight_decay if is_matrix else 0.0
+            if members:
+                groups.append({"params": members, "ratio": ratio, "weight_decay": decay})
+    return torch.optim.AdamW(
+        groups, lr=c.learning_rate, eps=c.adam_epsilon, betas=(c.adam_beta1, c.adam_beta2),
+        fused=c.dtype != "float64")
