@@ -1,5 +1,5 @@
-"""Direct Preference Optimization (arXiv:2305.18290): raise the odds of chosen over rejected answers,
-relative to a reference model.
+"""Direct Preference Optimization (arXiv:2305.18290): raise the odds of chosen over rejected
+answers, relative to a reference model.
 
     python dpo.py                              the bundled demo, a minute or two on a laptop
     python dpo.py --model_name_or_path DIR --dataset_name prefs.jsonl --output_dir OUT
@@ -7,12 +7,12 @@ relative to a reference model.
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 dpo.py ...
     python dpo.py --help                       every flag, its default and what it does
 
-A step takes per_device_train_batch_size x ranks x gradient_accumulation_steps pairs. Its loss is the sum
-of the pairs' losses over their number, however they are cut into forwards and dealt to ranks: that
-changes the speed, never the result.
+A step takes per_device_train_batch_size x ranks x gradient_accumulation_steps pairs. Its loss is
+the sum of the pairs' losses over their number, however they are cut into forwards and dealt to
+ranks: that changes the speed, never the result.
 
-Reading order: `DPOTrainer.train`, `train_step`, `pair_logps`, then losses.py; then data.py and model.py.
-"""
+Reading order: `DPOTrainer.train`, `train_step`, `pair_logps`, then losses.py; then data.py and
+model.py. """
 
 import copy
 import math
@@ -68,7 +68,8 @@ def score(model: nn.Module, batch: data.Batch, c: DPOConfig) -> Scored:
     with torch.no_grad():
         per_token = (out.entropy, out.is_top1.to(out.entropy.dtype), out.mean_logits)
         entropy, top1, logits = (losses.completion_sums(t, lengths) for t in per_token)
-        columns = [entropy.sum(1), top1[:, 0], *logits.unbind(1), *lengths.to(logits.dtype).unbind(1)]
+        tokens = lengths.to(logits.dtype)
+        columns = [entropy.sum(1), top1[:, 0], *logits.unbind(1), *tokens.unbind(1)]  # STATS
         wpo = torch.ones_like(entropy[:, 0])
         if c.use_weighting:
             wpo = losses.wpo_weights(out.logps, out.log_sum_sq_probs, lengths, c.wpo_clamp)
@@ -82,8 +83,8 @@ def score(model: nn.Module, batch: data.Batch, c: DPOConfig) -> Scored:
 
 @dataclass
 class Reference:
-    """The reference's log-probs, from a model that runs beside the policy, or from the policy itself
-    with its LoRA off or swapped for another."""
+    """The reference's log-probs, from a model that runs beside the policy, or from the policy
+    itself with its LoRA off or swapped for another."""
 
     precision: Precision
     swapped: Callable[[], AbstractContextManager]  # yields the policy as its own reference
@@ -99,7 +100,8 @@ class Reference:
 
     @torch.no_grad()
     def sums(self, batch: data.Batch) -> Tensor:  # (B, 2, 2)
-        """[completion, (first l_p tokens, the rest)]: kept apart so that ld_alpha may change later."""
+        """[completion, (first l_p tokens, the rest)]: kept apart so that ld_alpha may change
+        later."""
         with self.active() as model, eval_mode(model):
             there = batch.to(next(model.parameters()).device)
             with self.precision.autocast(there.input_ids.device):
@@ -131,20 +133,21 @@ class Reference:
 def open_model(c: DPOConfig, ranks: Ranks, given: dict[str, Any]) -> Opened:
     """The policy and its tokenizer: a plain checkpoint here, everything else in extras/models."""
     if isinstance(given["model"], nn.Module) or given["peft_config"] or not is_plain(c):
-        from extras.models.opening import open_policy
+        from extras.models.policy import open_policy
 
         return open_policy(c, ranks, given)
     torch.manual_seed(c.seed)
     tokenizer = given["processing_class"] or data.Tokenizer.load(c.model_name_or_path)
-    dtype = getattr(torch, c.dtype)
-    device = loading_device(c, ranks)
-    model = models.load_model(c.model_name_or_path, dtype, device, c.max_length)
+    device = str(loading_device(c, ranks))
+    model = models.load_model(
+        c.model_name_or_path, getattr(torch, c.dtype), device, c.max_length)
     check_vocabulary(c.model_name_or_path, model, tokenizer)
     return Opened(model, tokenizer, directory=Path(c.model_name_or_path))
 
 
 def find_rows(dataset: Any, split: str, c: DPOConfig) -> list[Path]:
-    """Files of pairs: those that a path or glob names, rows of Python as a file, a split on the hub."""
+    """Files of pairs: those that a path or glob names, rows of Python as a file, a split on the
+    hub."""
     if not isinstance(dataset, str):
         from extras.rows.objects import rows_file
 
@@ -160,12 +163,11 @@ def find_rows(dataset: Any, split: str, c: DPOConfig) -> list[Path]:
 
 
 class DPOTrainer:
-    """Trains `model` on pairs; see DPOConfig for every option, and docs/api.md for what may be given as
-    an object.
+    """Trains `model` on pairs; see DPOConfig for every option, and docs/api.md for what may be
+    given as an object.
 
-    Models are directories, hub ids or Decoders; data sets are paths, hub ids, PairStores or rows (a list
-    of dicts, a datasets.Dataset). What is not given here, `args` names.
-    """
+    Models are directories, hub ids or Decoders; data sets are paths, hub ids, PairStores or rows (a
+    list of dicts, a datasets.Dataset). What is not given here, `args` names. """
 
     def __init__(
         self, model: Any = None, ref_model: Any = None, args: DPOConfig | None = None,
@@ -265,7 +267,8 @@ class DPOTrainer:
         def build() -> dict:
             files = find_rows(dataset, split, c)
             store = data.build_store(
-                files, self.tokenizer, options, cache_directory(c), c.on_bad_row, c.dataset_num_proc)
+                files, self.tokenizer, options, cache_directory(c.cache_dir), c.on_bad_row,
+                c.dataset_num_proc)
             name = dataset if isinstance(dataset, str) else f"{split} rows"
             for line in data.describe(store.report):
                 self.log.say(f"{name}: {line}")
@@ -274,7 +277,7 @@ class DPOTrainer:
         return data.PairStore.open(self.ranks.from_first(build)["directory"])
 
     def open_reference(self, found: Opened, ref_model: Any) -> Reference | NoReference:
-        """The model that the reference's log-probs come from, live; see `precomputes`."""
+        """The model that the reference's log-probs come from, live."""
         c = self.args
         if not needs_reference(c):
             return NoReference()
@@ -288,10 +291,6 @@ class DPOTrainer:
             reference.model = copy.deepcopy(self.model)
         if self.lora:
             reference.swapped = lambda: models.adapters_disabled(self.model)
-        if reference.adapter:
-            from extras.lora.adapters import swapped_in
-
-            reference.swapped = lambda: swapped_in(self.model, reference.adapter)
         check_held_reference(c, reference.model)
         if reference.model is not None:
             dtype = None if c.ref_model_dtype is None else getattr(torch, c.ref_model_dtype)
@@ -301,6 +300,10 @@ class DPOTrainer:
             from extras.reference import choosing
 
             choosing.make_moving(self, reference)
+        if reference.adapter:
+            from extras.lora.adapters import swapped_in
+
+            reference.swapped = lambda: swapped_in(self.model, reference.adapter)
         return reference
 
     def place_models(self, reference: Reference | NoReference) -> Place:
@@ -353,7 +356,8 @@ class DPOTrainer:
     # Batches
 
     def pairs_of(self, step: int) -> np.ndarray:
-        """The global batch of a step: a slice of its epoch's order, a function of seed and step alone."""
+        """The global batch of a step: a slice of its epoch's order, a function of seed and step
+        alone."""
         epoch, within = divmod(step, self.schedule.steps_per_epoch)
         if self.order[0] != epoch:
             c = self.args
@@ -365,9 +369,8 @@ class DPOTrainer:
     def forwards(self, store: data.PairStore, pairs: np.ndarray, size: int) -> list[np.ndarray]:
         """This rank's micro-batches of a global batch.
 
-        Every rank gets equally many, empty ones at the end: a rank with fewer forwards than the others
-        would leave them waiting for its gradients.
-        """
+        Every rank gets equally many, empty ones at the end: a rank with fewer forwards than the
+        others would leave them waiting for its gradients. """
         hands = data.deal(pairs, store.tokens, self.ranks.world)
         cuts = [data.micro_batches(hand, store.tokens, size, self.max_tokens) for hand in hands]
         mine = cuts[self.ranks.rank]
@@ -377,7 +380,8 @@ class DPOTrainer:
         return mine + [np.arange(0)] * missing
 
     def batch(self, store: data.PairStore, rows: np.ndarray) -> data.Batch:
-        """The stream of these pairs on the device, with what is known of them before their forward."""
+        """The stream of these pairs on the device, with what is known of them before their
+        forward."""
         if not len(rows):
             batch = data.empty_batch()
         else:
@@ -460,7 +464,8 @@ class DPOTrainer:
         return x, scored
 
     def add_rewards(self, total: float, count: int) -> None:
-        """BCO's delta follows the mean of 1/2 (beta r_w + beta r_l) over the pairs seen in training."""
+        """BCO's delta follows the mean of 1/2 (beta r_w + beta r_l) over the pairs seen in
+        training."""
         self.position.delta_sum += total
         self.position.delta_count += count
 
@@ -507,7 +512,8 @@ class DPOTrainer:
             self.forwards(self.train_store, self.pairs_of(step), size)
 
     def update(self, sums: Sums, pairs: np.ndarray, tokens: int) -> dict:
-        """Clip, step, and turn the sums over all ranks into metrics; {} for a step that is skipped."""
+        """Clip, step, and turn the sums over all ranks into metrics; {} for a step that is
+        skipped."""
         c = self.args
         norm = self.place.whole(self.scaler.clip(c.max_grad_norm))
         own = sums.total.new_tensor([tokens, self.checkpoints.signal > 0])
@@ -542,8 +548,8 @@ class DPOTrainer:
         """Leave out a step that is not finite, or raise FloatingPointError that names its pairs."""
         if self.scaler.overflowed(metrics["loss"]):
             self.log.say(
-                f"step {self.position.step + 1}: overflow in float16, skipped; the loss is now scaled by "
-                f"{self.position.scaling['scale']:g}")
+                f"step {self.position.step + 1}: overflow in float16, skipped; the loss is now "
+                f"scaled by {self.position.scaling['scale']:g}")
             return
         self.position.skipped += 1
         rows = self.forwards(self.train_store, pairs, self.args.per_device_train_batch_size)
@@ -565,14 +571,15 @@ class DPOTrainer:
     def train(self, resume_from_checkpoint: Any = None) -> dict:
         """Run all steps, log, evaluate, save checkpoints and the model; return the last metrics.
 
-        Raises SystemExit, 128 + the signal, if told to leave by SIGTERM or SIGUSR1: after a checkpoint.
-        """
+        Raises SystemExit, 128 + the signal, if told to leave by SIGTERM or SIGUSR1: after a
+        checkpoint. """
         c = self.args
         now = self.position
         schedule = self.schedule
         if now.step and resume_from_checkpoint is None:
             raise ValueError(
-                f"this trainer has taken {now.step} steps already; make a new DPOTrainer to train again")
+                f"this trainer has taken {now.step} steps already; make a new DPOTrainer to train "
+                "again")
         if resume_from_checkpoint is not None:
             c.resume_from_checkpoint = str(resume_from_checkpoint)
             self.checkpoints.find(c.resume_from_checkpoint)
@@ -607,7 +614,8 @@ class DPOTrainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict:
-        """Metrics over all evaluation pairs at once, as `eval_...`; also a line of metrics.jsonl."""
+        """Metrics over all evaluation pairs at once, as `eval_...`; also a line of
+        metrics.jsonl."""
         started = time.perf_counter()
         store = self.eval_store
         is_merged = self.args.merge_adapter and not self.lora
@@ -637,7 +645,8 @@ class DPOTrainer:
     # Files
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
-        """Write what was trained, with the tokenizer: a Hugging Face checkpoint, or a PEFT adapter."""
+        """Write what was trained, with the tokenizer: a Hugging Face checkpoint, or a PEFT
+        adapter."""
         directory = Path(output_dir or self.log.directory)
         merges = self.args.merge_adapter and directory == self.log.directory
         model = self.place.gathered(self.model, trained_only=bool(self.lora) and not merges)
@@ -648,7 +657,7 @@ class DPOTrainer:
         if self.ranks.first:
             replace_model(directory, partial(self.write_model, model=model))
         if merges and not self.place.is_sharded:
-            self.lora = {}  # it is in the weights now; a gathered copy leaves the shards as they are
+            self.lora = {}  # it is in the weights now; with --fsdp, in those of the copy alone
 
     def write_model(self, directory: Path, model: nn.Module) -> None:
         if models.lora_modules(model):
@@ -671,7 +680,8 @@ class DPOTrainer:
     def push_to_hub(
         self, commit_message: str = "Trained with DPO", dataset_name: str | None = None,
     ) -> None:
-        """Upload output_dir with a model card; it names `dataset_name` where the rows were objects."""
+        """Upload output_dir with a model card; it names `dataset_name` where the rows were
+        objects."""
         from extras.hub import card
 
         if self.hub_id is None:
@@ -715,8 +725,8 @@ def train(trainer: DPOTrainer) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 trained and saved; 2 unusable arguments or data, with one message; 143 (SIGTERM) or
-    138 (SIGUSR1) told to leave, after a checkpoint; 1 else."""
+    """Exit status: 0 trained and saved; 2 unusable arguments or data, with one message; 143
+    (SIGTERM) or 138 (SIGUSR1) told to leave, after a checkpoint; 1 else."""
     with ending_ranks():
         try:
             c = parse_config(sys.argv[1:] if argv is None else argv, __doc__)

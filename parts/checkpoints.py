@@ -1,9 +1,8 @@
 """checkpoint-N: what a run resumes from: a loadable model, AdamW's moments, and the run's position.
 
-A checkpoint is written beside its place, synced to the disk and renamed, so it is whole or absent. What
-a disk damages later shows in the sha256 of each file, which trainer_state.json keeps. Rank 0 alone
-reads and writes; every rank calls the methods.
-"""
+A checkpoint is written beside its place, synced to the disk and renamed, so it is whole or absent.
+What a disk damages later shows in the sha256 of each file, which trainer_state.json keeps. Rank 0
+alone reads and writes; every rank calls the methods. """
 
 import hashlib
 import json
@@ -32,8 +31,8 @@ from parts.output import sync
 
 STATE = "trainer_state.json"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
-# Options that may differ between a run and its resume: they change no weight, or what they change is
-# compared by content (model, data) or by effect (global_batch, total_steps).
+# Options that may differ between a run and its resume: they change no weight, or what they change
+# is compared by content (model, data) or by effect (global_batch, total_steps).
 MAY_DIFFER = set("""
     model_name_or_path model_revision output_dir gradient_checkpointing dataset_name dataset_config
     dataset_train_split dataset_test_split eval_dataset_name max_prompt_length max_completion_length
@@ -43,8 +42,8 @@ MAY_DIFFER = set("""
     use_cpu ddp_timeout logging_steps logging_first_step disable_tqdm report_to eval_strategy
     eval_steps eval_on_start per_device_eval_batch_size save_strategy save_steps save_total_limit
     resume_from_checkpoint force_resume load_best_model_at_end metric_for_best_model
-    greater_is_better early_stopping_patience early_stopping_threshold skip_nonfinite fsdp push_to_hub
-    hub_model_id hub_private_repo hub_revision hub_token dataset_revision generate_during_eval
+    greater_is_better early_stopping_patience early_stopping_threshold skip_nonfinite fsdp
+    push_to_hub hub_model_id hub_private_repo hub_revision hub_token dataset_revision generate_during_eval
     generate_prompts project run_name""".split())
 
 
@@ -56,7 +55,8 @@ class Found(NamedTuple):
 
 
 class Checkpoints:
-    """Finds, writes and reads a run's checkpoints, and notices when the process is told to leave."""
+    """Finds, writes and reads a run's checkpoints, and notices when the process is told to
+    leave."""
 
     def __init__(self, trainer: Any, fingerprint: str):
         self.trainer = trainer
@@ -65,7 +65,8 @@ class Checkpoints:
         self.signal = 0  # SIGTERM or SIGUSR1, if this process was sent one
         self.leaving = False  # whether any rank was: agreed on once a step, with the metrics
 
-    # What of the reference a checkpoint must hold: what moves (TR-DPO), as the flags do not bring it back
+    # What of the reference a checkpoint must hold: what moves (TR-DPO), as the flags do not bring
+    # it back
 
     def moving_model(self) -> nn.Module | None:
         c = self.trainer.args
@@ -87,9 +88,8 @@ class Checkpoints:
     def find(self, asked: str | None) -> None:
         """Find the checkpoint that `--resume_from_checkpoint asked` means.
 
-        A worker that torchrun restarted resumes without being asked. Raises ValueError if there is none,
-        if none is whole, and if it belongs to another run.
-        """
+        A worker that torchrun restarted resumes without being asked. Raises ValueError if there is
+        none, if none is whole, and if it belongs to another run. """
         trainer = self.trainer
         name = str(asked).lower()
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
@@ -111,8 +111,8 @@ class Checkpoints:
             return
         if differs and not trainer.args.force_resume:
             raise ValueError(
-                f"{directory}: {'; '.join(differs)}; resume with the same settings and data, continue "
-                "anyway with --force_resume, or start a new run in another --output_dir")
+                f"{directory}: {'; '.join(differs)}; resume with the same settings and data, "
+                "continue anyway with --force_resume, or start a new run in another --output_dir")
         total = trainer.schedule.total_steps
         if state["step"] > total:
             raise ValueError(
@@ -121,7 +121,8 @@ class Checkpoints:
         self.found = Found(directory, state)
 
     def choose(self, asked: str | None, newest: bool, is_asked: bool) -> dict | None:
-        """The newest whole checkpoint of output_dir, or the directory asked for; damaged ones are named."""
+        """The newest whole checkpoint of output_dir, or the directory asked for; damaged ones are
+        named."""
         home = self.trainer.log.directory
         say = self.trainer.log.say
         damage: list[str] = []
@@ -144,8 +145,8 @@ class Checkpoints:
         return None
 
     def of_run(self) -> dict[str, Any]:
-        """What a checkpoint must share with the run that resumes from it, and (`cut`) how its global
-        batch is made up."""
+        """What a checkpoint must share with the run that resumes from it, and (`cut`) how its
+        global batch is made up."""
         trainer = self.trainer
         c = trainer.args
         same = {name: v for name, v in sorted(vars(c).items()) if name not in MAY_DIFFER}
@@ -158,7 +159,8 @@ class Checkpoints:
             "cut": [c.per_device_train_batch_size, c.gradient_accumulation_steps]}
 
     def adopt_batch(self, run: dict) -> None:
-        """On another number of ranks, the same command goes on with the global batch of the first run."""
+        """On another number of ranks, the same command goes on with the global batch of the first
+        run."""
         now = self.of_run()
         if run.get("cut") == now["cut"] and run.get("global_batch") != now["global_batch"]:
             self.trainer.plan_steps(run["global_batch"])
@@ -187,7 +189,8 @@ class Checkpoints:
             self.signal = number
 
         is_main = threading.current_thread() is threading.main_thread()
-        numbers = (signal.SIGTERM, signal.SIGUSR1) if is_main and self.trainer.schedule.save_every else ()
+        saves = self.trainer.schedule.save_every > 0
+        numbers = (signal.SIGTERM, signal.SIGUSR1) if is_main and saves else ()
         before = {number: signal.signal(number, notice) for number in numbers}
         try:
             yield
@@ -196,8 +199,8 @@ class Checkpoints:
                 signal.signal(number, handler)
 
     def after(self, evaluated: dict) -> bool:
-        """Save if a checkpoint is due: by --save_steps, because `evaluated` is the best so far, or because
-        the process was told to leave. Return whether to stop training now."""
+        """Save if a checkpoint is due: by --save_steps, because `evaluated` is the best so far, or
+        because the process was told to leave. Return whether to stop training now."""
         trainer = self.trainer
         every = trainer.schedule.save_every
         if not every:
@@ -219,9 +222,8 @@ class Checkpoints:
     def judge(self, evaluated: dict) -> bool:
         """Whether an evaluation is the best so far; counts those since the best.
 
-        As in transformers, an improvement of at most early_stopping_threshold counts as none, though it
-        is the new best.
-        """
+        As in transformers, an improvement of at most early_stopping_threshold counts as none,
+        though it is the new best. """
         trainer = self.trainer
         c = trainer.args
         best = trainer.position.best
@@ -230,7 +232,9 @@ class Checkpoints:
         if greater is None:
             greater = not name.endswith("loss")
         value = evaluated[name]
-        gain = math.inf if best["value"] is None else (value - best["value"]) * (1 if greater else -1)
+        gain = math.inf
+        if best["value"] is not None:
+            gain = (value - best["value"]) * (1 if greater else -1)
         waited = 0 if gain > c.early_stopping_threshold else best["waited"] + 1
         if gain > 0:
             step = trainer.position.step
@@ -260,8 +264,8 @@ class Checkpoints:
     def save(self) -> None:
         """Write checkpoint-N of the last step; then remove the oldest beyond --save_total_limit.
 
-        Raises OSError, on every rank, if it cannot be written; the checkpoints before it stay whole.
-        """
+        Raises OSError, on every rank, if it cannot be written; the checkpoints before it stay
+        whole. """
         trainer = self.trainer
         place = trainer.place
         model = place.gathered(trainer.model, trained_only=bool(trainer.lora))
@@ -276,7 +280,9 @@ class Checkpoints:
                     moments[f"{name}.{key}"] = tensor.cpu()
         trainer.ranks.from_first(partial(self.write, model, ref_model, moments))
 
-    def write(self, model: nn.Module, ref_model: nn.Module | None, moments: dict[str, Tensor]) -> None:
+    def write(
+        self, model: nn.Module, ref_model: nn.Module | None, moments: dict[str, Tensor],
+    ) -> None:
         trainer = self.trainer
         target = trainer.log.directory / f"checkpoint-{trainer.position.step}"
         scratch = target.with_name(f".{target.name}")
@@ -298,7 +304,8 @@ class Checkpoints:
             what_now = "there is no checkpoint before it"
             if last:
                 what_now = (
-                    f"{last[-1].name} is whole: make room, then go on with --resume_from_checkpoint true")
+                    f"{last[-1].name} is whole: make room, then go on with "
+                    "--resume_from_checkpoint true")
             raise OSError(f"{target}: cannot be written ({error}); {what_now}") from None
         self.remove_old()
 
@@ -420,7 +427,8 @@ def in_directory(output_dir: Path) -> list[Path]:
 
 
 def last_checkpoint(output_dir: Path) -> str:
-    """A sentence for messages about a run that ended: what to go on from; "" if there is nothing."""
+    """A sentence for messages about a run that ended: what to go on from; "" if there is
+    nothing."""
     found = in_directory(output_dir)
     if not found:
         return ""
@@ -428,7 +436,8 @@ def last_checkpoint(output_dir: Path) -> str:
 
 
 def read_state(directory: Path) -> dict:
-    """trainer_state.json of a whole checkpoint; ValueError names the first file that was changed."""
+    """trainer_state.json of a whole checkpoint; ValueError names the first file that was
+    changed."""
     state = read_json(directory / STATE)
     if state.pop("sha256", None) != digest_of(state):
         raise ValueError(f"{directory / STATE}: its checksum differs")

@@ -30,9 +30,9 @@ def check_config(c: DPOConfig) -> None:
             "--sync_ref_model moves the reference; --precompute_ref_log_probs needs one that stays")
     if c.load_in_8bit:
         raise ValueError(
-            "--load_in_8bit: LLM.int8 rounds activations too, and which columns it spares depends on "
-            "all tokens of a forward: a pair's log-probs would depend on what it is batched with; use "
-            "--load_in_4bit, which is also smaller")
+            "--load_in_8bit: LLM.int8 rounds activations too, and which columns it spares depends "
+            "on all tokens of a forward: a pair's log-probs would depend on what it is batched "
+            "with; use --load_in_4bit, which is also smaller")
 
 
 def check_field(option: Field, value: Any) -> None:
@@ -78,7 +78,9 @@ def precomputes_reference(c: DPOConfig) -> bool:
     """Whether the reference runs once, before training. By default it does, unless it moves."""
     if not needs_reference(c):
         return False
-    return not c.sync_ref_model if c.precompute_ref_log_probs is None else c.precompute_ref_log_probs
+    if c.precompute_ref_log_probs is None:
+        return not c.sync_ref_model
+    return c.precompute_ref_log_probs
 
 
 def check_readers(c: DPOConfig, options: dict[str, Any], defaults: dict[str, Any]) -> None:
@@ -143,17 +145,18 @@ def check_best_model(c: DPOConfig) -> None:
         return
     if c.eval_strategy == "no" or c.save_strategy == "no":
         raise ValueError(
-            "--load_best_model_at_end: it needs evaluations and checkpoints; give --eval_strategy and "
-            "--save_strategy")
+            "--load_best_model_at_end: it needs evaluations and checkpoints; give --eval_strategy "
+            "and --save_strategy")
     name = (c.metric_for_best_model or "loss").removeprefix("eval_")
     if name not in METRICS:
         raise ValueError(
-            f"--metric_for_best_model {name}: no such metric; there are {', '.join(sorted(METRICS))}")
+            f"--metric_for_best_model {name}: no such metric; there are "
+            f"{', '.join(sorted(METRICS))}")
 
 
 def check_ratings(c: DPOConfig, store: Any) -> None:
-    """Raise ValueError for a pair without the scores that a loss reads, or, as odpo takes the log of
-    their gap, with chosen not above rejected."""
+    """Raise ValueError for a pair without the scores that a loss reads, or, as odpo takes the log
+    of their gap, with chosen not above rejected."""
     reading = sorted(set(c.loss_type) & READS_RATINGS)
     if not reading:
         return
@@ -162,14 +165,16 @@ def check_ratings(c: DPOConfig, store: Any) -> None:
     bad = np.flatnonzero(np.isnan(gap) | (gap <= 0) if takes_log else np.isnan(gap))
     if len(bad):
         is_missing = np.isnan(gap[bad[0]])
-        found = "no chosen_score and rejected_score" if is_missing else "chosen_score <= rejected_score"
+        found = "no chosen_score and rejected_score" if is_missing else "chosen_score <= "
+        "rejected_score"
         raise ValueError(
             f"{store.where(int(bad[0]))}: {found}, which --loss_type {reading[0]} reads "
             f"({len(bad)} such rows)")
 
 
 def check_pairs(c: DPOConfig, train_pairs: Any, eval_store: Any) -> None:
-    """Raise ValueError if there is nothing to train on, or nothing to evaluate on though asked to."""
+    """Raise ValueError if there is nothing to train on, or nothing to evaluate on though asked
+    to."""
     if not len(train_pairs):
         raise ValueError(f"{c.dataset_name}: no pair is left to train on; lower --eval_fraction")
     for name in ("eval_on_start", "generate_during_eval", "eval_strategy"):
@@ -191,9 +196,9 @@ def check_held_reference(c: DPOConfig, model: Any) -> None:
     """Raise ValueError for a type or device of a reference that is no model of its own."""
     if model is None and (c.ref_model_dtype or c.ref_model_device):
         raise ValueError(
-            "--ref_model_dtype and --ref_model_device: the reference is no model of its own here, so "
-            "there is nothing to hold (--no_precompute_ref_log_probs keeps a copy, where all weights "
-            "are trained)")
+            "--ref_model_dtype and --ref_model_device: the reference is no model of its own here, "
+            "so there is nothing to hold (--no_precompute_ref_log_probs keeps a copy, where all "
+            "weights are trained)")
 
 
 def check_evaluation(c: DPOConfig, store: Any, is_reference_gone: bool) -> None:
@@ -204,5 +209,5 @@ def check_evaluation(c: DPOConfig, store: Any, is_reference_gone: bool) -> None:
             "--eval_fraction")
     if is_reference_gone:
         raise ValueError(
-            "the LoRA is merged, and the reference, which was the model without it, is gone; evaluate "
-            "before the model is saved, or with --precompute_ref_log_probs")
+            "the LoRA is merged, and the reference, which was the model without it, is gone; "
+            "evaluate before the model is saved, or with --precompute_ref_log_probs")

@@ -1,4 +1,5 @@
-"""The command line: flags and --config files to a DPOConfig. parts/checks.py then checks the combination."""
+"""The command line: flags and --config files to a DPOConfig. parts/checks.py then checks the
+combination."""
 
 import argparse
 import json
@@ -111,8 +112,8 @@ def add_option(group: Any, option: Field) -> None:
 
 def build_parser(description: str = "") -> Parser:
     parser = Parser(
-        prog="dpo.py", description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog="dpo.py", description=description, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--config", help="toml, json or yaml file with any of these; the command line wins")
     group = parser

@@ -1,8 +1,8 @@
 """Every option of a run: its name, default, type and help text, group by group.
 
 The command line (parts/cli.py) and `dpo.DPOConfig` are both made of this one dataclass. Names and
-defaults are TRL 1.16's wherever TRL has the option; parts/checks.py refuses combinations without meaning.
-"""
+defaults are TRL 1.16's wherever TRL has the option; parts/checks.py refuses combinations without
+meaning. """
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,8 +47,8 @@ class DPOConfig:
     dtype: str = flag("float32", "type of the weights", choices=DTYPES)
     disable_dropout: bool = flag(True, "turn off all dropout, that of LoRA too")
     fsdp: str | None = flag(
-        None, "split parameters, gradients, optimizer state and reference across the ranks; also takes "
-        "transformers' words: full_shard, shard_grad_op, auto_wrap, offload (to the CPU)",
+        None, "split parameters, gradients, optimizer state and reference across the ranks; also "
+        "takes transformers' words: full_shard, shard_grad_op, auto_wrap, offload (to the CPU)",
         bare="full_shard")
     gradient_checkpointing: bool = flag(
         False, "recompute each block's activations in backward instead of keeping them")
@@ -57,7 +57,8 @@ class DPOConfig:
     torch_compile: bool = flag(
         False, "compile norms and MLPs: fewer passes over memory, a minute or more to start")
     router_aux_loss_coef: float | None = flag(
-        None, "weight of the load-balancing loss of mixture-of-experts models; unset is config.json's",
+        None, "weight of the load-balancing loss of mixture-of-experts models; unset is "
+        "config.json's",
         least=0)
 
     # The data
@@ -129,8 +130,8 @@ class DPOConfig:
         "log", "odpo: offset by the log of the score gap, or the raw gap", choices=("log", "raw"))
     rpo_eta: float = flag(1.0, "rpo_sq, rpo_bwd_kl, rpo_fwd_kl: scale of the rows' score gap")
     bco_delta: str = flag(
-        "running", "bco_pair's delta: the running mean reward of earlier steps, this step's own first "
-        "(as TRL 0.18), or zero (as TRL 1.16)", choices=("running", "first", "zero"))
+        "running", "bco_pair's delta: the running mean reward of earlier steps, this step's own "
+        "first (as TRL 0.18), or zero (as TRL 1.16)", choices=("running", "first", "zero"))
     exact_global_loss: bool | None = flag(
         None, "compute the loss over the whole global batch at once, for the price of one more "
         "forward; unset does so where a loss sorts the batch")
@@ -138,8 +139,8 @@ class DPOConfig:
     # The reference
 
     precompute_ref_log_probs: bool | None = flag(
-        None, "run the reference once, before training, and keep no copy of it; unset does so unless "
-        "the reference moves", "reference")
+        None, "run the reference once, before training, and keep no copy of it; unset does so "
+        "unless the reference moves", "reference")
     ref_model_name_or_path: str | None = flag(
         None, "another model, or adapter, as reference; unset is the model as it starts")
     ref_adapter_name: str | None = flag(
@@ -163,11 +164,11 @@ class DPOConfig:
     loraplus_lr_ratio: float | None = flag(
         None, "LoRA+: learning rate of B divided by that of A")
     merge_adapter: bool = flag(
-        False, "at the end, add the LoRA to the weights and save the whole model; over 4 bits, to the "
-        "dequantized weights, in bfloat16")
+        False, "at the end, add the LoRA to the weights and save the whole model; over 4 bits, to "
+        "the dequantized weights, in bfloat16")
     lora_target_modules: list[str] | None = flag(
-        None, "names such as q_proj v_proj lm_head embed_tokens, or all-linear; unset is q_proj v_proj "
-        "(or their fused form)")
+        None, "names such as q_proj v_proj lm_head embed_tokens, or all-linear; unset is q_proj "
+        "v_proj (or their fused form)")
     lora_target_parameters: list[str] | None = flag(
         None, "stacks of experts and routers: mlp.experts.gate_up_proj mlp.experts.down_proj "
         "gate.weight")
@@ -193,8 +194,8 @@ class DPOConfig:
     per_device_train_batch_size: int = flag(8, "pairs in one forward", "training", least=1)
     gradient_accumulation_steps: int = flag(1, "forwards in one optimizer step", least=1)
     max_tokens_per_forward: int | None = flag(
-        None, "cut forwards further, to at most this many tokens: bounds memory; unset is 2048 on a "
-        "CPU, where longer ones are no faster", least=1)
+        None, "cut forwards further, to at most this many tokens: bounds memory; unset is 2048 on "
+        "a CPU, where longer ones are no faster", least=1)
     num_train_epochs: float = flag(3.0, "passes over the pairs", least=0)
     max_steps: int = flag(
         -1, "stop after this many optimizer steps; -1 leaves it to num_train_epochs")

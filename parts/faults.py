@@ -1,4 +1,5 @@
-"""Runs that go wrong: numbers that are not finite, too little memory, ranks that are gone. Each ends in a sentence."""
+"""Runs that go wrong: numbers that are not finite, too little memory, ranks that are gone. Each
+ends in a sentence."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,8 +38,8 @@ def nonfinite_step(trainer: Any, metrics: dict, pairs: Any, bad: list[int]) -> N
     names = ", ".join(map(trainer.train_store.where, told[:8])) + (" ..." if len(told) > 8 else "")
     found = (
         f"step {trainer.position.step + 1}: loss {metrics['loss']}, gradient norm "
-        f"{metrics['grad_norm']}; {'not finite are the' if bad else 'of the'} pairs {names}; nothing of "
-        "it was applied")
+        f"{metrics['grad_norm']}; {'not finite are the' if bad else 'of the'} pairs {names}; "
+        "nothing of it was applied")
     if skipped > c.skip_nonfinite:
         raise FloatingPointError(
             f"{found}. Try a lower --learning_rate, a lower --max_grad_norm, --no_bf16, "
@@ -47,7 +48,8 @@ def nonfinite_step(trainer: Any, metrics: dict, pairs: Any, bad: list[int]) -> N
 
 
 def explained(error: Exception, trainer: Any) -> str:
-    """What to say of an error that ended the training. Raises it again if there is nothing to say."""
+    """What to say of an error that ended the training. Raises it again if there is nothing to
+    say."""
     text = str(error)
     if isinstance(error, (FloatingPointError, OSError)):
         return text
@@ -78,5 +80,5 @@ def out_of_memory(error: Exception, trainer: Any) -> str:
     first_line = str(error).partition("\n")[0][:150]
     return (
         f"rank {trainer.ranks.rank} is out of memory at step {trainer.position.step + 1} "
-        f"({notes[0]}; {first_line}). These help and change no result: {flags}; --use_peft and a lower "
-        f"--max_length help too{last_checkpoint(trainer.log.directory)}")
+        f"({notes[0]}; {first_line}). These help and change no result: {flags}; --use_peft and a "
+        f"lower --max_length help too{last_checkpoint(trainer.log.directory)}")

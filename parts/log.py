@@ -1,4 +1,5 @@
-"""What a run says: lines on the screen, metrics.jsonl, loggers, a panel at a terminal. Rank 0 alone speaks."""
+"""What a run says: lines on the screen, metrics.jsonl, loggers, a panel at a terminal. Rank 0 alone
+speaks."""
 
 import json
 import sys
@@ -62,8 +63,8 @@ class Log:
         self.lock = claim(self.directory)
 
     def begin(self, c: DPOConfig, earlier: bytes = b"") -> None:
-        """Write dpo_config.json (for report, score and --config), and begin metrics.jsonl with the lines
-        of the run that is resumed."""
+        """Write dpo_config.json (for report, score and --config), and begin metrics.jsonl with the
+        lines of the run that is resumed."""
         if not self.first:
             return
         write_atomically(self.directory / "metrics.jsonl", earlier)
@@ -104,7 +105,8 @@ class Log:
         self.panel = None
 
     def step(self, position: Position, schedule: Schedule) -> dict:
-        """Write and show the mean of each metric since the last log; return that line of metrics."""
+        """Write and show the mean of each metric since the last log; return that line of
+        metrics."""
         pending = position.pending
         mean = {name: sum(m[name] for m in pending) / len(pending) for name in pending[0]}
         for name in ("learning_rate", "grad_norm"):

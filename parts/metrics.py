@@ -1,8 +1,8 @@
 """TRL's metrics, from sums over the pairs of a global batch.
 
-Every rank adds up its own pairs in float64; the sums of all ranks are the whole. What is a mean in the
-end is divided once, by all pairs or by all tokens, so no metric depends on ranks or micro-batches.
-"""
+Every rank adds up its own pairs in float64; the sums of all ranks are the whole. What is a mean in
+the end is divided once, by all pairs or by all tokens, so no metric depends on ranks or
+micro-batches. """
 
 from typing import Any, NamedTuple
 
@@ -21,10 +21,10 @@ SUMS = ("loss", *PAIR_METRICS, *STATS, "aux_loss")
 
 
 class Scored(NamedTuple):
-    """What one forward says of B pairs, in their order. Only `logps`, `chosen_nll`, `aux_loss` carry
-    gradients."""
+    """What one forward says of B pairs, in their order. Only `logps`, `chosen_nll`, `aux_loss`
+    carry gradients."""
 
-    logps: Tensor  # (B, 2) chosen, rejected: sums over the completion, LD-DPO's where ld_alpha is set
+    logps: Tensor  # (B, 2) chosen, rejected: sums over the completion, by LD-DPO if ld_alpha is set
     chosen_nll: Tensor  # (B,) -log pi(chosen), always the plain sum
     wpo: Tensor  # (B,) WPO weights; ones without use_weighting
     stats: Tensor  # (B, 6) see STATS
@@ -40,7 +40,8 @@ class Sums:
 
     @torch.no_grad()
     def add(self, x: losses.PairLogps, scored: Scored, values: Tensor, share: float) -> None:
-        """Add one forward; `share` is its part of the global batch, by which the auxiliary loss counts."""
+        """Add one forward; `share` is its part of the global batch, by which the auxiliary loss
+        counts."""
         pair = losses.pair_metrics(x, self.beta)
         columns = [values, *(pair[name] for name in PAIR_METRICS), *scored.stats.unbind(1)]
         sums = [column.detach().to(self.total).sum() for column in columns]
@@ -65,4 +66,5 @@ def metrics_of(sums: dict[str, float], pairs: int) -> dict[str, Any]:
     return metrics
 
 
-METRICS = tuple(metrics_of(dict.fromkeys(SUMS, 0.0), 1))  # names that an evaluation may be judged by
+# The names that an evaluation may be judged by.
+METRICS = tuple(metrics_of(dict.fromkeys(SUMS, 0.0), 1))

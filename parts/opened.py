@@ -1,4 +1,5 @@
-"""What opening a model gives, whether the plain way (model.load_model) is enough, and limits that follow from it."""
+"""What opening a model gives, whether the plain way (model.load_model) is enough, and limits that
+follow from it."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,8 +40,8 @@ def is_sharded(c: DPOConfig) -> bool:
 
 
 def loading_device(c: DPOConfig, ranks: Ranks) -> torch.device:
-    """Where the weights lie before training. FSDP hands out shards from rank 0's memory; the other ranks
-    need none."""
+    """Where the weights lie before training. FSDP hands out shards from rank 0's memory; the other
+    ranks need none."""
     if not is_sharded(c):
         return ranks.device
     return torch.device("cpu" if ranks.first else "meta")
@@ -64,9 +65,8 @@ def aux_coef(c: DPOConfig, config: Any) -> float:
 def max_tokens(c: DPOConfig, config: Any, device: torch.device) -> int | None:
     """Tokens of one forward, at most; None for no limit.
 
-    On a CPU longer forwards are no faster. Cutting one changes no result, except for losses that mix
-    what lies in one forward: those are cut only if asked.
-    """
+    On a CPU longer forwards are no faster. Cutting one changes no result, except for losses that
+    mix what lies in one forward: those are cut only if asked. """
     mixes = config.moe is not None or bool(set(c.loss_type) & SORTS_THE_BATCH)
     default = 2048 if device.type == "cpu" and not mixes else None
     return c.max_tokens_per_forward or default

@@ -1,4 +1,5 @@
-"""Directories a run writes to: output_dir, claimed by one run, its files old or new, never half; the cache."""
+"""Directories a run writes to: output_dir, claimed by one run, its files old or new, never half;
+the cache."""
 
 import os
 import platform
@@ -30,7 +31,8 @@ def claim(directory: Path) -> IO:
     except BlockingIOError:
         if holder != me:  # an older trainer of this process is not in the way
             raise ValueError(
-                f"--output_dir {directory}: another run ({holder}: host, process) writes to it") from None
+                f"--output_dir {directory}: another run ({holder}: host, process) writes to it"
+            ) from None
     except (ImportError, OSError):  # systems that cannot lock
         pass
     lock.truncate(0)
@@ -57,7 +59,8 @@ MODEL_FILES = {
 
 
 def replace_model(directory: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` write a model's files beside `directory`'s, and move them to their places one by one."""
+    """Have `write` write a model's files beside `directory`'s, and move them to their places one by
+    one."""
     scratch = directory / f".model.{os.getpid()}"
     write(scratch)
     names = {path.name for path in scratch.iterdir()}

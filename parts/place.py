@@ -1,4 +1,5 @@
-"""Where the policy computes: in one process, or under DDP in several. --fsdp has extras/run/fsdp.py."""
+"""Where the policy computes: in one process, or under DDP in several. --fsdp has
+extras/run/fsdp.py."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -28,7 +29,8 @@ class Place:
         if ranks.world > 1:
             # Without device_ids: with them DDP would move the spans, which stay on the CPU.
             self.module = DistributedDataParallel(model)
-            # Buffers never change. An attribute, since torch 2.13 warns of the argument of this name.
+            # Buffers never change. An attribute, since torch 2.13 warns of the argument of this
+            # name.
             self.module.broadcast_buffers = False
 
     def sync(self, last: bool) -> Any:

@@ -22,7 +22,7 @@ class Position:
     pending: list[dict] = field(default_factory=list)  # metrics of the steps since the last log
     delta_sum: float = 0.0  # BCO: sum over pairs of 1/2 (beta r_w + beta r_l)
     delta_count: int = 0  # BCO: pairs in that sum
-    best: dict[str, Any] = field(default_factory=no_best)  # the best evaluation, and evaluations since
+    best: dict[str, Any] = field(default_factory=no_best)  # evaluation, and how many came since
     scaling: dict[str, float] = field(default_factory=no_scaling)  # float16: see precision.Scaler
     skipped: int = 0  # steps that were not finite and not applied
 

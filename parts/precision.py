@@ -27,15 +27,16 @@ class Precision(NamedTuple):
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware, faster than float32 (of CPUs, those with AMX
-    or AVX512-BF16)."""
+    """Whether the device multiplies bfloat16 in hardware, faster than float32 (of CPUs, those with
+    AMX or AVX512-BF16)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def choose_precision(c: DPOConfig, device: torch.device) -> Precision:
-    """What --dtype, --bf16 and --fp16 say; bfloat16 is on by default where the device computes it."""
+    """What --dtype, --bf16 and --fp16 say; bfloat16 is on by default where the device computes
+    it."""
     weights = getattr(torch, c.dtype)
     bf16 = c.bf16
     if bf16 is None:
@@ -48,9 +49,9 @@ class Scaler:
     """Loss scaling for float16 (arXiv:1710.03740); where it is off the scale is 1.
 
     Small gradients vanish in float16, so the loss is multiplied by a scale, and the gradients are
-    divided by it before they are used. A step that overflows halves the scale and is skipped: that is
-    part of the method. The scale is part of the run's position, so a resumed run goes on with it.
-    """
+    divided by it before they are used. A step that overflows halves the scale and is skipped: that
+    is part of the method. The scale is part of the run's position, so a resumed run goes on with
+    it. """
 
     def __init__(self, enabled: bool, parameters: Iterable[nn.Parameter], position: Position):
         self.enabled = enabled
@@ -74,7 +75,8 @@ class Scaler:
                 p.grad.mul_(1 / self.state["scale"])
 
     def clip(self, max_norm: float) -> Tensor:
-        """Unscale the gradients, clip them to `max_norm` (0: do not), and return their norm before."""
+        """Unscale the gradients, clip them to `max_norm` (0: do not), and return their norm
+        before."""
         self.unscale()
         return nn.utils.clip_grad_norm_(self.parameters, max_norm or math.inf)
 

@@ -1,8 +1,8 @@
-"""The processes that train one model together: joining them, sums over them, and what they tell one another.
+"""The processes that train one model together: joining them, sums over them, and what they tell one
+another.
 
-A rank is one process with one device. Ranks agree on flags, data and model before the first step, since
-ranks that differ would wait for one another forever, or train on wrong averages.
-"""
+A rank is one process with one device. Ranks agree on flags, data and model before the first step,
+since ranks that differ would wait for one another forever, or train on wrong averages. """
 
 import ctypes
 import hashlib
@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-# Options that may differ between ranks: paths on their own hosts (what lies there is compared instead).
+# Options that may differ between ranks: paths on their own hosts (what lies there is compared
+# instead).
 OWN = ("cache_dir", "output_dir", "model_name_or_path", "ref_model_name_or_path", "dataset_name",
        "eval_dataset_name", "disable_tqdm", "hub_token")
 
@@ -82,8 +83,8 @@ def start_ranks(use_cpu: bool, timeout: int) -> Ranks:
     if world > 1 and not dist.is_initialized():
         wait = timedelta(seconds=timeout)
         store, _, _ = next(rendezvous("env://", rank, world, timeout=wait))
-        # torchrun keeps its store when it restarts workers. A prefix of their own keeps the new ones
-        # from finding the addresses of the old.
+        # torchrun keeps its store when it restarts workers. A prefix of their own keeps the new
+        # ones from finding the addresses of the old.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
         store = dist.PrefixStore(f"start {attempt}", store)
         backend = "nccl" if on_gpu else "gloo"
@@ -94,9 +95,8 @@ def start_ranks(use_cpu: bool, timeout: int) -> Ranks:
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory.
 
-    By default it returns freed tensors to the kernel, which then clears every page anew: 8 % of a CPU
-    step.
-    """
+    By default it returns freed tensors to the kernel, which then clears every page anew: 8 % of a
+    CPU step. """
     try:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
@@ -120,7 +120,8 @@ def ending_ranks() -> Iterator[None]:
 
 
 def agree(ranks: Ranks, what: dict[str, Any]) -> None:
-    """Raise ValueError on every rank, naming the first difference, unless `what` is equal on all."""
+    """Raise ValueError on every rank, naming the first difference, unless `what` is equal on
+    all."""
     if ranks.world == 1:
         return
     text = json.dumps(what, sort_keys=True, default=str).encode()
@@ -158,9 +159,8 @@ def gathered(ranks: Ranks, tensor: Tensor) -> list[Tensor]:
 def keeping_others_waiting(zero: Tensor, timeout: float) -> Iterator[None]:
     """Broadcast `zero` again and again while rank 0 works, so that waiting ranks do not time out.
 
-    Tokenizing may take longer than --ddp_timeout. A rank 0 that died or hangs does not broadcast, and
-    is given up on as it should be.
-    """
+    Tokenizing may take longer than --ddp_timeout. A rank 0 that died or hangs does not broadcast,
+    and is given up on as it should be. """
     done = threading.Event()
 
     def broadcast() -> None:

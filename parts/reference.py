@@ -1,9 +1,8 @@
 """A reference that runs once, before training, and is then read from a file; and none at all.
 
-The reference never changes (but for TR-DPO), so its log-probs are constants of the pairs: running it once
-saves a forward in every later epoch, and the memory of a second model in every step. dpo.Reference is
-the live one.
-"""
+The reference never changes (but for TR-DPO), so its log-probs are constants of the pairs: running
+it once saves a forward in every later epoch, and the memory of a second model in every step.
+dpo.Reference is the live one. """
 
 import hashlib
 from itertools import chain
@@ -43,11 +42,12 @@ class NoReference:
 
 
 class PrecomputedReference:
-    """Runs `live` over the pairs that a run visits and no earlier run did, and keeps the sums on disk.
+    """Runs `live` over the pairs that a run visits and no earlier run did, and keeps the sums on
+    disk.
 
-    The file is found again by what the reference says of given tokens: its weights, to the bit, and how
-    it computes. It does not depend on the loss, beta, the batch size or the ranks. The pass is cut into
-    blocks by pair number, so an interrupted pass computes what an uninterrupted one does.
+    The file is found again by what the reference says of given tokens: its weights, to the bit, and
+    how it computes. It does not depend on the loss, beta, the batch size or the ranks. The pass is
+    cut into blocks by pair number, so an interrupted pass computes what an uninterrupted one does.
     """
 
     is_live = False
@@ -154,7 +154,7 @@ class PrecomputedReference:
             pixels = trainer.tokenizer.pictures if trainer.images else ""  # how images are scaled
             text = f"2 {half} {c.dtype} {compute_dtype} {model.config}{pixels}"
             h = hashlib.sha256(text.encode())
-            for name, t in chain(model.named_parameters(), model.named_buffers()):  # 4 bits: buffers
+            for name, t in chain(model.named_parameters(), model.named_buffers()):  # 4 bits
                 if is_adapted or "lora_" not in name:
                     plain = name.replace(".base_layer.", ".")
                     h.update(f"{plain} {t.dtype} {tuple(t.shape)}".encode())

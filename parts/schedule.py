@@ -31,7 +31,8 @@ class Schedule(NamedTuple):
         return step == self.total_steps or (self.eval_every > 0 and step % self.eval_every == 0)
 
     def learning_rate(self, c: DPOConfig, step: int) -> float:
-        """Linear warm-up, then the schedule: a function of the step alone, so a resume needs no state."""
+        """Linear warm-up, then the schedule: a function of the step alone, so a resume needs no
+        state."""
         if step < self.warmup and c.lr_scheduler_type != "constant":
             return c.learning_rate * step / max(1, self.warmup)
         done = (step - self.warmup) / max(1, self.total_steps - self.warmup)
@@ -43,7 +44,8 @@ class Schedule(NamedTuple):
 
 
 def make_schedule(c: DPOConfig, pairs: int, global_batch: int) -> Schedule:
-    """Count the steps over `pairs` pairs. Options that count steps are shares of all steps below 1."""
+    """Count the steps over `pairs` pairs. Options that count steps are shares of all steps below
+    1."""
     per_epoch = math.ceil(pairs / global_batch)
     total = c.max_steps if c.max_steps > 0 else math.ceil(c.num_train_epochs * per_epoch)
 

@@ -1,5 +1,6 @@
-"""Options of TRL and its older versions that DPOConfig does not have: without effect at a value that changes nothing
-here, else refused with what to use instead; older names of our own options; and what only TRL's --config files have.
+"""Options of TRL and its older versions that DPOConfig does not have: without effect at a value
+that changes nothing here, else refused with what to use instead; older names of our own options;
+and what only TRL's --config files have.
 
 Entered where a command line or a file names an option that is not ours.
 """
@@ -18,7 +19,8 @@ RENAMED = {
     "per_gpu_train_batch_size": "per_device_train_batch_size", "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "push_to_hub_model_id": "hub_model_id", "push_to_hub_token": "hub_token", "test_split_size": "eval_fraction"}
 
-# What is not an option here: (the value that changes nothing, why or what to use instead): the names.
+# What is not an option here: (the value that changes nothing, why or what to use instead): the
+# names.
 REASONS = {
     (ANY, "nothing is padded"): "padding_value group_by_length length_column_name",
     (ANY, "prompts are left out by index"): "label_pad_token_id",
@@ -84,11 +86,11 @@ OTHERS = {name: reason for reason, names in REASONS.items() for name in names.sp
 
 
 def settle(settings: dict[str, Any], words: list[str], known: Collection[str], path: str | None) -> dict[str, Any]:
-    """`settings` (of a file and the command line) in our names alone. `words` are what the parser did not know.
+    """`settings` (of a file and the command line) in our names alone. `words` are what the parser
+    did not know.
 
-    An option of TRL that changes nothing is named on the screen and left out; one that would is a ValueError with what
-    to use instead, and so is a name that nobody has.
-    """
+    An option of TRL that changes nothing is named on the screen and left out; one that would is a
+    ValueError with what to use instead, and so is a name that nobody has. """
     foreign = {name: value for name, value in settings.items() if name not in known}
     ours = {name: value for name, value in settings.items() if name in known}
     set_environment(foreign.pop("env", None), path)
@@ -127,7 +129,8 @@ def no_such(name: str, known: Collection[str], flag: bool) -> str:
 
 
 def pairs_of(words: list[str]) -> dict[str, Any]:
-    """{name: value} of flags the parser did not know: `--x`, `--x 1`, `--x=1`, `--no_x`, `--x a b`."""
+    """{name: value} of flags the parser did not know: `--x`, `--x 1`, `--x=1`, `--no_x`, `--x a
+    b`."""
     found: dict[str, Any] = {}
     name = ""
     for word in words:
@@ -144,7 +147,8 @@ def pairs_of(words: list[str]) -> dict[str, Any]:
 
 
 def set_environment(variables: Any, path: str | None) -> None:
-    """TRL's `env:` of a file. Those that torch reads on import (OMP_NUM_THREADS) come too late, as they do in TRL."""
+    """TRL's `env:` of a file. Those that torch reads on import (OMP_NUM_THREADS) come too late, as
+    they do in TRL."""
     if variables is None:
         return
     if not isinstance(variables, dict):

@@ -1,10 +1,9 @@
-"""References other than the policy's own start: another model, another adapter, one that moves (TR-DPO).
+"""References other than the policy's own start: another model, another adapter, one that moves
+(TR-DPO).
 
 DPOTrainer handles the plain ones itself: a copy of the policy, or the policy with its LoRA off.
 """
 
-import copy
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,14 @@ from torch import nn
 
 from extras.lora import adapters
 from extras.models.opening import base_directory, is_adapter, load_adapted, model_directory
+from extras.models.policy import loading_options
 from model import Decoder, lora_modules
+from parts.opened import check_vocabulary
 
 
-def other_reference(trainer: Any, opened: Any, ref_model: Decoder | None) -> tuple[nn.Module | None, dict]:
+def other_reference(
+    trainer: Any, opened: Any, ref_model: Decoder | None,
+) -> tuple[nn.Module | None, dict]:
     """(a model of its own or None, an adapter that is swapped in for the policy's, {} for none).
 
     Raises ValueError for an adapter that is not there.
@@ -50,8 +53,9 @@ def find_reference(trainer: Any) -> str:
 
 def load_reference(trainer: Any) -> Decoder:
     """The model that the flags name, as the policy is loaded."""
-    model, _ = load_adapted(find_reference(trainer), **trainer.loading())
-    trainer.check_vocabulary(model)
+    c = trainer.args
+    model, _ = load_adapted(find_reference(trainer), **loading_options(c, trainer.ranks))
+    check_vocabulary(c.model_name_or_path, model, trainer.tokenizer)
     return model
 
 
@@ -61,12 +65,14 @@ def load_reference(trainer: Any) -> Decoder:
 def make_moving(trainer: Any, reference: Any) -> None:
     """Give `reference` its `move`: towards the policy, by ref_model_mixup_alpha."""
     alpha = trainer.args.ref_model_mixup_alpha
+    reference.move_every = trainer.args.ref_model_sync_steps
     if not trainer.lora:
         reference.move = lambda: move_model(reference.model, trainer.model, alpha)
         return
     if reference.model is not None:
         raise ValueError(
-            "--sync_ref_model with a LoRA: the reference is another model, which cannot move towards it")
+            "--sync_ref_model with a LoRA: the reference is another model, which cannot move "
+            "towards it")
     policy = lora_modules(trainer.model)
     reference.adapter = adapters.dense_adapter(policy, reference.adapter)
     reference.move = lambda: adapters.move_towards(

@@ -1,10 +1,11 @@
-"""How much memory a rank needs, and how long a run takes, before it is started (--dry_run, extras.plan).
+"""How much memory a rank needs, and how long a run takes, before it is started (--dry_run,
+extras.plan).
 
-Memory is that of tensors, in bytes per rank: what is held between steps (weights, moments, a live reference) and what a
-step adds (gradients, activations, the head's chunk). Parameters are counted, on a model without storage; activations
-are a formula, `PER_TOKEN`, whose coefficients were counted on the CPU's paths and for gated MLPs. Not in it: what the
-allocator wastes, the CUDA context (about 0.5 GiB), buffers of NCCL, and the program itself.
-"""
+Memory is that of tensors, in bytes per rank: what is held between steps (weights, moments, a live
+reference) and what a step adds (gradients, activations, the head's chunk). Parameters are counted,
+on a model without storage; activations are a formula, `PER_TOKEN`, whose coefficients were counted
+on the CPU's paths and for gated MLPs. Not in it: what the allocator wastes, the CUDA context (about
+0.5 GiB), buffers of NCCL, and the program itself. """
 
 import time
 from typing import NamedTuple, Optional
@@ -14,8 +15,9 @@ import torch
 import model as models
 from parts.checks import needs_reference, precomputes_reference
 
-# What a block saves for its backward: bytes per token and unit of (hidden, all query heads, all kv heads, MLP).
-# float32: x and its norm, twice; q, q rotated, the heads' output; k, k rotated, v; gate, up and their product.
+# What a block saves for its backward: bytes per token and unit of (hidden, all query heads, all kv
+# heads, MLP). float32: x and its norm, twice; q, q rotated, the heads' output; k, k rotated, v;
+# gate, up and their product.
 PER_TOKEN = {"float32": (16, 12, 12, 12), "bf16": (12, 11, 11, 6)}
 FROZEN = {"float32": (4, 4, 0, 4), "bf16": (4, 2, 0, 2)}  # less, where linear layers learn nothing: their inputs
 
@@ -46,7 +48,8 @@ def bits_of(run: Run, name: str, module: torch.nn.Module) -> float:
 
 
 def count(config: models.ModelConfig, run: Run) -> dict[str, int]:
-    """Bytes of all weights, of those that learn, and of the largest block; elements of what multiplies each token."""
+    """Bytes of all weights, of those that learn, and of the largest block; elements of what
+    multiplies each token."""
     with torch.device("meta"):
         model = models.Decoder(config)
         if run.rank:
@@ -74,8 +77,9 @@ def block_activations(config: models.ModelConfig, run: Run, block: int) -> int:
 
 
 def activations(config: models.ModelConfig, run: Run, block: int) -> tuple[int, int]:
-    """Bytes held for the backward, and the most that comes and goes meanwhile: the head's chunk of logits with its
-    gradients, or a block's gradients (with checkpointing, also what it saves when it is run again)."""
+    """Bytes held for the backward, and the most that comes and goes meanwhile: the head's chunk of
+    logits with its gradients, or a block's gradients (with checkpointing, also what it saves when
+    it is run again)."""
     c, wide = config, 8 if run.weights == "float64" else 4
     ends = wide * (c.hidden_size * (run.tokens + run.scored) + 2 * c.head_dim * run.tokens)
     saved = block_activations(config, run, block)
@@ -109,7 +113,8 @@ def memory(config: models.ModelConfig, run: Run) -> dict[str, int]:
 
 
 def flops(config: models.ModelConfig, run: Run, tokens: int, scored: int, length: float, references: int) -> float:
-    """Of training on `tokens`: 2 per weight and token forward, twice that backward, less where weights are frozen."""
+    """Of training on `tokens`: 2 per weight and token forward, twice that backward, less where
+    weights are frozen."""
     passes = (2 if run.rank else 3) + (1 if run.checkpointing else 0) + references
     attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
     per_token = 2 * count(config, run)["matrices"] + attention
@@ -117,7 +122,8 @@ def flops(config: models.ModelConfig, run: Run, tokens: int, scored: int, length
 
 
 def matmul_rate(config: models.ModelConfig, device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """Floating-point operations per second of the MLP's product, the best of those that fit in `seconds`."""
+    """Floating-point operations per second of the MLP's product, the best of those that fit in
+    `seconds`."""
     x = torch.randn(1024, config.hidden_size, device=device, dtype=dtype)
     w = torch.randn(config.hidden_size, config.intermediate_size, device=device, dtype=dtype)
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -172,11 +178,14 @@ def describe(trainer) -> list[str]:
     rate = matmul_rate(config, trainer.ranks.device, dtype)
     minutes = work / rate / world / 60
     return [
-        f"{pairs:,} pairs of {tokens:,} tokens ({scored:,} scored); {schedule.total_steps:,} steps of "
-        f"{schedule.global_batch} pairs, {epochs:.3g} epochs, on {world} rank{'s' if world > 1 else ''}",
-        f"memory per rank: at most {gib(m['total'])}: {table(m)} (forwards of {run.tokens:,} tokens)",
-        f"time: {minutes:,.1f} minutes or more: {work:.3g} operations at {rate / 1e9:,.0f} GFLOP/s a "
-        "rank, measured on one product of this model's size; all else comes on top, often as much again"]
+        f"{pairs:,} pairs of {tokens:,} tokens ({scored:,} scored); {schedule.total_steps:,} steps "
+        f"of {schedule.global_batch} pairs, {epochs:.3g} epochs, on {world} "
+        f"rank{'s' if world > 1 else ''}",
+        f"memory per rank: at most {gib(m['total'])}: {table(m)} (forwards of {run.tokens:,} "
+        "tokens)",
+        f"time: {minutes:,.1f} minutes or more: {work:.3g} operations at {rate / 1e9:,.0f} GFLOP/s "
+        "a rank, measured on one product of this model's size; all else comes on top, often as "
+        "much again"]
 
 
 def gib(size: float) -> str:

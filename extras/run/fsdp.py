@@ -1,11 +1,11 @@
-"""--fsdp: parameters, gradients, optimizer state and the reference copy split across the ranks (arXiv:2304.11277).
+"""--fsdp: parameters, gradients, optimizer state and the reference copy split across the ranks
+(arXiv:2304.11277).
 
-This is torch's own fully_shard, block by block: a block's weights are gathered for its forward, dropped,
-gathered again for its backward, and its gradients are reduced to their shards. With bf16 the blocks are
-gathered in bfloat16. The shards and the reduction stay in float32, and so do embedding and head, so that
-the residual stream is what it is without FSDP. Rank 0 alone loads the model; the other ranks begin on the
-meta device and receive their shards from it.
-"""
+This is torch's own fully_shard, block by block: a block's weights are gathered for its forward,
+dropped, gathered again for its backward, and its gradients are reduced to their shards. With bf16
+the blocks are gathered in bfloat16. The shards and the reduction stay in float32, and so do
+embedding and head, so that the residual stream is what it is without FSDP. Rank 0 alone loads the
+model; the other ranks begin on the meta device and receive their shards from it. """
 
 import copy
 from contextlib import nullcontext
@@ -38,11 +38,12 @@ class Shards:
     def __init__(
         self, model: nn.Module, ranks: Ranks, c: DPOConfig, precision: Precision, ref_adapter: dict,
     ):
-        """`ref_adapter` is the reference's own LoRA on the policy's base. Raises ValueError if it has one."""
+        """`ref_adapter` is the reference's own LoRA on the policy's base. Raises ValueError if it
+        has one."""
         if ref_adapter:
             raise ValueError(
-                "--fsdp: the reference is a LoRA on the policy's own base (one that is continued, or "
-                "moves), which is not split; merge it into a model and give that as "
+                "--fsdp: the reference is a LoRA on the policy's own base (one that is continued, "
+                "or moves), which is not split; merge it into a model and give that as "
                 "--ref_model_name_or_path")
         self.ranks = ranks
         self.half = precision.half
@@ -65,7 +66,8 @@ class Shards:
         return nullcontext()
 
     def shared(self, model: nn.Module) -> nn.Module:
-        """A sharded copy of rank 0's model, which lies on the CPU (elsewhere on the meta device)."""
+        """A sharded copy of rank 0's model, which lies on the CPU (elsewhere on the meta
+        device)."""
         is_narrow = next(model.parameters()).dtype.itemsize < 4 or self.half is not None
         reduce = torch.float32 if is_narrow else None
         wide = MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
@@ -88,7 +90,8 @@ class Shards:
 
     @torch.no_grad()
     def scatter(self, sharded: nn.Module, source: nn.Module) -> None:
-        """Everyone's shards from rank 0's whole parameters; those on the meta device there stay as they are."""
+        """Everyone's shards from rank 0's whole parameters; those on the meta device there stay as
+        they are."""
         given = dict(source.named_parameters())
         for name, p in sharded.named_parameters():
             is_there = self.ranks.from_first(lambda name=name: {"there": not given[name].is_meta})
@@ -119,8 +122,8 @@ class Shards:
 
     @torch.no_grad()
     def gathered(self, sharded: nn.Module, trained_only: bool = False) -> Decoder:
-        """A whole copy in rank 0's memory; on the other ranks, and for weights that do not learn where
-        only trained ones are wanted, on the meta device."""
+        """A whole copy in rank 0's memory; on the other ranks, and for weights that do not learn
+        where only trained ones are wanted, on the meta device."""
         twin = copy.deepcopy(sharded.skeleton[0])
         state = {}
         for name, p in sharded.named_parameters():
@@ -134,6 +137,11 @@ class Shards:
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """The same modules, without memory for their parameters and buffers; what is tied stays tied."""
-    empty = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
-    return copy.deepcopy(model, empty | {id(b): b.to("meta") for b in model.buffers()})
+    """The same modules, without memory for their parameters and buffers; what is tied stays
+    tied."""
+    empty = {}
+    for p in model.parameters():
+        empty[id(p)] = nn.Parameter(p.detach().to("meta"), p.requires_grad)
+    for b in model.buffers():
+        empty[id(b)] = b.to("meta")
+    return copy.deepcopy(model, empty)

@@ -1,10 +1,9 @@
-"""Losses that see the whole global batch at once: those that sort it (aot), those that move delta before
-they use it, or any with --exact_global_loss.
+"""Losses that see the whole global batch at once: those that sort it (aot), those that move delta
+before they use it, or any with --exact_global_loss.
 
-All pairs are scored without gradients first. The loss's derivative by each pair's log-probs is then a
-constant, with which the micro-batches back-propagate one by one and give the exact gradient. The price
-is one more forward.
-"""
+All pairs are scored without gradients first. The loss's derivative by each pair's log-probs is then
+a constant, with which the micro-batches back-propagate one by one and give the exact gradient. The
+price is one more forward. """
 
 from collections.abc import Callable
 from typing import Any
@@ -17,9 +16,8 @@ from torch import Tensor
 def whole_batch_loss(trainer: Any, pairs: np.ndarray, batches: list) -> Callable:
     """What `DPOTrainer.pair_loss` is for one forward: f(x, scored, batch) -> (values, surrogate).
 
-    `values` (B,) are the losses of the batch's pairs within the global batch; `surrogate` (B,) is linear
-    in their log-probs and has the gradient that the global batch gives them.
-    """
+    `values` (B,) are the losses of the batch's pairs within the global batch; `surrogate` (B,) is
+    linear in their log-probs and has the gradient that the global batch gives them. """
     values, slopes = losses_and_slopes(trainer, pairs, batches)
     row_of = {int(pair): row for row, pair in enumerate(pairs)}
 
@@ -34,7 +32,8 @@ def whole_batch_loss(trainer: Any, pairs: np.ndarray, batches: list) -> Callable
 
 
 def losses_and_slopes(trainer: Any, pairs: np.ndarray, batches: list) -> tuple[Tensor, Tensor]:
-    """Each pair's loss (P,), and d sum of losses / d its (chosen logp, rejected logp, nll), (P, 3)."""
+    """Each pair's loss (P,), and d sum of losses / d its (chosen logp, rejected logp, nll), (P,
+    3)."""
     x, scored = trainer.score_all(trainer.train_store, pairs, batches)
     c = trainer.args
     if "bco_pair" in c.loss_type and c.bco_delta == "first":
