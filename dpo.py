@@ -43,6 +43,7 @@ from tqdm import tqdm
 import data
 import losses
 import model as models
+from parts import length_bias, loss_checks
 
 HERE = Path(__file__).resolve().parent
 
@@ -358,7 +359,7 @@ def check_config(c: DPOConfig) -> None:
     options, defaults = vars(c), vars(DPOConfig())
     for f in dataclasses.fields(DPOConfig):
         check_field(f, options[f.name])
-    losses.check_losses(options, defaults)
+    loss_checks.check_losses(options, defaults)
     for name in ("model_name_or_path", "dataset_name", "output_dir"):
         if not options[name]:
             raise ValueError(f"--{name} is missing")
@@ -1043,10 +1044,20 @@ class DPOTrainer:
         divergence = losses.F_DIVERGENCES[c.f_divergence_type]
         if c.f_divergence_type == "alpha_divergence":
             divergence = partial(divergence, f_alpha_divergence_coef=c.f_alpha_divergence_coef)
+        ref, lengths, ratings = ref.detach(), lengths.to(logps.dtype), ratings.to(logps.dtype)
         return losses.PairLogps(
-            *logps.unbind(1), *ref.detach().unbind(1), *lengths.to(logps.dtype).unbind(1),
-            *ratings.to(logps.dtype).unbind(1), chosen_nll=scored.chosen_nll,
-            chosen_tokens_per_pair=tokens_per_pair, score=divergence)
+            policy_chosen_logps=logps[:, 0],
+            policy_rejected_logps=logps[:, 1],
+            ref_chosen_logps=ref[:, 0],
+            ref_rejected_logps=ref[:, 1],
+            chosen_lengths=lengths[:, 0],
+            rejected_lengths=lengths[:, 1],
+            chosen_ratings=ratings[:, 0],
+            rejected_ratings=ratings[:, 1],
+            chosen_nll=scored.chosen_nll,
+            chosen_tokens_per_pair=tokens_per_pair,
+            score=divergence,
+        )
 
     def pair_losses(self, x: losses.PairLogps, scored: Scored) -> Tensor:  # (B,)
         return losses.pair_losses(x, self.options, scored.wpo if self.args.use_weighting else None)
@@ -1228,7 +1239,7 @@ class DPOTrainer:
             x, scored = self.score_all(store, pairs, (self.batch(store, r) for r in self.progress(rows, "evaluation")))
         sums = step_sums(x, scored, self.pair_losses(x, scored), None, 0.0, self.args.beta)
         metrics = {f"eval_{k}": v for k, v in metrics_of(sums.tolist(), len(pairs)).items()}
-        metrics["eval_length_bias"] = losses.length_bias(x)
+        metrics["eval_length_bias"] = length_bias.length_bias(x)
         if self.args.generate_during_eval:
             from extras import samples
 
