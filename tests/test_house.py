@@ -116,7 +116,7 @@ def imports_of(root: Path) -> list[Import]:
         for node, lazy in walk(parse(root, file)):
             targets = (find_file(name, known) for name in names_imported(node, file))
             found += [Import(file, node.lineno, target, lazy) for target in targets if target not in (None, file)]
-    return found
+    return list(dict.fromkeys(found))  # two names of one module are one import
 
 
 def wrong_arrows(root: Path) -> list[str]:
