@@ -44,8 +44,17 @@ def pair_at(margin: Tensor, divergence: str = "reverse_kl") -> losses.PairLogps:
     score = losses.F_DIVERGENCES[divergence]
     if divergence == "alpha_divergence":
         score = lambda r: losses.alpha_divergence(r, 0.5)
-    return losses.PairLogps(NATS + margin / 2, NATS - margin / 2, NATS * one, NATS * one, TOKENS * one, TOKENS * one,
-                            GAP * one, 0 * one, score=score)
+    return losses.PairLogps(
+        policy_chosen_logps=NATS + margin / 2,
+        policy_rejected_logps=NATS - margin / 2,
+        ref_chosen_logps=NATS * one,
+        ref_rejected_logps=NATS * one,
+        chosen_lengths=TOKENS * one,
+        rejected_lengths=TOKENS * one,
+        chosen_ratings=GAP * one,
+        rejected_ratings=0 * one,
+        score=score,
+    )
 
 
 def make_curve(name: str, divergence: str = "reverse_kl") -> Curve:

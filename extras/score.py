@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 import dpo
-import losses
 from extras.chart import histogram
 from extras.samples import shown
+from parts.length_bias import length_bias
 
 FROM_RUN = ("max_length", "max_prompt_length", "max_completion_length", "truncation_mode", "dtype")
 BARS = 16  # of the histogram at a terminal
@@ -95,7 +95,7 @@ def score_pairs(trainer: dpo.DPOTrainer) -> Scores:
     x, _ = trainer.score_all(store, pairs, (trainer.batch(store, r) for r in trainer.progress(rows, "scoring")))
     beta = trainer.args.beta
     return Scores(beta * x.chosen_logratios, beta * x.rejected_logratios, x.chosen_lengths - x.rejected_lengths,
-                  losses.length_bias(x))
+                  length_bias(x))
 
 
 # What is told

@@ -1,4 +1,4 @@
-"""Break losses.py in one place at a time and see that its tests notice.
+"""Break losses.py, or parts/loss_checks.py, in one place at a time and see that its tests notice.
 
     python tests/mutants.py             # every mutant against the tests; exit status 1 if one survives
     python tests/mutants.py --list      # only name them
@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 TESTS = Path(__file__).resolve().parent
-SOURCE = TESTS.parent / "losses.py"
+SOURCES = {name: TESTS.parent / f"{name.replace('.', '/')}.py" for name in ("losses", "parts.loss_checks")}
 sys.path[:0] = [str(path) for path in (TESTS, TESTS.parent) if str(path) not in sys.path]
 
 import conformance  # noqa: E402
 import test_losses  # noqa: E402
 
 import losses  # noqa: E402
+from parts import loss_checks  # noqa: E402
 
 SHAPE = "only the shape and type of the argument are read"
 EQUIVALENT = {
@@ -38,6 +39,7 @@ class Mutant(NamedTuple):
     name: str  # function: before -> after
     function: str
     tree: ast.Module
+    module: str = "losses"  # which file is broken
 
 
 # What is done to a node
@@ -125,7 +127,7 @@ def without_decorators(node: ast.FunctionDef) -> ast.FunctionDef:
     return bare
 
 
-# Every mutant of the file
+# Every mutant of the files
 
 
 def functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
@@ -142,13 +144,21 @@ def places(function: ast.FunctionDef) -> Iterator[ast.AST]:
 
 
 def find_mutants() -> list[Mutant]:
-    tree, mutants = ast.parse(SOURCE.read_text(encoding="utf-8")), {}
+    return [mutant for module in SOURCES for mutant in mutants_of(module)]
+
+
+def mutants_of(module: str) -> list[Mutant]:
+    tree, mutants = parse(module), {}
     for function in functions(tree):
         for node in places(function):
             for new in replacements(node):
-                mutant = Mutant(describe(function, node, new), function.name, with_replaced(tree, node, new))
+                mutant = Mutant(describe(function, node, new), function.name, with_replaced(tree, node, new), module)
                 mutants.setdefault(ast.unparse(mutant.tree), mutant)  # two ways to the same text are one
     return list(mutants.values())
+
+
+def parse(module: str) -> ast.Module:
+    return ast.parse(SOURCES[module].read_text(encoding="utf-8"))
 
 
 def describe(function: ast.FunctionDef, old: ast.AST, new: ast.AST) -> str:
@@ -176,11 +186,17 @@ def with_replaced(tree: ast.Module, old: ast.AST, new: ast.AST) -> ast.Module:
 # Judging one
 
 
-def load(mutant: Mutant) -> types.ModuleType:
-    module = types.ModuleType("losses")
-    sys.modules["losses"] = module  # NamedTuple looks its module up; conformance and test_losses import it by name
-    exec(compile(mutant.tree, str(SOURCE), "exec"), module.__dict__)
-    return module
+def load(mutant: Mutant) -> list[types.ModuleType]:
+    """losses and the checks that import it, one of them broken."""
+    modules = []
+    for name, source in SOURCES.items():
+        module = types.ModuleType(name)
+        # NamedTuple looks its module up; conformance, test_losses and the checks import losses by name
+        sys.modules[name] = module
+        tree = mutant.tree if name == mutant.module else parse(name)
+        exec(compile(tree, str(source), "exec"), module.__dict__)
+        modules.append(module)
+    return modules
 
 
 def golden_fails(case: dict) -> bool:
@@ -220,7 +236,7 @@ def ordered_cases(function: str) -> list[dict]:
 def caught_by(mutant: Mutant) -> str | None:
     """The name of the first test that fails on the mutant; None where it survives."""
     try:
-        test_losses.losses = load(mutant)
+        test_losses.losses, test_losses.loss_checks = load(mutant)
         for name, test in all_tests(mutant.function):
             if fails(test):
                 return name
@@ -229,6 +245,7 @@ def caught_by(mutant: Mutant) -> str | None:
         return f"import: {error}"
     finally:
         sys.modules["losses"] = test_losses.losses = losses
+        sys.modules["parts.loss_checks"] = test_losses.loss_checks = loss_checks
 
 
 def fails(test: Callable) -> bool:

@@ -1,4 +1,4 @@
-"""What the golden files do not reach in losses.py: metrics, averages over the global batch, defaults, refusals."""
+"""What the golden files do not reach: metrics, averages over the global batch, defaults, refusals."""
 
 import math
 
@@ -7,6 +7,7 @@ import torch
 
 import dpo
 import losses
+from parts import loss_checks
 
 NAMES = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "ref_rejected_logps", "chosen_lengths",
          "rejected_lengths")
@@ -144,7 +145,7 @@ REFUSED = [
 
 
 def check(changed: dict) -> None:
-    losses.check_losses(options(**changed), options())
+    loss_checks.check_losses(options(**changed), options())
 
 
 @pytest.mark.parametrize("changed", WORKS, ids=str)

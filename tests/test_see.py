@@ -18,6 +18,7 @@ from conftest import ROOT, read_metrics, run_dpo
 import dpo
 import losses
 from extras import live, loggers, samples
+from parts.length_bias import length_bias
 
 
 def settings(tiny, pairs_file, directory, **more) -> dict:
@@ -225,9 +226,9 @@ def test_length_bias_is_the_correlation_of_margin_and_length():
     t = lambda x: torch.tensor(np.asarray(x), dtype=torch.float64)
     zeros = torch.zeros(30, dtype=torch.float64)
     pairs = losses.PairLogps(t(margins), zeros, zeros, zeros, t(lengths[0]), t(lengths[1]))
-    assert abs(losses.length_bias(pairs) - np.corrcoef(margins, lengths[0] - lengths[1])[0, 1]) < 1e-12
-    assert losses.length_bias(pairs._replace(policy_chosen_logps=t(3.0 * (lengths[0] - lengths[1])))) > 1 - 1e-12
-    assert losses.length_bias(pairs._replace(policy_chosen_logps=zeros)) == 0  # no margin varies: not nan
+    assert abs(length_bias(pairs) - np.corrcoef(margins, lengths[0] - lengths[1])[0, 1]) < 1e-12
+    assert length_bias(pairs._replace(policy_chosen_logps=t(3.0 * (lengths[0] - lengths[1])))) > 1 - 1e-12
+    assert length_bias(pairs._replace(policy_chosen_logps=zeros)) == 0  # no margin varies: not nan
 
 
 def test_the_settings_of_a_run_lie_beside_its_metrics_and_run_it_again(tiny, pairs_file, tmp_path):
