@@ -43,6 +43,10 @@ from tqdm import tqdm
 import data
 import losses
 import model as models
+from parts import ref_cache
+from parts.rows import find_files, on_hub
+from parts.store import describe
+from parts.tokenizer_files import reads_pictures
 
 HERE = Path(__file__).resolve().parent
 
@@ -508,18 +512,6 @@ def computes_bf16(device: torch.device) -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-def deal(pairs: np.ndarray, tokens: np.ndarray, world: int) -> list[np.ndarray]:
-    """The pairs of a global batch for each rank, with nearly equal tokens: largest first, to whoever has least."""
-    if world == 1:
-        return [pairs]
-    hands, load = [[] for _ in range(world)], np.zeros(world)
-    for i in sorted(range(len(pairs)), key=lambda i: (-tokens[pairs[i]], i)):
-        rank = int(load.argmin())
-        hands[rank].append(i)
-        load[rank] += tokens[pairs[i]]
-    return [pairs[np.array(sorted(hand), dtype=np.int64)] for hand in hands]
-
-
 # What one forward measures of each pair
 
 
@@ -557,20 +549,6 @@ def split_sums(token_logps: Tensor, lengths: Tensor) -> Tensor:  # (B, 2, 2)
     return torch.stack([head, losses.completion_sums(token_logps, lengths) - head], -1)
 
 
-def scored_lengths(store: data.PairStore, pairs: np.ndarray) -> np.ndarray:  # (P, 2)
-    """Scored tokens of chosen and rejected: all of them, but for the first where no prompt precedes it."""
-    prompt, chosen, rejected = store.lengths[pairs].T
-    own = np.where(store.rejected_prompt_lengths[pairs] < 0, prompt, store.rejected_prompt_lengths[pairs])
-    return np.maximum(np.stack([chosen - (prompt == 0), rejected - (own == 0)], 1), 0)
-
-
-def longest(store: data.PairStore) -> int:
-    """Tokens of the longest sequence, prompt and completion."""
-    prompt, chosen, rejected = np.asarray(store.lengths).T
-    own = np.where(store.rejected_prompt_lengths < 0, prompt, store.rejected_prompt_lengths)
-    return int(max((prompt + chosen).max(), (own + rejected).max()))
-
-
 def fingerprint(model: nn.Module) -> str:
     """Tells models apart without reading all of them: a hash of each tensor's name, shape and first thousand values."""
     h = hashlib.sha256()
@@ -592,12 +570,21 @@ def tokenizer_home(directory: str, ranks: Ranks) -> str:
     return peft_io.find_base(peft_io.read_settings(settings.parent), ranks)
 
 
+def open_tokenizer(directory: str) -> data.Tokenizer:
+    """The tokenizer of a directory, with what reads pictures where it has that."""
+    if reads_pictures(directory):
+        from extras.rows import pictures
+
+        return pictures.open_tokenizer(directory)
+    return data.Tokenizer.load(directory)
+
+
 def find_model(name: str, ranks: Optional[Ranks] = None, revision: Optional[str] = None, adapter: Optional[str] = None) -> str:
     """The directory of a model, or of the adapter so named in it: `name` as it is, else from the hub."""
-    if data.on_hub(name) or revision is not None:
-        from extras import hub
+    if on_hub(name) or revision is not None:
+        from extras.hub import client
 
-        name = str(hub.same_model(name, revision, ranks))
+        name = str(client.same_model(name, revision, ranks))
     if adapter is None:
         return name
     from extras.peft_io import adapter_home
@@ -654,7 +641,7 @@ class DPOTrainer:
         given = dict(model=model, ref_model=ref_model, train_dataset=train_dataset, eval_dataset=eval_dataset,
                      processing_class=processing_class, peft_config=peft_config)
         if any(value is not None for value in given.values()):
-            from extras import objects
+            from extras.rows import objects
 
             c, given = objects.accept(c, given)
             model, ref_model, train_dataset, eval_dataset, processing_class, peft_config = given.values()
@@ -669,11 +656,11 @@ class DPOTrainer:
         if not isinstance(model, models.Decoder):
             model = find_model(model or c.model_name_or_path, self.ranks, c.model_revision, c.model_adapter_name)
         home = model if isinstance(model, str) else c.model_name_or_path
-        self.tokenizer = processing_class or data.Tokenizer.load(tokenizer_home(home, self.ranks))
+        self.tokenizer = processing_class or open_tokenizer(tokenizer_home(home, self.ranks))
         if c.push_to_hub:  # before training, so that a missing token or right costs no run
-            from extras import card
+            from extras.hub import card
 
-            card.create_repository(self)
+            self.hub_model_id = card.create_repository(c, self.output_dir, self.ranks)
         self.load_model(model, peft_config or {})
         self.make_ready()
         self.load_data(train_dataset, eval_dataset)
@@ -751,7 +738,11 @@ class DPOTrainer:
         if self.model.config.vision is not None:
             from extras import vision
 
-            self.pictures = vision.make_ready(self.model, self.tokenizer, c.freeze_vision_tower)
+            vision.freeze(self.model, c.freeze_vision_tower)
+            if self.tokenizer.pictures is not None:
+                from extras.rows.pictures import Loader
+
+                self.pictures = Loader(self.tokenizer.pictures)
         elif not c.freeze_vision_tower:
             raise ValueError("--freeze_vision_tower false: this model reads no pictures")
         if c.use_peft:
@@ -805,7 +796,7 @@ class DPOTrainer:
         self.eval_store, self.eval_pairs = None, np.arange(0)
         eval_dataset = eval_dataset or c.eval_dataset_name
         if c.eval_strategy != "no" and not eval_dataset and not c.eval_fraction:  # the other split
-            eval_dataset = c.dataset_name if train_dataset is None and data.on_hub(c.dataset_name) else None
+            eval_dataset = c.dataset_name if train_dataset is None and on_hub(c.dataset_name) else None
         if eval_dataset is not None:
             self.eval_store = self.open_store(eval_dataset, c.dataset_test_split, options)
             self.eval_pairs = np.arange(len(self.eval_store))
@@ -821,7 +812,7 @@ class DPOTrainer:
         if not len(self.train_pairs):
             raise ValueError(f"{c.dataset_name}: no pair is left to train on; lower --eval_fraction")
         for store in filter(None, (self.train_store, self.eval_store)):
-            models.check_length(self.model.config, longest(store))
+            models.check_length(self.model.config, store.longest())
         if set(c.loss_type) & losses.READS_RATINGS:
             from extras import ratings
 
@@ -830,15 +821,15 @@ class DPOTrainer:
     def find_rows(self, dataset, split: str) -> list[Path]:
         """Files of pairs: those that a path or glob names, else a split of a data set on the hub."""
         if not isinstance(dataset, str):
-            from extras.objects import rows_file
+            from extras.rows.objects import rows_file
 
             return rows_file(dataset, self.cache_dir)
         config, revision = self.args.dataset_config, self.args.dataset_revision
-        if not data.on_hub(dataset) and config is None and revision is None:
-            return data.find_files(dataset)
-        from extras import hub
+        if not on_hub(dataset) and config is None and revision is None:
+            return find_files(dataset)
+        from extras.hub import client
 
-        return hub.local_dataset(dataset, config, split, revision)
+        return client.local_dataset(dataset, config, split, revision)
 
     def open_store(self, dataset, split: str, options: data.DataOptions) -> data.PairStore:
         """The tokenized pairs: made, or found in the cache, by rank 0 and opened by all."""
@@ -849,7 +840,7 @@ class DPOTrainer:
             store = data.build_store(self.find_rows(dataset, split), self.tokenizer, options, self.cache_dir,
                                      self.args.on_bad_row, self.args.dataset_num_proc)
             name = dataset if isinstance(dataset, str) else f"{split} rows"
-            for line in data.describe(store.report):
+            for line in describe(store.report):
                 self.say(f"{name}: {line}")
             return {"directory": str(store.directory)}
 
@@ -877,7 +868,7 @@ class DPOTrainer:
         self.precompute = self.needs_ref and (not c.sync_ref_model if c.precompute_ref_log_probs is None
                                               else c.precompute_ref_log_probs)
         self.ref_model, self.ref_adapter = ref_model, {}  # a model of its own, or what the policy wears in its LoRA's place
-        self.ref_sums = {}  # store digest -> data.open_sums
+        self.ref_sums = {}  # store digest -> ref_cache.open_sums
         if not self.needs_ref:
             return
         other = c.ref_model_name_or_path or c.ref_adapter_name  # than the policy as it starts
@@ -937,13 +928,13 @@ class DPOTrainer:
         weights = self.ranks.from_first(lambda: {"digest": self.ref_digest(held)})["digest"]
         for store, wanted in visits:
             path = self.cache_dir / f"ref-{hashlib.sha256(f'{store.digest} {weights}'.encode()).hexdigest()[:32]}.bin"
-            table = data.open_sums(path, len(store), np.dtype(str(self.wide).removeprefix("torch.")))
+            table = ref_cache.open_sums(path, len(store), np.dtype(str(self.wide).removeprefix("torch.")))
             missing = wanted[self.missing_ref(path, table, wanted)]
             with self.progress(None, "reference", total=len(missing) // self.ranks.world, unit="pair") as bar:
-                for pairs in data.blocks_of(missing):
+                for pairs in ref_cache.blocks_of(missing):
                     sums = self.ref_pass(store, pairs, bar)
                     if self.ranks.first:
-                        data.write_sums(path, table, pairs, sums)
+                        ref_cache.write_sums(path, table, pairs, sums)
             self.ranks.barrier()
             self.ref_sums[store.digest] = table
         self.ref_model = None  # it has served
@@ -952,7 +943,7 @@ class DPOTrainer:
         """Which pairs' sums rank 0 does not find in the cache."""
         missing = np.zeros(len(pairs), bool)
         if self.ranks.first:
-            missing, damaged = data.missing_sums(table, pairs)
+            missing, damaged = ref_cache.missing_sums(table, pairs)
             for number in damaged:
                 self.say(f"{path}: damaged in block {number}; the reference is run again over its pairs")
         return self.ranks.sum(torch.from_numpy(missing.astype(np.uint8)).to(self.ranks.device)).cpu().numpy() > 0
@@ -1012,11 +1003,19 @@ class DPOTrainer:
     def forwards(self, store: data.PairStore, pairs: np.ndarray, size: int) -> list[np.ndarray]:
         """This rank's micro-batches of a global batch; every rank gets equally many, empty ones at the end."""
         cut = [data.micro_batches(hand, store.tokens, size, self.max_tokens)
-               for hand in deal(pairs, store.tokens, self.ranks.world)]
+               for hand in data.deal(pairs, store.tokens, self.ranks.world)]
         mine, most = cut[self.ranks.rank], max(map(len, cut))
         if self.pictures is not None:
             self.pictures.expect(store, mine)
         return mine + [np.arange(0)] * (most - len(mine))
+
+    def look_ahead(self) -> None:
+        """Begin to decode the pictures of the step after this one, while this one computes."""
+        order = self.order
+        if self.step + 1 < self.total_steps:
+            size = self.args.per_device_train_batch_size
+            self.forwards(self.train_store, self.pairs_of(self.step + 1), size)
+            self.order = order
 
     def batch(self, store: data.PairStore, rows: np.ndarray) -> data.Batch:
         """The stream of these pairs, with their reference sums where they are known."""
@@ -1024,7 +1023,7 @@ class DPOTrainer:
         if self.pictures is not None and len(rows):
             batch = batch._replace(pictures=self.pictures.collect(batch, store, rows))
         if store.digest in self.ref_sums:
-            batch = batch._replace(ref_logps=torch.from_numpy(data.take_sums(self.ref_sums[store.digest], rows)))
+            batch = batch._replace(ref_logps=torch.from_numpy(ref_cache.take_sums(self.ref_sums[store.digest], rows)))
         return batch.to(self.ranks.device)
 
     def autocast(self):
@@ -1076,7 +1075,7 @@ class DPOTrainer:
         table = self.ranks.sum(table).to(self.ranks.device, self.wide)
         logps, nll, wpo, stats, ref = table.split(columns, 1)
         scored = Scored(logps, nll[:, 0], wpo[:, 0], stats)
-        lengths = torch.from_numpy(scored_lengths(store, pairs)).to(table)
+        lengths = torch.from_numpy(store.scored_lengths(pairs)).to(table)
         ratings = torch.from_numpy(np.array(store.ratings[pairs])).to(table)
         return self.pair_logps(scored, lengths, ratings, ref.reshape(-1, 2, 2), lengths[:, 0].mean()), scored
 
@@ -1093,13 +1092,13 @@ class DPOTrainer:
         torch.manual_seed(((c.seed * 1_000_003 + self.step) * 65_537 + self.ranks.rank) % 2**63)  # dropout; no RNG state to save
         batches = [self.batch(store, rows) for rows in self.forwards(store, pairs, c.per_device_train_batch_size)]
         if self.pictures is not None:
-            self.pictures.look_ahead(self)
+            self.look_ahead()
         whole = None
         if self.couples_the_batch():
             from extras import whole_batch
 
             whole = whole_batch.global_losses(self, pairs, batches)
-        tokens_per_pair = float(scored_lengths(store, pairs)[:, 0].mean())
+        tokens_per_pair = float(store.scored_lengths(pairs)[:, 0].mean())
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.ranks.exact)
         for i, batch in enumerate(batches):
             share = len(batch.pair_ids) / len(pairs)
@@ -1336,9 +1335,14 @@ class DPOTrainer:
 
     def push_to_hub(self, commit_message: str = "Trained with DPO", dataset_name: Optional[str] = None) -> None:
         """Upload output_dir, with a model card (which tells `dataset_name` where the rows were objects)."""
-        from extras import card
+        from extras.hub import card
 
-        card.push(self, commit_message, dataset_name or self.args.dataset_name)
+        c = self.args
+        if not c.push_to_hub:
+            self.hub_model_id = card.create_repository(c, self.output_dir, self.ranks)
+        if self.ranks.first:
+            address = card.push(self.output_dir, c, self.hub_model_id, dataset_name or c.dataset_name, commit_message)
+            self.say(f"pushed to {address}")
 
     def write_metrics(self, metrics: dict) -> None:
         if self.ranks.first:

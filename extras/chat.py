@@ -22,9 +22,10 @@ from collections.abc import Iterator
 from itertools import islice, zip_longest
 from typing import Optional
 
-from data import DataError, find_files, parse_turns, read_rows, split_row
 from extras.generate import Cache, complete, generate
 from extras.speaker import Speaker, decode, encode_prompt, load, pieces
+from parts.rows import DataError, find_files, read_rows
+from parts.turns import parse_turns, split_row
 
 
 def answer(speaker: Speaker, prompt: list[int], show: bool, cache: Optional[Cache] = None, turn: int = 0) -> str:

@@ -19,8 +19,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from data import DataError, find_files, read_rows
-from extras.formats import from_value_message
+from parts.rows import DataError, find_files, read_rows
+from parts.turns import from_value_message
 
 Row = dict[str, Any]
 TURN = re.compile(r"\n\n(Human|Assistant):")

@@ -22,8 +22,8 @@ from torch import Tensor
 
 import dpo
 import losses
-from extras.chart import histogram
 from extras.samples import shown
+from extras.watch.chart import histogram
 
 FROM_RUN = ("max_length", "max_prompt_length", "max_completion_length", "truncation_mode", "dtype")
 BARS = 16  # of the histogram at a terminal

@@ -15,6 +15,7 @@ import data
 import dpo
 import losses
 import model as models
+from parts.rows import find_files
 
 COMMON = dict(dtype="float64", bf16=False, use_cpu=True, learning_rate=3e-3, num_train_epochs=1.0, logging_steps=1,
               save_strategy="no", disable_tqdm=True, per_device_train_batch_size=8)
@@ -48,7 +49,7 @@ def assert_same(a, b, tolerance=1e-10):
 def test_training_follows_the_textbook(run, tiny, pairs_file, tmp_path):
     steps, weights = run(beta=0.3, shuffle_dataset=False)
     policy, reference = (models.load_model(tiny, torch.float64) for _ in range(2))
-    store = data.build_store(data.find_files(str(pairs_file)), data.Tokenizer.load(tiny), data.DataOptions(), tmp_path / "c")
+    store = data.build_store(find_files(str(pairs_file)), data.Tokenizer.load(tiny), data.DataOptions(), tmp_path / "c")
     pairs = [store[i] for i in range(len(store))]
     history = textbook.train(policy, reference, [pairs[i : i + 8] for i in range(0, 23, 8)], 0.3, 3e-3, 1.0)
     assert history[0] == pytest.approx(math.log(2), abs=1e-12)

@@ -1,7 +1,7 @@
 """Pairs as TRL's padded batch, for those who train with a loop of their own. The trainer here never pads: data.collate."""
 
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,9 +35,9 @@ class DataCollatorForPreference:
     """
 
     pad_token_id: int
-    max_length: Optional[int] = None
+    max_length: int | None = None
     truncation_mode: str = "keep_start"
-    pad_to_multiple_of: Optional[int] = None
+    pad_to_multiple_of: int | None = None
     return_tensors: str = "pt"
 
     def __post_init__(self) -> None:
