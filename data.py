@@ -1,9 +1,9 @@
-"""Preference data: a row becomes a pair of token ids, pairs a store, and pairs of the store one flat stream.
+"""Preference data: rows become pairs of token ids, pairs a store, and a batch one flat stream.
 
     row    {"prompt": ..., "chosen": ..., "rejected": ...}   text or conversations
-    pair   prompt_ids, chosen_ids, rejected_ids              what `tokenize_pair` makes of a row
-    store  all pairs in memory-mapped arrays                 made by `build_store`, then found by content
-    batch  prompt0 chosen0 rejected0 prompt1 ...             no padding, every prompt once: see `Batch`
+    pair   prompt_ids, chosen_ids, rejected_ids              made by `tokenize_pair`
+    store  all pairs in memory-mapped arrays                 made by `build_store`, once
+    batch  prompt0 chosen0 rejected0 prompt1 ...             no padding, every prompt once
 
 To see the data as the trainer sees it (prompt dim, chosen green, rejected red), and what sharing
 prompts saves:
@@ -16,7 +16,6 @@ and line. Reading files, checking rows and rendering conversations happen below,
 turns.py, conversations.py.
 """
 
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -30,8 +29,8 @@ import torch
 from torch import Tensor
 
 from parts.conversations import Renderer, RowTexts, load_templates, row_texts
-from parts.rows import DataError, DroppedPair, attempt, read_rows
-from parts.store import find_or_write, read_store
+from parts.rows import DataError, DroppedPair, attempt, read_chunks
+from parts.store import counted, find_or_write, read_store
 from parts.tokenizer_files import copy_files, explained_types, files_digest, load_backend
 from parts.turns import common_prefix_length
 
@@ -55,16 +54,13 @@ class Tokenizer:
         self.bos_token = self.special_tokens.get("bos_token")
         self.eos_token = self.special_tokens.get("eos_token")
         self.pad_token = self.special_tokens.get("pad_token")
-        self.unk_token = self.special_tokens.get("unk_token")
-        self.bos_token_id = self.token_id(self.bos_token)
-        self.eos_token_id = self.token_id(self.eos_token)
+        ids = {name: self.backend.token_to_id(t) for name, t in self.special_tokens.items()}
+        self.bos_token_id = ids.get("bos_token")
+        self.eos_token_id = ids.get("eos_token")
         self.size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
         self.chat_template = chat_template
         self.pictures: Any = None  # set by extras/rows/pictures.py: it then tokenizes the rows
-        chosen = b""
-        if chat_template is not None:
-            chosen = json.dumps(sorted(self.templates.items())).encode()
-        self.digest = files_digest(self.directory, chosen)
+        self.digest = files_digest(self.directory, self.chosen_templates())
 
     @classmethod
     def load(cls, directory: str | Path, chat_template: str | None = None) -> "Tokenizer":
@@ -73,11 +69,8 @@ class Tokenizer:
             return cls(directory, chat_template)
 
     def __reduce__(self):
-        """Pickle as a directory's name, since the vocabulary is megabytes: each process loads it once."""
+        """Pickle the directory's name, not megabytes of vocabulary: each process loads it once."""
         return loaded_once, (self.directory, self.chat_template), {"pictures": self.pictures}
-
-    def token_id(self, token: str | None) -> int | None:
-        return None if token is None else self.backend.token_to_id(token)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return token ids; special tokens are those of its own post-processor (mostly a BOS)."""
@@ -102,19 +95,22 @@ class Tokenizer:
     def renderer(self) -> Renderer:
         return Renderer(self.templates, self.directory)
 
-    def render(self, messages: list[dict], add_generation_prompt=False, tools=None, **kwargs) -> str:
-        """Render a conversation by the template, which sees `kwargs`. Raises DataError with its message."""
+    def render(self, messages: list, add_generation_prompt=False, tools=None, **kwargs) -> str:
+        """Render a conversation by the template, which sees `kwargs`. Raises DataError."""
         return self.render_all([(messages, add_generation_prompt)], tools=tools, **kwargs)[0]
 
     def render_all(self, conversations: list[tuple], /, tools=None, **kwargs) -> list[str]:
-        """Render [(messages, add_generation_prompt)] in one round trip to the process that renders."""
+        """Render [(messages, add_generation_prompt)] by one request to the rendering process."""
         values = {"documents": None, **self.special_tokens, **kwargs, "tools": tools}
         return self.renderer.render(conversations, values)
 
+    def chosen_templates(self) -> dict[str, str] | None:
+        """The templates, where the user chose them with --chat_template."""
+        return None if self.chat_template is None else self.templates
+
     def save(self, directory: str | Path) -> None:
-        """Copy the tokenizer's files byte for byte; templates that the user chose replace its own."""
-        chosen = {} if self.chat_template is None else self.templates
-        copy_files(self.directory, Path(directory), chosen)
+        """Copy the tokenizer's files byte for byte; chosen templates replace its own."""
+        copy_files(self.directory, Path(directory), self.chosen_templates())
 
 
 @lru_cache(maxsize=1)
@@ -126,7 +122,7 @@ def loaded_once(directory: Path, chat_template: str | None) -> Tokenizer:
 
 
 class DataOptions(NamedTuple):
-    """All that changes the token ids of a pair, beside the tokenizer. Lengths in tokens, None for no limit."""
+    """What changes the token ids of a pair, beside the tokenizer. Lengths in tokens, None: any."""
 
     max_length: int | None = 1024
     max_prompt_length: int | None = None
@@ -242,11 +238,7 @@ def encode_texts(rows: list[RowTexts | DataError], tokenizer: Tokenizer,
 
 
 def tokenize_pair(row: dict, tokenizer: Tokenizer, options: DataOptions) -> Pair:
-    """Return one row as token ids.
-
-    Raises DataError (what was found, what to do), and DroppedPair where truncation leaves nothing
-    of it.
-    """
+    """Turn one row into a pair. Raises DataError; DroppedPair where truncation leaves nothing."""
     (outcome,) = tokenize_rows([row], tokenizer, options)
     if isinstance(outcome, DataError):
         raise outcome
@@ -257,7 +249,10 @@ def tokenize_pair(row: dict, tokenizer: Tokenizer, options: DataOptions) -> Pair
 
 
 class PairStore:
-    """All pairs of a data set, read-only, in memory-mapped arrays; made by `build_store`."""
+    """All pairs of a data set, in memory-mapped arrays, opened from the directory of `build_store`.
+
+    Raises DataError where the store is damaged.
+    """
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
@@ -271,14 +266,9 @@ class PairStore:
         self.rejected_prompt_lengths = arrays["lengths"][:, 3]  # (n,) -1: shares the prompt
         self.ratings = arrays["ratings"]  # (n, 2)
         self.places = arrays["places"]  # (n, 2) file, line
-        # Kept on disk, so that opening millions of pairs sums no lengths, and a pair is two look-ups.
+        # Kept, though the lengths imply them: opening a store need not sum millions of lengths.
         self.ends = arrays["ends"][:, 0]  # (n,)
         self.tokens = np.diff(self.ends, prepend=0)  # (n,) of the pair in a stream
-
-    @classmethod
-    def open(cls, directory: str | Path) -> "PairStore":
-        """Open the store that `build_store` made in this directory. Raises DataError."""
-        return cls(directory)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -310,7 +300,7 @@ class PairStore:
         return np.stack([prompt, np.where(own < 0, prompt, own)], 1)
 
     def scored_lengths(self, pairs=slice(None)) -> np.ndarray:  # (P, 2)
-        """Scored tokens of chosen and rejected: all but the very first, where no prompt predicts it."""
+        """Scored tokens of chosen and rejected: all, or all but the first, without a prompt."""
         unpredicted = self.prompt_lengths(pairs) == 0
         return np.maximum(self.lengths[pairs, 1:] - unpredicted, 0)
 
@@ -322,7 +312,7 @@ class PairStore:
 def build_store(files: list[Path], tokenizer: Tokenizer, options: DataOptions,
                 cache_dir: str | Path, on_bad_row: str = "stop", num_proc: int | None = None,
                 progress: Callable[[int], None] | None = None) -> PairStore:
-    """Tokenize files into a store inside cache_dir, or open the one made of the same contents and options.
+    """Tokenize files into a store inside cache_dir, or open the one of this content and options.
 
     One process calls this; others open `store.directory`. The tokenizer itself uses all cores, the
     rest one; `num_proc` processes share out all of it. `progress` gets the number of rows done.
@@ -331,34 +321,22 @@ def build_store(files: list[Path], tokenizer: Tokenizer, options: DataOptions,
     """
     check_options(options)
     assert on_bad_row in ("stop", "skip"), on_bad_row
+    work = partial(tokenize_chunk, tokenizer=tokenizer, options=options)
+    chunks = read_chunks(files, CHUNK_ROWS)
+    tokenized: Iterator[list] = map(work, chunks)  # lazy: nothing is read where the store exists
+    if num_proc is not None and num_proc > 1:
+        from extras.rows.workers import map_in_processes
+
+        tokenized = map_in_processes(work, chunks, num_proc)
     directory = find_or_write(
         cache_dir=Path(cache_dir),
         files=files,
         recipe=(tokenizer.digest, tuple(options), on_bad_row),
-        outcomes=tokenize_files(files, tokenizer, options, num_proc or 1, progress),
+        outcomes=counted(tokenized, progress),
         stop=on_bad_row == "stop",
-        keep_pictures=None if tokenizer.pictures is None else tokenizer.pictures.keep,
+        pictures=tokenizer.pictures,
     )
     return PairStore(directory)
-
-
-def tokenize_files(files: list[Path], tokenizer: Tokenizer, options: DataOptions, num_proc: int,
-                   progress: Callable[[int], None] | None) -> Iterator[tuple]:
-    """Yield (place, Pair or DataError) of every row, in order, with a bounded number in memory."""
-    rows = read_rows(files)
-    chunks = iter(lambda: list(islice(rows, CHUNK_ROWS)), [])
-    work = partial(tokenize_chunk, tokenizer=tokenizer, options=options)
-    tokenized: Iterator = map(work, chunks)
-    if num_proc > 1:
-        from extras.rows.workers import map_in_processes
-
-        tokenized = map_in_processes(work, chunks, num_proc)
-    done = 0
-    for outcomes in tokenized:
-        yield from outcomes
-        done += len(outcomes)
-        if progress:
-            progress(done)
 
 
 def tokenize_chunk(chunk: list[tuple], tokenizer: Tokenizer, options: DataOptions) -> list[tuple]:
@@ -403,12 +381,9 @@ class Batch(NamedTuple):
     pictures: Any = None  # what a vision model reads, set by the trainer
 
     def to(self, device) -> "Batch":
-        """Move the batch to a device, except `spans`: planning the attention reads their numbers on the CPU."""
-        fields = self._asdict()
-        fields.pop("spans")
-        movable = {name: value for name, value in fields.items() if hasattr(value, "to")}
-        moved = {name: value.to(device, non_blocking=True) for name, value in movable.items()}
-        return self._replace(**moved)
+        """Move the batch to a device, but `spans`: the attention is planned from them in Python."""
+        fields = {k: v for k, v in self._asdict().items() if hasattr(v, "to") and k != "spans"}
+        return self._replace(**{k: v.to(device, non_blocking=True) for k, v in fields.items()})
 
 
 class Stream:
@@ -441,8 +416,8 @@ class Stream:
     def add_completion(self, ids: np.ndarray, prompt: tuple[int, int]) -> None:
         """Add a completion that shares its prompt, which lies before it."""
         start, end = self.add_span(ids, prefix=prompt)
-        predicted_by = np.arange(start - 1, end - 1)  # each token by the one before it
-        predicted_by[:1] = prompt[1] - 1  # and the first one, of both completions, by the prompt's last
+        predicted_by = np.arange(start - 1, end - 1)  # each token by the one before it, but
+        predicted_by[:1] = prompt[1] - 1  # the first of both completions by the prompt's last
         self.add_targets(predicted_by, ids)
 
     def add_sequence(self, prompt: np.ndarray, completion: np.ndarray) -> None:
@@ -469,7 +444,7 @@ class Stream:
 
 
 def collate(pairs: list[Pair], pair_ids=None, share_prefix: bool = True) -> Batch:
-    """Lay the pairs into one stream; without share_prefix as whole sequences, the numbers are the same."""
+    """Lay the pairs into one stream; without share_prefix, each as two whole sequences."""
     stream = Stream()
     for pair in pairs:
         stream.add_pair(pair, share_prefix)
@@ -497,18 +472,11 @@ def empty_batch() -> Batch:
     That rank runs a forward too, since the others would wait for it in DDP and FSDP; with one
     token, since kernels take no empty tensors.
     """
-    none = torch.zeros(0, dtype=torch.int64)
-    return Batch(
-        input_ids=torch.zeros(1, dtype=torch.int64),
-        position_ids=torch.zeros(1, dtype=torch.int64),
-        spans=torch.tensor([[0, 1, 0, 0]], dtype=torch.int32),
-        score_index=none,
-        targets=none,
-        lengths=none.view(0, 2),
-        pair_ids=none,
-        num_tokens=0,
-        ratings=torch.zeros(0, 2),
-    )
+    none = np.zeros(0, np.int32)
+    token = Pair(prompt_ids=none, chosen_ids=np.zeros(1, np.int32), rejected_ids=none)
+    batch = collate([token])
+    no_pair = {name: getattr(batch, name)[:0] for name in ("lengths", "pair_ids", "ratings")}
+    return batch._replace(num_tokens=0, **no_pair)
 
 
 # Order
@@ -518,15 +486,15 @@ def epoch_order(n: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
     """Return the order of n pairs in an epoch: (n,) int64, a function of seed and epoch alone."""
     if not shuffle:
         return np.arange(n)
-    # Sorting the raw words of Philox, which are specified: what numpy and torch call a permutation may change from
-    # one version to the next, and with it a resumed run.
+    # The raw words of Philox are specified; a library's permutation may change with its version,
+    # and a resumed run would then see other pairs.
     key = np.array([seed % 2**64, epoch], np.uint64)
     words = np.random.Philox(key=key).random_raw(n)
     return np.argsort(words, kind="stable")
 
 
 def deal(pairs: np.ndarray, tokens: np.ndarray, world: int) -> list[np.ndarray]:
-    """Deal the pairs of a global batch to ranks, with nearly equal tokens: largest first, to whoever has least."""
+    """Deal a global batch's pairs to ranks: the largest first, each to who has fewest tokens."""
     if world == 1:
         return [pairs]
     hands: list[list[int]] = [[] for _ in range(world)]
@@ -540,7 +508,7 @@ def deal(pairs: np.ndarray, tokens: np.ndarray, world: int) -> list[np.ndarray]:
 
 def micro_batches(order: np.ndarray, tokens: np.ndarray, max_pairs: int,
                   max_tokens: int | None = None) -> list[np.ndarray]:
-    """Cut `order` into consecutive forwards of at most max_pairs pairs and max_tokens stream tokens.
+    """Cut `order` into forwards of at most max_pairs pairs and max_tokens stream tokens each.
 
     `tokens` are those of every pair of the store. A pair longer than max_tokens stands alone.
     """

@@ -844,7 +844,7 @@ class DPOTrainer:
                 self.say(f"{name}: {line}")
             return {"directory": str(store.directory)}
 
-        return data.PairStore.open(self.ranks.from_first(build)["directory"])
+        return data.PairStore(self.ranks.from_first(build)["directory"])
 
     def plan_steps(self, global_batch: Optional[int] = None) -> None:
         c = self.args

@@ -1,4 +1,4 @@
-"""A row as text: prompts and completions as they stand, conversations as the tokenizer's chat template renders them.
+"""A row as text: as it stands, or as the tokenizer's chat template renders its conversations.
 
 Templates are programs written by strangers. They run in a process of their own (parts/template.py),
 which is stopped when it takes too long or too much memory.
@@ -34,7 +34,7 @@ PATIENCE = 3  # stops after which a template is not tried again
 
 
 def find_templates(directory: Path) -> dict[str, str]:
-    """Return {name: source}; files beside the tokenizer win over tokenizer_config.json, which may list several."""
+    """Return {name: source}; files of their own win over tokenizer_config.json's one or several."""
     files = [path for path in tokenizer_files(directory) if path.suffix == ".jinja"]
     sources: Any = {path.stem: path.read_text("utf-8") for path in files}
     if "chat_template" in sources:
@@ -62,14 +62,15 @@ def load_templates(directory: Path, choice: str | None) -> dict[str, str]:
     if Path(choice).is_file():
         return {"default": Path(choice).read_text("utf-8")}
     names = sorted(templates)
-    raise DataError(f"chat template {choice!r} is neither a file, nor a template, nor one of {names}")
+    what = f"chat template {choice!r} is neither a file, nor a template"
+    raise DataError(f"{what}, nor one of {names}")
 
 
 # Rendering
 
 
 def template_message(message: dict) -> dict:
-    """Return a message as templates expect it: no null fields, reasoning under each of its usual names."""
+    """Return a message as templates expect it: no nulls, reasoning under each of its names."""
     message = {key: value for key, value in message.items() if value is not None}
     reasoning = next((message[key] for key in REASONING if key in message), None)
     if reasoning is None:
@@ -78,7 +79,7 @@ def template_message(message: dict) -> dict:
 
 
 class Renderer:
-    """The process that renders, started at the first conversation, and again after one that was stopped."""
+    """The process that renders, started at the first conversation, and again after a stop."""
 
     def __init__(self, templates: dict[str, str], directory: Path):
         self.templates = templates
@@ -88,7 +89,7 @@ class Renderer:
         self.lock = threading.Lock()
 
     def template_name(self, tools: list | None) -> str:
-        """Name the template that renders: "tool_use" where there are tools and there is one, else "default"."""
+        """Name the template: "tool_use" where there are tools and such a one, else "default"."""
         name = "tool_use" if tools is not None and "tool_use" in self.templates else "default"
         if name not in self.templates:
             has = f"has only the chat templates {sorted(self.templates)}"
@@ -98,7 +99,7 @@ class Renderer:
         return name
 
     def render(self, conversations: list[tuple[list, bool]], values: dict) -> list[str]:
-        """Render [(messages, add_generation_prompt)] by the template, which sees `values`. Raises DataError."""
+        """Render [(messages, add_generation_prompt)]; templates see `values`. Raises DataError."""
         name = self.template_name(values["tools"])
         cleaned = [
             ([template_message(message) for message in messages], prompted)
@@ -210,7 +211,7 @@ def plain_texts(row: dict, prompt: str, completions: list[str], tokenizer) -> li
 
 
 def chat_texts(row: dict, prompt: list, completions: list[list], tokenizer) -> list[str]:
-    """Return the rendered prompt with the header of an answer, then the rendered whole conversations."""
+    """Render the prompt with the header of an answer, then each whole conversation."""
     system = row.get("system")
     if not isinstance(system, str | None):
         raise DataError(f'"system" is a {type(system).__name__}; it must be text')

@@ -1,4 +1,4 @@
-"""The reference's log-probs on disk: one file, block after block of pairs, each block with its checksum."""
+"""The reference's log-probs on disk: one file of blocks of pairs, each with its checksum."""
 
 import hashlib
 import os
@@ -41,7 +41,7 @@ def read_block(record: np.void) -> np.ndarray | None:  # (SUMS_BLOCK, 2, 2)
 
 
 def missing_sums(table: np.memmap, pairs: np.ndarray) -> tuple[np.ndarray, list[int]]:
-    """Tell which of the sorted pairs have no sums yet, (P,) bool, and the numbers of damaged blocks."""
+    """Return which of the sorted pairs lack sums, (P,) bool, and the numbers of damaged blocks."""
     missing = [np.zeros(0, bool)]
     damaged = []
     for part in blocks_of(pairs):

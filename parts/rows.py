@@ -15,16 +15,18 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 NEEDS = (
-    "each row needs prompt, chosen, rejected (or chosen and rejected that begin with the same prompt)"
+    "each row needs prompt, chosen, rejected "
+    "(or chosen and rejected that begin with the same prompt)"
 )
 LONGEST_ROW = 2**26  # bytes; anything longer is no row, and is not read into memory
 FILE_PATTERNS = ("*.jsonl", "*.json", "*.jsonl.gz", "*.json.gz")
 
-# In a JSON array, what stands before an element and what ends the array; by whether it is the first.
+# In a JSON array: what stands before an element, and what ends it; by whether it is the first.
 BEFORE = {True: re.compile(r"\s*\[\s*"), False: re.compile(r"\s*,\s*")}
 ENDING = {True: re.compile(r"\s*\[\s*\]\s*"), False: re.compile(r"\s*\]\s*")}
 PIECE = 1 << 16  # bytes of an array that are read at a time
@@ -76,8 +78,10 @@ def matching_files(path: Path) -> list[Path]:
 
 
 def on_hub(name: Any) -> bool:
-    """Tell whether the name of a data set or model is not on this machine, so that the hub is asked."""
-    return isinstance(name, str) and not Path(name).expanduser().exists() and not glob.has_magic(name)
+    """Tell whether a data set or model is not on this machine, so that the hub is asked."""
+    if not isinstance(name, str) or Path(name).expanduser().exists():
+        return False
+    return not glob.has_magic(name)
 
 
 # Their rows
@@ -99,6 +103,13 @@ def read_rows(files: Iterable[str | Path]) -> Iterator[tuple[str, dict | DataErr
             yield f"{path}:{number + 1}", damaged
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def read_chunks(files: Iterable[str | Path], size: int) -> Iterator[list]:
+    """Yield the rows of `read_rows` in lists of at most `size`."""
+    rows = read_rows(files)
+    while chunk := list(islice(rows, size)):
+        yield chunk
 
 
 def file_rows(path: Path) -> Iterator[tuple[int, dict | DataError]]:
@@ -179,7 +190,7 @@ def array_rows(stream: BinaryIO) -> Iterator[tuple[int, dict | DataError]]:
                 return
             try:  # perhaps the element only continues in the next piece
                 piece = stream.read(size)
-                size *= 2  # so that an element longer than a piece is parsed again only log(n) times
+                size *= 2  # so that a long element is parsed again only log(n) times
                 final = not piece
                 buffer = buffer[at:] + decode(piece, final)
                 at = 0

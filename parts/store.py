@@ -1,11 +1,12 @@
-"""The token store on disk: all pairs of a data set in five arrays and a meta.json, written once and found by content.
+"""The token store: a data set's pairs in five arrays and a meta.json, found again by content.
 
-    tokens.bin    int32    the pairs one after another as they lie in a Batch: prompt chosen rejected; where the
-                           prompts differ: prompt chosen rejected_prompt rejected
+    tokens.bin    int32    the pairs one after another as they lie in a Batch: prompt chosen
+                           rejected; where the prompts differ: prompt chosen rejected_prompt
+                           rejected
     lengths.bin   int32    (n, 4) prompt, chosen, rejected, rejected_prompt (-1: the same prompt)
     ratings.bin   float32  (n, 2) the rows' own scores, nan where absent
     places.bin    int64    (n, 2) number of the file, line
-    ends.bin      int64    (n, 1) where the pair's tokens end, so that any pair is found without summing lengths
+    ends.bin      int64    (n, 1) where the pair's tokens end: a pair is found without summing lengths
 
 The directory is named after everything that its content depends on, so an outdated store is never
 found.
@@ -43,7 +44,7 @@ GRAIN = 2 * 10**9  # nanoseconds; coarser than the clock of any file system in u
 
 
 def read_store(directory: Path) -> tuple[dict, dict[str, np.memmap]]:
-    """Open a store: meta.json, and the arrays by name, memory-mapped. Raises DataError where it is damaged."""
+    """Return meta.json, and the memory-mapped arrays by name. Raises DataError where damaged."""
     try:
         meta = json.loads((directory / "meta.json").read_text("utf-8"))
         arrays = {}
@@ -83,7 +84,7 @@ def find_or_write(
     recipe: tuple,
     outcomes: Iterable[tuple],
     stop: bool,
-    keep_pictures: Callable | None = None,
+    pictures=None,
 ) -> Path:
     """Return the store's directory, writing it from `outcomes` where it does not exist yet.
 
@@ -99,11 +100,21 @@ def find_or_write(
             # Written beside its place and renamed, so that a store is complete or absent.
             prefix = f"{target.name}.part-"
             with tempfile.TemporaryDirectory(prefix=prefix, dir=cache_dir) as scratch:
-                write_pairs(Path(scratch), outcomes, files, stop, keep_pictures)
+                write_pairs(Path(scratch), outcomes, files, stop, pictures)
                 check_unchanged(files, states)
                 os.chmod(scratch, 0o755)  # temporary directories are for their owner alone
                 rename(scratch, target)
         return target
+
+
+def counted(chunks: Iterable[list], progress: Callable[[int], None] | None) -> Iterator[tuple]:
+    """Yield what the chunks hold; after each, tell `progress` how many there were so far."""
+    done = 0
+    for outcomes in chunks:
+        yield from outcomes
+        done += len(outcomes)
+        if progress:
+            progress(done)
 
 
 def rename(scratch: str, target: Path) -> None:
@@ -119,9 +130,9 @@ def write_pairs(
     outcomes: Iterable[tuple],
     files: list[Path],
     stop: bool,
-    keep_pictures: Callable | None,
+    picture_processor,
 ) -> None:
-    """Write the arrays and meta.json. Raises DataError at a bad row if `stop`, and when no pair is left."""
+    """Write the arrays and meta.json. Raises DataError at a bad row if `stop`, or without a pair."""
     report: dict[str, Any] = {"rows": 0, "counts": {}, "first": {}, "bad_rows": []}
     numbers = {str(path): number for number, path in enumerate(files)}
     hashes = [hashlib.sha256() for _ in ARRAYS]
@@ -145,12 +156,12 @@ def write_pairs(
                 sha.update(piece.tobytes())
             if outcome.pictures:
                 index = report["counts"]["kept"] - 1
-                keep_pictures(pictures, index, outcome.pictures, directory)
+                picture_processor.keep(pictures, index, outcome.pictures, directory)
         for stream in streams:
             stream.flush()
             os.fsync(stream.fileno())
     check_any_left(report, list(numbers))
-    # A digest of the pairs, not of the places where they were found: the same rows elsewhere are the same data.
+    # Of the pairs, not of their places: the same rows in another file are the same data.
     digest = hashlib.sha256("".join(sha.hexdigest() for sha in hashes[:3]).encode())
     if pictures:
         digest.update(json.dumps(pictures["pairs"]).encode())
@@ -164,7 +175,7 @@ def write_pairs(
 
 
 def pair_pieces(pair, place: tuple[int, int], begin: int) -> tuple[np.ndarray, ...]:
-    """Return one data.Pair as it is written to the arrays, in their order; its tokens begin at `begin`."""
+    """Return a data.Pair as written to the arrays, in their order; its tokens begin at `begin`."""
     shared = pair.rejected_prompt_ids is None
     own_prompt = pair.prompt_ids[:0] if shared else pair.rejected_prompt_ids
     stream = np.concatenate([pair.prompt_ids, pair.chosen_ids, own_prompt, pair.rejected_ids])
@@ -180,7 +191,7 @@ def pair_pieces(pair, place: tuple[int, int], begin: int) -> tuple[np.ndarray, .
 
 
 def count_outcome(report: dict, place: str, outcome) -> None:
-    """Add one row to the report, which keeps the first place of each kind and the first bad rows."""
+    """Add one row to the report, which keeps each kind's first place and the first bad rows."""
     report["rows"] += 1
     if isinstance(outcome, DroppedPair):
         names = [f"dropped, as {outcome}"]
@@ -196,7 +207,7 @@ def count_outcome(report: dict, place: str, outcome) -> None:
 
 
 def describe(report: dict) -> list[str]:
-    """Say what happened to the rows, as lines to print once: each kind with its count and one place."""
+    """Say what happened to the rows, in lines: each kind with its count and one place."""
     explained = {
         "bad": "skipped, as unusable",
         "unclean_prefix": "the prompt's last tokens change when a completion follows, "
@@ -227,7 +238,7 @@ def check_any_left(report: dict, files: list[str]) -> None:
 
 
 def store_key(files: list[Path], cache_dir: Path, *recipe) -> str:
-    """Hash all that a store depends on: the files' names and contents, the tokenizing library, `recipe`."""
+    """Hash all that a store depends on: files (name, content), tokenizing library, `recipe`."""
     parts = (STORE_VERSION, tokenizers.__version__, *recipe)
     sha = hashlib.sha256(repr(parts).encode())
     for path in files:
@@ -243,13 +254,13 @@ def file_hash(path: Path) -> str:
 
 
 def file_state(path: Path) -> list[int]:
-    """Return what a write to the file changes: its identity, size, and the times that the system keeps."""
+    """Return what a write to the file changes: identity, size, and the times the system keeps."""
     state = os.stat(path)
     return [state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns]
 
 
 def check_unchanged(files: list[Path], states: list[list[int]]) -> None:
-    """Raise DataError where a file was written to since its state was taken: two contents would be mixed."""
+    """Raise DataError where a file was written to since its state was taken."""
     for path, state in zip(files, states, strict=True):
         if file_state(path) != state:
             what = "it changed while it was read"

@@ -25,7 +25,7 @@ LONGEST = 2**26  # characters of one rendered conversation
 
 
 class GenerationTag(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %} marks what the assistant says; only its body is rendered."""
+    """{% generation %} ... {% endgeneration %} marks the assistant's words; its body is rendered."""
 
     tags = frozenset({"generation"})
 
@@ -101,7 +101,7 @@ def limit_memory() -> None:
 
 
 def close_files() -> None:
-    """Let no file be opened or written to from here on, even by a template that left the sandbox."""
+    """Let no file be opened or written to any more, even by a template that left the sandbox."""
     datetime.now().strftime("%c")  # reads the time zone's file
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
@@ -116,7 +116,7 @@ def compiled(source: str) -> jinja2.Template | str:
 
 
 def answer(request: dict, templates: dict) -> dict:
-    """Return {"texts": ...} or {"error": ...} for a row's conversations, [(messages, add_generation_prompt)]."""
+    """Return {"texts": ...} or {"error": ...} for a row's conversations."""
     template = templates[request["name"]]
     texts = []
     if isinstance(template, str):
@@ -140,7 +140,7 @@ def answer(request: dict, templates: dict) -> dict:
 
 
 def serve(requests: BinaryIO, answers: BinaryIO, seconds: float) -> None:
-    """Answer every line with one: the first line is the templates, each other one a row's conversations.
+    """Answer each line with one: the first is the templates, each other one a row's conversations.
 
     SIGPROF's default action ends the process, even in the middle of one long operation.
     """

@@ -1,4 +1,4 @@
-"""The files of a Hugging Face tokenizer: which there are, what they add to tokenizer.json, and their digest."""
+"""The files of a Hugging Face tokenizer: which there are, their digest, and their tokens."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ import tokenizers
 
 from parts.rows import DataError
 
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # of models that read pictures
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # of vision models
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -45,7 +45,7 @@ def read_json(path: Path) -> dict:
 
 @contextmanager
 def explained_types(directory: str | Path) -> Iterator[None]:
-    """Raise DataError for a value of the wrong type, which fails where it is first used, in Python or Rust."""
+    """Raise DataError for a value of the wrong type, wherever it fails, in Python or in Rust."""
     try:
         yield
     except (DataError, OSError):
@@ -66,16 +66,17 @@ def tokenizer_files(directory: Path) -> list[Path]:
     return [path for path in found if path.is_file()]
 
 
-def files_digest(directory: Path, start: bytes) -> str:
-    """Hash the names and contents of the tokenizer's files, after `start`."""
-    digest = hashlib.sha256(start)
+def files_digest(directory: Path, templates: dict[str, str] | None) -> str:
+    """Hash the tokenizer's files, and the templates that replace its own where there are any."""
+    chosen = b"" if templates is None else json.dumps(sorted(templates.items())).encode()
+    digest = hashlib.sha256(chosen)
     for path in tokenizer_files(directory):
         content = hashlib.sha256(path.read_bytes()).hexdigest()
         digest.update(f"{path.name}:{content};".encode())
     return digest.hexdigest()
 
 
-def copy_files(source: Path, target: Path, templates: dict[str, str]) -> None:
+def copy_files(source: Path, target: Path, templates: dict[str, str] | None) -> None:
     """Copy a tokenizer's files byte for byte; `templates` by name, where any, replace its own."""
     for path in tokenizer_files(source):
         copy = target / path.relative_to(source)
@@ -83,7 +84,7 @@ def copy_files(source: Path, target: Path, templates: dict[str, str]) -> None:
         if copy.resolve() != path.resolve() and not replaced:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
-    for name, text in templates.items():
+    for name, text in (templates or {}).items():
         more = f"additional_chat_templates/{name}.jinja"
         file = target / ("chat_template.jinja" if name == "default" else more)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +99,7 @@ def token_text(token: Any) -> Any:
 
 
 def named_tokens(config: dict) -> dict[str, str]:
-    """Return {"bos_token": "<s>", ...}: the usual names, then those that a model adds (image_token, ...)."""
+    """Return {"bos_token": "<s>", ...}: the usual names, then a model's own (image_token, ...)."""
     named = {key: value for key, value in config.items() if key.endswith("_token")}
     extra = config.get("extra_special_tokens")
     if isinstance(extra, dict):
@@ -110,7 +111,7 @@ def named_tokens(config: dict) -> dict[str, str]:
 def tokens_to_add(
     config: dict, known: list[tokenizers.AddedToken]
 ) -> list[tokenizers.AddedToken]:
-    """List the tokens that the configuration adds to tokenizer.json's or changes, by transformers' rules."""
+    """List the tokens that the configuration adds or changes, by transformers' rules."""
     same = set(map(repr, known))
     named = list(named_tokens(config).values())
     listed = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
@@ -126,7 +127,7 @@ def tokens_to_add(
 
 
 def load_backend(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
-    """Load tokenizer.json with the configuration's additions; also the named tokens. Raises DataError."""
+    """Load tokenizer.json with the configuration's additions, and the named tokens."""
     config = read_json(directory / "tokenizer_config.json")
     if "added_tokens_decoder" not in config:  # of the older kind, which the other file overrides
         config |= read_json(directory / "special_tokens_map.json")

@@ -27,7 +27,7 @@ PROMPT_NAMES = ("instruction", "question", "query")  # what other data sets call
 
 
 def parse_message(message: Any, where: str) -> dict:
-    """Return a message in role/content form. Raises DataError naming the role or type that was found."""
+    """Return a message in role/content form. Raises DataError naming what was found."""
     if not isinstance(message, dict):
         what = f"{where} is a {type(message).__name__}"
         raise DataError(f'{what}; a message is {{"role": ..., "content": ...}}')
@@ -72,7 +72,7 @@ def parse_tool_calls(value: Any, where: str) -> list[dict]:
 
 
 def parse_turns(row: dict, key: str) -> str | list[dict]:
-    """Return row[key] as text or as a list of messages (a single message counts as a list of one)."""
+    """Return row[key] as text or as a list of messages (a single message is a list of one)."""
     if key not in row:
         raise DataError(f'"{key}" is missing; {NEEDS}')
     value = row[key]
@@ -97,7 +97,7 @@ def common_prefix_length(left, right) -> int:
 
 
 def extract_prompt(chosen, rejected):
-    """Split two texts or conversations that begin alike into (prompt, chosen, rejected): TRL's rule.
+    """Split texts or conversations that begin alike into (prompt, chosen, rejected): TRL's rule.
 
     The completions begin at the first character (or message) that differs, or at the space before
     it, since tokens carry the space in front of a word. Where one begins the other, its last
@@ -121,7 +121,8 @@ def split_row(row: dict, need_rejected: bool):
     chosen = parse_turns(row, "chosen")
     rejected = None if optional else parse_turns(row, "rejected")
     if rejected is not None and type(chosen) is not type(rejected):
-        raise DataError("one of chosen and rejected is text, the other a conversation; make them alike")
+        what = "one of chosen and rejected is text, the other a conversation"
+        raise DataError(f"{what}; make them alike")
     if chosen == rejected:
         what = "chosen and rejected are the same"
         raise DataError(f"{what}; there is no preference to learn, remove the row")
@@ -134,12 +135,13 @@ def split_row(row: dict, need_rejected: bool):
     # A text prompt beside whole conversations repeats their start, which is then the prompt.
     are_whole = isinstance(chosen, list) and rejected is not None and chosen[:1] == rejected[:1]
     if not (isinstance(prompt, str) and are_whole):
-        raise DataError("one of prompt and chosen is text, the other a conversation; make them alike")
+        what = "one of prompt and chosen is text, the other a conversation"
+        raise DataError(f"{what}; make them alike")
     return extract_prompt(chosen, rejected)
 
 
 def check_prompt_name(row: dict) -> None:
-    """Raise DataError where the prompt has another name: without it, the pair would train on no question."""
+    """Raise DataError where the prompt has another name, which the pair would be trained without."""
     for name in PROMPT_NAMES:
         if isinstance(row.get(name), str) and row[name] not in str(row["chosen"]):
             raise DataError(f'"prompt" is missing, but "{name}" is there; rename it to "prompt"')

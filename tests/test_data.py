@@ -19,6 +19,7 @@ import tokenizers
 import torch
 
 import data
+from parts.conversations import Renderer
 from parts.rows import DataError, DroppedPair, find_files, read_rows
 from parts.store import describe
 from parts.turns import common_prefix_length
@@ -474,11 +475,9 @@ def test_the_sandbox_refuses_escapes():
     ]
     messages = [say("user", "x")]
     for source in escapes:
-        tokenizer = SimpleNamespace(
-            templates={"default": source}, special_tokens={}, renderer=None
-        )
+        renderer = Renderer({"default": source}, ROOT)
         with pytest.raises(DataError, match="refused"):
-            data.Tokenizer.render(tokenizer, messages)
+            renderer.render([(messages, False)], {"tools": None})
         assert messages == [say("user", "x")]
 
 
@@ -1035,7 +1034,7 @@ def test_a_store_is_found_again_by_content_and_made_anew_on_any_change(tokenizer
     again = build(path, tokenizer, cache)
     assert (
         again.directory == first.directory
-        and again.digest == first.digest == data.PairStore.open(first.directory).digest
+        and again.digest == first.digest == data.PairStore(first.directory).digest
     )
     assert again.report == first.report
     monkeypatch.undo()
@@ -1102,9 +1101,9 @@ def test_a_damaged_store_is_named(tokenizer, tmp_path):
         for content in (whole[:-4], b""):
             (store.directory / name).write_bytes(content)
             with pytest.raises(DataError, match="damaged token store"):
-                data.PairStore.open(store.directory)
+                data.PairStore(store.directory)
         (store.directory / name).write_bytes(whole)
-    assert len(data.PairStore.open(store.directory)) == 1
+    assert len(data.PairStore(store.directory)) == 1
 
 
 def test_key_order_line_endings_gzip_and_the_form_of_the_file_do_not_change_the_pairs(tokenizer, tmp_path):

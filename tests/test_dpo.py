@@ -554,6 +554,7 @@ def test_the_core_trains_with_extras_deleted(tiny, pairs_file, tmp_path):
 
     for name in ("losses.py", "data.py", "model.py", "dpo.py"):
         shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "parts", tmp_path / "parts", ignore=shutil.ignore_patterns("__pycache__"))
     done = subprocess.run([sys.executable, str(tmp_path / "dpo.py"), "--model_name_or_path", tiny, "--dataset_name", pairs_file,
                            "--output_dir", tmp_path / "out", "--cache_dir", tmp_path / "c", "--use_cpu", "--max_steps", "2",
                            "--save_strategy", "no"], capture_output=True, text=True)

@@ -266,7 +266,7 @@ def test_the_store_keeps_references_and_pictures_that_lay_in_the_rows(tmp_path):
     rows = [conversation({"images": ["cat.png", uri]}), conversation({}), conversation({"image": uri})]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     build = lambda: data.build_store([tmp_path / "rows.jsonl"], tokenizer, data.DataOptions(), tmp_path / "cache")
-    store = data.PairStore.open(build().directory)
+    store = data.PairStore(build().directory)
     found = [pictures.pictures_of(store, i) for i in range(3)]
     assert [len(f) for f in found] == [2, 0, 1] and found[0][1] == found[2][0]
     pixels = [pictures.load_pixels(p, store.directory, tokenizer.pictures) for p in found[0]]
