@@ -54,6 +54,7 @@ class Tokenizer:
         self.bos_token = self.special_tokens.get("bos_token")
         self.eos_token = self.special_tokens.get("eos_token")
         self.pad_token = self.special_tokens.get("pad_token")
+        self.unk_token = self.special_tokens.get("unk_token")
         ids = {name: self.backend.token_to_id(t) for name, t in self.special_tokens.items()}
         self.bos_token_id = ids.get("bos_token")
         self.eos_token_id = ids.get("eos_token")

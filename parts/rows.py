@@ -115,7 +115,7 @@ def read_chunks(files: Iterable[str | Path], size: int) -> Iterator[list]:
 def file_rows(path: Path) -> Iterator[tuple[int, dict | DataError]]:
     """Yield (line, row) of one file, whose form is told by its first bytes rather than its name."""
     with ExitStack() as stack:
-        stream = stack.enter_context(open(path, "rb"))
+        stream: Any = stack.enter_context(open(path, "rb"))
         if stream.peek(2)[:2] == b"\x1f\x8b":
             stream = stack.enter_context(gzip.GzipFile(fileobj=stream))
         if stream.peek(3)[:3] == codecs.BOM_UTF8:

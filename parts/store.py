@@ -6,7 +6,7 @@
     lengths.bin   int32    (n, 4) prompt, chosen, rejected, rejected_prompt (-1: the same prompt)
     ratings.bin   float32  (n, 2) the rows' own scores, nan where absent
     places.bin    int64    (n, 2) number of the file, line
-    ends.bin      int64    (n, 1) where the pair's tokens end: a pair is found without summing lengths
+    ends.bin      int64    (n, 1) where the pair's tokens end, so that none are summed to find it
 
 The directory is named after everything that its content depends on, so an outdated store is never
 found.
@@ -43,11 +43,11 @@ GRAIN = 2 * 10**9  # nanoseconds; coarser than the clock of any file system in u
 # Reading
 
 
-def read_store(directory: Path) -> tuple[dict, dict[str, np.memmap]]:
+def read_store(directory: Path) -> tuple[dict, dict[str, np.ndarray]]:
     """Return meta.json, and the memory-mapped arrays by name. Raises DataError where damaged."""
     try:
         meta = json.loads((directory / "meta.json").read_text("utf-8"))
-        arrays = {}
+        arrays: dict[str, np.ndarray] = {}
         for name, (dtype, columns) in ARRAYS.items():
             flat = np.memmap(directory / f"{name}.bin", dtype, mode="r")
             arrays[name] = flat.reshape(-1, columns)
@@ -89,8 +89,9 @@ def find_or_write(
     """Return the store's directory, writing it from `outcomes` where it does not exist yet.
 
     `recipe` is all that the arrays depend on beside the files. `outcomes` are (place, Pair or
-    DataError) of every row, read lazily: never, where the store is found. Raises DataError: at the
-    first bad row if `stop`, when no pair is left, and when a file changed meanwhile.
+    DataError) of every row, read lazily: never, where the store is found. `pictures` is the
+    tokenizer's. Raises DataError: at the first bad row if `stop`, when no pair is left, and when a
+    file changed meanwhile.
     """
     with explained_failures(cache_dir):
         states = [file_state(path) for path in files]
@@ -130,13 +131,13 @@ def write_pairs(
     outcomes: Iterable[tuple],
     files: list[Path],
     stop: bool,
-    picture_processor,
+    pictures,
 ) -> None:
-    """Write the arrays and meta.json. Raises DataError at a bad row if `stop`, or without a pair."""
+    """Write the arrays and meta.json. Raises DataError for a bad row if `stop`, and for no pair."""
     report: dict[str, Any] = {"rows": 0, "counts": {}, "first": {}, "bad_rows": []}
     numbers = {str(path): number for number, path in enumerate(files)}
     hashes = [hashlib.sha256() for _ in ARRAYS]
-    pictures: dict = {}
+    kept: dict = {}  # of the pictures
     end = 0  # of the tokens written
     with ExitStack() as stack:
         opened = (open(directory / f"{name}.bin", "wb") for name in ARRAYS)
@@ -156,20 +157,20 @@ def write_pairs(
                 sha.update(piece.tobytes())
             if outcome.pictures:
                 index = report["counts"]["kept"] - 1
-                picture_processor.keep(pictures, index, outcome.pictures, directory)
+                pictures.keep(kept, index, outcome.pictures, directory)
         for stream in streams:
             stream.flush()
             os.fsync(stream.fileno())
     check_any_left(report, list(numbers))
     # Of the pairs, not of their places: the same rows in another file are the same data.
     digest = hashlib.sha256("".join(sha.hexdigest() for sha in hashes[:3]).encode())
-    if pictures:
-        digest.update(json.dumps(pictures["pairs"]).encode())
+    if kept:
+        digest.update(json.dumps(kept["pairs"]).encode())
     meta = {
         "files": list(numbers),
         "digest": digest.hexdigest(),
         "report": report,
-        "pictures": pictures or None,
+        "pictures": kept or None,
     }
     (directory / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
 

@@ -25,7 +25,7 @@ LONGEST = 2**26  # characters of one rendered conversation
 
 
 class GenerationTag(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %} marks the assistant's words; its body is rendered."""
+    """{% generation %} ... {% endgeneration %} marks the assistant's words; they are rendered."""
 
     tags = frozenset({"generation"})
 

@@ -141,7 +141,7 @@ def split_row(row: dict, need_rejected: bool):
 
 
 def check_prompt_name(row: dict) -> None:
-    """Raise DataError where the prompt has another name, which the pair would be trained without."""
+    """Raise DataError where the prompt has another name: it would be left out of the pair."""
     for name in PROMPT_NAMES:
         if isinstance(row.get(name), str) and row[name] not in str(row["chosen"]):
             raise DataError(f'"prompt" is missing, but "{name}" is there; rename it to "prompt"')

@@ -126,7 +126,7 @@ WEIGHTS = {name: 1 + i / 10 for i, name in enumerate(sorted(START))}  # all uneq
 def start_of(trainer, step: int, names) -> float:
     """The weighted sum of the start values of `names`, mean over the pairs of a step (0, 1 ...)."""
     store, pairs = trainer.train_store, trainer.pairs_of(step)
-    n_w, n_l = dpo.scored_lengths(store, pairs).T
+    n_w, n_l = store.scored_lengths(pairs).T
     s_w, s_l = np.asarray(store.ratings[pairs], np.float64).T
     return sum(WEIGHTS[name] * float(np.mean(START[name](n_w - n_l, s_w - s_l))) for name in names)
 
@@ -303,7 +303,7 @@ def test_every_epoch_visits_every_pair_once(tiny, pairs_file, tmp_path):
 
 def test_dealing_gives_each_pair_to_one_rank_and_balances_tokens():
     tokens = np.array([100, 1, 1, 1, 50, 49, 2, 90])
-    hands = dpo.deal(np.arange(8), tokens, 3)
+    hands = data.deal(np.arange(8), tokens, 3)
     assert sorted(np.concatenate(hands)) == list(range(8))
     assert max(tokens[h].sum() for h in hands) <= 104
 
