@@ -29,15 +29,13 @@ import torch
 from torch import Tensor
 
 from parts.conversations import Renderer, RowTexts, load_templates, row_texts
+from parts.data_checks import check_options
 from parts.rows import DataError, DroppedPair, attempt, read_chunks
 from parts.store import counted, find_or_write, read_store
 from parts.tokenizer_files import copy_files, explained_types, files_digest, load_backend
 from parts.turns import common_prefix_length
 
 CHUNK_ROWS = 256  # rows tokenized at once: enough to keep all cores of the tokenizer busy
-
-
-# The tokenizer
 
 
 class Tokenizer:
@@ -143,16 +141,6 @@ class Pair(NamedTuple):
     rejected_rating: float = math.nan
     flags: tuple[str, ...] = ()  # what the report counts
     pictures: tuple = ()  # of extras/rows/pictures.py, in the order of the prompt
-
-
-def check_options(options: DataOptions) -> None:
-    """Raise DataError unless lengths are positive and the mode is known."""
-    for name, length in options._asdict().items():
-        if name.endswith("_length") and length is not None and length < 1:
-            raise DataError(f"{name} is {length}; it must be at least 1, or unset for no limit")
-    mode = options.truncation_mode
-    if mode not in ("keep_start", "keep_end"):
-        raise DataError(f"truncation_mode is {mode!r}; take keep_start or keep_end")
 
 
 def make_pair(ids: list[list[int]], ratings: tuple[float, float], options: DataOptions) -> Pair:
@@ -518,9 +506,8 @@ def micro_batches(order: np.ndarray, tokens: np.ndarray, max_pairs: int,
     begin = 0
     size = 0
     for at, index in enumerate(order):
-        is_full = at - begin == max_pairs
         too_long = max_tokens is not None and size + tokens[index] > max_tokens
-        if at > begin and (too_long or is_full):
+        if at > begin and (too_long or at - begin == max_pairs):
             batches.append(order[begin:at])
             begin = at
             size = 0

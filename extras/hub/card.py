@@ -45,8 +45,9 @@ PyTorch {torch}, Python {python}.
 
 {results}
 
-`rewards/...` are DPO's implicit rewards: beta times the log-ratio of the trained model to its reference, summed over a
-completion. `accuracies` is the share of pairs whose chosen completion has the higher one, `margins` the mean gap.
+`rewards/...` are DPO's implicit rewards: beta times the log-ratio of the trained model to its
+reference, summed over a completion. `accuracies` is the share of pairs whose chosen completion has
+the higher one, `margins` the mean gap.
 """
 
 USE_MODEL = """\
@@ -93,8 +94,8 @@ def write_card(directory: str | Path, settings: dict[str, Any], defaults: dict[s
 def model_card(directory: Path, settings: dict[str, Any], defaults: dict[str, Any], repo_id: str) -> str:
     """The text: settings that differ from `defaults` or matter always, the last metrics of training and evaluation.
 
-    Paths and tokens stay out of it: a model or data set that is no hub id appears by its last name, and not in the
-    front matter.
+    Paths and tokens stay out of it: a model or data set that is no hub id appears by its last name,
+    and not in the front matter.
     """
     adapter = (directory / "adapter_config.json").exists()
     kept = {k: v for k, v in settings.items() if k not in NEVER and (k in ALWAYS or v != defaults.get(k))}

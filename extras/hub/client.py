@@ -4,9 +4,10 @@
     client.local_dataset("trl-lib/ultrafeedback_binarized")        -> files of its train split
     client.push(directory, "me/Qwen2-0.5B-DPO")                    -> address of the commit
 
-The transfer is `huggingface_hub`'s: its cache (HF_HOME), its tokens (`hf auth login`, HF_TOKEN), HF_HUB_OFFLINE=1 to
-use the cache alone, HF_ENDPOINT for another server; its version 2 takes a broken connection up where it broke. What is
-decided here is which files are needed, and what an error means to the person who reads it.
+The transfer is `huggingface_hub`'s: its cache (HF_HOME), its tokens (`hf auth login`, HF_TOKEN),
+HF_HUB_OFFLINE=1 to use the cache alone, HF_ENDPOINT for another server; its version 2 takes a
+broken connection up where it broke. What is decided here is which files are needed, and what an
+error means to the person who reads it.
 """
 
 import glob
@@ -94,9 +95,10 @@ def fetch(name: str, kind: str, revision: str | None, patterns: list[str]) -> Pa
 def local_model(name: str, revision: str | None = None) -> Path:
     """The directory of a model or an adapter: `name` where it is one, else fetched from the hub, or found in its cache.
 
-    Fetched are configuration, tokenizer and the safetensors that belong to them; no pickles, no copies of the weights
-    in other forms. The directory is named after the commit: local_model(name, path.name) in another process is the
-    same one. Raises ValueError for what is not there, gated, private, out of reach, or has no safetensors.
+    Fetched are configuration, tokenizer and the safetensors that belong to them; no pickles, no
+    copies of the weights in other forms. The directory is named after the commit: local_model(name,
+    path.name) in another process is the same one. Raises ValueError for what is not there, gated,
+    private, out of reach, or has no safetensors.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -150,10 +152,11 @@ def local_dataset(name: str, config: str | None = None, split: str = "train",
                   revision: str | None = None) -> list[Path]:
     """Files of one split: those that a path or glob names; else fetched from the hub, or found in its cache.
 
-    On the hub (and in a directory laid out as there) the files of a split are found as `datasets` finds them: by the
-    `configs` in README.md, else by names such as data/train-00000-of-00002.parquet, train.jsonl, train/...; `config`
-    names one of the configs or, without them, a directory. Raises ValueError for what is not there, gated, private,
-    out of reach, in another format, and for parquet without pyarrow.
+    On the hub (and in a directory laid out as there) the files of a split are found as `datasets`
+    finds them: by the `configs` in README.md, else by names such as
+    data/train-00000-of-00002.parquet, train.jsonl, train/...; `config` names one of the configs or,
+    without them, a directory. Raises ValueError for what is not there, gated, private, out of
+    reach, in another format, and for parquet without pyarrow.
     """
     path = Path(name).expanduser()
     if path.is_dir() and (config is not None or not any(map(DATA_FILE.search, map(str, path.glob("*"))))):
@@ -210,8 +213,9 @@ LEFT_OUT = ["checkpoint-*/*", "runs/*", "dpo_config.json", ".*", "*/.*"]  # of a
 def create(repo_id: str, private: bool | None = None, token: str | None = None) -> str:
     """Make sure that the model repository exists; its full id. Before training, this finds what would fail after it.
 
-    `repo_id` without an owner is the token's own; `private` None is the owner's default, and changes no repository
-    that exists. Raises ValueError where there is no token, or it may not write there.
+    `repo_id` without an owner is the token's own; `private` None is the owner's default, and
+    changes no repository that exists. Raises ValueError where there is no token, or it may not
+    write there.
     """
     from huggingface_hub import HfApi
 
@@ -223,7 +227,8 @@ def push(directory: str | Path, repo_id: str, private: bool | None = None, revis
          token: str | None = None, message: str = "Trained with DPO") -> str:
     """Upload an output directory, without its checkpoints and hidden files; the address of the commit.
 
-    `revision` is a branch, made where there is none. Raises ValueError where it is refused or the hub is out of reach.
+    `revision` is a branch, made where there is none. Raises ValueError where it is refused or the
+    hub is out of reach.
     """
     from huggingface_hub import HfApi
 

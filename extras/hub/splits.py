@@ -1,6 +1,7 @@
 """Which files of a data set's repository hold a split: what its README.md declares, else what their names say.
 
-The rules are those of the `datasets` package for repositories without code. Everything here works on names alone.
+The rules are those of the `datasets` package for repositories without code. Everything here works
+on names alone.
 """
 
 import importlib.util

@@ -2,9 +2,9 @@
 
     DPOTrainer(model="Qwen/Qwen2.5-0.5B-Instruct", train_dataset=load_dataset(...)).train()        TRL's quick start
 
-Rows become a JSONL file in the cache, named after its content, so that they are checked, tokenized and reported as any
-file's; a transformers tokenizer becomes the directory that its own save_pretrained writes; a PEFT configuration becomes
-our flags. `docs/api.md` says what is taken.
+Rows become a JSONL file in the cache, named after its content, so that they are checked, tokenized
+and reported as any file's; a transformers tokenizer becomes the directory that its own
+save_pretrained writes; a PEFT configuration becomes our flags. `docs/api.md` says what is taken.
 """
 
 import dataclasses
@@ -31,7 +31,8 @@ PEFT_FLAGS = {"r": "lora_r", "target_modules": "lora_target_modules", "modules_t
 def accept(args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A copy of `args` (a DPOConfig) that names the objects `given` to the trainer, and those objects as it reads them.
 
-    `given` are the trainer's arguments by name. Raises ValueError for what cannot be trained on, with what to give instead.
+    `given` are the trainer's arguments by name. Raises ValueError for what cannot be trained on,
+    with what to give instead.
     """
     args, given = dataclasses.replace(args), {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
     for name in ("model", "ref_model"):
@@ -81,7 +82,8 @@ def check_dataset(name: str, dataset: Any) -> None:
 def rows_file(rows: Iterable[Any], cache_dir: Path) -> list[Path]:
     """The rows as one JSONL file in the cache, named after its content; a list of paths is found as it is.
 
-    Line n is row n - 1. Raises DataError for a row that is no object, or holds what JSON does not (a picture, say).
+    Line n is row n - 1. Raises DataError for a row that is no object, or holds what JSON does not
+    (a picture, say).
     """
     if isinstance(rows, (list, tuple)) and all(isinstance(row, (str, Path)) for row in rows):
         return find_files(list(rows))

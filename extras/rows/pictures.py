@@ -4,9 +4,10 @@
     picture  a path (relative to the row's file), a data URI, or {"bytes": ..., "path": ...} as parquet files have it
     place    {"type": "image"} in a message's content, or <image> in its text; without any, before the first question
 
-Numbers are those of transformers' pillow-based processors, by `preprocessor_config.json` (or `processor_config.json`).
-Rotation by EXIF, CMYK, palettes, 16 bits a channel and transparency (on white) are undone on reading; what cannot be one
-picture (broken, animated, too large) is refused with its row. Decoding runs in background threads.
+Numbers are those of transformers' pillow-based processors, by `preprocessor_config.json` (or
+`processor_config.json`). Rotation by EXIF, CMYK, palettes, 16 bits a channel and transparency (on
+white) are undone on reading; what cannot be one picture (broken, animated, too large) is refused
+with its row. Decoding runs in background threads.
 """
 
 import base64

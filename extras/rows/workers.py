@@ -12,7 +12,8 @@ from parts.rows import DataError
 def map_in_processes(function: Callable, chunks: Iterator[list], num_proc: int) -> Iterator[list]:
     """Yield function(chunk) of every chunk, in order, with at most 2 num_proc chunks in memory.
 
-    The function is pickled with every chunk, so it should be small. Raises DataError where a process dies.
+    The function is pickled with every chunk, so it should be small. Raises DataError where a
+    process dies.
     """
     waiting: deque = deque()
     # spawn: a forked copy of a process with threads, as the tokenizer's, may hang
