@@ -113,9 +113,9 @@ def make_model(config: dict, tokenizer: str, directory: Path) -> str:
 
 def read_rows(path: str, count: int) -> list[dict]:
     """The first rows that both sides take."""
-    import data
+    from parts import rows as files
 
-    rows = (row for _, row in data.read_rows(data.find_files(path)) if isinstance(row, dict))
+    rows = (row for _, row in files.read_rows(files.find_files(path)) if isinstance(row, dict))
     usable = [r for r in rows if r.get("chosen") and r.get("rejected") and r["chosen"] != r["rejected"]]
     return usable[:count]
 
@@ -130,7 +130,7 @@ def count_work(args, pairs: Path, cache: Path) -> dict:
     import model
 
     options = data.DataOptions(args.max_length, None, None, "keep_start", need_rejected=True)
-    store = data.build_store(data.find_files(str(pairs)), data.Tokenizer.load(args.model), options, cache)
+    store = data.build_store([pairs], data.Tokenizer.load(args.model), options, cache)
     config = model.read_config(model.read_json(Path(args.model) / "config.json"))
     with torch.device("meta"):
         blocks = sum(p.numel() for p in model.Decoder(config).model.layers.parameters() if p.dim() == 2)

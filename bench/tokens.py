@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import data
+from parts.rows import find_files
 
 SYLLABLES = [a + b for a, b in itertools.product("bcdfghklmnprstvw", "aeiou")]
 
@@ -71,7 +72,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         if args.dataset_name is None:
             write_rows(Path(scratch) / "pairs.jsonl", args.pairs)
-        files = data.find_files(args.dataset_name or str(Path(scratch) / "pairs.jsonl"))
+        files = find_files(args.dataset_name or str(Path(scratch) / "pairs.jsonl"))
         found = measure(files, args.model_name_or_path, Path(scratch) / "cache", args.num_proc)
     print(json.dumps({k: round(v, 3 if v < 100 else 0) for k, v in found.items()}, indent=1))
 

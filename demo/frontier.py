@@ -29,8 +29,8 @@ import dpo
 import model as models
 from data import Tokenizer
 from demo.show import score
-from extras.chart import COLOURS, Line, legend, panel, picture
 from extras.generate import Sampling, complete
+from extras.watch.chart import COLOURS, Line, legend, panel, picture
 
 DEMO = Path(__file__).resolve().parent
 DOCS = DEMO.parent / "docs"

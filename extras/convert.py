@@ -3,11 +3,13 @@
     LLaMA-Factory   conversations (or messages), or instruction, input, history, system; with chosen, rejected
     HH-RLHF         chosen and rejected are whole dialogues, "\\n\\nHuman: ...\\n\\nAssistant: ..."
     Argilla         instruction (or input, prompt) with chosen_response, rejected_response and their ratings; whole
-                    conversations; generations with ratings (best against worst); annotated records (the majority)
+                    conversations; generations with ratings (best against worst); annotated records
+                    (the majority)
 
-IN is any file that dpo.py reads: .jsonl, .json, gzipped, .parquet. OUT is JSON Lines of conversations, gzipped where
-its name ends in .gz; --plain writes text, for models without a chat template. Each row's form is known by its keys.
-What says nothing (equal answers, ratings or votes) is bad, and stops the conversion unless --on_bad_row skip.
+IN is any file that dpo.py reads: .jsonl, .json, gzipped, .parquet. OUT is JSON Lines of
+conversations, gzipped where its name ends in .gz; --plain writes text, for models without a chat
+template. Each row's form is known by its keys. What says nothing (equal answers, ratings or votes)
+is bad, and stops the conversion unless --on_bad_row skip.
 """
 
 import argparse
@@ -19,8 +21,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from data import DataError, find_files, read_rows
-from extras.formats import from_value_message
+from parts.rows import DataError, find_files, read_rows
+from parts.turns import from_value_message
 
 Row = dict[str, Any]
 TURN = re.compile(r"\n\n(Human|Assistant):")

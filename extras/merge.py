@@ -16,14 +16,14 @@ import torch
 
 import dpo
 import model as models
-from data import Tokenizer
+from extras.rows.pictures import open_tokenizer
 
 
 def merge(adapter: str, out: Path, dtype: torch.dtype = torch.float32, four_bit: dict | None = None,
           again: bool = False) -> models.Decoder:
     """The merged model, also written to `out` with its tokenizer. Raises ValueError where there is nothing to merge."""
     directory = dpo.find_model(adapter)
-    tokenizer = Tokenizer.load(dpo.tokenizer_home(directory, None))
+    tokenizer = open_tokenizer(dpo.tokenizer_home(directory, None))
     model, settings = dpo.load_policy(directory, dtype, four_bit=four_bit)
     if not settings:
         raise ValueError(f"{adapter}: no adapter (no adapter_config.json), there is nothing to merge")

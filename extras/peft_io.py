@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from data import on_hub
 from extras import lora_kinds as kinds
 from extras import lora_targets as targets
 from model import file_name, lora_modules, open_safetensors, read_json, write_json
+from parts.rows import on_hub
 
 # Settings of adapter_config.json that are read, with the types they may have.
 PATTERN, NAMES = (dict, type(None)), (list, str, type(None))
@@ -86,9 +86,9 @@ def find_base(settings: dict, ranks: Any = None) -> str:
     base = settings["base_model_name_or_path"]
     if not on_hub(base):
         return base
-    from extras import hub
+    from extras.hub.client import same_model
 
-    return str(hub.same_model(base, settings.get("revision"), ranks))
+    return str(same_model(base, settings.get("revision"), ranks))
 
 
 def adapter_home(directory: str, name: str | None) -> str:

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 import dpo
-from extras.chart import histogram
-from extras.samples import shown
-from parts.length_bias import length_bias
+from extras.watch.chart import histogram
+from extras.watch.samples import shown
+from parts.metrics import length_bias
 
 FROM_RUN = ("max_length", "max_prompt_length", "max_completion_length", "truncation_mode", "dtype")
 BARS = 16  # of the histogram at a terminal

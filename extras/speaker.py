@@ -10,6 +10,7 @@ import torch
 import model as models
 from data import Tokenizer
 from extras.generate import Sampling, check_sampling
+from extras.rows.pictures import open_tokenizer
 
 FROM_CONFIG = ("temperature", "top_k", "top_p", "repetition_penalty")
 # Options of generation_config.json that would change the text and are not known here, with what leaves it alone.
@@ -38,7 +39,7 @@ def find_model(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    from extras.hub import local_model
+    from extras.hub.client import local_model
 
     return local_model(name)
 
@@ -61,7 +62,7 @@ def load(name: str, args: argparse.Namespace) -> Speaker:
         put_lora(model, settings)
         models.load_adapter(model, directory)
     has_tokenizer = (directory / "tokenizer.json").exists()
-    tokenizer = Tokenizer.load(directory if has_tokenizer else whole, args.chat_template)
+    tokenizer = open_tokenizer(directory if has_tokenizer else whole, args.chat_template)
     raw = args.raw or not tokenizer.templates
     if raw and args.system is not None:
         raise ValueError(f"--system: {name} is not asked through a chat template, which alone could place it")

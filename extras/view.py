@@ -8,7 +8,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data import DataError, DataOptions, PairStore, Tokenizer, build_store, describe, find_files
+from data import DataOptions, PairStore, Tokenizer, build_store
+from extras.rows.pictures import open_tokenizer
+from parts.rows import DataError, find_files
+from parts.store import describe
 
 
 def show_pair(store: PairStore, index: int, tokenizer: Tokenizer, color: bool) -> str:
@@ -29,8 +32,9 @@ def show_pair(store: PairStore, index: int, tokenizer: Tokenizer, color: bool) -
 def summarize(store: PairStore, batch_size: int = 8) -> list[str]:
     """Tokens of the whole file as padded sequences, as sequences, and as a stream."""
     prompt, chosen, rejected = store.lengths.T.astype(np.int64)  # (n,) each
-    own_prompt = np.where(store.rejected_prompt_lengths < 0, prompt, store.rejected_prompt_lengths) * (rejected > 0)
-    sequences = np.stack([prompt + chosen, own_prompt + rejected], 1)  # (n, 2)
+    prompts = store.prompt_lengths().astype(np.int64)  # (n, 2)
+    prompts[:, 1] *= rejected > 0
+    sequences = prompts + store.lengths[:, 1:]  # (n, 2)
     batches = [sequences[i : i + batch_size] for i in range(0, len(store), batch_size)]
     padded = sum(int(batch.max() * (batch > 0).sum()) for batch in batches)
     two, stream = int(sequences.sum()), int(store.tokens.sum())
@@ -45,7 +49,7 @@ def summarize(store: PairStore, batch_size: int = 8) -> list[str]:
 
 def view(args: argparse.Namespace) -> Iterator[str]:
     """What is printed."""
-    tokenizer = Tokenizer.load(args.model_name_or_path, args.chat_template)
+    tokenizer = open_tokenizer(args.model_name_or_path, args.chat_template)
     options = DataOptions(**{name: value for name, value in vars(args).items() if name in DataOptions._fields})
     with tempfile.TemporaryDirectory() as cache:
         store = build_store(find_files(args.file), tokenizer, options, cache, args.on_bad_row)

@@ -2,7 +2,7 @@
 
 LLaVA (CLIP or SigLIP tower, two-layer projector), Idefics3 and SmolVLM (SigLIP tower, pixel shuffle), Qwen2-VL and
 Qwen2.5-VL (extras/qwen_vl.py). Entered where config.json has a `vision_config`; files of pictures are read and cut by
-extras/pictures.py.
+extras/rows/pictures.py.
 
 The features take the place of the image tokens' embeddings in the stream. Each distinct picture of a batch is encoded
 once, though both completions see it and rows may share it: `Pictures.source` says which feature stands where.
@@ -337,16 +337,6 @@ class Vision(nn.Module):
             size = c["in_channels"] * c["temporal_patch_size"] * c["patch_size"] ** 2
             return torch.zeros(side * side, size, device=device), torch.tensor([[side, side]])
         return torch.zeros(1, c["num_channels"], c["image_size"], c["image_size"], device=device), torch.zeros(0, 2).long()
-
-
-def make_ready(model: nn.Module, tokenizer, freeze_tower: bool):
-    """Freeze what is not trained; returns what decodes pictures, None where the model's directory lacks the processor."""
-    freeze(model, freeze_tower)
-    if tokenizer.pictures is None:
-        return None
-    from extras.pictures import Loader
-
-    return Loader(tokenizer.pictures)
 
 
 def freeze(model: nn.Module, tower: bool) -> None:

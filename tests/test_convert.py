@@ -10,6 +10,7 @@ import data
 from data import DataError, DataOptions, Tokenizer
 from extras import convert
 from extras.convert import main
+from parts.rows import read_rows
 
 USER = {"role": "user", "content": "2+2?"}
 GOOD, BAD = {"role": "assistant", "content": "4"}, {"role": "assistant", "content": "5"}
@@ -107,7 +108,7 @@ def test_llamafactorys_file_keeps_its_token_ids(shared, tmp_path):
         (tmp_path / file.stem).write_bytes(lzma.decompress(file.read_bytes()))
     tokenizer = Tokenizer.load(tmp_path)
     path = shared / "prefs" / "llamafactory-dpo_en_demo.json.gz"
-    rows, originals = converted(path, tmp_path), [row for _, row in data.read_rows([path])]
+    rows, originals = converted(path, tmp_path), [row for _, row in read_rows([path])]
     assert len(rows) == len(originals) == 300
     for row, original in list(zip(rows, originals))[:60]:
         a, b = (data.tokenize_pair(one, tokenizer, DataOptions(max_length=None)) for one in (row, original))
@@ -118,7 +119,7 @@ def test_hhs_file_says_the_same_in_turns(shared, tmp_path, capsys):
     path = shared / "prefs" / "hh_harmless_base_test.jsonl.gz"
     rows = converted(path, tmp_path, "--on_bad_row", "skip", "--plain")
     said = capsys.readouterr().out
-    originals = {(row["chosen"], row["rejected"]) for _, row in data.read_rows([path])}
+    originals = {(row["chosen"], row["rejected"]) for _, row in read_rows([path])}
     squeeze = lambda text: "".join(text.split())
     wanted = {tuple(map(squeeze, pair)) for pair in originals}
     assert len(rows) == 2308 and "2,308 rows, 4 skipped" in said  # an empty last turn

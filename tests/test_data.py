@@ -7,6 +7,7 @@ import lzma
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,10 @@ import tokenizers
 import torch
 
 import data
+from parts.conversations import Renderer
+from parts.rows import DataError, DroppedPair, find_files, read_rows
+from parts.store import describe
+from parts.turns import common_prefix_length
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -87,7 +92,7 @@ def real_tokenizer(tmp_path_factory):
 
 
 def real_rows(name: str, count: int | None) -> list[dict]:
-    return [row for _, row in itertools.islice(data.read_rows([shared_path(f"prefs/{name}")]), count)]
+    return [row for _, row in itertools.islice(read_rows([shared_path(f"prefs/{name}")]), count)]
 
 
 def write_rows(path: Path, rows: list, ending: str = "\n") -> Path:
@@ -358,7 +363,7 @@ def rendered(render, *args, **kwargs):
     try:
         return render(*args, **kwargs)
     except Exception as error:
-        return "refused", "error" if isinstance(error, data.DataError) else type(error).__name__
+        return "refused", "error" if isinstance(error, DataError) else type(error).__name__
 
 
 def template_files() -> list[Path]:
@@ -445,7 +450,7 @@ def test_a_chosen_template_is_a_text_a_file_a_name_or_a_directory(tmp_path):
     tokenizer.save(tmp_path / "over")
     assert data.Tokenizer.load(tmp_path / "over").render([say("user", "u")], tools=[TOOL]) == "x"
     assert len(digests) == len(choices)
-    with pytest.raises(data.DataError, match="neither a file, nor a template, nor one of"):
+    with pytest.raises(DataError, match="neither a file, nor a template, nor one of"):
         data.Tokenizer.load(directory, chat_template="nowhere.jinja")
 
 
@@ -470,24 +475,22 @@ def test_the_sandbox_refuses_escapes():
     ]
     messages = [say("user", "x")]
     for source in escapes:
-        tokenizer = SimpleNamespace(
-            templates={"default": source}, special_tokens={}, renderer=None
-        )
-        with pytest.raises(data.DataError, match="refused"):
-            data.Tokenizer.render(tokenizer, messages)
+        renderer = Renderer({"default": source}, ROOT)
+        with pytest.raises(DataError, match="refused"):
+            renderer.render([(messages, False)], {"tools": None})
         assert messages == [say("user", "x")]
 
 
 def test_a_template_sees_copies_and_its_own_error_text_is_shown(tmp_path):
     tokenizer = data.Tokenizer.load(write_tokenizer(tmp_path / "a", "{{ raise_exception('roles must alternate') }}"))
     chat = row([say("user", "x")], [say("assistant", "y")], [say("assistant", "z")])
-    with pytest.raises(data.DataError, match="refused the conversation: roles must alternate"):
+    with pytest.raises(DataError, match="refused the conversation: roles must alternate"):
         data.tokenize_pair(chat, tokenizer, data.DataOptions())
     broken = data.Tokenizer.load(write_tokenizer(tmp_path / "b", "a\n{% if %}"))
-    with pytest.raises(data.DataError, match="broken at its line 2"):
+    with pytest.raises(DataError, match="broken at its line 2"):
         data.tokenize_pair(chat, broken, data.DataOptions())
     none = data.Tokenizer.load(write_tokenizer(tmp_path / "c", None))
-    with pytest.raises(data.DataError, match="has no chat template.*--chat_template"):
+    with pytest.raises(DataError, match="has no chat template.*--chat_template"):
         data.tokenize_pair(chat, none, data.DataOptions())
 
 
@@ -512,13 +515,13 @@ def test_the_digest_of_a_tokenizer_follows_its_files(tmp_path):
 
 
 def test_a_directory_without_a_usable_tokenizer_is_refused(tmp_path):
-    with pytest.raises(data.DataError, match="no tokenizer.json"):
+    with pytest.raises(DataError, match="no tokenizer.json"):
         data.Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(data.DataError, match="not a tokenizer file"):
+    with pytest.raises(DataError, match="not a tokenizer file"):
         data.Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(data.DataError, match="tokenizer_config.json: broken JSON"):
+    with pytest.raises(DataError, match="tokenizer_config.json: broken JSON"):
         data.Tokenizer.load(tmp_path)
 
 
@@ -532,7 +535,7 @@ def test_find_files_takes_files_globs_directories_and_several(tmp_path):
     (tmp_path / "folder.jsonl" / "e.jsonl").write_text("")
 
     def names(spec):
-        return [path.name for path in data.find_files(spec)]
+        return [path.name for path in find_files(spec)]
 
     assert names(str(tmp_path / "b.jsonl")) == ["b.jsonl"]
     assert names(str(tmp_path / "x[1].jsonl")) == ["x[1].jsonl"]
@@ -541,17 +544,17 @@ def test_find_files_takes_files_globs_directories_and_several(tmp_path):
     assert names(str(tmp_path / "**/e*")) == ["e.jsonl"]
     assert names(tmp_path / "folder.jsonl") == ["e.jsonl"]
     for spec, message in (("none.jsonl", "no such file"), ("no*.jsonl", "no such file")):
-        with pytest.raises(data.DataError, match=message):
-            data.find_files(str(tmp_path / spec))
+        with pytest.raises(DataError, match=message):
+            find_files(str(tmp_path / spec))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(data.DataError, match="in this directory"):
-        data.find_files(tmp_path / "empty")
+    with pytest.raises(DataError, match="in this directory"):
+        find_files(tmp_path / "empty")
 
 
 def test_a_directory_yields_its_data_files_in_order(tmp_path):
     for name in ("b.jsonl", "a.json", "c.jsonl.gz", "notes.txt"):
         (tmp_path / name).write_text("")
-    assert [path.name for path in data.find_files(tmp_path)] == ["a.json", "b.jsonl", "c.jsonl.gz"]
+    assert [path.name for path in find_files(tmp_path)] == ["a.json", "b.jsonl", "c.jsonl.gz"]
 
 
 def test_rows_are_the_same_from_lines_arrays_gzip_crlf_bom_and_parquet(tmp_path):
@@ -571,48 +574,48 @@ def test_rows_are_the_same_from_lines_arrays_gzip_crlf_bom_and_parquet(tmp_path)
     }  # fmt: skip
     for name, content in forms.items():
         (tmp_path / name).write_bytes(content)
-        found = list(data.read_rows([tmp_path / name]))
+        found = list(read_rows([tmp_path / name]))
         assert [r for _, r in found] == rows, name
-    assert [place for place, _ in data.read_rows([tmp_path / "blank.jsonl"])][:2] == [
+    assert [place for place, _ in read_rows([tmp_path / "blank.jsonl"])][:2] == [
         f"{tmp_path}/blank.jsonl:{i}" for i in (3, 4)
     ]
     pyarrow = pytest.importorskip("pyarrow")
     pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), tmp_path / "p.parquet")
-    found = list(data.read_rows([tmp_path / "p.parquet"]))
+    found = list(read_rows([tmp_path / "p.parquet"]))
     assert [r for _, r in found] == rows and found[4][0].endswith("p.parquet:5")
 
 
 def test_elements_of_an_array_are_named_by_the_line_where_they_begin(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([row(), row("x"), 3, row("y")], indent=2))
-    found = list(data.read_rows([tmp_path / "a.json"]))
+    found = list(read_rows([tmp_path / "a.json"]))
     assert [place.rpartition(":")[2] for place, _ in found] == ["2", "7", "12", "13"]
-    assert isinstance(found[2][1], data.DataError) and "int" in str(found[2][1])
+    assert isinstance(found[2][1], DataError) and "int" in str(found[2][1])
 
 
 def test_a_long_array_is_read_piece_by_piece(tmp_path):
     rows = [row("p" * random.Random(i).randrange(300_000), str(i), 'é\n"]}' * i) for i in range(40)]
     (tmp_path / "a.json").write_text(json.dumps(rows, ensure_ascii=False, indent=3))
-    assert [r for _, r in data.read_rows([tmp_path / "a.json"])] == rows
+    assert [r for _, r in read_rows([tmp_path / "a.json"])] == rows
 
 
 def test_an_array_is_held_to_the_grammar_of_json(tmp_path):
     one = json.dumps(row())
     for text in ("[%s %s]", "[%s,]", "[,%s]", "[%s", "[%s] %s", "[[%s]", "[%s}", "[%s,,%s]"):
         (tmp_path / "a.json").write_text(text.replace("%s", one))
-        found = [r for _, r in data.read_rows([tmp_path / "a.json"])]
-        assert isinstance(found[-1], data.DataError), text
+        found = [r for _, r in read_rows([tmp_path / "a.json"])]
+        assert isinstance(found[-1], DataError), text
     for text, count in (("[]", 0), (" [\n]\n", 0), ("[%s]", 1), ("[%s\n,%s ]\n", 2)):
         (tmp_path / "a.json").write_text(text.replace("%s", one))
-        assert [r for _, r in data.read_rows([tmp_path / "a.json"])] == [row()] * count, text
+        assert [r for _, r in read_rows([tmp_path / "a.json"])] == [row()] * count, text
     (tmp_path / "a.json").write_text("[" + " " * 65530 + "123456789, " + one + "]")  # a number across two pieces
-    number, good = (r for _, r in data.read_rows([tmp_path / "a.json"]))
-    assert isinstance(number, data.DataError) and good == row()
+    number, good = (r for _, r in read_rows([tmp_path / "a.json"]))
+    assert isinstance(number, DataError) and good == row()
 
 
 def test_rows_before_the_damage_of_a_compressed_array_are_read(tmp_path):
     rows = [row(random.Random(i).randbytes(500).hex()) for i in range(1000)]
     (tmp_path / "a.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode())[:-1000])
-    *found, damage = (r for _, r in data.read_rows([tmp_path / "a.json.gz"]))
+    *found, damage = (r for _, r in read_rows([tmp_path / "a.json.gz"]))
     assert found == rows[: len(found)] and len(found) > 500 and "damaged" in str(damage)
 
 
@@ -632,10 +635,10 @@ BAD_LINES = {
 def test_a_bad_line_is_named_and_the_next_one_is_read(name, tmp_path):
     line, message = BAD_LINES[name]
     (tmp_path / "a.jsonl").write_bytes(json.dumps(row()).encode() + b"\n" + line + b"\n" + json.dumps(row()).encode())
-    places, rows = zip(*data.read_rows([tmp_path / "a.jsonl"]), strict=True)
+    places, rows = zip(*read_rows([tmp_path / "a.jsonl"]), strict=True)
     assert places == tuple(f"{tmp_path}/a.jsonl:{i}" for i in (1, 2, 3))
     assert rows[0] == rows[2] == row()
-    with pytest.raises(data.DataError, match=message):
+    with pytest.raises(DataError, match=message):
         raise rows[1]
 
 
@@ -647,17 +650,17 @@ def test_damaged_files_are_named(tmp_path):
     (tmp_path / "flipped.jsonl.gz").write_bytes(flipped)
     (tmp_path / "garbled.jsonl.gz").write_bytes(gzip.compress(lines)[:10] + b"\xff" * 100)
     for name in ("cut", "flipped", "garbled"):
-        found = [str(r) for _, r in data.read_rows([tmp_path / f"{name}.jsonl.gz"]) if isinstance(r, data.DataError)]
+        found = [str(r) for _, r in read_rows([tmp_path / f"{name}.jsonl.gz"]) if isinstance(r, DataError)]
         assert found and "damaged" in found[-1], name
     (tmp_path / "cut.json").write_text(json.dumps([row(), row()])[:-20])
-    *_, (_, last) = data.read_rows([tmp_path / "cut.json"])
+    *_, (_, last) = read_rows([tmp_path / "cut.json"])
     assert "broken JSON in the array" in str(last)
     (tmp_path / "bytes.json").write_bytes(json.dumps([row(), row()]).encode()[:-9] + b'\xff"}]')
-    *_, (_, last) = data.read_rows([tmp_path / "bytes.json"])
+    *_, (_, last) = read_rows([tmp_path / "bytes.json"])
     assert "not UTF-8" in str(last)
     (tmp_path / "closed.jsonl").write_text("")
-    with pytest.raises(data.DataError, match="cannot be read"):
-        list(data.read_rows([tmp_path]))
+    with pytest.raises(DataError, match="cannot be read"):
+        list(read_rows([tmp_path]))
 
 
 # Bad rows
@@ -717,7 +720,7 @@ BAD_ROWS = {
 def test_a_bad_row_stops_with_its_place_or_is_skipped_and_listed(name, tokenizer, tmp_path):
     bad, message = BAD_ROWS[name]
     path = write_rows(tmp_path / "prefs.jsonl", [row(), row("x"), bad, row("y")])
-    with pytest.raises(data.DataError, match=message) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         build(path, tokenizer, tmp_path / "cache")
     assert str(caught.value).startswith(f"{path}:3: ")
     assert not list((tmp_path / "cache").iterdir())
@@ -725,7 +728,7 @@ def test_a_bad_row_stops_with_its_place_or_is_skipped_and_listed(name, tokenizer
     assert len(store) == 3 and store.report["counts"] == {"kept": 3, "bad": 1}
     assert [store.where(i) for i in range(3)] == [f"{path}:{line}" for line in (1, 2, 4)]
     assert store.report["bad_rows"][0].startswith(f"{path}:3: ")
-    assert any(line == "skipped " + str(caught.value) for line in data.describe(store.report))
+    assert any(line == "skipped " + str(caught.value) for line in describe(store.report))
 
 
 @pytest.mark.parametrize("name", BAD_LINES)
@@ -733,7 +736,7 @@ def test_an_unreadable_line_stops_or_is_skipped(name, tokenizer, tmp_path):
     line, message = BAD_LINES[name]
     path = tmp_path / "prefs.jsonl"
     path.write_bytes(json.dumps(row()).encode() + b"\n" + line + b"\n")
-    with pytest.raises(data.DataError, match=message) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         build(path, tokenizer, tmp_path / "cache")
     assert str(caught.value).startswith(f"{path}:2: ")
     assert len(build(path, tokenizer, tmp_path / "cache", "skip")) == 1
@@ -744,17 +747,17 @@ def test_no_rows_and_no_pair_left_are_errors(tokenizer, tmp_path):
     (tmp_path / "array.json").write_text("[ ]")
     for name in ("empty.jsonl", "array.json"):
         for mode in ("stop", "skip"):
-            with pytest.raises(data.DataError, match="no rows"):
+            with pytest.raises(DataError, match="no rows"):
                 build(tmp_path / name, tokenizer, tmp_path / "cache", mode)
     path = write_rows(tmp_path / "bad.jsonl", [row(chosen=""), row("long prompt")])
-    with pytest.raises(data.DataError, match="no pair is left.*skipped, as unusable: 1 .*dropped, as the prompt alone"):
+    with pytest.raises(DataError, match="no pair is left.*skipped, as unusable: 1 .*dropped, as the prompt alone"):
         build(path, tokenizer, tmp_path / "cache", "skip", max_length=3)
     assert not list((tmp_path / "cache").iterdir())
 
 
 def test_a_text_needs_an_eos_token(tmp_path):
     tokenizer = data.Tokenizer.load(write_tokenizer(tmp_path, eos_token=None))
-    with pytest.raises(data.DataError, match="no eos_token"):
+    with pytest.raises(DataError, match="no eos_token"):
         data.tokenize_pair(row(), tokenizer, data.DataOptions())
 
 
@@ -791,7 +794,7 @@ def test_forms_of_a_conversation_are_the_same_pair(tokenizer):
 
 
 def test_from_value_function_calls_and_observations_become_tool_messages():
-    from extras.formats import from_value_message
+    from parts.turns import from_value_message
 
     call = from_value_message({"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'}, "here")
     assert call == {
@@ -859,7 +862,7 @@ def test_a_completion_begins_where_the_tokens_part_and_such_rows_are_counted(tmp
     assert store.report["first"]["unclean_prefix"].endswith("r.jsonl:2")
     assert any(
         "last tokens change when a completion follows, which then begins there: 1 (" in line
-        for line in data.describe(store.report)
+        for line in describe(store.report)
     )
 
 
@@ -877,7 +880,7 @@ def test_text_completions_end_with_one_eos_and_chats_with_their_templates_own(to
 
 def test_a_template_that_drops_the_completion_is_an_error(tmp_path):
     tokenizer = data.Tokenizer.load(write_tokenizer(tmp_path, "{{ messages[0].content }}"))
-    with pytest.raises(data.DataError, match="adds no token that could be scored"):
+    with pytest.raises(DataError, match="adds no token that could be scored"):
         data.tokenize_pair(row([USER], [YES], [NO]), tokenizer, data.DataOptions())
 
 
@@ -888,7 +891,7 @@ def test_without_need_of_rejected_rows_may_lack_it(tokenizer, tmp_path):
     assert ids_of(alone) == ids_of(both) and len(alone.rejected_ids) == 0
     implicit = data.tokenize_pair({"chosen": "abcd", "rejected": "abxy"}, tokenizer, options)
     assert ids_of(implicit) == ids_of(both)
-    with pytest.raises(data.DataError, match='"rejected" is missing'):
+    with pytest.raises(DataError, match='"rejected" is missing'):
         data.tokenize_pair({"chosen": "abcd"}, tokenizer, options)
     mixed = [{"prompt": "ab", "chosen": "cd"}, row("ab", "cd", "xy"), {"prompt": "ab", "chosen": "cd"}]
     assert [ids_of(pair) for pair in data.tokenize_rows(mixed, tokenizer, options)] == [ids_of(alone)] * 3
@@ -924,13 +927,13 @@ def test_truncation_equals_trls_collator(mode, max_length):
         parts = [[rng.randrange(3, 99) for _ in range(rng.randint(1, 9))] for _ in range(3)]
         try:
             pair = data.make_pair([parts[0], parts[0] + parts[1], parts[0] + parts[2]], (0.0, 0.0), options)
-        except data.DroppedPair:
+        except DroppedPair:
             assert mode == "keep_start" and len(parts[0]) >= max_length  # TRL filters these before its collator
             continue
-        except data.DataError:
+        except DataError:
             assert parts[1] == parts[2]
             continue
-        prompt = parts[0][: data.common_prefix_length(parts[0], parts[0] + parts[1])]
+        prompt = parts[0][: common_prefix_length(parts[0], parts[0] + parts[1])]
         theirs = collator([{"prompt_ids": prompt, "chosen_ids": parts[1], "rejected_ids": parts[2]}])
         for (ids, mask), their_ids, attention, their_mask in zip(
             sequences_of(pair), theirs["input_ids"], theirs["attention_mask"], theirs["completion_mask"], strict=True
@@ -969,10 +972,10 @@ def test_a_pair_that_truncation_empties_is_dropped_and_counted(tokenizer, tmp_pa
     store = build(path, tokenizer, tmp_path, max_length=4)
     assert store.report["counts"] == {"kept": 2, "dropped, as the prompt alone fills max_length": 1,
                                       "truncated": 1, "same_after_truncation": 1}  # fmt: skip
-    lines = data.describe(store.report)
+    lines = describe(store.report)
     assert lines[0] == "2 pairs from 3 rows"
     assert any(line == f"dropped, as the prompt alone fills max_length: 1 (first: {path}:1)" for line in lines)
-    with pytest.raises(data.DroppedPair, match="nothing to score"):
+    with pytest.raises(DroppedPair, match="nothing to score"):
         data.tokenize_pair(row(), tokenizer, data.DataOptions(max_length=1, truncation_mode="keep_end"))
 
 
@@ -981,7 +984,7 @@ def test_nothing_is_ever_left_without_a_scored_token(tokenizer):
         options = data.DataOptions(length, max_completion_length=2, truncation_mode=mode)
         try:
             pair = data.tokenize_pair(row(prompt, "xy", "z"), tokenizer, options)
-        except data.DroppedPair:
+        except DroppedPair:
             continue
         assert data.collate([pair]).lengths.min() > 0, (mode, length, prompt)
 
@@ -994,7 +997,7 @@ def test_unusable_options_are_refused(tokenizer, tmp_path):
         {"max_completion_length": 0},
         {"truncation_mode": "keep"},
     ):
-        with pytest.raises(data.DataError, match=next(iter(options))):
+        with pytest.raises(DataError, match=next(iter(options))):
             build(path, tokenizer, tmp_path, **options)
 
 
@@ -1031,7 +1034,7 @@ def test_a_store_is_found_again_by_content_and_made_anew_on_any_change(tokenizer
     again = build(path, tokenizer, cache)
     assert (
         again.directory == first.directory
-        and again.digest == first.digest == data.PairStore.open(first.directory).digest
+        and again.digest == first.digest == data.PairStore(first.directory).digest
     )
     assert again.report == first.report
     monkeypatch.undo()
@@ -1067,7 +1070,7 @@ def test_an_unfinished_store_is_never_opened(tokenizer, tmp_path, monkeypatch):
         build(path, tokenizer, cache)
     assert list(cache.iterdir()) == []
     monkeypatch.undo()
-    monkeypatch.setattr(data.shutil, "rmtree", lambda *args, **kwargs: None)  # as if killed before it could tidy up
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # as if killed before it could tidy up
     monkeypatch.setattr(data, "tokenize_rows", dies_later)
     calls.clear()
     with pytest.raises(KeyboardInterrupt):
@@ -1082,11 +1085,11 @@ def test_two_processes_that_build_the_same_store_both_get_it(tokenizer, tmp_path
     original = os.rename
 
     def slower(scratch, target):
-        monkeypatch.setattr(data.os, "rename", original)
+        monkeypatch.setattr(os, "rename", original)
         build(path, tokenizer, cache)
         original(scratch, target)
 
-    monkeypatch.setattr(data.os, "rename", slower)
+    monkeypatch.setattr(os, "rename", slower)
     assert len(build(path, tokenizer, cache)) == 1
     assert len(list(cache.iterdir())) == 1
 
@@ -1097,10 +1100,10 @@ def test_a_damaged_store_is_named(tokenizer, tmp_path):
         whole = (store.directory / name).read_bytes()
         for content in (whole[:-4], b""):
             (store.directory / name).write_bytes(content)
-            with pytest.raises(data.DataError, match="damaged token store"):
-                data.PairStore.open(store.directory)
+            with pytest.raises(DataError, match="damaged token store"):
+                data.PairStore(store.directory)
         (store.directory / name).write_bytes(whole)
-    assert len(data.PairStore.open(store.directory)) == 1
+    assert len(data.PairStore(store.directory)) == 1
 
 
 def test_key_order_line_endings_gzip_and_the_form_of_the_file_do_not_change_the_pairs(tokenizer, tmp_path):
@@ -1137,7 +1140,7 @@ def test_worker_processes_give_the_same_store(tmp_path, monkeypatch):
 
 def test_a_place_that_cannot_hold_the_store_is_named(tokenizer, tmp_path):
     path = write_rows(tmp_path / "r.jsonl", [row()])
-    with pytest.raises(data.DataError, match="cannot hold the token store.*--cache_dir"):
+    with pytest.raises(DataError, match="cannot hold the token store.*--cache_dir"):
         build(path, tokenizer, path)
 
 
@@ -1345,7 +1348,7 @@ def test_rows_of_ultrafeedback_with_an_empty_answer_are_named(real_tokenizer, tm
     tokenizer = data.Tokenizer.load(real_tokenizer("stories260K"))
     path = shared_path("prefs/ultrafeedback-train_clean.jsonl.gz")
     with pytest.raises(
-        data.DataError, match=r"ultrafeedback-train_clean.jsonl.gz:307: chosen and rejected are the same"
+        DataError, match=r"ultrafeedback-train_clean.jsonl.gz:307: chosen and rejected are the same"
     ):
         build(path, tokenizer, tmp_path)
     report = build(path, tokenizer, tmp_path, "skip").report

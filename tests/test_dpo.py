@@ -15,6 +15,7 @@ import data
 import dpo
 import losses
 import model as models
+from parts.rows import find_files
 
 COMMON = dict(dtype="float64", bf16=False, use_cpu=True, learning_rate=3e-3, num_train_epochs=1.0, logging_steps=1,
               save_strategy="no", disable_tqdm=True, per_device_train_batch_size=8)
@@ -48,7 +49,7 @@ def assert_same(a, b, tolerance=1e-10):
 def test_training_follows_the_textbook(run, tiny, pairs_file, tmp_path):
     steps, weights = run(beta=0.3, shuffle_dataset=False)
     policy, reference = (models.load_model(tiny, torch.float64) for _ in range(2))
-    store = data.build_store(data.find_files(str(pairs_file)), data.Tokenizer.load(tiny), data.DataOptions(), tmp_path / "c")
+    store = data.build_store(find_files(str(pairs_file)), data.Tokenizer.load(tiny), data.DataOptions(), tmp_path / "c")
     pairs = [store[i] for i in range(len(store))]
     history = textbook.train(policy, reference, [pairs[i : i + 8] for i in range(0, 23, 8)], 0.3, 3e-3, 1.0)
     assert history[0] == pytest.approx(math.log(2), abs=1e-12)
@@ -125,7 +126,7 @@ WEIGHTS = {name: 1 + i / 10 for i, name in enumerate(sorted(START))}  # all uneq
 def start_of(trainer, step: int, names) -> float:
     """The weighted sum of the start values of `names`, mean over the pairs of a step (0, 1 ...)."""
     store, pairs = trainer.train_store, trainer.pairs_of(step)
-    n_w, n_l = dpo.scored_lengths(store, pairs).T
+    n_w, n_l = store.scored_lengths(pairs).T
     s_w, s_l = np.asarray(store.ratings[pairs], np.float64).T
     return sum(WEIGHTS[name] * float(np.mean(START[name](n_w - n_l, s_w - s_l))) for name in names)
 
@@ -302,7 +303,7 @@ def test_every_epoch_visits_every_pair_once(tiny, pairs_file, tmp_path):
 
 def test_dealing_gives_each_pair_to_one_rank_and_balances_tokens():
     tokens = np.array([100, 1, 1, 1, 50, 49, 2, 90])
-    hands = dpo.deal(np.arange(8), tokens, 3)
+    hands = data.deal(np.arange(8), tokens, 3)
     assert sorted(np.concatenate(hands)) == list(range(8))
     assert max(tokens[h].sum() for h in hands) <= 104
 
@@ -553,7 +554,7 @@ def test_the_core_trains_with_extras_deleted(tiny, pairs_file, tmp_path):
 
     for name in ("losses.py", "data.py", "model.py", "dpo.py"):
         shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "parts", tmp_path / "parts")
+    shutil.copytree(ROOT / "parts", tmp_path / "parts", ignore=shutil.ignore_patterns("__pycache__"))
     done = subprocess.run([sys.executable, str(tmp_path / "dpo.py"), "--model_name_or_path", tiny, "--dataset_name", pairs_file,
                            "--output_dir", tmp_path / "out", "--cache_dir", tmp_path / "c", "--use_cpu", "--max_steps", "2",
                            "--save_strategy", "no"], capture_output=True, text=True)

@@ -279,7 +279,7 @@ def test_ranks_wait_for_rank_0_longer_than_their_time_out_while_it_works(setting
 @pytest.mark.slow
 @pytest.mark.parametrize("more,words", [
     ("dpo.fingerprint = lambda model: rank", "model is '1' on rank 1 and '0' on rank 0"),
-    ("import data; keep = data.PairStore.open\nif rank == '1': data.PairStore.digest = property(lambda s: 'x', lambda s, v: None)",
+    ("import data; if rank == '1': data.PairStore.digest = property(lambda s: 'x', lambda s, v: None)",
      "data is 'x' on rank 1")])
 def test_ranks_with_another_model_or_data_end_in_one_message(settings, tmp_path, more, words):
     status, said, _ = two_ranks(settings, tmp_path, more)

@@ -12,7 +12,8 @@ import yaml
 from conftest import ROOT, make_rows, read_metrics, run_dpo
 from hub_server import HubServer
 
-from extras import card, hub, splits
+from extras.hub import card, splits
+from extras.hub import client as hub
 
 pytest.importorskip("huggingface_hub")
 
@@ -32,8 +33,8 @@ def run(request):
     status = 0
     try:
         assert "huggingface_hub" not in sys.modules
-        from extras import card, hub
-        exec(request["code"], dict(hub=hub, card=card, show=show))
+        from extras.hub import card, client
+        exec(request["code"], dict(hub=client, card=card, show=show))
     except ValueError as error:
         show({"error": str(error)})
     except BaseException:
@@ -360,7 +361,7 @@ show(hub.local_dataset("org/pairs"))
 """
     assert "pip install pyarrow" in client(code)["error"]
     assert "data/train-00000-of-00001.parquet" not in server.downloaded()
-    assert client("import data\nshow([row for _, row in data.read_rows(hub.local_dataset('org/pairs'))])") == rows
+    assert client("from parts.rows import read_rows\nshow([row for _, row in read_rows(hub.local_dataset('org/pairs'))])") == rows
 
 
 def test_local_paths_are_taken_as_they_are(tmp_path):

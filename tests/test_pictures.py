@@ -10,11 +10,12 @@ import pytest
 from vision_tiny import FAMILIES, IMAGE_TOKENS, PREPROCESSORS, make_tokenizer
 
 import data
+from parts.rows import DataError, DroppedPair
 
 pytest.importorskip("PIL")
 from PIL import Image  # noqa: E402
 
-from extras import pictures  # noqa: E402
+from extras.rows import pictures  # noqa: E402
 
 THEIRS = {"llava": "CLIPImageProcessorPil", "idefics3": "Idefics3ImageProcessorPil", "smolvlm": "SmolVLMImageProcessorPil",
           "qwen2_vl": "Qwen2VLImageProcessorPil", "qwen2_5_vl": "Qwen2VLImageProcessorPil"}
@@ -40,7 +41,7 @@ def encoded(image, **options) -> bytes:
 
 def load_tokenizer(family, directory):
     make_tokenizer(family, directory)
-    return data.Tokenizer.load(directory)
+    return pictures.open_tokenizer(directory)
 
 
 def conversation(row: dict, question="What is it?") -> dict:
@@ -76,7 +77,7 @@ def test_pixels_equal_transformers_for_other_settings_and_for_defaults(settings,
     transformers = pytest.importorskip("transformers")
     make_tokenizer("qwen2_vl" if "Qwen" in str(settings) else "llava", tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
-    processor = data.Tokenizer.load(tmp_path).pictures
+    processor = pictures.open_tokenizer(tmp_path).pictures
     name = settings["image_processor_type"].removesuffix("Fast") + "Pil"
     theirs = getattr(transformers, name)(**{k: v for k, v in settings.items() if k != "image_processor_type"})
     expected = theirs(picture(*size), return_tensors="np")["pixel_values"]
@@ -185,7 +186,7 @@ def test_rows_are_refused_with_file_and_line(row, words, tmp_path):
     tokenizer = load_tokenizer("llava", tmp_path)
     saved(tmp_path / "cat.png")
     (tmp_path / "rows.jsonl").write_text("\n" + json.dumps(conversation(row)) + "\n")
-    with pytest.raises(data.DataError, match=f"rows.jsonl:2: .*{words}"):
+    with pytest.raises(DataError, match=f"rows.jsonl:2: .*{words}"):
         data.build_store([tmp_path / "rows.jsonl"], tokenizer, data.DataOptions(), tmp_path / "cache")
 
 
@@ -219,7 +220,7 @@ def test_files_that_are_no_still_picture_are_refused_by_row_or_counted(kind, wor
     saved(tmp_path / "good.png")
     rows = [conversation({"image": "good.png"}), conversation({"image": "bad"})]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    with pytest.raises(data.DataError, match=f"rows.jsonl:2: .*bad: .*({words})"):
+    with pytest.raises(DataError, match=f"rows.jsonl:2: .*bad: .*({words})"):
         data.build_store([tmp_path / "rows.jsonl"], tokenizer, data.DataOptions(), tmp_path / "cache")
     store = data.build_store([tmp_path / "rows.jsonl"], tokenizer, data.DataOptions(), tmp_path / "cache", "skip")
     assert len(store) == 1 and store.report["counts"]["bad"] == 1
@@ -251,7 +252,7 @@ def test_truncation_drops_a_pair_rather_than_cut_its_picture(tmp_path):
     length = len(data.tokenize_pair(row, tokenizer, data.DataOptions()).prompt_ids)
     for options in (data.DataOptions(max_prompt_length=length - 10), data.DataOptions(max_length=length, truncation_mode="keep_end"),
                     data.DataOptions(max_length=length - 1)):
-        with pytest.raises(data.DroppedPair):
+        with pytest.raises(DroppedPair):
             data.tokenize_pair(row, tokenizer, options)
     kept = data.tokenize_pair(row, tokenizer, data.DataOptions(max_length=length + 2))
     assert (kept.prompt_ids == tokenizer.pictures.token_id).sum() == 16 and len(kept.chosen_ids) == 2
@@ -265,14 +266,14 @@ def test_the_store_keeps_references_and_pictures_that_lay_in_the_rows(tmp_path):
     rows = [conversation({"images": ["cat.png", uri]}), conversation({}), conversation({"image": uri})]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     build = lambda: data.build_store([tmp_path / "rows.jsonl"], tokenizer, data.DataOptions(), tmp_path / "cache")
-    store = data.PairStore.open(build().directory)
+    store = data.PairStore(build().directory)
     found = [pictures.pictures_of(store, i) for i in range(3)]
     assert [len(f) for f in found] == [2, 0, 1] and found[0][1] == found[2][0]
     pixels = [pictures.load_pixels(p, store.directory, tokenizer.pictures) for p in found[0]]
     assert [p.shape for p in pixels] == [(1, 3, 28, 28)] * 2
     digest = store.digest
     saved(path, picture(40, 30, 3))
-    with pytest.raises(data.DataError, match="cat.png: the picture has changed since the pairs were tokenized"):
+    with pytest.raises(DataError, match="cat.png: the picture has changed since the pairs were tokenized"):
         pictures.load_pixels(found[0][0], store.directory, tokenizer.pictures)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + "\n")  # another file: tokenized anew
     assert build().digest != digest
@@ -304,8 +305,8 @@ def test_rows_with_pictures_are_still_refused_in_a_text_run(tmp_path):
     make_tokenizer("llava", tmp_path)
     for name in ("preprocessor_config.json", "processor_config.json"):
         (tmp_path / name).unlink()
-    with pytest.raises(data.DataError, match="the row has images, but this is a text run"):
-        data.tokenize_pair(conversation({"image": "a.png"}), data.Tokenizer.load(tmp_path), data.DataOptions())
+    with pytest.raises(DataError, match="the row has images, but this is a text run"):
+        data.tokenize_pair(conversation({"image": "a.png"}), pictures.open_tokenizer(tmp_path), data.DataOptions())
 
 
 def test_pillow_is_asked_for_by_name(tmp_path, monkeypatch):

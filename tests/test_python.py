@@ -10,11 +10,11 @@ from conftest import make_rows, read_metrics
 
 import data
 import dpo
-import extras.collator
+import extras.rows.collator
 import model as models
 from dpo import DPOConfig, DPOTrainer
-from extras import objects
-from extras.collator import DataCollatorForPreference
+from extras.rows import objects
+from extras.rows.collator import DataCollatorForPreference
 
 ROWS = make_rows(10, seed=3)
 SETTINGS = dict(num_train_epochs=1, per_device_train_batch_size=4, learning_rate=1e-3, logging_steps=1, use_cpu=True)
@@ -202,7 +202,7 @@ def test_the_collators_worked_example():
         "completion_mask": [[0, 0, 0, 1, 1], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 1, 1, 0]]}
     assert {name: rows.tolist() for name, rows in batch.items()} == expected
     assert all(rows.dtype == torch.int64 for rows in batch.values())
-    assert doctest.testmod(extras.collator).failed == 0
+    assert doctest.testmod(extras.rows.collator).failed == 0
 
 
 @pytest.mark.parametrize("options", [{}, {"pad_to_multiple_of": 4}, {"max_length": 3}, {"max_length": 4, "pad_to_multiple_of": 8},

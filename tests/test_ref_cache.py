@@ -17,8 +17,8 @@ from conftest import ROOT, read_metrics, run_dpo
 from safetensors.torch import load_file, save_file
 from test_dpo import COMMON, assert_same, run  # noqa: F401
 
-import data
 import dpo
+from parts import ref_cache
 
 
 def files(tmp_path) -> list:
@@ -219,7 +219,7 @@ def test_two_ranks_share_it_and_one_finds_what_they_made(run, tiny, pairs_file, 
 
 
 def test_a_pass_that_was_interrupted_goes_on_and_is_bitwise_the_same(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SUMS_BLOCK", 5)
+    monkeypatch.setattr(ref_cache, "SUMS_BLOCK", 5)
     whole = run("whole", cache_dir=str(tmp_path / "elsewhere"))
     keep, blocks = dpo.DPOTrainer.ref_pass, []
 
@@ -240,8 +240,9 @@ def test_a_pass_that_was_interrupted_goes_on_and_is_bitwise_the_same(run, tmp_pa
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
-import data, dpo
-data.SUMS_BLOCK, written, write = 5, [], data.write_sums
+import dpo
+from parts import ref_cache
+ref_cache.SUMS_BLOCK, written, write = 5, [], ref_cache.write_sums
 
 def dies(path, table, pairs, sums):
     if len(written) == 2:
@@ -252,7 +253,7 @@ def dies(path, table, pairs, sums):
     written.append(pairs)
     write(path, table, pairs, sums)
 
-data.write_sums = dies
+ref_cache.write_sums = dies
 dpo.main(sys.argv[2:])
 """
 
@@ -263,7 +264,7 @@ def test_a_kill_amid_a_write_costs_that_block_alone(run, tiny, pairs_file, tmp_p
     done = subprocess.run([sys.executable, "-c", KILLED, str(ROOT), *map(str, flags)], capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    monkeypatch.setattr(data, "SUMS_BLOCK", 5)
+    monkeypatch.setattr(ref_cache, "SUMS_BLOCK", 5)
     resumed = run("a")
     assert passes == [list(range(10, 15)), list(range(15, 20)), list(range(20, 23))]
     assert "damaged in block 2" in capsys.readouterr().out
@@ -272,7 +273,7 @@ def test_a_kill_amid_a_write_costs_that_block_alone(run, tiny, pairs_file, tmp_p
 
 @pytest.mark.parametrize("where", ["a sum", "a checksum", "the end"])
 def test_damage_is_noticed_and_its_block_alone_made_again(run, tmp_path, passes, monkeypatch, capsys, where):
-    monkeypatch.setattr(data, "SUMS_BLOCK", 5)
+    monkeypatch.setattr(ref_cache, "SUMS_BLOCK", 5)
     first = run("a")
     cache, = files(tmp_path)
     raw, size = bytearray(cache.read_bytes()), 5 * 4 * 8 + 32
@@ -297,27 +298,27 @@ def test_runs_side_by_side_lose_nothing_of_each_other(tmp_path):
     mine = [np.sort(rng.choice(3000, 1500, replace=False)) for _ in range(6)]
 
     def writes(pairs):
-        table = data.open_sums(path, 3000, sums.dtype)
+        table = ref_cache.open_sums(path, 3000, sums.dtype)
         for few in np.split(pairs, range(100, 1500, 100)):
-            for part in data.blocks_of(few):
-                data.write_sums(path, table, part, sums[part])
+            for part in ref_cache.blocks_of(few):
+                ref_cache.write_sums(path, table, part, sums[part])
 
     threads = [threading.Thread(target=writes, args=(pairs,)) for pairs in mine]
     [t.start() for t in threads]
     [t.join() for t in threads]
-    table, written = data.open_sums(path, 3000, sums.dtype), np.unique(np.concatenate(mine))
-    assert np.array_equal(data.take_sums(table, written), sums[written])
-    missing, damaged = data.missing_sums(table, np.arange(3000))
+    table, written = ref_cache.open_sums(path, 3000, sums.dtype), np.unique(np.concatenate(mine))
+    assert np.array_equal(ref_cache.take_sums(table, written), sums[written])
+    missing, damaged = ref_cache.missing_sums(table, np.arange(3000))
     assert not damaged and np.array_equal(np.flatnonzero(missing), np.setdiff1d(np.arange(3000), written))
 
 
 def test_what_is_there_stays_to_the_bit(tmp_path):
     path, pairs = tmp_path / "ref.bin", np.array([3, 7])
-    table = data.open_sums(path, 10, np.dtype("float32"))
-    data.write_sums(path, table, pairs, np.ones((2, 2, 2), np.float32))
-    data.write_sums(path, table, np.array([6, 7]), np.full((2, 2, 2), 2, np.float32))
-    assert data.take_sums(table, np.array([3, 6, 7]))[:, 0, 0].tolist() == [1, 2, 1]
-    assert data.missing_sums(table, np.array([2, 6]))[0].tolist() == [True, False]
+    table = ref_cache.open_sums(path, 10, np.dtype("float32"))
+    ref_cache.write_sums(path, table, pairs, np.ones((2, 2, 2), np.float32))
+    ref_cache.write_sums(path, table, np.array([6, 7]), np.full((2, 2, 2), 2, np.float32))
+    assert ref_cache.take_sums(table, np.array([3, 6, 7]))[:, 0, 0].tolist() == [1, 2, 1]
+    assert ref_cache.missing_sums(table, np.array([2, 6]))[0].tolist() == [True, False]
 
 
 @pytest.mark.slow
@@ -326,18 +327,18 @@ def test_five_million_pairs_do_not_live_in_memory(tmp_path):
     code = """
 import sys, numpy as np
 sys.path.insert(0, sys.argv[1])
-import data
+from parts import ref_cache
 from pathlib import Path
 anonymous = lambda: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) / 1024
 path, count = Path(sys.argv[2]), 5_000_000
 before = anonymous()
-table = data.open_sums(path, count, np.dtype("float32"))
+table = ref_cache.open_sums(path, count, np.dtype("float32"))
 rng, most = np.random.default_rng(0), 0
-for pairs in data.blocks_of(np.arange(count))[::40]:
-    data.write_sums(path, table, pairs, rng.normal(size=(len(pairs), 2, 2)).astype(np.float32))
+for pairs in ref_cache.blocks_of(np.arange(count))[::40]:
+    ref_cache.write_sums(path, table, pairs, rng.normal(size=(len(pairs), 2, 2)).astype(np.float32))
     most = max(most, anonymous())
 for _ in range(2000):
-    data.take_sums(table, rng.integers(0, count, 64))
+    ref_cache.take_sums(table, rng.integers(0, count, 64))
 print(max(most, anonymous()) - before)
 """
     command = [sys.executable, "-c", code, str(ROOT), str(tmp_path / "ref.bin")]

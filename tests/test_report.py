@@ -13,7 +13,8 @@ import torch
 from conftest import ROOT, make_rows
 
 import dpo
-from extras import chart, report, score
+from extras import report, score
+from extras.watch import chart, picture
 
 
 def make_run(directory, steps: int = 40, samples: bool = True, **settings):
@@ -96,7 +97,7 @@ def test_the_page_holds_every_curve_and_table_and_nothing_from_elsewhere(tmp_pat
     one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two", beta=0.5, loss_type=["ipo"])
     assert report.main([str(one)], lambda _: None) == 0
     page = (one / "report.html").read_text()
-    for title, keys, _ in report.CHARTS:
+    for title, keys, _ in picture.CHARTS:
         assert (f">{title}</text>" in page) == (not keys[0].startswith("logps")), title  # this run has no logps
     assert "answer at 0" in page and "answer at 40" in page and "&lt;b&gt;why" in page and "<b>why" not in page
     assert report.main([str(one), str(two), "--output", str(tmp_path / "both.html")], lambda _: None) == 0
@@ -112,11 +113,11 @@ def test_the_page_holds_every_curve_and_table_and_nothing_from_elsewhere(tmp_pat
 
 
 def test_a_long_run_stays_small_and_keeps_its_means(tmp_path):
-    run = report.read_run(make_run(tmp_path / "long", steps=20_000))
+    run = picture.read_run(make_run(tmp_path / "long", steps=20_000))
     page = report.page([run])
     assert len(page) < 500_000
-    points = report.points_of(run.train, "loss")
-    assert len(points) == report.MOST and abs(points[0][1] - (0.69 - 25.5 / 100)) < 1e-9  # steps 1 to 50
+    points = picture.points_of(run.train, "loss")
+    assert len(points) == picture.MOST and abs(points[0][1] - (0.69 - 25.5 / 100)) < 1e-9  # steps 1 to 50
 
 
 def test_a_running_run_and_what_is_none(tmp_path, capsys):

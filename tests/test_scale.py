@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from test_data import NO, USER, YES, row, write_tokenizer
 import data
 import dpo
 import model as models
-from extras import hashes, template
+from parts import conversations, rows, store, template
+from parts.rows import DataError, attempt
 
 ENDLESS = {
     "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
@@ -27,7 +29,7 @@ CHAT = row([USER], [YES], [NO])
 
 @pytest.fixture
 def second(monkeypatch):
-    monkeypatch.setattr(template, "SECONDS", 0.5)
+    monkeypatch.setattr(conversations, "SECONDS", 0.5)
 
 
 def tokenizer_with(tmp_path, source):
@@ -36,13 +38,13 @@ def tokenizer_with(tmp_path, source):
 
 @pytest.mark.parametrize("kind", ENDLESS)
 def test_an_endless_template_is_stopped(tmp_path, second, kind):
-    with pytest.raises(data.DataError, match="ran for more than 0.5 s on this conversation and was stopped"):
+    with pytest.raises(DataError, match="ran for more than 0.5 s on this conversation and was stopped"):
         tokenizer_with(tmp_path, ENDLESS[kind]).render([USER])
 
 
 @pytest.mark.parametrize("kind", GREEDY)
 def test_a_template_that_wants_much_memory_is_refused(tmp_path, kind):
-    with pytest.raises(data.DataError, match="MiB for this conversation|characters for one conversation"):
+    with pytest.raises(DataError, match="MiB for this conversation|characters for one conversation"):
         tokenizer_with(tmp_path, GREEDY[kind]).render([USER])
 
 
@@ -50,7 +52,7 @@ def test_after_a_stop_other_rows_are_rendered_and_after_three_none_is_tried(tmp_
     tokenizer = tokenizer_with(tmp_path, "{% if messages[0].content == 'x' %}" + ENDLESS["loops"] + "{% endif %}ok")
     outcomes = []
     for content in "xyxyxy":
-        outcomes.append(data.attempt(tokenizer.render, [USER | {"content": content}]))
+        outcomes.append(attempt(tokenizer.render, [USER | {"content": content}]))
     assert outcomes[1] == outcomes[3] == "ok"
     assert all("was stopped" in str(outcomes[i]) for i in (0, 2, 4)) and "not tried again" in str(outcomes[5])
 
@@ -70,7 +72,7 @@ def test_outside_the_sandbox_no_file_can_be_opened(tmp_path, monkeypatch):
     program = tmp_path / "open.py"
     program.write_text(f"""
 import sys
-sys.path.insert(0, {str(data.Path(template.__file__).parent)!r})
+sys.path.insert(0, {str(Path(template.__file__).parent)!r})
 import template
 class Escaped:
     def render(self, values, **more):
@@ -81,10 +83,10 @@ class Escaped:
 template.compile_template = lambda source: Escaped()
 template.serve(sys.stdin.buffer, sys.stdout.buffer, 5)
 """)
-    renderer = template.Renderer({"default": ""})
-    monkeypatch.setattr(template, "__file__", str(program))
+    renderer = conversations.Renderer({"default": ""}, tmp_path)
+    monkeypatch.setattr(conversations, "PROGRAM", program)
     for mode in "rw":
-        (text,) = renderer.render("default", [([], False)], {"file": str(tmp_path / "open.py"), "mode": mode})
+        (text,) = renderer.render([([], False)], {"tools": None, "file": str(tmp_path / "open.py"), "mode": mode})
         assert text.startswith("refused: [Errno 24]")
 
 
@@ -100,8 +102,8 @@ def test_the_rendering_process_ends_with_its_tokenizer(tmp_path):
 
 
 def file_of(path, count):
-    rows = [r | {"chosen": " yes" + r["chosen"], "rejected": " no" + r["rejected"]} for r in make_rows(count)]
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    made = [r | {"chosen": " yes" + r["chosen"], "rejected": " no" + r["rejected"]} for r in make_rows(count)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in made))
     return path
 
 
@@ -118,10 +120,10 @@ def make_old(path):
 
 
 def test_a_large_file_is_hashed_once_and_again_when_it_grew_or_changed(build, tmp_path, monkeypatch):
-    hashed, honest = [], data.file_hash
-    monkeypatch.setattr(data, "LARGE_FILE", 100)
-    monkeypatch.setattr(hashes, "GRAIN", 0)
-    monkeypatch.setattr(data, "file_hash", lambda path: hashed.append(path) or honest(path))
+    hashed, honest = [], store.file_hash
+    monkeypatch.setattr(store, "LARGE_FILE", 100)
+    monkeypatch.setattr(store, "GRAIN", 0)
+    monkeypatch.setattr(store, "file_hash", lambda path: hashed.append(path) or honest(path))
     path = file_of(tmp_path / "p.jsonl", 20)
     make_old(path)
     first = build(path)
@@ -137,15 +139,15 @@ def test_a_large_file_is_hashed_once_and_again_when_it_grew_or_changed(build, tm
 
 
 def test_a_file_written_to_a_moment_ago_is_not_remembered(build, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "LARGE_FILE", 100)
+    monkeypatch.setattr(store, "LARGE_FILE", 100)
     build(file_of(tmp_path / "p.jsonl", 20))
     assert not (tmp_path / "c" / "hashes").exists()
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"state": 1}'])
 def test_a_damaged_memory_of_hashes_only_costs_time(build, tmp_path, monkeypatch, damage):
-    monkeypatch.setattr(data, "LARGE_FILE", 100)
-    monkeypatch.setattr(hashes, "GRAIN", 0)
+    monkeypatch.setattr(store, "LARGE_FILE", 100)
+    monkeypatch.setattr(store, "GRAIN", 0)
     path = file_of(tmp_path / "p.jsonl", 20)
     make_old(path)
     first = build(path)
@@ -161,24 +163,24 @@ def test_a_file_that_grows_while_it_is_read_is_an_error_and_leaves_no_store(buil
         with open(path, "a") as f:
             f.write("\n")
 
-    with pytest.raises(data.DataError, match="p.jsonl: it changed while it was read"):
+    with pytest.raises(DataError, match="p.jsonl: it changed while it was read"):
         build(path, progress=grow)
     assert not [p for p in (tmp_path / "c").iterdir() if p.name != "hashes"]
 
 
 def test_opening_a_store_reads_none_of_its_tokens(build, tmp_path):
-    store = build(file_of(tmp_path / "p.jsonl", 20))
-    ends = [len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in (store[i] for i in range(20))]
-    assert store.ends.tolist() == [sum(ends[: i + 1]) for i in range(20)] and store.tokens.tolist() == ends
-    assert isinstance(store.ends, np.memmap) and isinstance(store.stream, np.memmap)
+    pairs = build(file_of(tmp_path / "p.jsonl", 20))
+    ends = [len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in (pairs[i] for i in range(20))]
+    assert pairs.ends.tolist() == [sum(ends[: i + 1]) for i in range(20)] and pairs.tokens.tolist() == ends
+    assert isinstance(pairs.ends, np.memmap) and isinstance(pairs.stream, np.memmap)
 
 
 def test_a_line_without_end_is_not_read_into_memory(build, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "LONGEST_ROW", 1000)
+    monkeypatch.setattr(rows, "LONGEST_ROW", 1000)
     path = file_of(tmp_path / "p.jsonl", 3)
     with open(path, "a") as f:
         f.write(" " * 5000)
-    with pytest.raises(data.DataError, match="p.jsonl:4: a line of more than"):
+    with pytest.raises(DataError, match="p.jsonl:4: a line of more than"):
         build(path)
 
 
@@ -187,7 +189,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(build, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(data.DataError, match="cannot hold the token store .No space left on device.; change --cache_dir"):
+    with pytest.raises(DataError, match="cannot hold the token store .No space left on device.; change --cache_dir"):
         build(file_of(tmp_path / "p.jsonl", 3))
     assert not list((tmp_path / "c").iterdir())
 
@@ -201,7 +203,7 @@ def test_a_tokenizing_process_that_is_killed_is_named(build, tmp_path):
                 child.kill()
                 killed.append(child)
 
-    with pytest.raises(data.DataError, match="a tokenizing process died.*--dataset_num_proc"):
+    with pytest.raises(DataError, match="a tokenizing process died.*--dataset_num_proc"):
         build(file_of(tmp_path / "p.jsonl", 256 * 12), num_proc=2, progress=kill)
     assert killed
 

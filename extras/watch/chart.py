@@ -7,7 +7,7 @@
 import math
 from collections.abc import Sequence
 from html import escape
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 WIDTH, HEIGHT = 460, 260
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 34, 40  # pixels around the plot
@@ -73,7 +73,7 @@ def text(x: float, y: float, words: str, size: int = 11, anchor: str = "start", 
             f"{escape(words)}</text>")
 
 
-def grid(axes: Axes, x_label: str, x_ticks: Optional[list[tuple[float, str]]] = None) -> list[str]:
+def grid(axes: Axes, x_label: str, x_ticks: list[tuple[float, str]] | None = None) -> list[str]:
     """Lines and ticks at round numbers, or at `x_ticks` (place, label); the line at 0 is darker."""
     out, left, right = [], LEFT, axes.width - RIGHT
     for value in ticks(*axes.y):
@@ -134,7 +134,7 @@ def picture(width: int, height: int, title: str, parts: Sequence[str]) -> str:
 
 
 def panel(title: str, lines: Sequence[Line], x_label: str, width: int = WIDTH, height: int = HEIGHT, y_label: str = "",
-          x_ticks: Optional[list[tuple[float, str]]] = None) -> list[str]:
+          x_ticks: list[tuple[float, str]] | None = None) -> list[str]:
     """A chart's parts: axes that fit all lines, the lines, a heading."""
     finite = [(a, b) for line in lines for a, b in line.points if math.isfinite(a) and math.isfinite(b)]
     axes = Axes(span([a for a, _ in finite]), span([b for _, b in finite]), width, height)

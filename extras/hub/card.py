@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import yaml
 
-from extras import hub
-from extras.conversations import find_templates
-from extras.hub import is_hub_id
-from extras.report import PICTURE, write_picture
+from extras.hub import client
+from extras.hub.client import is_hub_id
+from extras.watch.picture import PICTURE, write_picture
+from parts.conversations import find_templates
 
 ALWAYS = ("loss_type", "beta", "learning_rate", "lr_scheduler_type", "num_train_epochs", "per_device_train_batch_size",
           "gradient_accumulation_steps", "max_length", "seed")
@@ -45,8 +45,9 @@ PyTorch {torch}, Python {python}.
 
 {results}
 
-`rewards/...` are DPO's implicit rewards: beta times the log-ratio of the trained model to its reference, summed over a
-completion. `accuracies` is the share of pairs whose chosen completion has the higher one, `margins` the mean gap.
+`rewards/...` are DPO's implicit rewards: beta times the log-ratio of the trained model to its
+reference, summed over a completion. `accuracies` is the share of pairs whose chosen completion has
+the higher one, `margins` the mean gap.
 """
 
 USE_MODEL = """\
@@ -63,23 +64,23 @@ model = AutoPeftModelForCausalLM.from_pretrained("{id}")
 tokenizer = AutoTokenizer.from_pretrained("{id}")"""
 
 
-def create_repository(trainer) -> None:
-    """That of --hub_model_id, or of output_dir's name."""
-    c, default = trainer.args, trainer.output_dir.resolve().name
-    make = lambda: {"id": hub.create(c.hub_model_id or default, c.hub_private_repo, c.hub_token)}
-    trainer.hub_model_id = trainer.ranks.from_first(make)["id"]
+def create_repository(c, output_dir: Path, ranks) -> str:
+    """Make sure that the repository exists: --hub_model_id, or one of output_dir's name; return its full id.
+
+    `c` are the run's options (DPOConfig); rank 0 asks the hub.
+    """
+    name = c.hub_model_id or output_dir.resolve().name
+    make = lambda: {"id": client.create(name, c.hub_private_repo, c.hub_token)}
+    return ranks.from_first(make)["id"]
 
 
-def push(trainer, commit_message: str, dataset_name: str) -> None:
-    """Write the card and upload output_dir."""
-    c = trainer.args
-    if not c.push_to_hub:
-        create_repository(trainer)
-    if not trainer.ranks.first:
-        return
-    write_card(trainer.output_dir, vars(c) | {"dataset_name": dataset_name}, vars(type(c)()), trainer.hub_model_id)
-    address = hub.push(trainer.output_dir, trainer.hub_model_id, None, c.hub_revision, c.hub_token, commit_message)
-    trainer.say(f"pushed to {address}")
+def push(output_dir: Path, c, repo_id: str, dataset_name: str, message: str) -> str:
+    """Write the card and upload output_dir; return the address of the commit. Called by one rank."""
+    settings = vars(c) | {"dataset_name": dataset_name}
+    write_card(output_dir, settings, vars(type(c)()), repo_id)
+    return client.push(
+        output_dir, repo_id, revision=c.hub_revision, token=c.hub_token, message=message
+    )
 
 
 def write_card(directory: str | Path, settings: dict[str, Any], defaults: dict[str, Any], repo_id: str) -> Path:
@@ -93,8 +94,8 @@ def write_card(directory: str | Path, settings: dict[str, Any], defaults: dict[s
 def model_card(directory: Path, settings: dict[str, Any], defaults: dict[str, Any], repo_id: str) -> str:
     """The text: settings that differ from `defaults` or matter always, the last metrics of training and evaluation.
 
-    Paths and tokens stay out of it: a model or data set that is no hub id appears by its last name, and not in the
-    front matter.
+    Paths and tokens stay out of it: a model or data set that is no hub id appears by its last name,
+    and not in the front matter.
     """
     adapter = (directory / "adapter_config.json").exists()
     kept = {k: v for k, v in settings.items() if k not in NEVER and (k in ALWAYS or v != defaults.get(k))}

@@ -1,12 +1,13 @@
 """Models and preference data from the Hugging Face Hub, and trained models back to it.
 
-    hub.local_model("Qwen/Qwen2-0.5B-Instruct")                 -> directory with its configuration, tokenizer, weights
-    hub.local_dataset("trl-lib/ultrafeedback_binarized")        -> files of its train split
-    hub.push(directory, "me/Qwen2-0.5B-DPO")                    -> address of the commit
+    client.local_model("Qwen/Qwen2-0.5B-Instruct")                 -> directory with its configuration, tokenizer, weights
+    client.local_dataset("trl-lib/ultrafeedback_binarized")        -> files of its train split
+    client.push(directory, "me/Qwen2-0.5B-DPO")                    -> address of the commit
 
-The transfer is `huggingface_hub`'s: its cache (HF_HOME), its tokens (`hf auth login`, HF_TOKEN), HF_HUB_OFFLINE=1 to
-use the cache alone, HF_ENDPOINT for another server; its version 2 takes a broken connection up where it broke. What is
-decided here is which files are needed, and what an error means to the person who reads it.
+The transfer is `huggingface_hub`'s: its cache (HF_HOME), its tokens (`hf auth login`, HF_TOKEN),
+HF_HUB_OFFLINE=1 to use the cache alone, HF_ENDPOINT for another server; its version 2 takes a
+broken connection up where it broke. What is decided here is which files are needed, and what an
+error means to the person who reads it.
 """
 
 import glob
@@ -15,10 +16,11 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
-from data import TOKENIZER_FILES, find_files
-from extras.splits import DATA_FILE, split_files
+from extras.hub.splits import DATA_FILE, split_files
+from parts.rows import find_files
+from parts.tokenizer_files import TOKENIZER_FILES
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -39,7 +41,7 @@ def check_id(name: str, kind: str) -> None:
 
 
 @contextmanager
-def explained(name: str, kind: str, revision: Optional[str] = None) -> Iterator[None]:
+def explained(name: str, kind: str, revision: str | None = None) -> Iterator[None]:
     """What the client raises comes out as a ValueError that says what to do. `kind` is model or dataset."""
     from huggingface_hub import errors
 
@@ -49,7 +51,7 @@ def explained(name: str, kind: str, revision: Optional[str] = None) -> Iterator[
         raise ValueError(f"{name}: {explain(error, name, kind, revision)}") from error
 
 
-def explain(error: Exception, name: str, kind: str, revision: Optional[str]) -> str:
+def explain(error: Exception, name: str, kind: str, revision: str | None) -> str:
     from huggingface_hub import constants, errors
 
     endpoint, cause = constants.ENDPOINT, error.__cause__ or error
@@ -80,7 +82,7 @@ def first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), "no message")
 
 
-def fetch(name: str, kind: str, revision: Optional[str], patterns: list[str]) -> Path:
+def fetch(name: str, kind: str, revision: str | None, patterns: list[str]) -> Path:
     """The repository's files that match, in the client's cache: a directory named after the commit."""
     from huggingface_hub import snapshot_download
 
@@ -90,12 +92,13 @@ def fetch(name: str, kind: str, revision: Optional[str], patterns: list[str]) ->
 # Models
 
 
-def local_model(name: str, revision: Optional[str] = None) -> Path:
+def local_model(name: str, revision: str | None = None) -> Path:
     """The directory of a model or an adapter: `name` where it is one, else fetched from the hub, or found in its cache.
 
-    Fetched are configuration, tokenizer and the safetensors that belong to them; no pickles, no copies of the weights
-    in other forms. The directory is named after the commit: local_model(name, path.name) in another process is the
-    same one. Raises ValueError for what is not there, gated, private, out of reach, or has no safetensors.
+    Fetched are configuration, tokenizer and the safetensors that belong to them; no pickles, no
+    copies of the weights in other forms. The directory is named after the commit: local_model(name,
+    path.name) in another process is the same one. Raises ValueError for what is not there, gated,
+    private, out of reach, or has no safetensors.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -113,7 +116,7 @@ def local_model(name: str, revision: Optional[str] = None) -> Path:
     return directory
 
 
-def same_model(name: str, revision: Optional[str], ranks: Any) -> Path:
+def same_model(name: str, revision: str | None, ranks: Any) -> Path:
     """`local_model` for all ranks, where there are any: at the commit that rank 0 found and fetched."""
     check_id(name, "model")  # before the ranks wait for one another
     if ranks is not None:
@@ -145,14 +148,15 @@ def why_missing(name: str, commit: str, missing: list[str]) -> str:
 # Data sets
 
 
-def local_dataset(name: str, config: Optional[str] = None, split: str = "train",
-                  revision: Optional[str] = None) -> list[Path]:
+def local_dataset(name: str, config: str | None = None, split: str = "train",
+                  revision: str | None = None) -> list[Path]:
     """Files of one split: those that a path or glob names; else fetched from the hub, or found in its cache.
 
-    On the hub (and in a directory laid out as there) the files of a split are found as `datasets` finds them: by the
-    `configs` in README.md, else by names such as data/train-00000-of-00002.parquet, train.jsonl, train/...; `config`
-    names one of the configs or, without them, a directory. Raises ValueError for what is not there, gated, private,
-    out of reach, in another format, and for parquet without pyarrow.
+    On the hub (and in a directory laid out as there) the files of a split are found as `datasets`
+    finds them: by the `configs` in README.md, else by names such as
+    data/train-00000-of-00002.parquet, train.jsonl, train/...; `config` names one of the configs or,
+    without them, a directory. Raises ValueError for what is not there, gated, private, out of
+    reach, in another format, and for parquet without pyarrow.
     """
     path = Path(name).expanduser()
     if path.is_dir() and (config is not None or not any(map(DATA_FILE.search, map(str, path.glob("*"))))):
@@ -206,11 +210,12 @@ def read_card(directory: Path) -> dict:
 LEFT_OUT = ["checkpoint-*/*", "runs/*", "dpo_config.json", ".*", "*/.*"]  # of an output directory; fnmatch patterns
 
 
-def create(repo_id: str, private: Optional[bool] = None, token: Optional[str] = None) -> str:
+def create(repo_id: str, private: bool | None = None, token: str | None = None) -> str:
     """Make sure that the model repository exists; its full id. Before training, this finds what would fail after it.
 
-    `repo_id` without an owner is the token's own; `private` None is the owner's default, and changes no repository
-    that exists. Raises ValueError where there is no token, or it may not write there.
+    `repo_id` without an owner is the token's own; `private` None is the owner's default, and
+    changes no repository that exists. Raises ValueError where there is no token, or it may not
+    write there.
     """
     from huggingface_hub import HfApi
 
@@ -218,11 +223,12 @@ def create(repo_id: str, private: Optional[bool] = None, token: Optional[str] = 
         return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
 
 
-def push(directory: str | Path, repo_id: str, private: Optional[bool] = None, revision: Optional[str] = None,
-         token: Optional[str] = None, message: str = "Trained with DPO") -> str:
+def push(directory: str | Path, repo_id: str, private: bool | None = None, revision: str | None = None,
+         token: str | None = None, message: str = "Trained with DPO") -> str:
     """Upload an output directory, without its checkpoints and hidden files; the address of the commit.
 
-    `revision` is a branch, made where there is none. Raises ValueError where it is refused or the hub is out of reach.
+    `revision` is a branch, made where there is none. Raises ValueError where it is refused or the
+    hub is out of reach.
     """
     from huggingface_hub import HfApi
 

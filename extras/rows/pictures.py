@@ -4,9 +4,10 @@
     picture  a path (relative to the row's file), a data URI, or {"bytes": ..., "path": ...} as parquet files have it
     place    {"type": "image"} in a message's content, or <image> in its text; without any, before the first question
 
-Numbers are those of transformers' pillow-based processors, by `preprocessor_config.json` (or `processor_config.json`).
-Rotation by EXIF, CMYK, palettes, 16 bits a channel and transparency (on white) are undone on reading; what cannot be one
-picture (broken, animated, too large) is refused with its row. Decoding runs in background threads.
+Numbers are those of transformers' pillow-based processors, by `preprocessor_config.json` (or
+`processor_config.json`). Rotation by EXIF, CMYK, palettes, 16 bits a channel and transparency (on
+white) are undone on reading; what cannot be one picture (broken, animated, too large) is refused
+with its row. Decoding runs in background threads.
 """
 
 import base64
@@ -24,21 +25,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from data import (
-    Batch,
-    DataError,
-    DataOptions,
-    DroppedPair,
-    Pair,
-    PairStore,
-    RowTexts,
-    Tokenizer,
-    attempt,
-    encode_rows,
-    read_json,
-    row_texts,
-)
+from data import Batch, DataOptions, Pair, PairStore, Tokenizer, encode_texts
+from extras.qwen_vl import stream_axes
 from extras.vision import Pictures
+from parts.conversations import RowTexts, row_texts
+from parts.rows import DataError, DroppedPair, attempt
+from parts.tokenizer_files import explained_types, read_json
 
 MAX_PIXELS = 89_478_485  # pillow's bound for what may be a decompression bomb
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's
@@ -66,7 +58,7 @@ class Picture(NamedTuple):
 
 
 class Processor(NamedTuple):
-    """How a model wants pictures, and how they stand in its text."""
+    """How a model wants pictures, and how they stand in its text: what data.Tokenizer calls `pictures`."""
 
     kind: str  # square: one size for all; tiles: cut into squares; patches: any size (Qwen)
     settings: dict
@@ -75,8 +67,37 @@ class Processor(NamedTuple):
     framed: str  # how a picture stands in plain text
     per_tile: int  # features of a tile; 0 where they follow from the size
 
+    def open_rows(self, rows: Iterable, places: Iterable[str]) -> list:
+        """Open the pictures that the rows name, in threads."""
+        return open_rows(rows, places)
+
+    def tokenize_rows(self, rows: list, tokenizer: Tokenizer, options: DataOptions) -> list:
+        """Turn rows that may have pictures into pairs; an error stands in its row's place."""
+        prepared = [r if isinstance(r, DataError) else attempt(prepare, r, self) for r in rows]
+        texts = [
+            one if isinstance(one, DataError) else attempt(expanded, *one, tokenizer, options)
+            for one in prepared
+        ]
+        pairs = encode_texts(texts, tokenizer, options)
+        return [
+            pair if isinstance(pair, DataError) else attempt(with_pictures, pair, one[1], self)
+            for pair, one in zip(pairs, prepared, strict=True)
+        ]
+
+    def keep(self, kept: dict, index: int, pictures: tuple["Picture", ...], directory: Path) -> None:
+        """Add a pair's pictures to what the store's meta.json says: see keep_pictures."""
+        keep_pictures(kept, index, pictures, directory)
+
 
 # The model's settings
+
+
+def open_tokenizer(directory: str | Path, chat_template: str | None = None) -> Tokenizer:
+    """Load a tokenizer, and what reads pictures where its directory has that. Raises DataError."""
+    tokenizer = Tokenizer.load(directory, chat_template)
+    with explained_types(directory):
+        tokenizer.pictures = load_processor(tokenizer.directory, tokenizer.backend)
+    return tokenizer
 
 
 def load_processor(directory: Path, backend) -> Processor | None:
@@ -434,18 +455,8 @@ def expand(texts: list[str], pictures: tuple[Picture, ...], processor: Processor
     return out
 
 
-def tokenize_rows(rows: list, tokenizer: Tokenizer, options: DataOptions) -> list:
-    """`data.tokenize_rows` for rows that may have pictures."""
-    processor = tokenizer.pictures
-    prepared = [row if isinstance(row, DataError) else attempt(prepare, row, processor) for row in rows]
-    outcomes = [one if isinstance(one, DataError) else attempt(expanded, *one, tokenizer, options) for one in prepared]
-    pairs = encode_rows(list(outcomes), tokenizer, options)
-    return [pair if isinstance(pair, DataError) else attempt(with_pictures, pair, pictures[1], processor)
-            for pair, pictures in zip(pairs, prepared, strict=True)]
-
-
 def expanded(row: dict, pictures: tuple[Picture, ...], tokenizer: Tokenizer, options: DataOptions) -> RowTexts:
-    texts = row_texts(row, tokenizer, options)
+    texts = row_texts(row, tokenizer, options.need_rejected)
     return texts._replace(texts=expand(texts.texts, pictures, tokenizer.pictures))
 
 
@@ -464,7 +475,7 @@ def with_pictures(pair: Pair, pictures: tuple[Picture, ...], processor: Processo
 # The store
 
 
-def keep(kept: dict, index: int, pictures: tuple[Picture, ...], directory: Path) -> None:
+def keep_pictures(kept: dict, index: int, pictures: tuple[Picture, ...], directory: Path) -> None:
     """Adds a pair's pictures to what meta.json says; those that lay in the row go to files beside it.
 
     {"files": {sha256: [path, width, height]}, "pairs": {pair: [sha256, ...]}}: content decides, not the name.
@@ -518,13 +529,6 @@ class Loader:
             if len(self.waiting) < self.limit:
                 self.begin(picture, store.directory)
 
-    def look_ahead(self, trainer) -> None:
-        """Begin to decode the pictures of the step after this one, while this one computes."""
-        step, order = trainer.step + 1, trainer.order
-        if step < trainer.total_steps:
-            trainer.forwards(trainer.train_store, trainer.pairs_of(step), trainer.args.per_device_train_batch_size)
-            trainer.order = order
-
     def collect(self, batch: Batch, store: PairStore, rows: Iterable) -> Pictures | None:
         """The pictures of a batch, each distinct one once; None where it has none."""
         per_pair = [pictures_of(store, int(i)) for i in rows]
@@ -553,8 +557,6 @@ class Loader:
         """Qwen's positions; `by_start` has the pictures of the pair that begins there in the stream."""
         if self.processor.kind != "patches":
             return None
-        from extras.qwen_vl import stream_axes
-
         merge, starts, pictures = self.processor.settings["merge_size"], {}, []
         for start, _, _, prefix_end in batch.spans.tolist():
             pictures = by_start.get(start, pictures)

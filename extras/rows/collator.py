@@ -1,7 +1,7 @@
 """Pairs as TRL's padded batch, for those who train with a loop of their own. The trainer here never pads: data.collate."""
 
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +12,10 @@ from torch.nn.utils.rnn import pad_sequence
 class DataCollatorForPreference:
     """Examples with prompt_ids, chosen_ids, rejected_ids -> input_ids, attention_mask, completion_mask, (2B, L) each.
 
-    All chosen rows, then all rejected; padded on the right, to a multiple of `pad_to_multiple_of`. What is longer than
-    `max_length` is cut first, at the end (keep_start) or the beginning (keep_end). ref_chosen_logps and
-    ref_rejected_logps come along, (B,) each, where the examples have them. TRL 1.16's example:
+    All chosen rows, then all rejected; padded on the right, to a multiple of `pad_to_multiple_of`.
+    What is longer than `max_length` is cut first, at the end (keep_start) or the beginning
+    (keep_end). ref_chosen_logps and ref_rejected_logps come along, (B,) each, where the examples
+    have them. TRL 1.16's example:
 
         >>> DataCollatorForPreference(pad_token_id=0)([
         ...     {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]},
@@ -30,14 +31,15 @@ class DataCollatorForPreference:
                 [0, 0, 0, 1, 0],
                 [0, 0, 1, 1, 0]])}
 
-    A log-prob of row i is the sum over positions t with completion_mask[i, t] = 1 of log p(input_ids[i, t] | what stands
-    before). Raises ValueError for an unknown truncation_mode, and for examples of which only some have a reference.
+    A log-prob of row i is the sum over positions t with completion_mask[i, t] = 1 of log
+    p(input_ids[i, t] | what stands before). Raises ValueError for an unknown truncation_mode, and
+    for examples of which only some have a reference.
     """
 
     pad_token_id: int
-    max_length: Optional[int] = None
+    max_length: int | None = None
     truncation_mode: str = "keep_start"
-    pad_to_multiple_of: Optional[int] = None
+    pad_to_multiple_of: int | None = None
     return_tensors: str = "pt"
 
     def __post_init__(self) -> None:

@@ -1,17 +1,17 @@
 """Which files of a data set's repository hold a split: what its README.md declares, else what their names say.
 
-The rules are those of the `datasets` package for repositories without code. Everything here works on names alone.
+The rules are those of the `datasets` package for repositories without code. Everything here works
+on names alone.
 """
 
 import importlib.util
 import re
 from pathlib import PurePosixPath
-from typing import Optional
 
 DATA_FILE = re.compile(r"\.(jsonl|json|jsonl\.gz|json\.gz|parquet)$")
 
 
-def split_files(name: str, names: list[str], card: dict, config: Optional[str], split: str) -> list[str]:
+def split_files(name: str, names: list[str], card: dict, config: str | None, split: str) -> list[str]:
     """Which of the files `names` of the data set `name` hold the split. Raises ValueError naming what there is."""
     names = sorted(n for n in names if not re.search(r"(^|/)[._]", n))
     configs = card.get("configs") or []
@@ -41,7 +41,7 @@ def check_shards(name: str, chosen: list[str]) -> None:
             raise ValueError(f"{name}: {stem} has {found} of its {int(count)} files; fetch the rest of it")
 
 
-def card_splits(name: str, names: list[str], configs: list[dict], config: Optional[str]) -> dict[str, list[str]]:
+def card_splits(name: str, names: list[str], configs: list[dict], config: str | None) -> dict[str, list[str]]:
     """{split: files} as README.md declares them for one config."""
     by_name = {str(entry.get("config_name", "default")): entry for entry in configs}
     default = next((n for n, entry in by_name.items() if entry.get("default")), "default")
@@ -71,7 +71,7 @@ def matches(name: str, pattern: str) -> bool:
     return re.fullmatch(regex, name) is not None
 
 
-def directory_splits(name: str, names: list[str], config: Optional[str]) -> dict[str, list[str]]:
+def directory_splits(name: str, names: list[str], config: str | None) -> dict[str, list[str]]:
     """{split: files} by their names, all of them or those in the directory `config`."""
     root = f"{config.strip('/')}/" if config else ""
     inside = [n for n in names if n.startswith(root)]

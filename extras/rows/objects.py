@@ -2,9 +2,9 @@
 
     DPOTrainer(model="Qwen/Qwen2.5-0.5B-Instruct", train_dataset=load_dataset(...)).train()        TRL's quick start
 
-Rows become a JSONL file in the cache, named after its content, so that they are checked, tokenized and reported as any
-file's; a transformers tokenizer becomes the directory that its own save_pretrained writes; a PEFT configuration becomes
-our flags. `docs/api.md` says what is taken.
+Rows become a JSONL file in the cache, named after its content, so that they are checked, tokenized
+and reported as any file's; a transformers tokenizer becomes the directory that its own
+save_pretrained writes; a PEFT configuration becomes our flags. `docs/api.md` says what is taken.
 """
 
 import dataclasses
@@ -14,10 +14,13 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sized
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import data
 import model as models
+from extras.lora_targets import DEFAULTS
+from extras.rows.pictures import open_tokenizer
+from parts.rows import NEEDS, DataError, find_files
 
 # Of a PEFT configuration: what says nothing about the training here, and what our flags call otherwise.
 PEFT_SILENT = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
@@ -28,7 +31,8 @@ PEFT_FLAGS = {"r": "lora_r", "target_modules": "lora_target_modules", "modules_t
 def accept(args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A copy of `args` (a DPOConfig) that names the objects `given` to the trainer, and those objects as it reads them.
 
-    `given` are the trainer's arguments by name. Raises ValueError for what cannot be trained on, with what to give instead.
+    `given` are the trainer's arguments by name. Raises ValueError for what cannot be trained on,
+    with what to give instead.
     """
     args, given = dataclasses.replace(args), {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
     for name in ("model", "ref_model"):
@@ -53,7 +57,7 @@ def accept(args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return args, given
 
 
-def cache_directory(named: Optional[str]) -> Path:
+def cache_directory(named: str | None) -> Path:
     return Path(named) if named else Path.home() / ".cache" / "dpo"
 
 
@@ -72,16 +76,17 @@ def check_dataset(name: str, dataset: Any) -> None:
     if not isinstance(dataset, Iterable):
         raise ValueError(f"{name} is a {type(dataset).__name__}; give a path, a hub id, a list of rows or a datasets.Dataset")
     if isinstance(dataset, Sized) and not len(dataset):
-        raise ValueError(f"{name} has no rows; {data.NEEDS}")
+        raise ValueError(f"{name} has no rows; {NEEDS}")
 
 
 def rows_file(rows: Iterable[Any], cache_dir: Path) -> list[Path]:
     """The rows as one JSONL file in the cache, named after its content; a list of paths is found as it is.
 
-    Line n is row n - 1. Raises DataError for a row that is no object, or holds what JSON does not (a picture, say).
+    Line n is row n - 1. Raises DataError for a row that is no object, or holds what JSON does not
+    (a picture, say).
     """
     if isinstance(rows, (list, tuple)) and all(isinstance(row, (str, Path)) for row in rows):
-        return data.find_files(list(rows))
+        return find_files(list(rows))
     cache_dir.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     with tempfile.NamedTemporaryFile("wb", dir=cache_dir, prefix="rows.part-", delete=False) as f:
@@ -102,23 +107,23 @@ def row_line(number: int, row: Any) -> bytes:
     try:
         return (json.dumps(dict(row), ensure_ascii=True) + "\n").encode()
     except (TypeError, ValueError) as error:
-        raise data.DataError(f"row {number} of the data set cannot be written as JSON ({error}); {data.NEEDS}, as text "
+        raise DataError(f"row {number} of the data set cannot be written as JSON ({error}); {NEEDS}, as text "
                              "or lists of messages (pictures as paths)") from None
 
 
-def tokenizer_of(given: Any, cache_dir: Path) -> Optional[data.Tokenizer]:
+def tokenizer_of(given: Any, cache_dir: Path) -> data.Tokenizer | None:
     """Ours as it is; of a directory; or transformers' own, by the files that its save_pretrained writes to the cache."""
     if given is None or isinstance(given, data.Tokenizer):
         return given
     if isinstance(given, (str, Path)):
-        return data.Tokenizer.load(given)
+        return open_tokenizer(given)
     if not getattr(given, "is_fast", False):
         raise ValueError(f"processing_class is a {type(given).__name__}; give a data.Tokenizer, a directory with "
                          "tokenizer.json, or a fast tokenizer of transformers")
     cache_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_dir, prefix="tokenizer.part-") as scratch:
         given.save_pretrained(scratch)
-        target = cache_dir / f"tokenizer-{data.Tokenizer.load(scratch).digest[:16]}"
+        target = cache_dir / f"tokenizer-{open_tokenizer(scratch).digest[:16]}"
         if not target.exists():
             try:
                 Path(scratch).rename(target)
@@ -127,14 +132,12 @@ def tokenizer_of(given: Any, cache_dir: Path) -> Optional[data.Tokenizer]:
                     raise
             Path(scratch).mkdir(exist_ok=True)  # for TemporaryDirectory to remove
         os.chmod(target, 0o755)
-    return data.Tokenizer.load(target)
+    return open_tokenizer(target)
 
 
 def lora_flags(config: Any, args: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """DPOConfig's fields for a PEFT LoraConfig, or a dict of its entries, and the settings that have no flag (patterns of
     ranks, layers). Raises ValueError for what is not understood."""
-    from extras.lora_targets import DEFAULTS
-
     entries = dict(config) if isinstance(config, Mapping) else {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     kind = str(entries.get("peft_type", "LORA")).rpartition(".")[2]
     if kind != "LORA":
