@@ -15,6 +15,7 @@ SAME = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
 
 def read_fields(raw: dict, max_length: int | None = None) -> dict:
     """Return the fields of ModelConfig from the content of config.json; see model.read_config."""
+    wrong = (TypeError, AttributeError, KeyError, IndexError, ArithmeticError, RuntimeError)
     try:
         if "vision_config" not in raw:
             return text_fields(raw, max_length)
@@ -22,7 +23,7 @@ def read_fields(raw: dict, max_length: int | None = None) -> dict:
         fields = text_fields(text, max_length)
         vision = vision | {"text_size": fields["hidden_size"]}
         return fields | dict(model_type=raw["model_type"], other_names=True, vision=vision)
-    except (TypeError, AttributeError, KeyError, IndexError, ArithmeticError, RuntimeError) as error:
+    except wrong as error:
         raise ValueError("config.json: a value of another type or size than expected "
                          f"({error!r:.200})") from None
 

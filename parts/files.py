@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON object. Raises ValueError naming a file that is missing, unreadable or no object."""
+    """Read a JSON object. Raises ValueError naming a file that is missing or holds none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -119,7 +119,7 @@ def yarn(rope: dict, freq: Tensor) -> Rope:
 
 
 def yarn_factor(rope: dict) -> float:
-    """Return `attention_factor` where given; else DeepSeek's ratio of `mscale`s; else the paper's."""
+    """Return `attention_factor` if given, else DeepSeek's ratio of `mscale`s, else the paper's."""
     if rope.get("attention_factor") is not None:
         return rope["attention_factor"]
     factor = lambda m: 0.1 * m * math.log(rope["factor"]) + 1 if rope["factor"] > 1 else 1.0
@@ -129,8 +129,9 @@ def yarn_factor(rope: dict) -> float:
 
 
 def longrope(rope: dict, freq: Tensor, max_length: int | None) -> Rope:
-    """Stretch each dim by its own number: `short_factor` up to the pretraining length, else `long_factor`.
+    """Stretch each dim by its own number: `short_factor` up to the pretraining length.
 
+    Beyond it, `long_factor`.
     `max_length` decides for the whole run; None is short, and longer sequences are then refused.
     """
     original = rope[ORIGINAL]

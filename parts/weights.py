@@ -67,7 +67,7 @@ def each_tensor(checkpoint: Checkpoint, layout: dict[str, Place]) -> Iterator[tu
 
 def check_tensors(checkpoint: Checkpoint, layout: dict[str, Place], parameters: dict,
                   config) -> None:
-    """Raise ValueError listing all missing, unexpected or misshaped tensors; reads headers alone."""
+    """Raise ValueError listing missing, unexpected and misshaped tensors; reads headers alone."""
     problems = []
     found = dict.fromkeys(parameters, 0)  # values of each parameter that the files have
     absent = dict(layout)
