@@ -43,6 +43,9 @@ from tqdm import tqdm
 import data
 import losses
 import model as models
+from parts.configs import check_length
+from parts.files import whole
+from parts.weights import is_plain
 
 HERE = Path(__file__).resolve().parent
 
@@ -537,7 +540,7 @@ STATS = ("entropy", "top1", "chosen_logits", "rejected_logits", "chosen_tokens",
 
 def score(model: nn.Module, batch: data.Batch, c: DPOConfig) -> tuple[Scored, Optional[Tensor]]:
     """Run the policy on a batch; also its mixture-of-experts auxiliary loss, where it has one."""
-    out = model(batch.input_ids, batch.position_ids, batch.spans, batch.score_index, batch.targets, batch.pictures)
+    out = model(batch)
     lengths = batch.lengths
     with torch.no_grad():
         per_token = (out.entropy, out.is_top1.to(out.entropy.dtype), out.mean_logits)
@@ -582,60 +585,43 @@ def fingerprint(model: nn.Module) -> str:
     return h.hexdigest()[:16]
 
 
+def find_model(name: str, ranks: Ranks | None = None, revision: str | None = None, adapter: str | None = None) -> str:
+    """The directory of a model, or of the adapter so named in it: `name` as it is, else from the hub."""
+    if not data.on_hub(name) and revision is None and adapter is None:
+        return name
+    from extras.models import opening
+
+    return opening.model_directory(name, ranks, revision, adapter)
+
+
 def tokenizer_home(directory: str, ranks: Ranks) -> str:
     """Where the tokenizer lies: PEFT's adapters may leave it with their base."""
-    settings = Path(directory) / "adapter_config.json"
-    if (Path(directory) / "tokenizer.json").exists() or not settings.exists():
+    if is_plain(directory):
         return directory
-    from extras import peft_io
+    from extras.models import opening
 
-    return peft_io.find_base(peft_io.read_settings(settings.parent), ranks)
-
-
-def find_model(name: str, ranks: Optional[Ranks] = None, revision: Optional[str] = None, adapter: Optional[str] = None) -> str:
-    """The directory of a model, or of the adapter so named in it: `name` as it is, else from the hub."""
-    if data.on_hub(name) or revision is not None:
-        from extras import hub
-
-        name = str(hub.same_model(name, revision, ranks))
-    if adapter is None:
-        return name
-    from extras.peft_io import adapter_home
-
-    return adapter_home(name, adapter)
+    return opening.tokenizer_home(directory, ranks)
 
 
-def load_policy(directory: str, dtype: torch.dtype, max_length: Optional[int] = None,
-                ranks: Optional[Ranks] = None, four_bit: Optional[dict] = None,
-                device: str = "cpu") -> tuple[models.Decoder, dict]:
-    """A model, and its LoRA's settings where `directory` is a PEFT adapter (the model is then its base with it on)."""
-    if not (Path(directory) / "adapter_config.json").exists():
-        return models.load_model(directory, dtype, device, max_length, four_bit=four_bit), {}
-    from extras import peft_io
+def load_policy(directory: str, dtype: torch.dtype, max_length: int | None = None, ranks: Ranks | None = None,
+                four_bit: dict | None = None, device: str = "cpu") -> tuple[models.Decoder, dict]:
+    """A model, and its LoRA's settings where `directory` is a PEFT adapter (the model is then its base with it active)."""
+    if four_bit is None and is_plain(directory):
+        return models.load_model(directory, dtype, device, max_length), {}
+    from extras.models import opening
 
-    settings = peft_io.read_settings(Path(directory))
-    model = models.load_model(peft_io.find_base(settings, ranks), dtype, device, max_length, four_bit=four_bit)
-    put_lora(model, settings)
-    models.load_adapter(model, directory)
-    return model.eval(), settings
-
-
-def put_lora(model: models.Decoder, settings: dict) -> None:
-    """Wrap the modules that PEFT's settings choose."""
-    from extras.lora_targets import add_lora
-
-    add_lora(model, settings)
+    return opening.load_adapted(directory, dtype, max_length, ranks, four_bit, device)
 
 
 def load_adapter(model: models.Decoder, directory: str, adapter_name: str = "default") -> models.Decoder:
-    """Load an adapter onto `model` under a name; the first is worn and trained, others can be the reference.
+    """Load an adapter onto `model` under a name; the first is active and trained, others can be the reference.
 
     As with TRL 0.18: load_adapter(model, DIR, "train"), load_adapter(model, DIR, "reference"), and then
     DPOTrainer(model, args=DPOConfig(model_adapter_name="train", ref_adapter_name="reference", ...)).
     """
-    from extras.adapters import load_named
+    from extras.models import opening
 
-    return load_named(model, directory, adapter_name)
+    return opening.load_adapter(model, directory, adapter_name)
 
 
 # The trainer
@@ -736,9 +722,9 @@ class DPOTrainer:
                 raise ValueError(f"--use_peft: {c.model_name_or_path} is an adapter already, and is trained on as it is; "
                                  "for a new one on top, merge it first (--merge_adapter)")
         elif hasattr(model, "adapters"):
-            from extras.adapters import wear_named
+            from extras.lora.adapters import activate_named
 
-            adapter = wear_named(model, c.model_adapter_name)
+            adapter = activate_named(model, c.model_adapter_name)
         self.lora, self.continues = adapter, bool(adapter)  # whether an adapter is trained on
         self.check_vocabulary(self.model)
         lora = bool(adapter or c.use_peft)
@@ -749,16 +735,17 @@ class DPOTrainer:
                              "a LoRA on them, or train the original ones")
         self.pictures = None  # decodes them in the background
         if self.model.config.vision is not None:
-            from extras import vision
+            from extras.models import opening
 
-            self.pictures = vision.make_ready(self.model, self.tokenizer, c.freeze_vision_tower)
+            self.pictures = opening.open_pictures(self.model, self.tokenizer, c.freeze_vision_tower)
         elif not c.freeze_vision_tower:
             raise ValueError("--freeze_vision_tower false: this model reads no pictures")
         if c.use_peft:
-            from extras.adapters import fresh_settings
+            from extras.lora.adapters import fresh_settings
+            from extras.lora.targets import add_lora
 
             self.lora = adapter or fresh_settings(c, settings)
-            put_lora(self.model, self.lora)
+            add_lora(self.model, self.lora)
 
     def make_ready(self) -> None:
         """The policy to its device, with what is to happen in its forward and backward."""
@@ -766,7 +753,7 @@ class DPOTrainer:
         self.model.to(self.home).train(not c.disable_dropout)
         self.model.model.gradient_checkpointing = c.gradient_checkpointing
         if c.torch_compile:
-            from extras.compiled import compile_blocks
+            from extras.decoder.compiled import compile_blocks
 
             compile_blocks(self.model)
         moe = self.model.config.moe
@@ -821,7 +808,7 @@ class DPOTrainer:
         if not len(self.train_pairs):
             raise ValueError(f"{c.dataset_name}: no pair is left to train on; lower --eval_fraction")
         for store in filter(None, (self.train_store, self.eval_store)):
-            models.check_length(self.model.config, longest(store))
+            check_length(self.model.config, longest(store))
         if set(c.loss_type) & losses.READS_RATINGS:
             from extras import ratings
 
@@ -882,7 +869,7 @@ class DPOTrainer:
             return
         other = c.ref_model_name_or_path or c.ref_adapter_name  # than the policy as it starts
         if ref_model is None and self.lora:
-            from extras import adapters
+            from extras.lora import adapters
 
             self.ref_adapter = adapters.reference_of(self)
         elif ref_model is None and other:
@@ -896,7 +883,7 @@ class DPOTrainer:
             raise ValueError("--ref_model_dtype and --ref_model_device: the reference is no model of its own here, so there is "
                              "nothing to hold (--no_precompute_ref_log_probs keeps a copy, where all weights are trained)")
         if c.sync_ref_model and self.lora:
-            from extras import adapters
+            from extras.lora import adapters
 
             self.ref_adapter = adapters.moving_reference(self)
 
@@ -915,16 +902,16 @@ class DPOTrainer:
             return nullcontext(self.ref_model or self.model)
         if not self.ref_adapter:
             return models.adapters_disabled(self.model)
-        from extras.adapters import wearing
+        from extras.lora.adapters import swapped_in
 
-        return wearing(self.model, self.ref_adapter)
+        return swapped_in(self.model, self.ref_adapter)
 
     def ref_forward(self, batch: data.Batch) -> Tensor:  # (B, 2, 2)
         """The reference's sums."""
         with torch.no_grad(), self.reference() as model, evaluating(model):
             there = batch.to(next(model.parameters()).device)
             with torch.autocast(there.input_ids.device.type, self.half, enabled=self.bf16 or self.args.fp16):
-                out = model(there.input_ids, there.position_ids, there.spans, there.score_index, there.targets, there.pictures)
+                out = model(there)
             return split_sums(out.logps, there.lengths).to(batch.input_ids.device)
 
     def precompute_ref(self) -> None:
@@ -992,7 +979,7 @@ class DPOTrainer:
     def sync_ref(self) -> None:
         """TR-DPO (arXiv:2404.09656): ref <- alpha policy + (1 - alpha) ref."""
         if self.lora:
-            from extras.adapters import move_towards
+            from extras.lora.adapters import move_towards
 
             return move_towards(self.ref_adapter, models.lora_modules(self.model), self.args.ref_model_mixup_alpha)
         with torch.no_grad():
@@ -1133,7 +1120,7 @@ class DPOTrainer:
             from extras import faults
 
             faults.unscale(self)
-        norm = models.whole(nn.utils.clip_grad_norm_(self.trainable, c.max_grad_norm or math.inf))
+        norm = whole(nn.utils.clip_grad_norm_(self.trainable, c.max_grad_norm or math.inf))
         sums = torch.cat([sums, torch.tensor([tokens, self.signal > 0], dtype=torch.float64, device=sums.device)])
         *sums, tokens, told = self.ranks.sum(sums).tolist()
         self.leaving = told > 0
@@ -1319,9 +1306,13 @@ class DPOTrainer:
 
     def write_model(self, model: models.Decoder, directory: Path, merges: bool = False) -> None:
         if merges:
-            models.merge_lora(model)
+            from extras.lora.merging import merge_lora
+
+            merge_lora(model)
         if self.lora and not merges:
-            models.save_adapter(model, directory, self.lora)
+            from extras.lora.peft_files import save_adapter
+
+            save_adapter(model, directory, self.lora)
         else:
             models.save_model(model, directory)
         self.tokenizer.save(directory)

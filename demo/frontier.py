@@ -30,7 +30,7 @@ import model as models
 from data import Tokenizer
 from demo.show import score
 from extras.chart import COLOURS, Line, legend, panel, picture
-from extras.generate import Sampling, complete
+from extras.decoder.generate import Sampling, complete
 
 DEMO = Path(__file__).resolve().parent
 DOCS = DEMO.parent / "docs"

@@ -23,8 +23,8 @@ from itertools import islice, zip_longest
 from typing import Optional
 
 from data import DataError, find_files, parse_turns, read_rows, split_row
-from extras.generate import Cache, complete, generate
-from extras.speaker import Speaker, decode, encode_prompt, load, pieces
+from extras.decoder.generate import Cache, complete, generate
+from extras.models.speaker import Speaker, decode, encode_prompt, load, pieces
 
 
 def answer(speaker: Speaker, prompt: list[int], show: bool, cache: Optional[Cache] = None, turn: int = 0) -> str:

@@ -25,6 +25,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import model as models
+from extras.lora.peft_files import load_adapter
+from extras.models.opening import load_model
+from parts.files import open_safetensors, read_json, whole, write_json
 
 STATE = "trainer_state.json"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
@@ -105,7 +108,7 @@ def in_directory(output_dir: Path) -> list[Path]:
 
 def read_state(directory: Path) -> dict:
     """trainer_state.json of a whole checkpoint; ValueError names the first file that is not what was written."""
-    state = models.read_json(directory / STATE)
+    state = read_json(directory / STATE)
     if state.pop("sha256", None) != digest_of(state):
         raise ValueError(f"{directory / STATE}: its checksum differs")
     missing = [name for name in state["files"] if not (directory / name).is_file()]
@@ -159,7 +162,7 @@ def differences(trainer, run: dict) -> list[str]:
 def check_moments(directory: Path, trainer) -> None:
     """Raise ValueError where the optimizer's tensors are not those of this run's parameters (--force_resume)."""
     path = directory / "optimizer.safetensors"
-    opened = models.open_safetensors(path)
+    opened = open_safetensors(path)
     found = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
     wanted = {f"{name}.{key}": tuple(p.shape) if key != "step" else () for name, p in trainer.model.named_parameters()
               if p.requires_grad for key in MOMENTS}
@@ -181,7 +184,7 @@ def save(trainer) -> None:
     for name, p in zip(trainer.trainable_names, trainer.trainable):
         state = trainer.optimizer.state[p] or no_moments(p)
         for key in MOMENTS:
-            tensor = models.whole(state[key])
+            tensor = whole(state[key])
             if trainer.ranks.first:
                 moments[f"{name}.{key}"] = tensor.cpu()
     trainer.ranks.from_first(partial(write, trainer, model, ref_model, moments))
@@ -208,7 +211,7 @@ def write(trainer, model: models.Decoder, ref_model: Optional[models.Decoder], m
         if ref_model is not None:
             models.save_model(ref_model, scratch / "ref_model")
         elif trainer.args.sync_ref_model:
-            from extras.adapters import adapter_state
+            from extras.lora.adapters import adapter_state
 
             save_file(adapter_state(trainer.ref_adapter), scratch / "ref_adapter.safetensors")
         save_file(moments, scratch / "optimizer.safetensors")
@@ -235,7 +238,7 @@ def finish(trainer, scratch: Path) -> None:
              "pending": trainer.pending, "delta_sum": trainer.delta_sum, "delta_count": trainer.delta_count,
              "best": trainer.best, "scaling": trainer.scaling, "skipped": trainer.skipped, "run": of_run(trainer),
              "files": hash_files(scratch, names)}
-    models.write_json(scratch / STATE, state | {"sha256": digest_of(json.loads(json.dumps(state)))})
+    write_json(scratch / STATE, state | {"sha256": digest_of(json.loads(json.dumps(state)))})
     for path in [*scratch.rglob("*"), scratch]:
         sync(path)
 
@@ -286,7 +289,7 @@ def read_weights(trainer, directory: Path) -> None:
     model, ref_model = whole_models(trainer)
     if trainer.ranks.first:
         if trainer.lora:
-            models.load_adapter(model, directory)
+            load_adapter(model, directory)
         else:
             copy_weights(directory, model)
         if ref_model is not None:
@@ -296,7 +299,7 @@ def read_weights(trainer, directory: Path) -> None:
             if p.requires_grad or read is ref_model:
                 from_first(trainer, ours.get_parameter(name), p)
     if trainer.args.sync_ref_model and trainer.lora:
-        from extras.adapters import adapter_state, load_adapter_state
+        from extras.lora.adapters import adapter_state, load_adapter_state
 
         if trainer.ranks.first:
             load_adapter_state(trainer.ref_adapter, directory / "ref_adapter.safetensors")
@@ -306,7 +309,7 @@ def read_weights(trainer, directory: Path) -> None:
 
 def copy_weights(directory: Path, model: models.Decoder) -> None:
     """Overwrite `model` with the checkpoint's weights, keeping type and device."""
-    loaded = models.load_model(directory, next(model.parameters()).dtype)
+    loaded = load_model(directory, next(model.parameters()).dtype)
     model.load_state_dict(loaded.state_dict())
 
 

@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 
-from model import Decoder, whole
+from model import Decoder
+from parts.files import whole
 
 WORDS = {"true", "full_shard", "shard_grad_op", "auto_wrap", "offload"}  # transformers' words
 

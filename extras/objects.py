@@ -133,7 +133,7 @@ def tokenizer_of(given: Any, cache_dir: Path) -> Optional[data.Tokenizer]:
 def lora_flags(config: Any, args: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """DPOConfig's fields for a PEFT LoraConfig, or a dict of its entries, and the settings that have no flag (patterns of
     ranks, layers). Raises ValueError for what is not understood."""
-    from extras.lora_targets import DEFAULTS
+    from extras.lora.targets import DEFAULTS
 
     entries = dict(config) if isinstance(config, Mapping) else {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     kind = str(entries.get("peft_type", "LORA")).rpartition(".")[2]

@@ -38,7 +38,7 @@ from data import (
     read_json,
     row_texts,
 )
-from extras.vision import Pictures
+from extras.decoder.in_stream import Pictures, stream_axes
 
 MAX_PIXELS = 89_478_485  # pillow's bound for what may be a decompression bomb
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's
@@ -553,8 +553,6 @@ class Loader:
         """Qwen's positions; `by_start` has the pictures of the pair that begins there in the stream."""
         if self.processor.kind != "patches":
             return None
-        from extras.qwen_vl import stream_axes
-
         merge, starts, pictures = self.processor.settings["merge_size"], {}, []
         for start, _, _, prefix_end in batch.spans.tolist():
             pictures = by_start.get(start, pictures)

@@ -10,7 +10,8 @@ from itertools import islice
 import torch
 
 import model as models
-from extras.generate import Sampling, complete
+from extras.decoder.generate import Sampling, complete
+from parts.configs import check_length
 
 PROMPTS = 8  # of which SHOWN are printed
 SHOWN = 2
@@ -56,9 +57,9 @@ def room(config: models.ModelConfig, longest: int) -> int:
     """New tokens behind the longest prompt, fewer than MAX_NEW_TOKENS where the model's positions end."""
     for new in range(MAX_NEW_TOKENS, 1, -1):
         with contextlib.suppress(ValueError):
-            models.check_length(config, longest + new)
+            check_length(config, longest + new)
             return new
-    models.check_length(config, longest + 1)
+    check_length(config, longest + 1)
     return 1
 
 

@@ -42,6 +42,21 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     return Checkpoint(directory, files, raw, generation_config)
 
 
+def is_plain(directory: str | Path) -> bool:
+    """Tell whether model.load_model opens it: no adapter, not quantized, reads text alone.
+
+    What cannot be read counts as plain: load_model says what is wrong with it.
+    """
+    directory = Path(directory)
+    if (directory / "adapter_config.json").exists():
+        return False
+    try:
+        raw = read_json(directory / "config.json")
+    except ValueError:
+        return True
+    return not raw.get("quantization_config") and "vision_config" not in raw
+
+
 def read_index(index: Path) -> dict[str, str]:
     """Return {tensor: file} of a sharded checkpoint, all of whose files are there."""
     files = read_json(index).get("weight_map")
