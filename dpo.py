@@ -43,8 +43,8 @@ from tqdm import tqdm
 import data
 import losses
 import model as models
+from parts import files
 from parts.configs import check_length
-from parts.files import whole
 from parts.weights import is_plain
 
 HERE = Path(__file__).resolve().parent
@@ -1120,7 +1120,7 @@ class DPOTrainer:
             from extras import faults
 
             faults.unscale(self)
-        norm = whole(nn.utils.clip_grad_norm_(self.trainable, c.max_grad_norm or math.inf))
+        norm = files.whole(nn.utils.clip_grad_norm_(self.trainable, c.max_grad_norm or math.inf))
         sums = torch.cat([sums, torch.tensor([tokens, self.signal > 0], dtype=torch.float64, device=sums.device)])
         *sums, tokens, told = self.ranks.sum(sums).tolist()
         self.leaving = told > 0

@@ -27,8 +27,8 @@ class ChunkedLogps(torch.autograd.Function):
         terms = list(zip(tensors[0::2], tensors[1::2]))
         out = []
         for rows in chunks(targets, len(terms[0][1]), budget):
-            logits = chunk_logits(terms, rows, softcap)
-            for logits, at in few_rows(budget, logits, targets[rows]):
+            chunk = chunk_logits(terms, rows, softcap)  # (n, V)
+            for logits, at in few_rows(budget, chunk, targets[rows]):
                 out.append(score_rows(logits.to(wide), at))
         out = [torch.cat(column) for column in zip(*out)]
         ctx.mark_non_differentiable(*out[1:])

@@ -15,6 +15,7 @@ import data
 import dpo
 import losses
 import model as models
+from extras.models.opening import load_adapted
 
 COMMON = dict(dtype="float64", bf16=False, use_cpu=True, learning_rate=3e-3, num_train_epochs=1.0, logging_steps=1,
               save_strategy="no", disable_tqdm=True, per_device_train_batch_size=8)
@@ -439,7 +440,7 @@ def test_a_merged_adapter_is_the_adapted_model(run, tmp_path, tiny):
     options = dict(use_peft=True, lora_r=4, lora_target_modules=["all-linear"], use_rslora=True, learning_rate=1e-2)
     run("adapter", **options)
     run("merged", merge_adapter=True, **options)
-    adapted, _ = dpo.load_policy(tmp_path / "adapter", torch.float64)
+    adapted, _ = load_adapted(tmp_path / "adapter", torch.float64)
     merged = models.load_model(tmp_path / "merged", torch.float64)
     ids = torch.arange(3, 15)
     inputs = (ids, torch.arange(12), torch.tensor([[0, 12, 0, 0]]))
@@ -459,7 +460,7 @@ def test_adapters_load_in_peft(run, tmp_path, tiny):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     run("a", use_peft=True, lora_r=4, use_rslora=True, lora_target_modules=["all-linear"], dtype="float32", learning_rate=1e-2)
     theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "a")
-    ours, _ = dpo.load_policy(tmp_path / "a", torch.float32)
+    ours, _ = load_adapted(tmp_path / "a", torch.float32)
     ids = torch.arange(3, 15)
     with torch.no_grad():
         logits = ours.logits(ids, torch.arange(12), torch.tensor([[0, 12, 0, 0]]))
@@ -553,6 +554,7 @@ def test_the_core_trains_with_extras_deleted(tiny, pairs_file, tmp_path):
 
     for name in ("losses.py", "data.py", "model.py", "dpo.py"):
         shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "parts", tmp_path / "parts")
     done = subprocess.run([sys.executable, str(tmp_path / "dpo.py"), "--model_name_or_path", tiny, "--dataset_name", pairs_file,
                            "--output_dir", tmp_path / "out", "--cache_dir", tmp_path / "c", "--use_cpu", "--max_steps", "2",
                            "--save_strategy", "no"], capture_output=True, text=True)

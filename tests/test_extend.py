@@ -23,7 +23,8 @@ def changed(tmp_path):
         place.mkdir()
         for name in ("losses.py", "data.py", "model.py", "dpo.py"):
             shutil.copy(ROOT / name, place)
-        shutil.copytree(ROOT / "extras", place / "extras", ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("parts", "extras"):
+            shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
         done = subprocess.run(["git", "apply", "-"], input=diff, cwd=place, capture_output=True, text=True,
                               env=os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path)})
         assert done.returncode == 0, done.stderr

@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from extras.lora import kinds
-from extras.models.nf4 import (
-    Experts4bit, Linear4bit, dequantize_linears, requantize, wide_module)
+from extras.models.nf4 import Experts4bit, Linear4bit, dequantize_linears, requantize, wide_module
 from model import lora_modules, replace_module
 from parts.names import Place
 
