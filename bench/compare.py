@@ -131,7 +131,9 @@ def count_work(args, pairs: Path, cache: Path) -> dict:
 
     options = data.DataOptions(args.max_length, None, None, "keep_start", need_rejected=True)
     store = data.build_store([pairs], data.Tokenizer.load(args.model), options, cache)
-    config = model.read_config(model.read_json(Path(args.model) / "config.json"))
+    from parts.files import read_json
+
+    config = model.read_config(read_json(Path(args.model) / "config.json"))
     with torch.device("meta"):
         blocks = sum(p.numel() for p in model.Decoder(config).model.layers.parameters() if p.dim() == 2)
     batches = [data.collate([store[i]]) for i in range(len(store))]

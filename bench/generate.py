@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import model as models  # noqa: E402
 from data import Tokenizer  # noqa: E402
-from extras.generate import Sampling, complete  # noqa: E402
+from extras.decoder.generate import Sampling, complete  # noqa: E402
 
 PROMPTS = [
     "Once upon a time, in a village by the sea,",

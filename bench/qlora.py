@@ -23,14 +23,15 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 import dpo
+from extras.models import opening
 private = lambda: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon"))
 settings = dict(nested="nested" in sys.argv[3]) if "nf4" in sys.argv[3] else None
 if settings:
-    from extras import nf4
+    from extras.models import nf4
     nf4.quantize(torch.ones(64, 64), nested=True)  # what the first call brings is not the model's
 before = private()
 print("loading", before, flush=True)
-model = dpo.models.load_model(sys.argv[2], torch.bfloat16, four_bit=settings)
+model = opening.load_model(sys.argv[2], torch.bfloat16, four_bit=settings)
 print(private() - before)
 """
 

@@ -29,7 +29,7 @@ import dpo
 import model as models
 from data import Tokenizer
 from demo.show import score
-from extras.generate import Sampling, complete
+from extras.decoder.generate import Sampling, complete
 from extras.watch.chart import COLOURS, Line, legend, panel, picture
 
 DEMO = Path(__file__).resolve().parent

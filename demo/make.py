@@ -26,6 +26,7 @@ import dpo
 import model as models
 from data import Tokenizer
 from demo.show import OPINIONS, answers, score
+from parts.files import write_json
 
 DEMO = Path(__file__).resolve().parent
 SEED = 2305
@@ -143,7 +144,7 @@ def train_tokenizer(texts: list[str], directory: Path) -> None:
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
     backend.train_from_iterator(texts, trainer)
     backend.save(str(directory / "tokenizer.json"))
-    models.write_json(directory / "tokenizer_config.json", {
+    write_json(directory / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "clean_up_tokenization_spaces": False,
         "model_max_length": LLAMA["max_position_embeddings"]})
 

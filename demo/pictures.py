@@ -19,6 +19,8 @@ import tokenizers  # noqa: E402
 import torch  # noqa: E402
 
 import model as models  # noqa: E402
+from extras.models.opening import build  # noqa: E402
+from parts.files import write_json  # noqa: E402
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (240, 210, 50), "purple": (150, 60, 180),
            "black": (20, 20, 20)}
@@ -73,7 +75,7 @@ def write_tokenizer(folder: Path) -> dict[str, int]:
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     backend.add_special_tokens(words[:4])
     backend.save(str(folder / "tokenizer.json"))
-    models.write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>",
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>",
                                                          "eos_token": "</s>", "unk_token": "<unk>"})
     return vocabulary
 
@@ -89,13 +91,13 @@ def write_model(folder: Path) -> None:
     raw = dict(architectures=["LlavaForConditionalGeneration"], model_type="llava", image_token_index=vocabulary["<image>"],
                text_config=text, vision_config=tower, tie_word_embeddings=False)
     torch.manual_seed(0)
-    model = models.Decoder(models.read_config(raw))
+    model = build(models.read_config(raw))
     model.raw_config = raw
     models.save_model(model, folder)
-    models.write_json(folder / "processor_config.json", dict(
+    write_json(folder / "processor_config.json", dict(
         processor_class="LlavaProcessor", image_token="<image>", patch_size=PATCH, num_additional_image_tokens=1,
         vision_feature_select_strategy="default"))
-    models.write_json(folder / "preprocessor_config.json", dict(
+    write_json(folder / "preprocessor_config.json", dict(
         image_processor_type="CLIPImageProcessor", size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE},
         image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=3))
 

@@ -22,11 +22,9 @@ from collections.abc import Iterator
 from itertools import islice, zip_longest
 from typing import Optional
 
-from extras.generate import Cache, complete, generate
+from extras.decoder.generate import Cache, complete, generate
+from extras.models.speaker import Speaker, decode, encode_prompt, load, pieces
 from extras.rows.prompts import read_prompts
-from extras.speaker import Speaker, decode, encode_prompt, load, pieces
-from parts.rows import DataError, find_files, read_rows
-from parts.turns import parse_turns, split_row
 
 
 def answer(speaker: Speaker, prompt: list[int], show: bool, cache: Optional[Cache] = None, turn: int = 0) -> str:

@@ -14,28 +14,27 @@ from pathlib import Path
 
 import torch
 
-import dpo
-import model as models
+from extras.lora.merging import merge_4bit, merge_lora
+from extras.models.opening import load_adapted, model_directory, tokenizer_home
 from extras.rows.pictures import open_tokenizer
+from model import Decoder, save_model
 
 
 def merge(adapter: str, out: Path, dtype: torch.dtype = torch.float32, four_bit: dict | None = None,
-          again: bool = False) -> models.Decoder:
+          again: bool = False) -> Decoder:
     """The merged model, also written to `out` with its tokenizer. Raises ValueError where there is nothing to merge."""
-    directory = dpo.find_model(adapter)
-    tokenizer = open_tokenizer(dpo.tokenizer_home(directory, None))
-    model, settings = dpo.load_policy(directory, dtype, four_bit=four_bit)
+    directory = model_directory(adapter)
+    tokenizer = open_tokenizer(tokenizer_home(directory))
+    model, settings = load_adapted(directory, dtype, four_bit=four_bit)
     if not settings:
         raise ValueError(f"{adapter}: no adapter (no adapter_config.json), there is nothing to merge")
     if again and not model.four_bit:
         raise ValueError("--again: the base is not in 4 bits; give --load_in_4bit")
     if again:
-        from extras.nf4 import merge_4bit
-
         merge_4bit(model, again=True)
     else:
-        models.merge_lora(model)
-    models.save_model(model, out)
+        merge_lora(model)
+    save_model(model, out)
     tokenizer.save(out)
     return model
 

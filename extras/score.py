@@ -58,7 +58,7 @@ def settings_of(args: argparse.Namespace) -> dict:
     run = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     ref = args.ref or run.get("ref_model_name_or_path") or run.get("model_name_or_path")
     if ref is None and (Path(args.model) / "adapter_config.json").is_file():
-        from extras.peft_io import read_settings
+        from extras.lora.peft_files import read_settings
 
         ref = read_settings(Path(args.model))["base_model_name_or_path"]
     if ref is None:

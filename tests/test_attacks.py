@@ -9,6 +9,7 @@ from conftest import make_rows, read_metrics
 from safetensors.torch import load_file, save_file
 
 import dpo
+from extras.models.opening import load_adapted
 
 
 @pytest.fixture
@@ -142,7 +143,7 @@ def test_a_whole_model_saved_over_an_adapter_or_shards_is_what_is_read_back(flag
                  "model_of_mine.safetensors"):
         (out / name).write_text("of an earlier run")
     assert dpo.main([*flags, "--max_steps", "1"]) == 0
-    model, settings = dpo.load_policy(str(out), torch.float32)
+    model, settings = load_adapted(str(out), torch.float32)
     assert not settings and (out / "model_of_mine.safetensors").exists()
     saved = load_file(out / "model.safetensors")
     assert all(torch.equal(saved[name], p) for name, p in model.named_parameters())

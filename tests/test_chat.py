@@ -14,11 +14,15 @@ from collections import Counter
 import pytest
 import torch
 from conftest import ROOT
+from test_model import put_lora
 
 import data
 import model as models
-from extras import chat, generate, speaker
-from extras.generate import Cache, Sampling, complete
+from extras import chat
+from extras.decoder import generate
+from extras.decoder.generate import Cache, Sampling, complete
+from extras.lora.peft_files import save_adapter
+from extras.models import speaker
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=40)
 CHATML = ("{% for m in messages %}{{ '<s> ' + m['role'] + ' ' + m['content'] + ' </s> ' }}{% endfor %}"
@@ -137,7 +141,7 @@ def test_kept_keys_and_values_give_the_logits_of_the_whole(name, tmp_path):
 
 
 def test_one_query_of_soft_capped_attention_sees_every_key():
-    from extras.softcap import softcapped_attention
+    from extras.decoder.softcap import softcapped_attention
 
     torch.manual_seed(0)
     q, k, v = torch.randn(4, 2, 8), torch.randn(4, 1, 8), torch.randn(4, 1, 8)
@@ -300,11 +304,11 @@ def options(*argv):
 
 def test_an_adapter_is_loaded_on_its_base(chatty, tmp_path):
     ours = models.load_model(chatty)
-    models.add_lora(ours, 4, 8, 0.1, ["q_proj", "lm_head"])
+    put_lora(ours, 4, 8, 0.1, ["q_proj", "lm_head"])
     with torch.no_grad():
         for name, p in ours.named_parameters():
             p += torch.randn_like(p) if "lora_B" in name else 0
-    models.save_adapter(ours, tmp_path / "adapter", dict(r=4, lora_alpha=8, lora_dropout=0.1,
+    save_adapter(ours, tmp_path / "adapter", dict(r=4, lora_alpha=8, lora_dropout=0.1,
                                                          base_model_name_or_path=str(chatty)))
     loaded, base = (speaker.load(str(d), options(d)) for d in (tmp_path / "adapter", chatty))
     expected = complete(ours.eval(), [[1, 5, 9]], GREEDY)

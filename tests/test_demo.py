@@ -104,7 +104,7 @@ def test_pairs_are_as_likely_to_the_base_as_its_own_samples(base):
     model, tokenizer = base
     pairs = [tokenize_pair(row, tokenizer, DataOptions()) for row in read_rows("eval.jsonl")]
     batch = collate(pairs)
-    out = model(batch.input_ids, batch.position_ids, batch.spans, batch.score_index, batch.targets)
+    out = model(batch)
     assert len(out.logps) > 5000
     assert abs(float(-out.logps.mean() / out.entropy.mean()) - 1) < 0.1
 

@@ -15,6 +15,7 @@ import data
 import dpo
 import losses
 import model as models
+from extras.models.opening import load_adapted
 from parts.rows import find_files
 
 COMMON = dict(dtype="float64", bf16=False, use_cpu=True, learning_rate=3e-3, num_train_epochs=1.0, logging_steps=1,
@@ -440,7 +441,7 @@ def test_a_merged_adapter_is_the_adapted_model(run, tmp_path, tiny):
     options = dict(use_peft=True, lora_r=4, lora_target_modules=["all-linear"], use_rslora=True, learning_rate=1e-2)
     run("adapter", **options)
     run("merged", merge_adapter=True, **options)
-    adapted, _ = dpo.load_policy(tmp_path / "adapter", torch.float64)
+    adapted, _ = load_adapted(tmp_path / "adapter", torch.float64)
     merged = models.load_model(tmp_path / "merged", torch.float64)
     ids = torch.arange(3, 15)
     inputs = (ids, torch.arange(12), torch.tensor([[0, 12, 0, 0]]))
@@ -460,7 +461,7 @@ def test_adapters_load_in_peft(run, tmp_path, tiny):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     run("a", use_peft=True, lora_r=4, use_rslora=True, lora_target_modules=["all-linear"], dtype="float32", learning_rate=1e-2)
     theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "a")
-    ours, _ = dpo.load_policy(tmp_path / "a", torch.float32)
+    ours, _ = load_adapted(tmp_path / "a", torch.float32)
     ids = torch.arange(3, 15)
     with torch.no_grad():
         logits = ours.logits(ids, torch.arange(12), torch.tensor([[0, 12, 0, 0]]))

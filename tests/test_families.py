@@ -15,6 +15,7 @@ from test_model import (
     gradients,
     make,
     padded,
+    put_lora,
     random_pairs,
     randomize_lora,
     stream,
@@ -22,6 +23,11 @@ from test_model import (
 )
 
 import model as models
+from extras.lora.peft_files import load_adapter, save_adapter
+from extras.models.opening import build
+from parts.configs import check_length
+from parts.families import Family
+from parts.names import find_places
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 transformers.logging.set_verbosity_error()
@@ -168,7 +174,7 @@ def test_gradients_equal_transformers(case):
     weights = torch.randn(len(batch[4]))
     log_p = their_logits(theirs)[0].log_softmax(-1).gather(-1, batch[4][:, None])[:, 0]
     expected = their_gradients(theirs, (log_p * weights).sum(), ours.layout)
-    got = in_files(ours, gradients(ours, (ours(*batch).logps * weights).sum()))
+    got = in_files(ours, gradients(ours, (ours(models.Stream(*batch)).logps * weights).sum()))
     assert got.keys() == expected.keys()
     for n, g in expected.items():
         assert (got[n] - g).norm() <= 1e-4 * g.norm() + 1e-6, n
@@ -182,7 +188,7 @@ def test_bf16_autocast_is_as_near_to_float32_as_transformers_is(case):
         exact = their_logits(theirs)[0]
         with torch.autocast("cpu", torch.bfloat16):
             peer, own = their_logits(theirs)[0].float(), our_logits(ours).float()
-            logps = ours(*stream(PAIRS)).logps
+            logps = ours(models.Stream(*stream(PAIRS))).logps
     assert_as_near(own, peer, exact, name)
     dense = own.log_softmax(-1).gather(-1, stream(PAIRS)[4][:, None])[:, 0]
     assert (logps - dense).abs().max() < 0.2 and logps.dtype == torch.float32
@@ -252,7 +258,7 @@ def test_stream_equals_unshared_and_checkpointed(case):
     weights = torch.randn(len(stream(PAIRS)[4]), dtype=torch.float64)
 
     def run(shared):
-        logps = model(*stream(PAIRS, shared)).logps
+        logps = model(models.Stream(*stream(PAIRS, shared))).logps
         return logps, gradients(model, (logps * weights).sum())
 
     expected, expected_gradients = run(False)
@@ -398,10 +404,10 @@ def test_lengths_that_the_positions_do_not_reach_are_refused():
         return models.read_config(random_model(name).config.to_dict(), max_length)
 
     for name, limit in {"phi3 longrope": 32, "gpt2": 64, "llama dynamic": 64}.items():
-        models.check_length(config(name), limit)
+        check_length(config(name), limit)
         with pytest.raises(ValueError, match=f"a sequence of {limit + 1} tokens"):
-            models.check_length(config(name), limit + 1)
-    models.check_length(config("phi3 longrope", max_length=33), 10**6)
+            check_length(config(name), limit + 1)
+    check_length(config("phi3 longrope", max_length=33), 10**6)
 
 
 def test_the_pretraining_length_beside_the_rope_keys_wins_over_theirs():
@@ -429,8 +435,8 @@ def test_real_index_files_name_every_parameter_or_are_refused(name, shared):
         return
     config = models.read_config(raw)
     with torch.device("meta"):
-        parameters = dict(models.Decoder(config).named_parameters())
-    places = models.find_places(names, config)
+        parameters = dict(build(config).named_parameters())
+    places = find_places(names, config)
     assert places.keys() == names.keys()
     assert {p.name for p in places.values()} == parameters.keys()
     covered = dict.fromkeys(parameters, 0)
@@ -442,7 +448,7 @@ def test_real_index_files_name_every_parameter_or_are_refused(name, shared):
 def test_quantized_names_are_refused_even_where_the_config_is_silent(shared):
     names = json.loads(lzma.open(shared / "index/llama3.1-8b/model.safetensors.index.json.xz").read())["weight_map"]
     with pytest.raises(ValueError, match="quantized .it has model.layers.0.*SCB"):
-        models.find_places(names, models.read_config(LLAMA))
+        find_places(names, models.read_config(LLAMA))
 
 
 # 3. Experts
@@ -459,7 +465,7 @@ def test_auxiliary_loss_equals_transformers_on_padded_pairs(sparse):
     for checkpointing in (False, True):
         ours.model.gradient_checkpointing = checkpointing
         for shared in (True, False):
-            aux = ours(*stream(PAIRS, shared)).aux_loss
+            aux = ours(models.Stream(*stream(PAIRS, shared))).aux_loss
             assert aux.shape == () and abs(aux.item() - expected.item()) < 1e-5
             got = in_files(ours, gradients(ours, aux))
             for n, g in expected_gradients.items():
@@ -477,7 +483,7 @@ def test_router_gradients_of_log_probs_and_auxiliary_loss_together(sparse):
     coefficient = ours.config.moe["router_aux_loss_coef"]
     assert coefficient == theirs.config.router_aux_loss_coef
     expected = their_gradients(theirs, log_p.mean() + 10 * coefficient * out.aux_loss, ours.layout)
-    got = ours(*batch)
+    got = ours(models.Stream(*batch))
     got = in_files(ours, gradients(ours, got.logps.mean() + 10 * coefficient * got.aux_loss))
     for n in expected:
         if n.endswith(".gate.weight"):
@@ -485,7 +491,7 @@ def test_router_gradients_of_log_probs_and_auxiliary_loss_together(sparse):
 
 
 def test_a_token_weighs_as_many_as_the_sequences_that_hold_it():
-    from extras.moe import token_weights
+    from extras.decoder.moe import token_weights
 
     _, _, spans, *_ = stream([([1, 2, 3], [4], [5, 6]), ([7], [8])])
     assert token_weights(spans).tolist() == [2, 2, 2, 1, 1, 1, 1, 1]
@@ -500,7 +506,7 @@ def test_a_coefficient_that_the_file_leaves_out_is_the_familys(sparse):
 
 
 def test_dense_models_have_no_auxiliary_loss():
-    assert make(CORE["llama"])(*stream(PAIRS)).aux_loss is None
+    assert make(CORE["llama"])(models.Stream(*stream(PAIRS))).aux_loss is None
 
 
 def test_fused_and_single_expert_files_are_one_model(sparse, tmp_path):
@@ -536,7 +542,7 @@ def test_a_missing_expert_is_named(sparse, tmp_path):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_grouped_linear_gives_every_row_its_own_expert(counts, dtype, tolerance):
     """bfloat16 goes through `grouped_mm`, the others through the loop; experts without a token included."""
-    from extras.moe import grouped_linear
+    from extras.decoder.moe import grouped_linear
 
     torch.manual_seed(0)
     x, w = torch.randn(9, 16, dtype=dtype, requires_grad=True), torch.randn(4, 8, 16, dtype=dtype, requires_grad=True)
@@ -551,7 +557,7 @@ def test_grouped_linear_gives_every_row_its_own_expert(counts, dtype, tolerance)
 
 
 def test_no_expert_sees_a_token_that_was_not_sent_to_it(sparse):
-    from extras.moe import SparseMLP
+    from extras.decoder.moe import SparseMLP
 
     ours = models.load_model(sparse[2])
     layer = next(m for m in ours.modules() if isinstance(m, SparseMLP))
@@ -566,7 +572,7 @@ def test_lora_targets_that_are_experts_are_told_how_to_name_them(sparse):
     ours = models.load_model(sparse[2])
     for target in ("experts", "gate_up_proj"):
         with pytest.raises(ValueError, match=f"--lora_target_modules {target}: .*experts and routers: --lora_target_parameters"):
-            models.add_lora(ours, 2, 4, 0.0, [target])
+            put_lora(ours, 2, 4, 0.0, [target])
 
 
 # Files with other names
@@ -629,9 +635,9 @@ def test_adapters_carry_the_names_of_the_familys_own_modules(name, targets, tmp_
     peft = pytest.importorskip("peft", reason="needs peft")
     random_model(name).save_pretrained(tmp_path / "base")
     ours = models.load_model(tmp_path / "base")
-    models.add_lora(ours, 4, 8, 0.0, targets)
+    put_lora(ours, 4, 8, 0.0, targets)
     randomize_lora(ours)
-    models.save_adapter(ours, tmp_path / "a", dict(r=4, lora_alpha=8, lora_dropout=0.0, base_model_name_or_path="base"))
+    save_adapter(ours, tmp_path / "a", dict(r=4, lora_alpha=8, lora_dropout=0.0, base_model_name_or_path="base"))
     load = lambda: transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     theirs = peft.PeftModel.from_pretrained(load(), tmp_path / "a").eval()
     with torch.no_grad():
@@ -640,7 +646,7 @@ def test_adapters_carry_the_names_of_the_familys_own_modules(name, targets, tmp_
         theirs = peft.get_peft_model(load(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=fresh)).eval()
         randomize_lora(theirs)
         theirs.save_pretrained(tmp_path / "b")
-        models.load_adapter(ours, tmp_path / "b")
+        load_adapter(ours, tmp_path / "b")
         assert (our_logits(ours) - their_logits(theirs)[0]).abs().max() < 2e-5
 
 
@@ -654,9 +660,9 @@ def test_embedding_scale_is_rounded_to_the_weights_type():
 
 def test_a_further_family_is_one_entry(tmp_path, monkeypatch):
     """The README's example: StableLM, LayerNorm and a partial rotation on Llama's layout."""
-    from extras.families import MORE_FAMILIES
+    from parts.families import FAMILIES
 
-    entry = models.Family(
+    entry = Family(
         dict(norm="layer"), dict(partial_rotary_factor=0.25, use_qkv_bias=False),
         more=lambda c: dict(qkv_bias=c["use_qkv_bias"]),
         rename=lambda raw: {"rms_norm_eps" if k == "layer_norm_eps" else k: v for k, v in raw.items()})
@@ -665,7 +671,7 @@ def test_a_further_family_is_one_entry(tmp_path, monkeypatch):
     theirs.save_pretrained(tmp_path / "a")
     with pytest.raises(ValueError, match="model_type 'stablelm' is not supported"):
         models.load_model(tmp_path / "a")
-    monkeypatch.setitem(MORE_FAMILIES, "stablelm", entry)
+    monkeypatch.setitem(FAMILIES, "stablelm", entry)
     ours = models.load_model(tmp_path / "a")
     models.save_model(ours, tmp_path / "b")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval()

@@ -18,7 +18,8 @@ from test_peers import OURS, assert_agree, words
 
 import dpo
 import model as models
-from extras.families import MORE_FAMILIES
+from extras.models.opening import load_adapted
+from parts import families as known_families
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 
@@ -77,10 +78,10 @@ def train(directory, name: str, out, flags: dict) -> list[dict]:
 
 
 def test_every_family_is_here_and_every_window_is_crossed(families):
-    assert {CASES[name][0] for name in FAMILIES} == models.FAMILIES.keys() | MORE_FAMILIES.keys()
+    assert {CASES[name][0] for name in FAMILIES} == known_families.FAMILIES.keys()
     lengths = [len(f"{row['prompt']} {row[side]}".split()) for row in ROWS for side in ("chosen", "rejected")]
     assert len(set(lengths)) > 5
-    windows = {name: dpo.load_policy(families / name / "model", torch.float32)[0].config.windows for name in FAMILIES}
+    windows = {name: load_adapted(families / name / "model", torch.float32)[0].config.windows for name in FAMILIES}
     assert {name for name in FAMILIES if any(windows[name])} == set(WINDOWED)
     longer = {name: sum(n > max(filter(None, windows[name])) for n in lengths) for name in WINDOWED}
     assert min(longer.values()) >= len(lengths) / 2, longer
@@ -113,7 +114,7 @@ def test_lora_on_all_linear_layers_trains_and_loads_in_peft(name, families, tmp_
     with torch.no_grad():
         untrained = their_logits(base)[0]
         theirs = their_logits(peft.PeftModel.from_pretrained(base, tmp_path / "out").eval())[0]
-        again = our_logits(dpo.load_policy(tmp_path / "out", torch.float32)[0])
+        again = our_logits(load_adapted(tmp_path / "out", torch.float32)[0])
     assert (again - theirs).abs().max() < 2e-5 < 1e-3 < (theirs - untrained).abs().max()
     fresh = transformers.AutoModelForCausalLM.from_pretrained(families / name / "model")
     fresh = peft.get_peft_model(fresh, peft.LoraConfig(r=4, target_modules="all-linear"))

@@ -161,7 +161,7 @@ def test_the_collator_makes_the_stream_of_the_log_probs(golden):
 def test_stream_log_probs_equal_the_golden_ones(golden, shared):
     case, model = golden
     stream = data.collate(pairs_of(case), share_prefix=shared)
-    out = model(stream.input_ids, stream.position_ids, stream.spans, stream.score_index, stream.targets)
+    out = model(stream)
     for ours, theirs in (("logps", "token_logps"), *((n, n) for n in ("entropy", "log_sum_sq_probs", "mean_logits"))):
         assert close(rows_of(getattr(out, ours), case), case["expected"][theirs], 1e-10), theirs
 
@@ -176,7 +176,7 @@ def test_padded_log_probs_equal_the_golden_ones(golden):
 
 def test_gradients_equal_the_golden_ones(golden):
     case, model = golden
-    logps = model(*stream_of(case["stream"])).logps
+    logps = model(models.Stream(*stream_of(case["stream"]))).logps
     named = dict(model.named_parameters())
     for expected in case["expected"]["gradients"]:
         (grad,) = torch.autograd.grad(logps.sum(), named[expected["parameter"]], retain_graph=True)

@@ -13,6 +13,10 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import model as models
+from extras.lora.peft_files import load_adapter, save_adapter
+from extras.lora.targets import add_lora
+from parts.configs import check_length
+from parts.varlen import VarlenPlan
 
 LLAMA = dict(model_type="llama", vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5,
@@ -145,9 +149,9 @@ def test_stream_equals_padded_sequences_and_one_by_one(name):
     """Values and gradients of every parameter, float64; "padded" here is the same model on right-padded rows."""
     model = make(CORE[name])
     weights = torch.randn(sum(len(c) for _, *cs in MIXED for c in cs), dtype=torch.float64)
-    shared = model(*stream(MIXED)).logps
-    unshared = model(*stream(MIXED, shared=False)).logps
-    single = torch.cat([model(*stream([(p, c)], False)).logps for p, *cs in MIXED for c in cs])
+    shared = model(models.Stream(*stream(MIXED))).logps
+    unshared = model(models.Stream(*stream(MIXED, shared=False))).logps
+    single = torch.cat([model(models.Stream(*stream([(p, c)], False))).logps for p, *cs in MIXED for c in cs])
     ids, _ = padded(MIXED)
     rows, length = ids.shape
     spans = torch.tensor([(i * length, (i + 1) * length, 0, 0) for i in range(rows)])
@@ -164,7 +168,7 @@ def test_a_window_changes_the_result():
     """So that the tests above cross it: the same weights without a window differ."""
     config = CORE["mistral"]
     windowed, full = make(config), make(config | dict(sliding_window=None))
-    assert (windowed(*stream(MIXED)).logps - full(*stream(MIXED)).logps).abs().max() > 1e-3
+    assert (windowed(models.Stream(*stream(MIXED))).logps - full(models.Stream(*stream(MIXED))).logps).abs().max() > 1e-3
 
 
 def test_prompt_tokens_get_no_gradient_from_their_own_logits():
@@ -172,7 +176,7 @@ def test_prompt_tokens_get_no_gradient_from_their_own_logits():
     kept = []
     model.model.norm.register_forward_hook(lambda m, i, out: kept.append(out) or out.retain_grad())
     input_ids, position_ids, spans, score, targets = stream(MIXED)
-    model(input_ids, position_ids, spans, score, targets).logps.sum().backward()
+    model(models.Stream(input_ids, position_ids, spans, score, targets)).logps.sum().backward()
     unscored = torch.ones(len(input_ids), dtype=torch.bool)
     unscored[score] = False
     assert unscored.sum() > 15 and (kept[0].grad[unscored] == 0).all() and (kept[0].grad[score] != 0).any()
@@ -226,17 +230,17 @@ def test_chunk_size_does_not_show_in_bf16_weight_gradients(monkeypatch):
 def test_no_scored_token_gives_empty_log_probs():
     model = make(LLAMA)
     empty = torch.zeros(0, dtype=torch.long)
-    out = model(torch.tensor([5]), torch.tensor([0]), torch.tensor([[0, 1, 0, 0]]), empty, empty)
+    out = model(models.Stream(torch.tensor([5]), torch.tensor([0]), torch.tensor([[0, 1, 0, 0]]), empty, empty))
     assert out.logps.shape == (0,) and out.is_top1.shape == (0,)
     assert all((g == 0).all() for g in gradients(model, out.logps.sum()).values())
 
 
 def test_gradient_checkpointing_is_bitwise():
     model = make(CORE["qwen2"], torch.float32)
-    plain = model(*stream(MIXED)).logps
+    plain = model(models.Stream(*stream(MIXED))).logps
     expected = gradients(model, plain.sum())
     model.model.gradient_checkpointing = True
-    again = model(*stream(MIXED)).logps
+    again = model(models.Stream(*stream(MIXED))).logps
     assert torch.equal(plain, again)
     assert all(torch.equal(g, expected[n]) for n, g in gradients(model, again.sum()).items())
 
@@ -268,12 +272,11 @@ def test_varlen_plan_attends_as_the_plain_path(name, shared, monkeypatch):
     import torch.nn.attention.varlen as varlen
 
     model = make(CORE[name])
-    plain = model(*stream(MIXED, shared)).logps
+    plain = model(models.Stream(*stream(MIXED, shared))).logps
     expected = gradients(model, plain.sum())
     monkeypatch.setattr(varlen, "varlen_attn", emulated_varlen)
-    monkeypatch.setattr(models, "plan_attention", lambda config, spans, positions, dtype: dict.fromkeys(
-        config.windows, models.plan_varlen(spans, positions.device)))
-    fast = model(*stream(MIXED, shared)).logps
+    monkeypatch.setattr(models, "has_flash", lambda *kind: True)
+    fast = model(models.Stream(*stream(MIXED, shared))).logps
     assert (fast - plain).abs().max() < 1e-10
     assert_same_gradients(gradients(model, fast.sum()), expected, 1e-10)
 
@@ -284,12 +287,12 @@ def test_varlen_kernel_equals_the_plain_path(name):
     """On the GPU in bf16: as far from float32 as the plain path in bf16 is, values and gradients."""
     model = make(CORE[name], torch.float32).cuda()
     batch = [t if i == 2 else t.cuda() for i, t in enumerate(stream(MIXED))]
-    exact = model(*batch).logps
+    exact = model(models.Stream(*batch)).logps
     exact_gradients = gradients(model, exact.sum())
     half = make(CORE[name], torch.float32).cuda().bfloat16()
     plan = models.plan_attention(half.config, batch[2], batch[1], torch.bfloat16)
-    assert all(isinstance(p, models.VarlenPlan) for p in plan.values())
-    fast = half(*batch).logps
+    assert all(isinstance(p, VarlenPlan) for p in plan.values())
+    fast = half(models.Stream(*batch)).logps
     assert (fast - exact).abs().max() < 0.15
     for name, g in gradients(half, fast.sum()).items():
         assert torch.cosine_similarity(g.float().flatten(), exact_gradients[name].flatten(), dim=0) > 0.99, name
@@ -404,7 +407,7 @@ def test_broken_directories_are_refused_by_file(tmp_path, monkeypatch):
     index.unlink()
     refused("no model.safetensors and no model.safetensors.index.json")
     (tmp_path / "b/config.json").write_text("[1]")
-    refused("config.json: a JSON object was expected")
+    refused("config.json: expected a JSON object")
     (tmp_path / "b/config.json").unlink()
     refused("config.json: no such file")
     with pytest.raises(ValueError, match="nowhere: no such directory"):
@@ -425,8 +428,9 @@ def test_a_tensor_that_the_index_places_elsewhere_is_reported(tmp_path, monkeypa
 
 
 def test_core_families_load_train_and_save_without_extras(tmp_path):
-    """model.py alone in a directory."""
+    """model.py and parts/ alone in a directory."""
     shutil.copy(ROOT / "model.py", tmp_path / "model.py")
+    shutil.copytree(ROOT / "parts", tmp_path / "parts")
     for name, config in CORE.items():
         write(make(config, torch.float32), tmp_path / name)
     script = """
@@ -436,7 +440,8 @@ for name in sys.argv[1:]:
     assert name != "llama" or "torch._dynamo" not in sys.modules  # which would take seconds to import
     model.replace_module(m, "lm_head", model.LoraLinear(m.lm_head, 2, 4, 0.0))
     ids = torch.arange(3, 9)
-    m(ids, torch.arange(6), torch.tensor([[0, 6, 0, 0]]), torch.arange(5), ids[1:]).logps.sum().backward()
+    spans = torch.tensor([[0, 6, 0, 0]])
+    m(model.Stream(ids, torch.arange(6), spans, torch.arange(5), ids[1:])).logps.sum().backward()
     model.save_model(m, name + " saved")
     model.load_model(name + " saved")
 assert "extras" not in sys.modules
@@ -483,13 +488,19 @@ def test_dynamic_rope_is_plain_up_to_its_limit_and_refused_beyond():
     config = models.read_config(LLAMA | dict(rope_scaling={"type": "dynamic", "factor": 2.0}))
     plain = models.read_config(LLAMA)
     assert config.ropes["full_attention"].frequencies == plain.ropes["full_attention"].frequencies
-    models.check_length(config, 64)
+    check_length(config, 64)
     with pytest.raises(ValueError, match="a sequence of 65 tokens: .* reach 64"):
-        models.check_length(config, 65)
-    models.check_length(plain, 10**6)
+        check_length(config, 65)
+    check_length(plain, 10**6)
 
 
 # LoRA
+
+
+def put_lora(model: models.Decoder, rank: int, alpha: float, dropout: float, target_modules, **more) -> list[str]:
+    """The wrapped modules' names."""
+    settings = dict(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules)
+    return add_lora(model, more | settings)
 
 
 TARGETS = [["q_proj", "v_proj"], ["all-linear"], ["lm_head"], ["embed_tokens"], ["o_proj", "lm_head", "embed_tokens"]]
@@ -509,9 +520,9 @@ def test_adapters_go_to_peft_and_come_back(name, targets, tmp_path, transformers
     peft = pytest.importorskip("peft", reason="needs peft")
     write(make(CORE[name], torch.float32), tmp_path / "base")
     ours = models.load_model(tmp_path / "base")
-    models.add_lora(ours, 4, 8, 0.0, targets)
+    put_lora(ours, 4, 8, 0.0, targets)
     randomize_lora(ours)
-    models.save_adapter(ours, tmp_path / "a", dict(r=4, lora_alpha=8, lora_dropout=0.0, base_model_name_or_path="base"))
+    save_adapter(ours, tmp_path / "a", dict(r=4, lora_alpha=8, lora_dropout=0.0, base_model_name_or_path="base"))
     load = transformers.AutoModelForCausalLM.from_pretrained
     theirs = peft.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "a").eval()
     input_ids, position_ids, spans, *_ = stream([MIXED[0][:2]], False)
@@ -525,18 +536,18 @@ def test_adapters_go_to_peft_and_come_back(name, targets, tmp_path, transformers
         theirs = peft.get_peft_model(load(tmp_path / "base"), config).eval()
         randomize_lora(theirs)
         theirs.save_pretrained(tmp_path / "b")
-        models.load_adapter(ours, tmp_path / "b")
+        load_adapter(ours, tmp_path / "b")
         assert (ours.logits(input_ids, position_ids, spans) - theirs(input_ids[None]).logits[0]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("targets", TARGETS, ids="+".join)
 def test_lora_starts_at_the_base_and_the_base_is_still_there(targets):
     model = make(CORE["llama tied"])
-    base = model(*stream(MIXED)).logps
-    models.add_lora(model, 4, 8, 0.0, targets)
+    base = model(models.Stream(*stream(MIXED))).logps
+    put_lora(model, 4, 8, 0.0, targets)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
         n for n, _ in model.named_parameters() if "lora_" in n}
-    start = model.double()(*stream(MIXED)).logps
+    start = model.double()(models.Stream(*stream(MIXED))).logps
     assert torch.equal(start, base)
     moving = {n for n, g in gradients(model, start.sum()).items() if g.abs().max() > 0}
     for name, module in models.lora_modules(model).items():
@@ -545,21 +556,21 @@ def test_lora_starts_at_the_base_and_the_base_is_still_there(targets):
             bound = module.base_layer.in_features ** -0.5
             assert 0.5 * bound < module.lora_A.weight.abs().max() <= bound
     randomize_lora(model)
-    moved = model(*stream(MIXED)).logps
+    moved = model(models.Stream(*stream(MIXED))).logps
     assert (moved - base).abs().max() > 0.01
     with models.adapters_disabled(model):
-        assert torch.equal(model(*stream(MIXED)).logps, base)
-    assert torch.equal(model(*stream(MIXED)).logps, moved)
+        assert torch.equal(model(models.Stream(*stream(MIXED))).logps, base)
+    assert torch.equal(model(models.Stream(*stream(MIXED))).logps, moved)
 
 
 def test_merged_lora_is_the_same_model():
     model, merged = make(CORE["llama"]), make(CORE["llama"])
-    models.add_lora(model, 4, 8, 0.0, ["all-linear", "lm_head", "embed_tokens"])
+    put_lora(model, 4, 8, 0.0, ["all-linear", "lm_head", "embed_tokens"])
     randomize_lora(model.double())
     with torch.no_grad():
         for name, module in models.lora_modules(model).items():
             merged.get_submodule(name).weight += module.delta()
-    assert (model(*stream(MIXED)).logps - merged(*stream(MIXED)).logps).abs().max() < 1e-10
+    assert (model(models.Stream(*stream(MIXED))).logps - merged(models.Stream(*stream(MIXED))).logps).abs().max() < 1e-10
 
 
 def test_lora_over_a_bf16_base_trains_in_float32(monkeypatch):
@@ -567,27 +578,27 @@ def test_lora_over_a_bf16_base_trains_in_float32(monkeypatch):
     monkeypatch.setattr(models, "HEAD_CHUNK", 16 * 61)
     config = CORE["llama"] | dict(num_hidden_layers=1)
     model = make(config, torch.bfloat16)
-    models.add_lora(model, 4, 8, 0.1, ["all-linear", "lm_head", "embed_tokens"])
+    put_lora(model, 4, 8, 0.1, ["all-linear", "lm_head", "embed_tokens"])
     randomize_lora(model)
     seen = set()
     model.model.layers[0].register_forward_hook(lambda m, i, out: seen.add(out[0].dtype))
-    logps = model.eval()(*stream(MIXED)).logps
+    logps = model.eval()(models.Stream(*stream(MIXED))).logps
     trained = gradients(model, logps.sum())
     assert seen == {torch.bfloat16} and logps.dtype == torch.float32
     assert all(g.dtype == torch.float32 and g.abs().max() > 0 for g in trained.values())
     exact = make(config, torch.bfloat16).float()
-    models.add_lora(exact, 4, 8, 0.1, ["all-linear", "lm_head", "embed_tokens"])
+    put_lora(exact, 4, 8, 0.1, ["all-linear", "lm_head", "embed_tokens"])
     randomize_lora(exact)
-    wide = gradients(exact, exact.eval()(*stream(MIXED)).logps.sum())
+    wide = gradients(exact, exact.eval()(models.Stream(*stream(MIXED))).logps.sum())
     for n, g in trained.items():
         assert torch.cosine_similarity(g.flatten(), wide[n].flatten(), dim=0) > 0.95, n
 
 
 def test_lora_dropout_acts_in_training_only():
     model = make(CORE["llama"])
-    models.add_lora(model, 4, 8, 0.5, ["q_proj"])
+    put_lora(model, 4, 8, 0.5, ["q_proj"])
     randomize_lora(model.double())
-    run = lambda: model(*stream(MIXED)).logps
+    run = lambda: model(models.Stream(*stream(MIXED))).logps
     assert not torch.equal(run(), run())
     model.eval()
     assert torch.equal(run(), run())
@@ -596,7 +607,7 @@ def test_lora_dropout_acts_in_training_only():
 @pytest.mark.parametrize("target", ["c_attn", "proj"])
 def test_lora_targets_that_match_nothing_are_refused(target):
     with pytest.raises(ValueError, match=f"--lora_target_modules {target}: no such module; this model has .*q_proj"):
-        models.add_lora(make(LLAMA), 4, 8, 0.0, ["q_proj", target])
+        put_lora(make(LLAMA), 4, 8, 0.0, ["q_proj", target])
 
 
 @pytest.mark.parametrize("change, message", [
@@ -612,19 +623,19 @@ def test_lora_targets_that_match_nothing_are_refused(target):
 ])
 def test_other_adapters_are_refused(change, message, tmp_path):
     model = make(LLAMA)
-    models.add_lora(model, 4, 8, 0.0, ["q_proj"])
-    models.save_adapter(model, tmp_path, dict(r=4, lora_alpha=8, lora_dropout=0.0))
+    put_lora(model, 4, 8, 0.0, ["q_proj"])
+    save_adapter(model, tmp_path, dict(r=4, lora_alpha=8, lora_dropout=0.0))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=message):
-        models.load_adapter(model, tmp_path)
+        load_adapter(model, tmp_path)
 
 
 def test_adapter_config_names_modules_as_short_as_is_unambiguous(tmp_path):
     for targets, expected in ((["q_proj", "all-linear"], 7), (["layers.0.self_attn.q_proj"], 1)):
         model = make(LLAMA)
-        names = models.add_lora(model, 4, 8, 0.0, targets)
-        models.save_adapter(model, tmp_path, dict(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets))
+        names = put_lora(model, 4, 8, 0.0, targets)
+        save_adapter(model, tmp_path, dict(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets))
         written = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
         assert len(written) == expected and all(any(n.endswith(w) for w in written) for n in names)
     assert written == ["model.layers.0.self_attn.q_proj"]
@@ -632,11 +643,11 @@ def test_adapter_config_names_modules_as_short_as_is_unambiguous(tmp_path):
 
 def test_an_adapter_of_other_modules_or_rank_is_refused(tmp_path):
     model, other, wide = make(LLAMA), make(LLAMA), make(LLAMA)
-    models.add_lora(model, 4, 8, 0.0, ["q_proj"])
-    models.add_lora(other, 4, 8, 0.0, ["k_proj"])
-    models.add_lora(wide, 8, 16, 0.0, ["q_proj"])
-    models.save_adapter(model, tmp_path, dict(r=4, lora_alpha=8, lora_dropout=0.0))
+    put_lora(model, 4, 8, 0.0, ["q_proj"])
+    put_lora(other, 4, 8, 0.0, ["k_proj"])
+    put_lora(wide, 8, 16, 0.0, ["q_proj"])
+    save_adapter(model, tmp_path, dict(r=4, lora_alpha=8, lora_dropout=0.0))
     with pytest.raises(ValueError, match="not those of this LoRA; first difference: base_model.model.model.layers.0"):
-        models.load_adapter(other, tmp_path)
+        load_adapter(other, tmp_path)
     with pytest.raises(ValueError, match=r"q_proj.lora_A.weight is \(4, 32\), this LoRA has \(8, 32\)"):
-        models.load_adapter(wide, tmp_path)
+        load_adapter(wide, tmp_path)

@@ -18,12 +18,36 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent))
 import conftest  # noqa: E402, F401  puts the repository on the path
 from safetensors.torch import load_file, save_file  # noqa: E402
-from test_model import LLAMA, gradients, make, padded, random_pairs, stream, write  # noqa: E402
+from test_model import (  # noqa: E402
+    LLAMA,
+    gradients,
+    make,
+    padded,
+    put_lora,  # noqa: E402
+    random_pairs,
+    stream,
+    write,
+)
 from torch import nn  # noqa: E402
 from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
 
 import model as models  # noqa: E402
-from extras import lora_targets, moe, nf4  # noqa: E402
+from extras.decoder import moe  # noqa: E402
+from extras.lora import targets as lora_targets  # noqa: E402
+from extras.lora.merging import (
+    merge_4bit,  # noqa: E402
+    merge_lora,  # noqa: E402
+)
+from extras.models import nf4  # noqa: E402
+from extras.models.opening import load_model  # noqa: E402
+from parts.names import (
+    Place,  # noqa: E402
+    file_name,  # noqa: E402
+)
+from parts.weights import (
+    open_checkpoint,  # noqa: E402
+    read_tensors,  # noqa: E402
+)
 
 GOLDEN = Path(__file__).parent / "golden" / "nf4.json"
 TYPES = [(quant_type, nested) for quant_type in ("nf4", "fp4") for nested in (False, True)]
@@ -239,7 +263,7 @@ def test_merging_dequantizes_then_adds_then_rounds_once():
     module = model.get_submodule(name)
     expected, delta = nf4.dequantize(module.base_layer.state).double() + module.delta().double(), module.delta()
     head = (model.lm_head.weight + model.lm_head.delta()).to(torch.bfloat16)
-    models.merge_lora(model)
+    merge_lora(model)
     merged = model.get_submodule(name).weight
     assert torch.allclose(merged.double(), expected, rtol=1.001 * 2**-8, atol=0)  # half a step of bfloat16
     assert torch.equal(model.lm_head.weight, head) and model.four_bit is None
@@ -261,10 +285,10 @@ def test_every_kind_of_adapter_merges_over_4_bits(name, settings):
         if "lora_" in n:
             p.data.add_(torch.randn_like(p) * 0.05)
     expected, wide = logps(model), copy.deepcopy(model)
-    nf4.merge_4bit(wide, dtype=torch.float32)
+    merge_4bit(wide, dtype=torch.float32)
     assert not models.lora_modules(wide) and wide.four_bit is None
     assert (logps(wide) - expected).abs().max() < 1e-5
-    nf4.merge_4bit(model, again=True)
+    merge_4bit(model, again=True)
     nf4.quantize_linears(wide)
     assert model.four_bit and states(model).keys() == states(wide).keys()
     assert (logps(model) - logps(wide)).abs().max() < 1e-5 < (logps(model) - expected).abs().max()
@@ -275,7 +299,7 @@ def test_quantizing_the_merged_weights_again_leaves_the_others_as_they_are():
     module = model.model.layers[1].self_attn.q_proj
     wanted = nf4.quantize(nf4.dequantize(module.base_layer.state) + module.delta(), nested=True)
     other = model.model.layers[1].self_attn.k_proj.state
-    nf4.merge_4bit(model, again=True)
+    merge_4bit(model, again=True)
     assert same_state(model.model.layers[1].self_attn.q_proj.state, wanted) and not models.lora_modules(model)
     assert same_state(model.model.layers[1].self_attn.k_proj.state, other) and model.four_bit
 
@@ -435,7 +459,7 @@ def test_moving_to_another_type_rounds_no_scale():
 
 
 def logps(model) -> torch.Tensor:
-    return model(*stream(PAIRS)).logps
+    return model(models.Stream(*stream(PAIRS))).logps
 
 
 def four_bit_pair(name: str, **settings) -> tuple[models.Decoder, models.Decoder]:
@@ -476,7 +500,7 @@ def test_skip_takes_any_part_of_a_name():
 
 
 def with_lora(model: models.Decoder, targets) -> models.Decoder:
-    models.add_lora(model, 4, 8, 0.0, targets)
+    put_lora(model, 4, 8, 0.0, targets)
     torch.manual_seed(3)
     for module in models.lora_modules(model).values():
         for p in (module.lora_A.weight, module.lora_B.weight):
@@ -506,7 +530,7 @@ def test_gradient_checkpointing_changes_nothing():
 def test_merging_an_adapter_into_dequantized_weights_gives_its_log_probs():
     narrow = with_lora(four_bit_pair("llama")[0], ["q_proj", "down_proj"])
     expected = logps(narrow)
-    nf4.merge_4bit(narrow, dtype=torch.float32)
+    merge_4bit(narrow, dtype=torch.float32)
     assert (logps(narrow) - expected).abs().max() < 1e-5
 
 
@@ -562,7 +586,7 @@ def file_of(name: str, directory: Path) -> Path:
         return directory
     state = load_file(directory / "model.safetensors")
     if name == "gpt2":
-        state = {models.file_name(n, models.read_config(CONFIGS[name])): t for n, t in state.items()}
+        state = {file_name(n, models.read_config(CONFIGS[name])): t for n, t in state.items()}
         turned = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
         state = {n: t.T.contiguous() if n.endswith(turned) else t for n, t in state.items()}
     else:
@@ -598,7 +622,7 @@ def assert_same_model(one, other) -> None:
 def test_loading_in_4_bits_is_loading_then_quantizing(name, tmp_path):
     directory = file_of(name, tmp_path)
     settings = dict(quant_type="nf4", nested=True, compute_dtype=torch.float32)
-    got = nf4.load_4bit(models.open_checkpoint(directory), settings, torch.bfloat16, "cpu")
+    got = nf4.load_4bit(open_checkpoint(directory), settings, torch.bfloat16, "cpu")
     expected = models.load_model(directory, torch.bfloat16)
     nf4.quantize_linears(expected, **settings)
     assert_same_model(got, expected)
@@ -609,7 +633,7 @@ def test_loading_in_4_bits_is_loading_then_quantizing(name, tmp_path):
 
 def test_loading_holds_one_wide_block_at_a_time(tmp_path):
     directory = file_of("llama", tmp_path)
-    checkpoint = models.open_checkpoint(directory)
+    checkpoint = open_checkpoint(directory)
     config = models.read_config(CONFIGS["llama"])
     with torch.device("meta"):
         model = models.Decoder(config)
@@ -617,8 +641,8 @@ def test_loading_holds_one_wide_block_at_a_time(tmp_path):
 
     def read(names):
         assert all(ref.expired() for ref in alive), "weights of the block before are still there"
-        place = {n: models.Place(n) for n in names}
-        values = models.read_tensors(checkpoint, place, {n: parameters[n] for n in names}, torch.float32, "cpu")
+        place = {n: Place(n) for n in names}
+        values = read_tensors(checkpoint, place, {n: parameters[n] for n in names}, torch.float32, "cpu")
         # norms and biases are not quantized and stay
         alive[:] = [StorageWeakRef(t.untyped_storage()) for n, t in values.items() if n.endswith("proj.weight")]
         asked.append(names)
@@ -635,11 +659,11 @@ def test_loading_holds_one_wide_block_at_a_time(tmp_path):
 def test_a_4_bit_checkpoint_is_read_as_it_was_written(name, quant_type, nested, tmp_path):
     directory = file_of(name, tmp_path / "wide")
     settings = dict(quant_type=quant_type, nested=nested, compute_dtype=torch.bfloat16)
-    model = nf4.load_4bit(models.open_checkpoint(directory), settings, torch.float32, "cpu")
+    model = nf4.load_4bit(open_checkpoint(directory), settings, torch.float32, "cpu")
     nf4.save_4bit(with_lora(model, ["all-linear"]), tmp_path / "narrow", torch.bfloat16)
-    opened = models.open_checkpoint(tmp_path / "narrow")
+    opened = open_checkpoint(tmp_path / "narrow")
     again = nf4.load_4bit(opened, None, torch.float32, "cpu")
-    model = nf4.load_4bit(models.open_checkpoint(directory), settings, torch.float32, "cpu")
+    model = nf4.load_4bit(open_checkpoint(directory), settings, torch.float32, "cpu")
     assert_same_model(again, model)
     assert torch.equal(logps(again), logps(model))
     assert "quantization_config" in opened.raw_config and "quantization_config" not in again.raw_config
@@ -648,27 +672,27 @@ def test_a_4_bit_checkpoint_is_read_as_it_was_written(name, quant_type, nested, 
 def test_what_a_4_bit_checkpoint_leaves_wide_stays_wide(tmp_path):
     directory = file_of("llama", tmp_path / "wide")
     settings = dict(quant_type="nf4", skip=("lm_head", "layers.0"))
-    nf4.save_4bit(nf4.load_4bit(models.open_checkpoint(directory), settings, torch.float32, "cpu"), tmp_path / "narrow")
-    again = nf4.load_4bit(models.open_checkpoint(tmp_path / "narrow"), {}, torch.float32, "cpu")
+    nf4.save_4bit(nf4.load_4bit(open_checkpoint(directory), settings, torch.float32, "cpu"), tmp_path / "narrow")
+    again = nf4.load_4bit(open_checkpoint(tmp_path / "narrow"), {}, torch.float32, "cpu")
     assert {n.split(".")[2] for n in states(again)} == {"1"}
     assert {s.quant_type for s in states(again).values()} == {"nf4"}
 
 
 def test_a_router_that_other_code_had_in_4_bits_is_made_wide(tmp_path):
     directory = file_of("mixtral", tmp_path / "wide")
-    model = nf4.load_4bit(models.open_checkpoint(directory), {}, torch.float32, "cpu")
+    model = nf4.load_4bit(open_checkpoint(directory), {}, torch.float32, "cpu")
     nf4.save_4bit(model, tmp_path / "narrow")
     path = tmp_path / "narrow" / "model.safetensors"
     tensors, name = load_file(path), "model.layers.0.block_sparse_moe.gate.weight"
     state = nf4.quantize(tensors[name])
     save_file(tensors | nf4.to_bnb_tensors(name, state), path, metadata={"format": "pt"})
-    again = nf4.load_4bit(models.open_checkpoint(tmp_path / "narrow"), {}, torch.float32, "cpu")
+    again = nf4.load_4bit(open_checkpoint(tmp_path / "narrow"), {}, torch.float32, "cpu")
     assert torch.equal(again.model.layers[0].mlp.gate.weight, nf4.dequantize(state))
 
 
 def test_a_4_bit_checkpoint_in_shards_is_read(tmp_path):
     directory = file_of("llama", tmp_path / "wide")
-    model = nf4.load_4bit(models.open_checkpoint(directory), dict(nested=True), torch.float32, "cpu")
+    model = nf4.load_4bit(open_checkpoint(directory), dict(nested=True), torch.float32, "cpu")
     nf4.save_4bit(model, tmp_path / "narrow")
     tensors = load_file(tmp_path / "narrow" / "model.safetensors")
     files = {n: f"model-{i % 3}.safetensors" for i, n in enumerate(tensors)}  # a weight's tensors in different files
@@ -676,7 +700,7 @@ def test_a_4_bit_checkpoint_in_shards_is_read(tmp_path):
         save_file({n: tensors[n] for n in files if files[n] == file}, tmp_path / "narrow" / file)
     (tmp_path / "narrow" / "model.safetensors").unlink()
     (tmp_path / "narrow" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-    assert_same_model(nf4.load_4bit(models.open_checkpoint(tmp_path / "narrow"), {}, torch.float32, "cpu"), model)
+    assert_same_model(nf4.load_4bit(open_checkpoint(tmp_path / "narrow"), {}, torch.float32, "cpu"), model)
 
 
 @pytest.mark.parametrize("config, says", [
@@ -689,15 +713,15 @@ def test_other_quantizations_are_refused_by_name(config, says, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(quantization_config=config)))
     with pytest.raises(ValueError, match=says):
-        nf4.load_4bit(models.open_checkpoint(tmp_path), {}, torch.float32, "cpu")
+        nf4.load_4bit(open_checkpoint(tmp_path), {}, torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("asked", [dict(quant_type="fp4"), dict(nested=True)], ids=str)
 def test_another_kind_than_a_4_bit_checkpoint_has_is_refused(asked, tmp_path):
     directory = file_of("llama", tmp_path / "wide")
-    nf4.save_4bit(nf4.load_4bit(models.open_checkpoint(directory), {}, torch.float32, "cpu"), tmp_path / "narrow")
+    nf4.save_4bit(nf4.load_4bit(open_checkpoint(directory), {}, torch.float32, "cpu"), tmp_path / "narrow")
     with pytest.raises(ValueError, match="narrow: the checkpoint is in 4 bits already .nf4.;"):
-        models.load_model(tmp_path / "narrow", four_bit=asked)
+        load_model(tmp_path / "narrow", four_bit=asked)
 
 
 @pytest.mark.parametrize("name, drop, says", [
@@ -707,28 +731,28 @@ def test_another_kind_than_a_4_bit_checkpoint_has_is_refused(asked, tmp_path):
 ])
 def test_a_4_bit_checkpoint_that_lacks_a_weight_is_refused(name, drop, says, tmp_path):
     directory = file_of(name, tmp_path / "wide")
-    nf4.save_4bit(nf4.load_4bit(models.open_checkpoint(directory), {}, torch.float32, "cpu"), tmp_path)
+    nf4.save_4bit(nf4.load_4bit(open_checkpoint(directory), {}, torch.float32, "cpu"), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     assert drop in tensors
     tensors = {n: t for n, t in tensors.items() if n != drop and not n.startswith(drop + ".")}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=says):
-        nf4.load_4bit(models.open_checkpoint(tmp_path), {}, torch.float32, "cpu")
+        nf4.load_4bit(open_checkpoint(tmp_path), {}, torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("shape", [(16, 64), (64, 32)])
 def test_a_4_bit_weight_of_another_shape_is_refused(shape, tmp_path):
     directory = file_of("llama", tmp_path / "wide")
-    nf4.save_4bit(nf4.load_4bit(models.open_checkpoint(directory), {}, torch.float32, "cpu"), tmp_path)
+    nf4.save_4bit(nf4.load_4bit(open_checkpoint(directory), {}, torch.float32, "cpu"), tmp_path)
     path, name = tmp_path / "model.safetensors", "model.layers.0.self_attn.o_proj.weight"
     save_file(load_file(path) | nf4.to_bnb_tensors(name, nf4.quantize(torch.randn(shape))), path)
     with pytest.raises(ValueError, match=re.escape(f"o_proj.weight: 1 x {shape}; config.json says (64, 64)")):
-        nf4.load_4bit(models.open_checkpoint(tmp_path), {}, torch.float32, "cpu")
+        nf4.load_4bit(open_checkpoint(tmp_path), {}, torch.float32, "cpu")
 
 
 def test_stacked_files_of_experts_cannot_be_written(tmp_path):
     model = make(CONFIGS["mixtral"], torch.float32)
-    model.layout = {n: models.Place(n) for n, _ in model.named_parameters()}
+    model.layout = {n: Place(n) for n, _ in model.named_parameters()}
     nf4.quantize_linears(model)
     with pytest.raises(ValueError, match="stacked experts"):
         nf4.save_4bit(model, tmp_path)
@@ -769,13 +793,13 @@ def their_logps(model) -> torch.Tensor:
 def test_transformers_reads_what_is_written_and_writes_what_is_read(name, quant_type, nested, tmp_path, transformers):
     directory = file_of(name, tmp_path / "wide")
     settings = dict(quant_type=quant_type, nested=nested)
-    ours = nf4.load_4bit(models.open_checkpoint(directory), settings, torch.float32, "cpu")
+    ours = nf4.load_4bit(open_checkpoint(directory), settings, torch.float32, "cpu")
     nf4.save_4bit(ours, tmp_path / "ours", torch.float32)
     with torch.no_grad():
         assert (their_logps(load_theirs(transformers, tmp_path / "ours")) - logps(ours)).abs().max() < 1e-5
     theirs = load_theirs(transformers, directory, quantization_config=their_config(transformers, quant_type, nested))
     theirs.save_pretrained(tmp_path / "theirs")
-    again = nf4.load_4bit(models.open_checkpoint(tmp_path / "theirs"), {}, torch.float32, "cpu")
+    again = nf4.load_4bit(open_checkpoint(tmp_path / "theirs"), {}, torch.float32, "cpu")
     left, right = states(again), states(ours)
     assert left.keys() == right.keys() and all(same_state(left[n], right[n]) for n in right)
     with torch.no_grad():
@@ -795,7 +819,7 @@ def test_a_qlora_step_is_that_of_transformers_peft_and_bitsandbytes(tmp_path, tr
     theirs = load_theirs(transformers, directory, quantization_config=their_config(transformers, "nf4", True))
     theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets))
     settings = dict(quant_type="nf4", nested=True, compute_dtype=torch.float32)
-    ours = with_lora(nf4.load_4bit(models.open_checkpoint(directory), settings, torch.float32, "cpu"), targets)
+    ours = with_lora(nf4.load_4bit(open_checkpoint(directory), settings, torch.float32, "cpu"), targets)
     pairs = {n: p for n, p in theirs.named_parameters() if "lora_" in n}
     trained = {n: p for n, p in ours.named_parameters() if p.requires_grad}
     name = lambda n: n.removeprefix("base_model.model.").replace(".default", "")

@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 
 import dpo
 import model as models
+from extras.lora.peft_files import load_adapter, save_adapter
+from extras.lora.targets import add_lora
 
 trl_peer = pytest.importorskip("trl_peer")
 pytest.importorskip("trl")
@@ -154,12 +156,12 @@ def start_of(model, directory):
         settings = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["q_proj", "down_proj"],
                     "base_model_name_or_path": str(model)}
         policy = models.load_model(model)
-        dpo.put_lora(policy, settings)
+        add_lora(policy, settings)
         torch.manual_seed(3)
         with torch.no_grad():
             for name, p in policy.named_parameters():
                 p += torch.randn_like(p) * 0.02 if "lora_" in name else 0
-        models.save_adapter(policy, directory, settings)
+        save_adapter(policy, directory, settings)
     return directory
 
 
@@ -234,7 +236,7 @@ def test_lora_trains_as_with_trl_and_peft(name, trl_runs, shared, short_pairs, t
               "output_dir": tmp_path / "out", "cache_dir": tmp_path / "cache"}
     lora = {"use_peft": True, "lora_r": 8, "lora_alpha": 16} | settings
     trainer = dpo.DPOTrainer(args=dpo.parse_config([*map(str, OURS), *words(places | COMMON | LORA_STEPS | lora)]))
-    models.load_adapter(trainer.model, trl_runs / name / "initial")
+    load_adapter(trainer.model, trl_runs / name / "initial")
     trainer.train()
     theirs = [step for step in read_metrics(trl_runs / name) if "loss" in step]
     ours = read_metrics(tmp_path / "out")

@@ -6,10 +6,14 @@ import pytest
 import torch
 from conftest import write
 from safetensors.torch import load_file, save_file
+from test_model import put_lora
 
-import dpo
 import model as models
-from extras import adapters, peft_io
+from extras.lora import adapters, peft_files
+from extras.lora.merging import merge_lora
+from extras.lora.peft_files import save_adapter
+from extras.lora.targets import add_lora
+from extras.models.opening import load_adapted, load_model
 
 peft = pytest.importorskip("peft", reason="needs peft")
 transformers = pytest.importorskip("transformers", reason="needs transformers")
@@ -108,10 +112,10 @@ def randomize(model) -> None:
 def our_adapter(base, settings, out=None):
     """A model with a random adapter of these settings, also written to `out`."""
     ours, settings = models.load_model(base), dict(r=4, lora_alpha=8, lora_dropout=0.0) | settings
-    dpo.put_lora(ours, settings)
+    add_lora(ours, settings)
     randomize(ours)
     if out:
-        models.save_adapter(ours, out, settings | dict(base_model_name_or_path=str(base)))
+        save_adapter(ours, out, settings | dict(base_model_name_or_path=str(base)))
     return ours
 
 
@@ -137,9 +141,9 @@ def test_pefts_load_in_ours_and_are_written_back(bases, name, tmp_path):
     randomize(theirs)
     theirs.save_pretrained(tmp_path / "theirs")
     expected = their_logits(theirs)
-    ours, read = dpo.load_policy(tmp_path / "theirs", torch.float32)
+    ours, read = load_adapted(tmp_path / "theirs", torch.float32)
     assert (our_logits(ours) - expected).abs().max() < 1e-5
-    models.save_adapter(ours, tmp_path / "ours", read)
+    save_adapter(ours, tmp_path / "ours", read)
     again = peft.PeftModel.from_pretrained(load_theirs(bases[base]), tmp_path / "ours")
     assert (their_logits(again) - expected).abs().max() < 1e-5
     once, twice = (json.loads((tmp_path / d / "adapter_config.json").read_text()) for d in ("theirs", "ours"))
@@ -155,7 +159,7 @@ def test_merged_equals_unmerged_and_loads_in_transformers(bases, name, tmp_path)
     base, settings = KINDS[name]
     ours = our_adapter(bases[base], settings)
     expected = our_logits(ours)
-    models.merge_lora(ours)
+    merge_lora(ours)
     assert not models.lora_modules(ours)
     assert (our_logits(ours) - expected).abs().max() < 1e-5
     models.save_model(ours, tmp_path)
@@ -168,11 +172,11 @@ def test_every_kind_starts_at_its_base_and_all_of_it_learns(bases, name):
     base, settings = KINDS[name]
     ours = models.load_model(bases[base], torch.float64)
     start, n = our_logits(ours), len(IDS)
-    dpo.put_lora(ours, dict(r=4, lora_alpha=8) | settings)
+    add_lora(ours, dict(r=4, lora_alpha=8) | settings)
     assert torch.allclose(our_logits(ours), start, atol=1e-12)
     randomize(ours.double())
     inputs = (IDS, torch.arange(n), torch.tensor([[0, n, 0, 0]]), torch.arange(n - 1), IDS[1:])
-    ours(*inputs).logps.sum().backward()
+    ours(models.Stream(*inputs)).logps.sum().backward()
     for parameter, p in ours.named_parameters():
         assert p.requires_grad == ("lora_" in parameter), parameter
         assert not p.requires_grad or p.grad.abs().max() > 0, parameter
@@ -198,7 +202,7 @@ def test_dora_has_pefts_gradients(bases, name, tmp_path):
     logps[torch.arange(n - 1), IDS[1:]].sum().backward()
     named = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
     grads = {n.replace(".default", "").removesuffix(".weight"): p.grad for n, p in named.items()}
-    for key, p in peft_io.adapter_tensors(ours).items():
+    for key, p in peft_files.adapter_tensors(ours).items():
         expected = grads[key.removesuffix(".weight")]
         assert torch.allclose(p.grad, expected, atol=1e-4 * expected.abs().max()), key
 
@@ -228,12 +232,12 @@ def test_adapters_of_single_experts_are_stacked_as_peft_does(bases, base, layer,
     write(tmp_path / "adapter_config.json", dict(
         peft_type="LORA", task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=[*halves, down],
         base_model_name_or_path=str(bases[base])))
-    ours, settings = dpo.load_policy(tmp_path, torch.float32)
+    ours, settings = load_adapted(tmp_path, torch.float32)
     theirs = peft.PeftModel.from_pretrained(load_theirs(bases[base]), tmp_path)
     expected = their_logits(theirs)
     assert (our_logits(models.load_model(bases[base])) - expected).abs().max() > 0.01
     assert (our_logits(ours) - expected).abs().max() < 1e-5
-    models.save_adapter(ours, tmp_path / "stacked", settings)
+    save_adapter(ours, tmp_path / "stacked", settings)
     again = peft.PeftModel.from_pretrained(load_theirs(bases[base]), tmp_path / "stacked")
     assert (their_logits(again) - expected).abs().max() < 1e-5
 
@@ -253,7 +257,7 @@ def test_a_tensor_that_is_not_understood_is_refused_by_name(bases, name, shape, 
     state |= {} if shape is None else {f"base_model.model.{name}": torch.ones(shape)}
     save_file(state, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=message):
-        dpo.load_policy(tmp_path, torch.float32)
+        load_adapted(tmp_path, torch.float32)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -270,29 +274,29 @@ def test_a_setting_that_is_not_understood_is_refused_by_name(bases, change, mess
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     write(tmp_path / "adapter_config.json", config | change)
     with pytest.raises(ValueError, match=message):
-        dpo.load_policy(tmp_path, torch.float32)
+        load_adapted(tmp_path, torch.float32)
 
 
 def test_half_of_a_stack_is_refused(bases):
     ours = models.load_model(bases["mixtral"])
     with pytest.raises(ValueError, match="w1: the experts' w1 and w3 are one matrix; name both"):
-        models.add_lora(ours, 2, 4, 0.0, ["w1"])
+        put_lora(ours, 2, 4, 0.0, ["w1"])
     with pytest.raises(ValueError, match="--use_dora: it is for linear layers and embeddings"):
-        models.add_lora(ours, 2, 4, 0.0, ["q_proj"], use_dora=True, target_parameters=STACKS)
+        put_lora(ours, 2, 4, 0.0, ["q_proj"], use_dora=True, target_parameters=STACKS)
 
 
 def test_lora_on_experts_in_4_bits_is_that_on_them_made_wide(bases, tmp_path):
-    from extras.nf4 import dequantize_linears
+    from extras.models.nf4 import dequantize_linears
 
     settings = dict(r=4, lora_alpha=8, target_modules=["q_proj"], target_parameters=STACKS)
-    narrow = models.load_model(bases["mixtral"], four_bit=dict(quant_type="nf4", nested=False, compute_dtype=None))
-    dpo.put_lora(narrow, settings)
+    narrow = load_model(bases["mixtral"], four_bit=dict(quant_type="nf4", nested=False, compute_dtype=None))
+    add_lora(narrow, settings)
     randomize(narrow)
-    expected, state = our_logits(narrow), peft_io.adapter_tensors(narrow)
-    wide = models.load_model(bases["mixtral"], four_bit=dict(quant_type="nf4", nested=False, compute_dtype=None))
+    expected, state = our_logits(narrow), peft_files.adapter_tensors(narrow)
+    wide = load_model(bases["mixtral"], four_bit=dict(quant_type="nf4", nested=False, compute_dtype=None))
     dequantize_linears(wide, torch.float32)
-    dpo.put_lora(wide, settings)
+    add_lora(wide, settings)
     with torch.no_grad():
-        for name, p in peft_io.adapter_tensors(wide).items():
+        for name, p in peft_files.adapter_tensors(wide).items():
             p.copy_(state[name])
     assert (our_logits(wide) - expected).abs().max() < 1e-5

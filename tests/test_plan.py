@@ -6,6 +6,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from test_model import put_lora
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -63,11 +64,11 @@ def counted_peak(config, run, batches):
     model = models.Decoder(config).to(getattr(torch, run.weights))
     model.requires_grad_(True)
     if run.four_bit:
-        from extras.nf4 import quantize_linears
+        from extras.models.nf4 import quantize_linears
 
         quantize_linears(model, nested=run.four_bit == "nested")
     if run.rank:
-        models.add_lora(model, run.rank, run.rank, 0.0, list(run.targets))
+        put_lora(model, run.rank, run.rank, 0.0, list(run.targets))
     model.model.gradient_checkpointing = run.checkpointing
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)

@@ -15,6 +15,7 @@ import model as models
 from dpo import DPOConfig, DPOTrainer
 from extras.rows import objects
 from extras.rows.collator import DataCollatorForPreference
+from parts.files import read_json
 
 ROWS = make_rows(10, seed=3)
 SETTINGS = dict(num_train_epochs=1, per_device_train_batch_size=4, learning_rate=1e-3, logging_steps=1, use_cpu=True)
@@ -127,7 +128,7 @@ def test_a_peft_configuration_becomes_our_flags(tiny, settings):
     config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=["v_proj", "q_proj", "down_proj"], use_rslora=True,
                              task_type="CAUSAL_LM")
     DPOTrainer(model=str(tiny), args=settings, train_dataset=ROWS, peft_config=config).train()
-    saved = models.read_json(models.Path("out") / "adapter_config.json")
+    saved = read_json(models.Path("out") / "adapter_config.json")
     assert (saved["r"], saved["lora_alpha"], saved["use_rslora"]) == (4, 12, True)
     assert sorted(saved["target_modules"]) == ["down_proj", "q_proj", "v_proj"]
     flags = objects.lora_flags({"r": 4, "target_modules": "all-linear"}, settings)
@@ -144,7 +145,7 @@ def test_settings_of_peft_that_have_no_flag_are_taken_too(tiny, settings):
     ranks = {n: m.lora_A.out_features for n, m in models.lora_modules(trainer.model).items()}
     assert ranks == {"model.layers.1.self_attn.q_proj": 2, "model.layers.1.self_attn.v_proj": 4}
     trainer.train()
-    saved = models.read_json(models.Path("out") / "adapter_config.json")
+    saved = read_json(models.Path("out") / "adapter_config.json")
     assert (saved["layers_to_transform"], saved["rank_pattern"]) == ([1], {"q_proj": 2})
 
 
@@ -224,7 +225,7 @@ def test_the_padded_batch_scores_as_the_stream_does(tiny):
     padded = DataCollatorForPreference(pad_token_id=0)([
         {name: getattr(pair, name).tolist() for name in ("prompt_ids", "chosen_ids", "rejected_ids")} for pair in pairs])
     batch = data.collate(pairs)
-    out = model(batch.input_ids, batch.position_ids, batch.spans, batch.score_index, batch.targets)
+    out = model(batch)
     sums = [part.sum() for part in out.logps.split(batch.lengths.flatten().tolist())]
     for row, (ids, mask, scored) in enumerate(zip(padded["input_ids"], padded["completion_mask"], padded["attention_mask"])):
         where = mask.nonzero()[:, 0]

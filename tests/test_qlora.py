@@ -12,7 +12,10 @@ from test_nf4 import file_of
 
 import dpo
 import model as models
-from extras import merge, nf4
+from extras import merge
+from extras.models import nf4
+from extras.models.opening import load_adapted, load_model
+from parts.files import read_json
 
 LORA = dict(use_peft=True, lora_r=4, lora_target_modules=["all-linear"], dtype="float32", learning_rate=1e-2)
 NF4 = LORA | dict(load_in_4bit=True)
@@ -26,7 +29,7 @@ def four_bit(options: dict) -> dict:
 
 def write_wide(directory, out, **options):
     """The checkpoint with its weights rounded to 4 bits and made wide again: what QLoRA computes with, plainly."""
-    model = models.load_model(directory, four_bit=four_bit(options))
+    model = load_model(directory, four_bit=four_bit(options))
     nf4.dequantize_linears(model, torch.float32)
     models.save_model(model, out)
     with_tokenizer(directory, out)
@@ -88,7 +91,7 @@ def test_two_ranks_equal_one_and_leave_the_4_bits_alone(run, tiny, experts, pair
 
 
 def test_a_checkpoint_in_4_bits_is_found_to_be_so(run, tiny, tmp_path):
-    models.save_model(models.load_model(tiny, four_bit=dict(nested=True)), tmp_path / "narrow")
+    models.save_model(load_model(tiny, four_bit=dict(nested=True)), tmp_path / "narrow")
     with_tokenizer(tiny, tmp_path / "narrow")
     steps, _ = run("a", **NF4, use_bnb_nested_quant=True)
     assert run("b", **LORA, model_name_or_path=str(tmp_path / "narrow"))[0] == steps
@@ -135,9 +138,9 @@ def test_merging_writes_the_dequantized_weights_and_the_adapter_in_bfloat16(run,
     run("merged", **NF4, merge_adapter=True)
     tensors = load_file(tmp_path / "merged" / "model.safetensors")
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16} and "quantization_config" not in (
-        models.read_json(tmp_path / "merged" / "config.json"))
-    adapted, _ = dpo.load_policy(tmp_path / "adapter", torch.float32, four_bit=dict(quant_type="nf4"))
-    off_base, _ = dpo.load_policy(tmp_path / "adapter", torch.float32)
+        read_json(tmp_path / "merged" / "config.json"))
+    adapted, _ = load_adapted(tmp_path / "adapter", torch.float32, four_bit=dict(quant_type="nf4"))
+    off_base, _ = load_adapted(tmp_path / "adapter", torch.float32)
     with torch.no_grad():
         logits, merged = adapted.logits(*INPUTS), models.load_model(tmp_path / "merged").logits(*INPUTS)
         gap, elsewhere = (merged - logits).abs().max(), (off_base.logits(*INPUTS) - logits).abs().max()
@@ -148,7 +151,7 @@ def test_an_adapter_is_merged_without_training_and_quantized_again_for_a_fresh_o
     run("adapter", **NF4)
     flags = [str(tmp_path / "adapter"), str(tmp_path / "again"), "--load_in_4bit", "--again"]
     assert merge.main(flags) == 0
-    adapted, _ = dpo.load_policy(tmp_path / "adapter", torch.float32, four_bit=dict(quant_type="nf4"))
+    adapted, _ = load_adapted(tmp_path / "adapter", torch.float32, four_bit=dict(quant_type="nf4"))
     expected = {n: nf4.dequantize(m.base_layer.state) + m.delta() for n, m in models.lora_modules(adapted).items()}
     again = models.load_model(tmp_path / "again")
     for name, weight in expected.items():

@@ -14,7 +14,11 @@ from safetensors.torch import save_file
 
 import dpo
 import model as models
-from extras import adapters, peft_io
+from extras.lora import adapters, peft_files
+from extras.lora.merging import merge_lora
+from extras.lora.peft_files import save_adapter
+from extras.lora.targets import add_lora
+from extras.models.opening import load_adapted
 
 STEPS = 20
 COMMON = dict(dtype="float32", bf16=False, use_cpu=True, learning_rate=1e-3, max_steps=STEPS, logging_steps=1,
@@ -74,12 +78,12 @@ def places(tiny, pairs_file, tmp_path_factory):
         policy = models.load_model(tiny)
         settings = dict(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets, base_model_name_or_path=str(tiny))
         torch.manual_seed(seed)
-        dpo.put_lora(policy, settings)
+        add_lora(policy, settings)
         with torch.no_grad():
             for n, p in policy.named_parameters():
                 p += torch.randn_like(p) * 0.05 if "lora_" in n else 0
         for directory in (here / name, here / "pair" / {"first": "train", "second": "reference"}[name]):
-            models.save_adapter(policy, directory, settings)
+            save_adapter(policy, directory, settings)
     other = models.load_model(tiny)
     with torch.no_grad():
         for p in other.parameters():
@@ -97,9 +101,9 @@ def options_of(options: dict, places: dict, pairs_file, out) -> dict:
 
 def whole(directory: str) -> models.Decoder:
     """A model without wrappers."""
-    model, settings = dpo.load_policy(directory, torch.float32)
+    model, settings = load_adapted(directory, torch.float32)
     if settings:
-        models.merge_lora(model)
+        merge_lora(model)
     return model
 
 
@@ -108,7 +112,7 @@ def mix(ref: models.Decoder, policy: models.Decoder, alpha: float) -> None:
     """ref <- alpha policy + (1 - alpha) ref, over all weights of the merged policy."""
     merged = copy.deepcopy(policy)
     if models.lora_modules(merged):
-        models.merge_lora(merged)
+        merge_lora(merged)
     for p, q in zip(ref.parameters(), merged.parameters(), strict=True):
         p.copy_(alpha * q + (1 - alpha) * p)
 
@@ -185,7 +189,7 @@ def test_twenty_steps_on_two_ranks_equal_two_whole_models(modes, plain, places, 
 
 def test_mixing_a_and_b_would_not_be_mixing_weights(places):
     """Why the reference of TR-DPO is held as dense deltas."""
-    model, _ = dpo.load_policy(places["first"], torch.float64)
+    model, _ = load_adapted(places["first"], torch.float64)
     start = {n: m.delta() for n, m in models.lora_modules(model).items()}
     dense = adapters.dense_adapter(models.lora_modules(model), adapters.copy_adapter(models.lora_modules(model)))
     mixed_factors = adapters.copy_adapter(models.lora_modules(model))
@@ -256,7 +260,7 @@ def test_adapters_loaded_under_names_train_and_refer(places, plain, pairs_file, 
     trainer = dpo.DPOTrainer(model=model, args=dpo.DPOConfig(**options))
     trainer.train()
     assert_equal([m for m in read_metrics(tmp_path / "out") if "loss" in m], plain("named: two folders"))
-    assert peft_io.read_settings(tmp_path / "out")["target_modules"] == ["q_proj", "up_proj"]
+    assert peft_files.read_settings(tmp_path / "out")["target_modules"] == ["q_proj", "up_proj"]
     with pytest.raises(ValueError, match="--model_adapter_name nobody: the model has reference, train"):
         dpo.DPOTrainer(model=model, args=dpo.DPOConfig(**options | dict(model_adapter_name="nobody")))
 

@@ -15,8 +15,8 @@ from test_data import NO, USER, YES, row, write_tokenizer
 
 import data
 import dpo
-import model as models
 from parts import conversations, rows, store, template
+from parts.files import read_json, write_json
 from parts.rows import DataError, attempt
 
 ENDLESS = {
@@ -211,5 +211,5 @@ def test_a_tokenizing_process_that_is_killed_is_named(build, tmp_path):
 def test_half_a_surrogate_pair_in_a_models_json_is_written_back_as_it_was(tmp_path):
     """Found by the fuzz campaign: the run trained, and then could not write generation_config.json."""
     value = {"x": "\ud800", "y": "ü"}
-    models.write_json(tmp_path / "x.json", value)
-    assert models.read_json(tmp_path / "x.json") == value and "ü" in (tmp_path / "x.json").read_text("utf-8")
+    write_json(tmp_path / "x.json", value)
+    assert read_json(tmp_path / "x.json") == value and "ü" in (tmp_path / "x.json").read_text("utf-8")

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 import data
 import dpo
 import model as models
-from extras.compiled import compile_blocks
+from extras.decoder.compiled import compile_blocks
+from parts.kernels import RMSNorm, SwiGLU
+from parts.ropes import Rope
 
 CONFIG = dict(model_type="llama", vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
               num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, rms_norm_eps=1e-5)
@@ -22,7 +24,7 @@ def make_batch(pairs: int, seed: int) -> data.Batch:
 
 def logps_and_grads(model: models.Decoder, batch: data.Batch) -> list[torch.Tensor]:
     model.zero_grad()
-    logps = model(batch.input_ids, batch.position_ids, batch.spans, batch.score_index, batch.targets).logps
+    logps = model(batch).logps
     logps.sum().backward()
     return [logps.detach(), *(p.grad.clone() for p in model.parameters())]
 
@@ -54,18 +56,18 @@ def test_rms_norm_by_hand_has_the_values_and_gradients_of_pytorch():
     x, w = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((7, 3, 16), (16,)))
     for y in (x, x.flatten(0, 1)):
         grad = torch.randn_like(y)
-        ours, theirs = models.RMSNorm.apply(y, w, 1e-5, torch.float64), F.rms_norm(y, (16,), w, 1e-5)
+        ours, theirs = RMSNorm.apply(y, w, 1e-5, torch.float64), F.rms_norm(y, (16,), w, 1e-5)
         torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
         for a, b in zip(*(torch.autograd.grad(out, (x, w), grad) for out in (ours, theirs))):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda x, w: models.RMSNorm.apply(x, w, 1e-5, torch.float64), (x[0].detach().requires_grad_(), w))
+    assert torch.autograd.gradcheck(lambda x, w: RMSNorm.apply(x, w, 1e-5, torch.float64), (x[0].detach().requires_grad_(), w))
 
 
 def test_the_turn_of_rotary_embeddings_by_hand_has_its_values_and_gradients():
     """Against x cos + rotate_half(x) sin, with a part of the dims left alone."""
     torch.manual_seed(0)
     x = torch.randn(5, 2, 10, dtype=torch.float64, requires_grad=True)
-    cos, sin = models.rotary_tables({"": models.Rope((1.0, 0.1, 0.02))}, torch.arange(5), x.dtype)[""]
+    cos, sin = models.rotary_tables({"": Rope((1.0, 0.1, 0.02))}, torch.arange(5), x.dtype)[""]
     half = torch.cat([-x[..., 3:6], x[..., :3]], -1)
     expected = torch.cat([x[..., :6] * cos + half * sin, x[..., 6:]], -1)
     torch.testing.assert_close(models.rotate(x, cos, sin), expected, rtol=1e-14, atol=1e-14)
@@ -75,8 +77,8 @@ def test_the_turn_of_rotary_embeddings_by_hand_has_its_values_and_gradients():
 def test_gated_activation_by_hand_has_its_gradient():
     torch.manual_seed(0)
     gate, up = (torch.randn(5, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    torch.testing.assert_close(models.SwiGLU.apply(gate, up), F.silu(gate) * up)
-    assert torch.autograd.gradcheck(models.SwiGLU.apply, (gate, up))
+    torch.testing.assert_close(SwiGLU.apply(gate, up), F.silu(gate) * up)
+    assert torch.autograd.gradcheck(SwiGLU.apply, (gate, up))
 
 
 def test_a_cut_stream_has_the_stretches_and_the_gradients_of_slices():
@@ -95,7 +97,7 @@ def test_a_bf16_log_prob_does_not_depend_on_the_other_pairs_of_its_stream():
     random = np.random.default_rng(0)
     pairs = [data.Pair(*(random.integers(0, 61, 20) for _ in range(3))) for _ in range(6)]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        many, few = (model(b.input_ids, b.position_ids, b.spans, b.score_index, b.targets).logps
+        many, few = (model(b).logps
                      for b in (data.collate(pairs), data.collate(pairs[:2])))
     torch.testing.assert_close(many[: len(few)], few, rtol=2e-2, atol=2e-2)
 

@@ -2,9 +2,14 @@
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from vision_tiny import FAMILIES, IMAGE, make_checkpoint, random_pictures, theirs_forward
 
 import model as models
+from extras.decoder.in_stream import Pictures, stream_axes
+from extras.models.opening import load_model
+from parts.names import file_name
 
 pytest.importorskip("transformers")
 
@@ -14,13 +19,11 @@ def pair(request, tmp_path_factory):
     """(family, transformers' model, ours from its files)."""
     directory = tmp_path_factory.mktemp(request.param)
     theirs = make_checkpoint(request.param, directory)
-    return request.param, theirs, models.load_model(directory), directory
+    return request.param, theirs, load_model(directory), directory
 
 
 def stream_of(sequences, image_pixels, grids, family):
     """Sequences as spans without prefix, with their pictures."""
-    from extras import qwen_vl, vision
-
     ids = torch.cat([torch.tensor(s) for s in sequences])
     positions = torch.cat([torch.arange(len(s)) for s in sequences])
     ends = torch.tensor([len(s) for s in sequences]).cumsum(0).tolist()
@@ -29,8 +32,8 @@ def stream_of(sequences, image_pixels, grids, family):
     axes = None
     if "qwen" in family:
         by_start = {int(s[0]): [tuple(g) for g in grids[i : i + 1].tolist()] for i, s in enumerate(spans)}
-        axes = torch.from_numpy(qwen_vl.stream_axes(ids.numpy(), spans.numpy(), IMAGE, by_start, 2))
-    return ids, positions, spans, vision.Pictures(image_pixels, grids, place, torch.arange(len(place)), axes)
+        axes = torch.from_numpy(stream_axes(ids.numpy(), spans.numpy(), IMAGE, by_start, 2))
+    return ids, positions, spans, Pictures(image_pixels, grids, place, torch.arange(len(place)), axes)
 
 
 def test_logits_equal_transformers(pair):
@@ -38,7 +41,7 @@ def test_logits_equal_transformers(pair):
     sequences, pixels, grids = random_pictures(family)
     expected = theirs_forward(theirs, family, sequences, pixels, grids)
     ids, positions, spans, pictures = stream_of(sequences, pixels, grids, family)
-    hidden, _ = ours.model(ids, positions, spans, pictures=pictures)
+    hidden, _ = ours.model(models.Stream(ids, positions, spans, pictures=pictures))
     logits = sum(x @ w.T for x, w in ours.head_terms(hidden))
     expected = torch.cat([expected[i, : len(s)] for i, s in enumerate(sequences)])
     assert (logits - expected).abs().max() < 1e-4
@@ -54,9 +57,9 @@ def test_gradients_equal_transformers(pair):
     (torch.cat([expected[i, : len(s)] for i, s in enumerate(sequences)]).log_softmax(-1) * weight).sum().backward()
     ids, positions, spans, pictures = stream_of(sequences, pixels, grids, family)
     ours.zero_grad()
-    hidden, _ = ours.model(ids, positions, spans, pictures=pictures)
+    hidden, _ = ours.model(models.Stream(ids, positions, spans, pictures=pictures))
     (sum(x @ w.T for x, w in ours.head_terms(hidden)).log_softmax(-1) * weight).sum().backward()
-    got = {models.file_name(n, ours.config): p.grad for n, p in ours.named_parameters()}
+    got = {file_name(n, ours.config): p.grad for n, p in ours.named_parameters()}
     seen = 0
     for name, p in theirs.named_parameters():
         grad = got[name]
@@ -71,8 +74,8 @@ def test_gradients_equal_transformers(pair):
 def test_saved_checkpoints_have_the_files_names_and_load_in_transformers(pair, tmp_path):
     family, theirs, ours, directory = pair
     models.save_model(ours, tmp_path)
-    with models.safe_open(tmp_path / "model.safetensors", "pt") as mine:
-        with models.safe_open(directory / "model.safetensors", "pt") as original:
+    with safe_open(tmp_path / "model.safetensors", "pt") as mine:
+        with safe_open(directory / "model.safetensors", "pt") as original:
             assert set(mine.keys()) == set(original.keys())
             assert all(torch.equal(mine.get_tensor(n), original.get_tensor(n)) for n in mine.keys())
     again = type(theirs).from_pretrained(tmp_path)
@@ -85,9 +88,9 @@ def test_the_newer_prefixes_load_too(pair, tmp_path):
     family, theirs, ours, directory = pair
     tied = ours.config.tie_word_embeddings
     state = {n: p.contiguous() for n, p in theirs.state_dict().items() if not (tied and n == "lm_head.weight")}
-    models.save_file(state, tmp_path / "model.safetensors")
+    save_file(state, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((directory / "config.json").read_text())
-    again = models.load_model(tmp_path)
+    again = load_model(tmp_path)
     assert all(torch.equal(p, q) for p, q in zip(again.parameters(), ours.parameters(), strict=True))
 
 
@@ -105,10 +108,8 @@ def test_a_key_that_may_change_the_numbers_is_refused():
 
 def test_a_shared_prefix_with_pictures_equals_two_sequences_in_float64(pair):
     """Log-probs and gradients of prompt chosen rejected, the picture encoded once, against two whole sequences."""
-    from extras import qwen_vl, vision
-
     family, _, _, directory = pair
-    ours = models.load_model(directory, torch.float64)
+    ours = load_model(directory, torch.float64)
     sequences, pixels, grids = random_pictures(family)
     prompt, pixels, grids = sequences[0], pixels, grids
     tiles = pixels if "qwen" in family else pixels[:1]
@@ -127,9 +128,10 @@ def test_a_shared_prefix_with_pictures_equals_two_sequences_in_float64(pair):
         axes = None
         if "qwen" in family:
             starts = {int(s[0]): [tuple(grids[0].tolist())] for s in spans if s[2] == s[3]}
-            axes = torch.from_numpy(qwen_vl.stream_axes(ids.numpy(), spans.numpy(), IMAGE, starts, 2))
-        pictures = vision.Pictures(tiles.double(), grids, place, source, axes)
-        out = ours(ids, torch.tensor(positions), spans, torch.tensor(score), torch.tensor(chosen + rejected), pictures)
+            axes = torch.from_numpy(stream_axes(ids.numpy(), spans.numpy(), IMAGE, starts, 2))
+        pictures = Pictures(tiles.double(), grids, place, source, axes)
+        out = ours(models.Stream(
+            ids, torch.tensor(positions), spans, torch.tensor(score), torch.tensor(chosen + rejected), pictures))
         ours.zero_grad()
         (out.logps * torch.linspace(-1, 1, 7, dtype=torch.float64)).sum().backward()
         outs.append((out.logps.detach(), {n: p.grad.clone() for n, p in ours.named_parameters() if p.grad is not None}))

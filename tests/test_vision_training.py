@@ -13,6 +13,8 @@ from vision_tiny import FAMILIES, make_model_directory
 
 import dpo
 import model as models
+from extras.models.opening import load_adapted, load_model
+from parts.names import file_name
 
 pytest.importorskip("PIL")
 pytest.importorskip("transformers")
@@ -93,10 +95,10 @@ def test_two_steps_equal_trl(run, place, tmp_path, family):
         for key in ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"):
             assert a[key] == pytest.approx(float(b[key]), rel=5e-4, abs=2e-4 if "rewards" in key else 1e-6), key
     params = load_file(tmp_path / "trl" / "params.safetensors")
-    start = dict(models.load_model(place / family).named_parameters())
+    start = dict(load_model(place / family).named_parameters())
     moved = 0
     for name, p in trainer.model.named_parameters():
-        expected = params[models.file_name(name, trainer.model.config)]
+        expected = params[file_name(name, trainer.model.config)]
         change = (expected - start[name]).norm()
         moved += bool(change > 0)
         # Adam's first steps are as long for gradients that are all rounding (a key's bias) as for others
@@ -106,7 +108,7 @@ def test_two_steps_equal_trl(run, place, tmp_path, family):
 
 
 def test_the_tower_is_frozen_unless_asked_for(run, place):
-    start = dict(models.load_model(place / "llava").named_parameters())
+    start = dict(load_model(place / "llava").named_parameters())
     moved = lambda trainer: {n.split(".")[2] for n, p in trainer.model.named_parameters() if not torch.equal(p, start[n]) and "vision" in n}
     assert moved(run("a")[1]) == {"projector"}
     assert moved(run("b", freeze_vision_tower=False)[1]) == {"projector", "tower"}
@@ -123,12 +125,12 @@ def test_lora_on_the_language_model_the_tower_or_both_loads_in_peft(run, place, 
     base = transformers.LlavaForConditionalGeneration.from_pretrained(place / "llava")
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "out")
     state = {n.replace(".default", ""): p for n, p in theirs.named_parameters() if "lora_" in n}
-    from extras.peft_io import adapter_tensors
+    from extras.lora.peft_files import adapter_tensors
 
     ours = adapter_tensors(trainer.model)
     assert state.keys() == ours.keys()
     assert all(torch.equal(state[n], ours[n]) for n in ours) and any(p.any() for n, p in ours.items() if "lora_B" in n)
-    again, _ = dpo.load_policy(str(tmp_path / "out"), torch.float32)
+    again, _ = load_adapted(str(tmp_path / "out"), torch.float32)
     assert all(torch.equal(p, ours[n]) for n, p in adapter_tensors(again).items())
 
 
@@ -136,7 +138,7 @@ def test_what_is_saved_is_whole_for_transformers(run, tmp_path):
     transformers = pytest.importorskip("transformers")
     _, trainer = run("out", freeze_vision_tower=False)
     theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
-    ours = {models.file_name(n, trainer.model.config): p for n, p in trainer.model.named_parameters()}
+    ours = {file_name(n, trainer.model.config): p for n, p in trainer.model.named_parameters()}
     assert all(torch.equal(p, ours[n]) for n, p in theirs.named_parameters())
     assert isinstance(transformers.AutoProcessor.from_pretrained(tmp_path / "out"), transformers.LlavaProcessor)
 

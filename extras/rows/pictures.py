@@ -26,8 +26,7 @@ import numpy as np
 import torch
 
 from data import Batch, DataOptions, Pair, PairStore, Tokenizer, encode_texts
-from extras.qwen_vl import stream_axes
-from extras.vision import Pictures
+from extras.decoder.in_stream import Pictures, stream_axes
 from parts.conversations import RowTexts, row_texts
 from parts.rows import DataError, DroppedPair, attempt
 from parts.tokenizer_files import explained_types, read_json

@@ -13,40 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from extras.vision import TowerMLP, attend_within, read_tower
-from model import ACTIVATIONS, Norm, rotary_tables, rotate
-
-QWEN2 = dict(depth=32, embed_dim=1280, hidden_size=3584, hidden_act="quick_gelu", mlp_ratio=4, num_heads=16,
-             in_channels=3, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
-QWEN25 = dict(depth=32, hidden_size=3584, out_hidden_size=3584, hidden_act="silu", intermediate_size=3420, num_heads=16,
-              in_channels=3, patch_size=14, spatial_merge_size=2, temporal_patch_size=2, window_size=112,
-              fullatt_block_indexes=[7, 15, 23, 31])
-IGNORED = {"in_chans", "spatial_patch_size", "tokens_per_second", "rope_parameters"}  # the last two: of video, and default
-OUTER = {"vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
-         "vision_token_id", "text_config"}
-TEXT = dict(rms_norm_eps=1e-6, max_position_embeddings=32768, rope_theta=1e6)
-
-
-# Configuration
-
-
-def split_config(raw: dict) -> tuple[dict, dict]:
-    """(config.json of the decoder, a Qwen2, and the tower's settings); older files hold the decoder's keys at the top."""
-    text = dict(raw.get("text_config") or {k: v for k, v in raw.items() if k not in OUTER}) | {"model_type": "qwen2"}
-    rope = dict(text.pop("rope_scaling", None) or {}) | dict(text.pop("rope_parameters", None) or {})
-    sections = rope.pop("mrope_section", [16, 24, 24])
-    rope = {k: "default" if v == "mrope" else v for k, v in rope.items()}
-    rope.pop("type", None)
-    text["rope_parameters"] = rope
-    newer = raw["model_type"] == "qwen2_5_vl"
-    given = {k: v for k, v in raw["vision_config"].items() if k not in IGNORED}
-    theta = (raw["vision_config"].get("rope_parameters") or {}).get("rope_theta", 10000.0)
-    if theta != 10000.0:
-        raise ValueError(f"config.json: rope_theta = {theta} in vision_config is not supported")
-    c = read_tower(given, raw["model_type"], QWEN25 if newer else QWEN2)
-    c |= {"size": c["hidden_size"], "out": c["out_hidden_size"]} if newer else {"size": c["embed_dim"], "out": c["hidden_size"]}
-    return TEXT | text, c | {"kind": "qwen", "newer": newer, "sections": tuple(sections)}
-
+from extras.decoder.towers import TowerMLP, attend_within
+from model import Norm, rotary_tables, rotate
+from parts.kernels import ACTIVATIONS
 
 # The tower
 
@@ -179,24 +148,3 @@ def axes_tables(ropes: dict, axes: Tensor, sections: tuple, dtype: torch.dtype) 
     ends = np.cumsum(sections * 2).tolist()
     cuts = list(zip([0, *ends], ends))
     return {name: tuple(pick([tables[name][i] for tables in per_axis]) for i in (0, 1)) for name in ropes}
-
-
-def stream_axes(input_ids: np.ndarray, spans: np.ndarray, image_token: int, grids: dict, merge: int) -> np.ndarray:
-    """(3, T) positions of a stream; `grids` gives for each span without prefix the (h, w) of its pictures, in patches.
-
-    Both completions of a pair begin at the highest position of their prompt + 1, on every axis.
-    """
-    axes = np.zeros((3, len(input_ids)), np.int64)
-    for start, end, prefix_start, prefix_end in spans.tolist():
-        begin, at = axes[:, prefix_start:prefix_end].max(initial=-1) + 1, start
-        places = start + np.flatnonzero(input_ids[start:end] == image_token)
-        for h, w in grids.get(start, ()):
-            h, w = h // merge, w // merge
-            picture, places = places[0], places[h * w :]
-            axes[:, at:picture] = begin + np.arange(picture - at)
-            begin += picture - at
-            rows, columns = np.divmod(np.arange(h * w), w)
-            axes[:, picture : picture + h * w] = begin + np.stack([0 * rows, rows, columns])
-            begin, at = begin + max(h, w), picture + h * w
-        axes[:, at:end] = begin + np.arange(end - at)
-    return axes

@@ -2,15 +2,15 @@
 
 import argparse
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 
-import model as models
 from data import Tokenizer
-from extras.generate import Sampling, check_sampling
+from extras.decoder.generate import Sampling, check_sampling
+from extras.models.opening import load_adapted, model_directory, tokenizer_home
 from extras.rows.pictures import open_tokenizer
+from model import Decoder
 
 FROM_CONFIG = ("temperature", "top_k", "top_p", "repetition_penalty")
 # Options of generation_config.json that would change the text and are not known here, with what leaves it alone.
@@ -25,7 +25,7 @@ class Speaker(NamedTuple):
     """A model with all that it needs to answer."""
 
     name: str
-    model: models.Decoder
+    model: Decoder
     tokenizer: Tokenizer
     sampling: Sampling
     raw: bool
@@ -34,42 +34,20 @@ class Speaker(NamedTuple):
 # Loading
 
 
-def find_model(name: str) -> Path:
-    """A directory as it is, else from the hub."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    from extras.hub.client import local_model
-
-    return local_model(name)
-
-
 def load(name: str, args: argparse.Namespace) -> Speaker:
     """A checkpoint, or an adapter on the base that it names. Raises ValueError for what cannot be loaded."""
-    directory = find_model(name)
+    directory = model_directory(name)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
-    whole, settings = directory, None
-    if (directory / "adapter_config.json").exists():
-        from extras.peft_io import read_settings
-
-        settings = read_settings(directory)
-        whole = find_model(settings["base_model_name_or_path"])
-    model = models.load_model(whole, dtype, device, args.max_length)
-    if settings:
-        from dpo import put_lora
-
-        put_lora(model, settings)
-        models.load_adapter(model, directory)
-    has_tokenizer = (directory / "tokenizer.json").exists()
-    tokenizer = open_tokenizer(directory if has_tokenizer else whole, args.chat_template)
+    model, _ = load_adapted(directory, dtype, args.max_length, device=device)
+    tokenizer = open_tokenizer(tokenizer_home(directory), args.chat_template)
     raw = args.raw or not tokenizer.templates
     if raw and args.system is not None:
         raise ValueError(f"--system: {name} is not asked through a chat template, which alone could place it")
     return Speaker(name, model.eval(), tokenizer, read_sampling(model, tokenizer, args), raw)
 
 
-def read_sampling(model: models.Decoder, tokenizer: Tokenizer, args: argparse.Namespace) -> Sampling:
+def read_sampling(model: Decoder, tokenizer: Tokenizer, args: argparse.Namespace) -> Sampling:
     """The command line over generation_config.json. Raises ValueError for an option of the file that is not known."""
     given: dict = {} if args.no_generation_config else dict(model.generation_config or {})
     odd = [f"{k} = {given[k]!r}" for k, neutral in UNKNOWN.items() if given.get(k) not in (None, neutral)]
@@ -89,7 +67,7 @@ def read_sampling(model: models.Decoder, tokenizer: Tokenizer, args: argparse.Na
 # Prompts and answers
 
 
-def encode_prompt(speaker: Speaker, prompt: str | list[dict], system: Optional[str] = None) -> list[int]:
+def encode_prompt(speaker: Speaker, prompt: str | list[dict], system: str | None = None) -> list[int]:
     """Token ids of a conversation up to where the assistant speaks, or of a text to continue."""
     tokenizer = speaker.tokenizer
     if isinstance(prompt, str) and speaker.raw:

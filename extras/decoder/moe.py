@@ -4,7 +4,7 @@ Tokens are sorted by expert, so that each expert multiplies its own rows once; n
 sent to it.
 """
 
-from typing import Callable, Optional
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +65,7 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 class SparseMLP(nn.Module):
     """Router and experts, and Qwen2-MoE's shared expert that sees every token, through a gate of its own."""
 
-    def __init__(self, hidden_size: int, moe: dict, act: Callable, shared_expert: Optional[nn.Module]):
+    def __init__(self, hidden_size: int, moe: dict, act: Callable, shared_expert: nn.Module | None):
         super().__init__()
         self.gate = Router(hidden_size, moe)
         self.experts = Experts(hidden_size, moe, act)

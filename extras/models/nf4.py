@@ -17,11 +17,19 @@ import json
 import re
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterable, NamedTuple, Optional
+from typing import Callable, Iterable, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from extras.decoder.moe import Experts
+from model import Decoder, read_config
+from parts.files import open_safetensors, write_json
+from parts.kernels import compute_dtype as usual_dtype
+from parts.names import find_places
+from parts.weights import Checkpoint, check_tensors, read_tensors
 
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -44,9 +52,9 @@ class Quantized(NamedTuple):
     dtype: torch.dtype  # what the weight was before
     quant_type: str
     block_size: int
-    nested_absmax: Optional[Tensor] = None  # (ceil(blocks / 256),) float32
-    nested_code: Optional[Tensor] = None  # (256,) float32
-    nested_offset: Optional[Tensor] = None  # () float32
+    nested_absmax: Tensor | None = None  # (ceil(blocks / 256),) float32
+    nested_code: Tensor | None = None  # (256,) float32
+    nested_offset: Tensor | None = None  # () float32
 
 
 TENSORS = ("packed", "absmax", "code", "nested_absmax", "nested_code", "nested_offset")
@@ -145,7 +153,7 @@ def block_scales(state: Quantized) -> Tensor:  # (blocks,) float32
     return blocks.view(-1)[: len(wide)] + state.nested_offset
 
 
-def dequantize(state: Quantized, dtype: Optional[torch.dtype] = None) -> Tensor:
+def dequantize(state: Quantized, dtype: torch.dtype | None = None) -> Tensor:
     """level * absmax in float32, rounded to `dtype`, by default the one the weight had before it was quantized."""
     size, device = state.block_size, state.packed.device
     # a byte is the number of a pair of levels, which is moved as one 64-bit word
@@ -250,7 +258,7 @@ class Matmul4bit(torch.autograd.Function):
     """x W^T + b. W is made wide in forward and again in backward; the graph keeps the 4 bits alone."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, bias: Optional[Tensor], state: Quantized) -> Tensor:
+    def forward(ctx, x: Tensor, bias: Tensor | None, state: Quantized) -> Tensor:
         ctx.state = state
         return F.linear(x, dequantize(state, x.dtype), bias)
 
@@ -265,20 +273,19 @@ class Matmul4bit(torch.autograd.Function):
         return grad_x, grad_bias, None
 
 
-def linear4bit(x: Tensor, state: Quantized, bias: Optional[Tensor], compute_dtype: Optional[torch.dtype]) -> Tensor:
+def linear4bit(x: Tensor, state: Quantized, bias: Tensor | None, compute_dtype: torch.dtype | None) -> Tensor:
     """x W^T + b in `compute_dtype`, by default the type nn.Linear would compute in; the result is in that type."""
-    device = x.device.type
-    usual = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    usual = usual_dtype(x)
     dtype = compute_dtype or usual
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         return Matmul4bit.apply(x.to(dtype), None if bias is None else bias.to(dtype), state).to(usual)
 
 
 class Linear4bit(nn.Linear):
     """A frozen nn.Linear with its weight in 4 bits; LoRA wraps it like any other. `weight` is made wide when asked."""
 
-    def __init__(self, state: Quantized, bias: Optional[nn.Parameter] = None,
-                 compute_dtype: Optional[torch.dtype] = None):
+    def __init__(self, state: Quantized, bias: nn.Parameter | None = None,
+                 compute_dtype: torch.dtype | None = None):
         nn.Module.__init__(self)  # nn.Linear's own would make a wide weight
         self.out_features, self.in_features = state.shape
         self.stored, self.compute_dtype = Stack4bit([state]), compute_dtype
@@ -297,10 +304,10 @@ class Linear4bit(nn.Linear):
 
 
 class Experts4bit(nn.Module):
-    """Experts of extras/moe.py, every matrix quantized by itself; one expert at a time is made wide."""
+    """Experts of extras/decoder/moe.py, every matrix quantized by itself; one expert at a time is made wide."""
 
     def __init__(self, gate_up: list[Quantized], down: list[Quantized], act: Callable,
-                 compute_dtype: Optional[torch.dtype] = None):
+                 compute_dtype: torch.dtype | None = None):
         super().__init__()
         self.gate_up, self.down = Stack4bit(gate_up), Stack4bit(down)  # gate 0, up 0, gate 1, up 1 …
         self.act, self.compute_dtype = act, compute_dtype
@@ -315,7 +322,7 @@ class Experts4bit(nn.Module):
         return torch.cat(parts) if parts else x
 
     def project(self, name: str, x: Tensor, counts: Tensor) -> Tensor:
-        """The product with one stack, "gate_up_proj" or "down_proj", to which a LoRA adds (lora_kinds.run_experts)."""
+        """The product with one stack, "gate_up_proj" or "down_proj", to which a LoRA adds (extras/lora/kinds.py's run_experts)."""
         stack, each = (self.down, 1) if name == "down_proj" else (self.gate_up, 2)
         parts = [torch.cat([linear4bit(rows, stack[each * e + i], None, self.compute_dtype) for i in range(each)], -1)
                  for e, rows in enumerate(x.split(counts.tolist())) if len(rows)]
@@ -330,9 +337,9 @@ def quantize_stack(weight: Tensor, parts: int, quant_type: str = "nf4", nested: 
 # Models
 
 
-def quantize_linears(model: nn.Module, quant_type: Optional[str] = "nf4", nested: bool = False,
-                     compute_dtype: Optional[torch.dtype] = None, skip: Iterable[str] = ("lm_head",),
-                     read: Optional[Callable[[list[str]], dict]] = None) -> list[str]:
+def quantize_linears(model: nn.Module, quant_type: str | None = "nf4", nested: bool = False,
+                     compute_dtype: torch.dtype | None = None, skip: Iterable[str] = ("lm_head",),
+                     read: Callable[[list[str]], dict] | None = None) -> list[str]:
     """Put the linear layers and the experts of `model` in 4 bits, in place; returns their names.
 
     Embeddings stay, and so do modules whose dotted name has a part in `skip`. It goes block by block, so that a model
@@ -355,6 +362,7 @@ def quantize_linears(model: nn.Module, quant_type: Optional[str] = "nf4", nested
                 for child, value in own.items():
                     setattr(module, child, nn.Parameter(value, getattr(module, child).requires_grad))
     model.four_bit = dict(quant_type=quant_type, nested=nested, compute_dtype=compute_dtype)
+    model.writer = partial(save_4bit, compute_dtype=compute_dtype)
     return done
 
 
@@ -369,7 +377,7 @@ def parameter_blocks(model: nn.Module) -> list[dict[str, list[str]]]:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Stacked matrices and an activation, as extras/moe.py has them."""
+    """Stacked matrices and an activation, as extras/decoder/moe.py has them."""
     return all(getattr(getattr(module, n, None), "ndim", 0) == 3 for n in ("gate_up_proj", "down_proj"))
 
 
@@ -401,6 +409,7 @@ def dequantize_linears(model: nn.Module, dtype: torch.dtype = torch.bfloat16) ->
         if isinstance(module, (Linear4bit, Experts4bit)):
             model.set_submodule(name, wide_module(module, dtype))
     model.four_bit = None
+    model.writer = None
 
 
 def wide_module(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -419,8 +428,6 @@ def wide_linear(module: Linear4bit, dtype: torch.dtype) -> nn.Linear:
 
 
 def wide_experts(module: Experts4bit, dtype: torch.dtype) -> nn.Module:
-    from extras.moe import Experts
-
     size, hidden = module.gate_up[0].shape
     with torch.device("meta"):
         wide = Experts(hidden, dict(experts=len(module.down), size=size), module.act)
@@ -428,43 +435,6 @@ def wide_experts(module: Experts4bit, dtype: torch.dtype) -> nn.Module:
         matrices = torch.stack([dequantize(stack[i], dtype) for i in range(len(stack))])
         setattr(wide, child, nn.Parameter(matrices.view(getattr(wide, child).shape), requires_grad=False))
     return wide
-
-
-@torch.no_grad()
-def merge_4bit(model: nn.Module, again: bool = False, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Merge the LoRA of a model in 4 bits: weights are dequantized, added to in float32, and rounded to `dtype` once.
-
-    An adapter that was trained over 4 bits belongs on the dequantized weights, not on those from before: the two differ
-    by far more than what it learned. The merged model takes the memory of `dtype`; on a GPU that may be more than there
-    is, so it is put on the CPU. With `again` the merged weights are quantized again, which rounds what was learned a
-    second time, and the others stay the 4 bits they are.
-    """
-    from extras.lora_kinds import merged, untie
-    from model import lora_modules, replace_module
-
-    if not again:
-        model.cpu()
-    untie(model)
-    for name, wrapper in lora_modules(model).items():
-        narrow = wrapper.base_layer
-        wrapper.base_layer = wide_module(narrow, torch.float32)
-        base = merged(wrapper)
-        replace_module(model, name, requantized(narrow, base) if again else base.to(dtype))
-    if not again:
-        dequantize_linears(model, dtype)
-        model.to(dtype).requires_grad_(True)
-
-
-def requantized(narrow: nn.Module, wide: nn.Module) -> nn.Module:
-    """`wide` in the format of `narrow`, which may not have been in 4 bits either."""
-    if isinstance(narrow, Linear4bit):
-        return Linear4bit(requantize(narrow.state, wide.weight), narrow.bias, narrow.compute_dtype)
-    if not isinstance(narrow, Experts4bit):
-        return wide
-    gate_up = [matrix for expert in wide.gate_up_proj for matrix in expert.chunk(2)]
-    stacks = [[requantize(old, new) for old, new in zip(olds, news)]
-              for olds, news in ((narrow.gate_up, gate_up), (narrow.down, wide.down_proj))]
-    return Experts4bit(*stacks, narrow.act, narrow.compute_dtype)
 
 
 # Checkpoints
@@ -490,22 +460,20 @@ def read_bnb_config(config: dict, asked: dict) -> torch.dtype:
     return getattr(torch, config.get("bnb_4bit_compute_dtype") or "float32")
 
 
-def write_bnb_config(state: Quantized, compute_dtype: Optional[torch.dtype]) -> dict:
+def write_bnb_config(state: Quantized, compute_dtype: torch.dtype | None) -> dict:
     """The "quantization_config" with which transformers reads such weights."""
     return dict(quant_method="bitsandbytes", load_in_4bit=True, load_in_8bit=False, bnb_4bit_quant_storage="uint8",
                 bnb_4bit_quant_type=state.quant_type, bnb_4bit_use_double_quant=state.nested_absmax is not None,
                 bnb_4bit_compute_dtype=dtype_name(compute_dtype or torch.float32))
 
 
-def load_4bit(checkpoint, settings: Optional[dict], dtype: torch.dtype, device: str,
-              max_length: Optional[int] = None) -> nn.Module:
+def load_4bit(checkpoint: Checkpoint, settings: dict | None, dtype: torch.dtype, device: str,
+              max_length: int | None = None, build: Callable = Decoder) -> Decoder:
     """model.load_model in 4 bits: `checkpoint` is an opened one, `settings` are those of `quantize_linears`.
 
     What a file has in 4 bits stays as it is, and then nothing else is quantized; of `settings` only compute_dtype
     counts. The result's raw_config does not say that it is quantized. Raises ValueError as model.load_model does.
     """
-    from model import Decoder, check_tensors, find_places, read_config, read_generation_config
-
     raw, settings, beside = dict(checkpoint.raw_config), dict(settings or {}), {}
     stored = raw.pop("quantization_config", None)
     try:
@@ -519,23 +487,22 @@ def load_4bit(checkpoint, settings: Optional[dict], dtype: torch.dtype, device: 
     except ValueError as error:
         raise ValueError(f"{checkpoint.directory}: {error}") from None
     with torch.device("meta"):
-        model = Decoder(config)
+        model = build(config)
     parameters, in_bits = dict(model.named_parameters()), {layout[theirs].name for theirs in beside}
     check_tensors(checkpoint, {n: place for n, place in layout.items() if n not in beside},
                   {n: p for n, p in parameters.items() if n not in in_bits}, config)
     read = partial(read_block, checkpoint, layout, beside, model, dtype, device)
     quantize_linears(model, **settings, read=read)
     model.tie()
-    model.layout, model.raw_config = layout, raw
-    model.generation_config = read_generation_config(checkpoint.directory)
+    model.layout = layout
+    model.raw_config = raw
+    model.generation_config = checkpoint.generation_config
     return model.requires_grad_(True)
 
 
-def read_block(checkpoint, layout: dict, beside: dict[str, list[str]], model: nn.Module, dtype: torch.dtype,
+def read_block(checkpoint: Checkpoint, layout: dict, beside: dict[str, list[str]], model: nn.Module, dtype: torch.dtype,
                device: str, names: list[str]) -> dict:
     """These parameters, read from the files: cast to `dtype`, or Quantized where they lie in 4 bits."""
-    from model import open_safetensors, read_tensors
-
     layout = {theirs: place for theirs, place in layout.items() if place.name in names}
     files = {n: checkpoint.files[n] for theirs in layout for n in (theirs, *beside.get(theirs, ()))}
     plain = {theirs: place for theirs, place in layout.items() if theirs not in beside}
@@ -555,17 +522,13 @@ def read_block(checkpoint, layout: dict, beside: dict[str, list[str]], model: nn
     return values
 
 
-def save_4bit(model: nn.Module, directory: Path, compute_dtype: Optional[torch.dtype] = None) -> None:
+def save_4bit(model: nn.Module, directory: Path, compute_dtype: torch.dtype | None = None) -> None:
     """Write a model in 4 bits as transformers does, in one file, without its LoRA; what is not in 4 bits as it is.
 
     transformers computes in `compute_dtype`, by default in float32.
 
     Raises ValueError for experts that the model's own files hold stacked: bitsandbytes' files have them one by one.
     """
-    from safetensors.torch import save_file
-
-    from model import write_json
-
     modules = {n.replace(".base_layer", ""): m for n, m in model.named_modules()}
     tensors, last = {}, None
     for theirs, place in model.layout.items():
@@ -583,7 +546,7 @@ def save_4bit(model: nn.Module, directory: Path, compute_dtype: Optional[torch.d
         write_json(directory / "generation_config.json", model.generation_config)
 
 
-def stored_state(module: nn.Module, child: str, index: tuple, name: str) -> Optional[Quantized]:
+def stored_state(module: nn.Module, child: str, index: tuple, name: str) -> Quantized | None:
     """What a module keeps in 4 bits of a parameter, or of the part of it that `index` says."""
     if isinstance(module, Linear4bit) and child == "weight":
         return module.state

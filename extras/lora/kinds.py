@@ -1,4 +1,4 @@
-"""LoRA beyond model.py's LoraLinear: DoRA, on embeddings, on experts and routers; modules trained whole; merging.
+"""LoRA beyond model.py's LoraLinear: DoRA, on embeddings, experts and routers; modules trained whole.
 
 Every kind wraps a module as its `base_layer`, is that module where `enabled` is False, and has "lora_" in the names of
 its own parameters, so that the base's are those without.
@@ -6,7 +6,6 @@ its own parameters, so that the base's are those without.
 
 import copy
 import math
-from dataclasses import replace
 from itertools import chain
 from typing import Callable
 
@@ -14,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from extras.moe import Router, grouped_linear
-from model import LoraLinear, Place, lora_modules, replace_module
+from extras.decoder.moe import Router, grouped_linear
+from model import LoraLinear
 
 
 def wide(x: Tensor) -> torch.dtype:
@@ -114,7 +113,7 @@ class LoraEmbedding(nn.Module):
 
 
 class LoraExperts(nn.Module):
-    """LoRA on stacks of experts (extras/moe.py): x_e W_e^T + s (x_e A_e^T) B_e^T. Parameters lie as in PEFT's files:
+    """LoRA on stacks of experts (extras/decoder/moe.py): x_e W_e^T + s (x_e A_e^T) B_e^T. Parameters lie as in PEFT's files:
     A (experts * rank, in), B (out, rank * experts). `stacks` is {stack: (rank, alpha)}."""
 
     def __init__(self, base: nn.Module, stacks: dict[str, tuple[int, float]], dropout: float):
@@ -244,43 +243,3 @@ class DenseDelta(nn.Module):
 def deltas(wrapper: nn.Module) -> dict[str, Tensor]:
     """{parameter of the base: what merging adds to it}."""
     return wrapper.deltas() if hasattr(wrapper, "deltas") else {"weight": wrapper.delta()}
-
-
-# Merging
-
-
-@torch.no_grad()
-def merge(model: nn.Module) -> None:
-    """Add each update to its weight and take the wrapper away. A head and an embedding that were one part."""
-    if model.four_bit:
-        from extras.nf4 import merge_4bit
-
-        return merge_4bit(model)
-    untie(model)
-    for name, wrapper in lora_modules(model).items():
-        replace_module(model, name, merged(wrapper))
-    model.requires_grad_(True)
-
-
-def merged(wrapper: nn.Module) -> nn.Module:
-    """The module below, with the update in its weights."""
-    base = wrapper.base_layer
-    if isinstance(wrapper, SavedModule):
-        base.load_state_dict(wrapper.lora_saved.state_dict())
-        return base
-    for child, delta in deltas(wrapper).items():
-        weight = getattr(base, child)
-        weight.copy_(weight.to(delta.dtype) + delta)
-    return base
-
-
-def untie(model: nn.Module) -> None:
-    """One matrix cannot become two: the head gets a copy, and config.json and the files say so."""
-    if not (model.config.tie_word_embeddings and lora_modules(model).keys() & {"lm_head", "model.embed_tokens"}):
-        return
-    head = getattr(model.lm_head, "base_layer", model.lm_head)
-    head.weight = nn.Parameter(head.weight.detach().clone())
-    model.config = replace(model.config, tie_word_embeddings=False)
-    model.raw_config = model.raw_config | {"tie_word_embeddings": False}
-    if model.layout:
-        model.layout = model.layout | {"lm_head.weight": Place("lm_head.weight")}

@@ -1,7 +1,7 @@
 """Several adapters on one base, and the moving reference of TR-DPO.
 
-An adapter, here, is {module name: wrapper}. A model wears one; `wearing` changes it for another: how an adapter is
-the reference of another without a second model.
+An adapter, here, is {module name: wrapper}. One is active in a model; `swapped_in` puts another in
+its place for a while: how an adapter is the reference of another without a second model.
 """
 
 import copy
@@ -11,27 +11,29 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from extras import lora_kinds as kinds
-from extras.lora_targets import add_lora
-from extras.peft_io import adapter_home, find_base, load_adapter, read_settings
-from model import Decoder, lora_modules, open_safetensors, replace_module
+from extras.lora import kinds
+from extras.lora.peft_files import adapter_home, find_base, load_adapter, read_settings
+from extras.lora.targets import add_lora
+from model import Decoder, lora_modules, replace_module
+from parts.files import open_safetensors
 
 
 @contextmanager
-def wearing(model: nn.Module, adapter: dict[str, nn.Module]):
-    """Within, `model` has this adapter in place of its own."""
+def swapped_in(model: nn.Module, adapter: dict[str, nn.Module]):
+    """Swap `adapter` in for the model's own; swap it out again after."""
     own = lora_modules(model)
-    exchange(model, own, adapter)
+    swap(model, own, adapter)
     try:
         yield model
     finally:
-        exchange(model, adapter, own)
+        swap(model, adapter, own)
 
 
-def exchange(model: nn.Module, off: dict[str, nn.Module], on: dict[str, nn.Module]) -> None:
-    for name, wrapper in off.items():
+def swap(model: nn.Module, out: dict[str, nn.Module], into: dict[str, nn.Module]) -> None:
+    """Take the wrappers of one adapter out and put those of another in."""
+    for name, wrapper in out.items():
         replace_module(model, name, wrapper.base_layer)
-    for name, wrapper in on.items():
+    for name, wrapper in into.items():
         replace_module(model, name, wrapper)
 
 
@@ -42,23 +44,26 @@ def copy_adapter(adapter: dict[str, nn.Module]) -> dict[str, nn.Module]:
 
 
 def load_beside(model: nn.Module, directory: Path) -> dict[str, nn.Module]:
-    """Another adapter on the same base, frozen: {module name: wrapper}, for `lora_kinds.wearing`.
+    """Load another adapter on the same base, frozen: {module name: wrapper}, for `swapped_in`.
 
     The model keeps its own, its draws and its trainable parameters.
     """
     own = lora_modules(model)
-    exchange(model, own, {})
+    swap(model, own, {})
     try:
         with torch.random.fork_rng(devices=[]):
             add_lora(model, read_settings(directory))
         load_adapter(model, directory)
         return {n: w.requires_grad_(False).eval() for n, w in lora_modules(model).items()}
     finally:
-        exchange(model, lora_modules(model), own)
+        swap(model, lora_modules(model), own)
 
 
 def load_named(model: nn.Module, directory: str, name: str) -> nn.Module:
-    """Load an adapter under a name, into `model.adapters`; the first is worn. Raises ValueError for a name in use."""
+    """Load an adapter under a name, into `model.adapters`; the first is active.
+
+    Raises ValueError for a name in use.
+    """
     if not hasattr(model, "adapters"):
         model.adapters = {}
     if name in model.adapters:
@@ -66,7 +71,7 @@ def load_named(model: nn.Module, directory: str, name: str) -> nn.Module:
     home = Path(adapter_home(directory, name))
     settings, adapter = read_settings(home), load_beside(model, home)
     if not model.adapters:
-        exchange(model, {}, adapter)
+        swap(model, {}, adapter)
     model.adapters[name] = adapter, settings
     return model
 
@@ -79,14 +84,17 @@ def fresh_settings(c, more: dict) -> dict:
         "modules_to_save": c.lora_modules_to_save, "base_model_name_or_path": c.model_name_or_path}
 
 
-def wear_named(model: nn.Module, name: str | None) -> dict:
-    """Put on the adapter of that name, or keep the one that is on, to be trained; returns its settings."""
+def activate_named(model: nn.Module, name: str | None) -> dict:
+    """Make the adapter of that name, or the one that is active, the one to be trained.
+
+    Returns its settings.
+    """
     if name is not None and name not in model.adapters:
         raise ValueError(f"--model_adapter_name {name}: the model has {', '.join(model.adapters)}")
-    worn = lora_modules(model)
-    name = name or next(n for n, (adapter, _) in model.adapters.items() if adapter == worn)
+    active = lora_modules(model)
+    name = name or next(n for n, (adapter, _) in model.adapters.items() if adapter == active)
     adapter, settings = model.adapters[name]
-    exchange(model, worn, adapter)
+    swap(model, active, adapter)
     for module in adapter.values():
         for n, p in module.named_parameters():
             p.requires_grad_(n.startswith("lora_"))
@@ -97,9 +105,10 @@ def wear_named(model: nn.Module, name: str | None) -> dict:
 
 
 def reference_of(trainer) -> dict[str, nn.Module]:
-    """What the policy wears to be its own reference: nothing (its base), its start, or another adapter on that base.
+    """Return what is swapped into the policy to make it its own reference.
 
-    Where the flags name something else, that is loaded as the trainer's ref_model.
+    That is nothing (its base), its start, or another adapter on that base. Where the flags name
+    something else, that is loaded as the trainer's ref_model.
     """
     c, loaded = trainer.args, getattr(trainer.model, "adapters", {})
     if c.ref_adapter_name in loaded and not c.ref_model_name_or_path:

@@ -9,13 +9,15 @@ Sizes: S sequences, V vocabulary, T new tokens, K kv heads, D head dim.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple, Optional
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from model import CachedPlan, Call, Decoder, ModelConfig, check_length, has_flash, plan_varlen, span_mask
+from model import Call, CallPlan, Decoder, ModelConfig, choose_attention, span_mask
+from parts.configs import check_length
+from parts.varlen import has_flash, plan_varlen
 
 
 class Sampling(NamedTuple):
@@ -79,6 +81,20 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:  # (S,)
 # Sequences and their places in the stream
 
 
+class CachedPlan(NamedTuple):
+    """A plan over keys and values of a layer that are kept; the stream's own are added first."""
+
+    plan: Callable
+    keys: Tensor  # (places, K, D)
+    values: Tensor  # (places, K, D)
+    places: Tensor  # (T,) of this stream's tokens
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (T, H, D)
+        keys = self.keys.index_copy_(0, self.places, k.to(self.keys.dtype))
+        values = self.values.index_copy_(0, self.places, v)
+        return self.plan(q, keys, values)
+
+
 @dataclass
 class Sequence:
     """One completion being written: the span [start, end) of the stream, after a prefix."""
@@ -123,13 +139,16 @@ class Cache:
         rows = spans.tolist()
         places = torch.cat([torch.arange(row[1] - row[4], row[1]) for row in rows]).to(device)  # (T,)
         self.position_ids[places] = position_ids
-        if has_flash(config, device, dtype):
-            plans = dict.fromkeys(config.windows, plan_varlen(spans[:, :4], device, spans[:, 4]))
+        if has_flash(device, dtype, config.head_dim, config.attn_softcap):
+            plans = plan_varlen(config, spans[:, :4], device, spans[:, 4])
         else:
-            plans = {window: self.calls(rows, window) for window in set(config.windows)}
-        return [{window: CachedPlan(plans[window], *kept, places)} for window, kept in zip(config.windows, self.layers)]
+            attention = choose_attention(config)
+            plans = {window: CallPlan(self.calls(rows, window), attention)
+                     for window in set(config.windows)}
+        return [{window: CachedPlan(plans[window], keys, values, places)}
+                for window, (keys, values) in zip(config.windows, self.layers)]
 
-    def calls(self, rows: list[list[int]], window: Optional[int]) -> list[Call]:
+    def calls(self, rows: list[list[int]], window: int | None) -> list[Call]:
         calls, at = [], 0
         for start, end, prefix_start, prefix_end, new in rows:
             keys = ((prefix_start, prefix_end), (start, end)) if prefix_end > prefix_start else ((start, end),)
@@ -196,7 +215,7 @@ def read_tokens(model: Decoder, sequences: list[Sequence], cache: Cache) -> Tens
 
 
 @torch.no_grad()
-def generate(model: Decoder, prompts: list[list[int]], o: Sampling, samples: int = 1, cache: Optional[Cache] = None,
+def generate(model: Decoder, prompts: list[list[int]], o: Sampling, samples: int = 1, cache: Cache | None = None,
              first: int = 0) -> Iterator[dict[int, int]]:
     """Yields {number of the sequence: its next token} until all have stopped; numbers are prompt x samples + sample.
 

@@ -1,14 +1,15 @@
-"""Which modules PEFT's settings choose, and with what rank and scaling they are wrapped (extras/lora_kinds.py)."""
+"""Which modules PEFT's settings choose, and with what rank and scaling they are wrapped (extras/lora/kinds.py)."""
 
 import math
 import re
-from typing import Callable, Optional
+from typing import Callable
 
 from torch import nn
 
-from extras import lora_kinds as kinds
-from extras.moe import Experts, Router
-from model import LoraLinear, file_name, replace_module
+from extras.decoder.moe import Experts, Router
+from extras.lora import kinds
+from model import LoraLinear, replace_module
+from parts.names import file_name
 
 # Settings of a PEFT adapter that say what is wrapped and how, with what a file without them means.
 DEFAULTS = dict(target_modules=None, target_parameters=None, modules_to_save=None, exclude_modules=None,
@@ -102,7 +103,7 @@ def is_target(name: str, theirs: str, module: nn.Module, settings: dict) -> bool
     return theirs in targets or ((named(theirs, targets) or named(name, targets)) and in_layers(theirs, settings))
 
 
-def named(key: str, names: Optional[list[str] | str]) -> bool:
+def named(key: str, names: list[str] | str | None) -> bool:
     """Whether a list has `key` or the end of it, or a pattern matches it."""
     if isinstance(names, str):
         return bool(re.fullmatch(names, key))

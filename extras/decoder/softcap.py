@@ -1,6 +1,5 @@
 """Attention with soft-capped scores (Gemma 2), which no fused kernel computes."""
 
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -8,7 +7,7 @@ from torch import Tensor
 QUERY_CHUNK = 512  # queries whose scores are held at once
 
 
-def softcapped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], scale: float, cap: float) -> Tensor:
+def softcapped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float) -> Tensor:
     """softmax(cap * tanh(q k^T scale / cap)) v; q (n, H, D), k and v (keys, K, D), mask (n, keys).
 
     Without a mask the n queries are the last of the keys, and see what is before them.

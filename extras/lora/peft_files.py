@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from extras import lora_kinds as kinds
-from extras import lora_targets as targets
-from model import file_name, lora_modules, open_safetensors, read_json, write_json
+from extras.lora import kinds, targets
+from model import lora_modules
+from parts.files import open_safetensors, read_json, write_json
+from parts.names import TRANSPOSED, file_name
 from parts.rows import on_hub
 
 # Settings of adapter_config.json that are read, with the types they may have.
@@ -32,7 +33,7 @@ DRAWN = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def read_settings(directory: Path) -> dict:
-    """The settings of an adapter's directory, lora_targets.DEFAULTS where the file has none, and its base.
+    """The settings of an adapter's directory, targets.DEFAULTS where the file has none, and its base.
 
     The base may be a path relative to the adapter. Raises ValueError, by name, for what is not understood.
     """
@@ -133,17 +134,16 @@ def wrapper_tensors(name: str, wrapper: nn.Module, config) -> dict[str, Tensor]:
 def transposed(name: str, config) -> bool:
     if not config.other_names or config.model_type != "gpt2":
         return False
-    from extras.layouts import TRANSPOSED
-
     return bool(TRANSPOSED.search(name))
 
 
-def load_adapter(model: nn.Module, directory: Path) -> None:
+def load_adapter(model: nn.Module, directory: str | Path) -> None:
     """Fill the adapter of `model`.
 
     Raises ValueError where the files have other modules, rank or scaling, or a tensor that is not understood. Copies of
     base weights, which PEFT stores beside a LoRA on the embedding or the head, must be those of the base.
     """
+    directory = Path(directory)
     path = directory / "adapter_model.safetensors"
     check_scaling(check_settings(read_json(directory / "adapter_config.json"), directory), model, directory)
     opened, ours = open_safetensors(path), adapter_tensors(model)
@@ -222,8 +222,9 @@ def stack_experts(found: dict[str, Tensor], experts: int, path: Path) -> dict[st
 # Writing
 
 
-def save_adapter(model: nn.Module, directory: Path, settings: dict) -> None:
+def save_adapter(model: nn.Module, directory: str | Path, settings: dict) -> None:
     """Write both files; what is wrapped is said so that PEFT wraps the same."""
+    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     state = {n: p.detach().cpu().contiguous() for n, p in adapter_tensors(model).items()}
     save_file(state, directory / "adapter_model.safetensors", metadata={"format": "pt"})

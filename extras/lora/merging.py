@@ -1,0 +1,83 @@
+"""Merging: the weights with what an adapter learned added to them, of a model in 4 bits too."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from extras.lora import kinds
+from extras.models.nf4 import Experts4bit, Linear4bit, dequantize_linears, requantize, wide_module
+from model import lora_modules, replace_module
+from parts.names import Place
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module) -> None:
+    """Add each update to its weight and remove the wrapper: the same model, to rounding.
+
+    A head and an embedding that were one matrix become two.
+    """
+    if model.four_bit:
+        return merge_4bit(model)
+    untie(model)
+    for name, wrapper in lora_modules(model).items():
+        replace_module(model, name, merged(wrapper))
+    model.requires_grad_(True)
+
+
+def merged(wrapper: nn.Module) -> nn.Module:
+    """The module below, with the update in its weights."""
+    base = wrapper.base_layer
+    if isinstance(wrapper, kinds.SavedModule):
+        base.load_state_dict(wrapper.lora_saved.state_dict())
+        return base
+    for child, delta in kinds.deltas(wrapper).items():
+        weight = getattr(base, child)
+        weight.copy_(weight.to(delta.dtype) + delta)
+    return base
+
+
+def untie(model: nn.Module) -> None:
+    """One matrix cannot become two: the head gets a copy, and config.json and the files say so."""
+    if not (model.config.tie_word_embeddings and lora_modules(model).keys() & {"lm_head", "model.embed_tokens"}):
+        return
+    head = getattr(model.lm_head, "base_layer", model.lm_head)
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    model.config = replace(model.config, tie_word_embeddings=False)
+    model.raw_config = model.raw_config | {"tie_word_embeddings": False}
+    if model.layout:
+        model.layout = model.layout | {"lm_head.weight": Place("lm_head.weight")}
+
+
+@torch.no_grad()
+def merge_4bit(model: nn.Module, again: bool = False, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Merge the LoRA of a model in 4 bits: weights are dequantized, added to in float32, and rounded to `dtype` once.
+
+    An adapter that was trained over 4 bits belongs on the dequantized weights, not on those from before: the two differ
+    by far more than what it learned. The merged model takes the memory of `dtype`; on a GPU that may be more than there
+    is, so it is put on the CPU. With `again` the merged weights are quantized again, which rounds what was learned a
+    second time, and the others stay the 4 bits they are.
+    """
+    if not again:
+        model.cpu()
+    untie(model)
+    for name, wrapper in lora_modules(model).items():
+        narrow = wrapper.base_layer
+        wrapper.base_layer = wide_module(narrow, torch.float32)
+        base = merged(wrapper)
+        replace_module(model, name, requantized(narrow, base) if again else base.to(dtype))
+    if not again:
+        dequantize_linears(model, dtype)
+        model.to(dtype).requires_grad_(True)
+
+
+def requantized(narrow: nn.Module, wide: nn.Module) -> nn.Module:
+    """`wide` in the format of `narrow`, which may not have been in 4 bits either."""
+    if isinstance(narrow, Linear4bit):
+        return Linear4bit(requantize(narrow.state, wide.weight), narrow.bias, narrow.compute_dtype)
+    if not isinstance(narrow, Experts4bit):
+        return wide
+    gate_up = [matrix for expert in wide.gate_up_proj for matrix in expert.chunk(2)]
+    stacks = [[requantize(old, new) for old, new in zip(olds, news)]
+              for olds, news in ((narrow.gate_up, gate_up), (narrow.down, wide.down_proj))]
+    return Experts4bit(*stacks, narrow.act, narrow.compute_dtype)

@@ -1,0 +1,129 @@
+"""The one place that opens any model: from the hub, adapters, 4 bits, pictures.
+
+    directory = model_directory("Qwen/Qwen2-0.5B-Instruct")
+    model = load_model(directory, torch.bfloat16)                   plain, with pictures, or in 4 bits
+    model, settings = load_adapted(directory, torch.float32)        or an adapter on its base
+
+A plain model needs none of this: model.load_model opens it.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import model as models
+from data import on_hub
+from model import Decoder, ModelConfig
+from parts.weights import open_checkpoint
+
+# Where
+
+
+def model_directory(name: str, ranks: Any = None, revision: str | None = None,
+                    adapter: str | None = None) -> str:
+    """Return the directory of a model, or of the adapter named `adapter` in it.
+
+    `name` is a path, else an id on the hub, from which it is fetched; with `ranks`, all of them
+    take the commit that rank 0 found. Raises ValueError for what is not there.
+    """
+    if on_hub(name) or revision is not None:
+        from extras import hub
+
+        directory = str(hub.same_model(name, revision, ranks))
+    else:
+        directory = os.path.expanduser(name)
+    if adapter is None:
+        return directory
+    from extras.lora.peft_files import adapter_home
+
+    return adapter_home(directory, adapter)
+
+
+def is_adapter(directory: str | Path) -> bool:
+    return (Path(directory) / "adapter_config.json").exists()
+
+
+def tokenizer_home(directory: str, ranks: Any = None) -> str:
+    """Return where the tokenizer lies: PEFT's adapters may leave it with their base."""
+    if (Path(directory) / "tokenizer.json").exists() or not is_adapter(directory):
+        return directory
+    from extras.lora import peft_files
+
+    return peft_files.find_base(peft_files.read_settings(Path(directory)), ranks)
+
+
+# Opening
+
+
+def build(config: ModelConfig) -> Decoder:
+    """Make a Decoder, with what puts pictures into the stream where the model reads them."""
+    if config.vision is None:
+        return Decoder(config)
+    from extras.decoder.vision import Vision
+
+    return Decoder(config, Vision)
+
+
+def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu",
+               max_length: int | None = None, four_bit: dict | None = None) -> Decoder:
+    """Return a Decoder with the directory's weights; as model.load_model, for every checkpoint.
+
+    With `four_bit`, the settings of nf4.quantize_linears, or where the files are quantized so, its
+    linear layers are in 4 bits.
+    """
+    opened = open_checkpoint(directory)
+    if four_bit is None and not opened.raw_config.get("quantization_config"):
+        return models.load_model(directory, dtype, device, max_length, build)
+    from extras.models.nf4 import load_4bit
+
+    return load_4bit(opened, four_bit, dtype, device, max_length, build)
+
+
+def load_adapted(directory: str | Path, dtype: torch.dtype, max_length: int | None = None,
+                 ranks: Any = None, four_bit: dict | None = None,
+                 device: str = "cpu") -> tuple[Decoder, dict]:
+    """Return a model and, where `directory` is a PEFT adapter, its LoRA's settings (else {}).
+
+    The model is then the adapter's base with it active.
+    """
+    if not is_adapter(directory):
+        return load_model(directory, dtype, device, max_length, four_bit), {}
+    from extras.lora import peft_files
+    from extras.lora.targets import add_lora
+
+    settings = peft_files.read_settings(Path(directory))
+    base = peft_files.find_base(settings, ranks)
+    model = load_model(base, dtype, device, max_length, four_bit)
+    add_lora(model, settings)
+    peft_files.load_adapter(model, directory)
+    return model.eval(), settings
+
+
+def load_adapter(model: Decoder, directory: str, adapter_name: str = "default") -> Decoder:
+    """Load an adapter onto `model` under a name; the first is active, and is trained.
+
+    Others can be the reference. As with TRL 0.18: load_adapter(model, DIR, "train"),
+    load_adapter(model, DIR, "reference"), and then DPOTrainer(model,
+    args=DPOConfig(model_adapter_name="train", ref_adapter_name="reference", ...)).
+    """
+    from extras.lora.adapters import load_named
+
+    return load_named(model, directory, adapter_name)
+
+
+def open_pictures(model: nn.Module, tokenizer, freeze_tower: bool):
+    """Freeze what a model that reads pictures does not train.
+
+    Returns what decodes pictures in the background, None where the directory lacks the processor.
+    """
+    from extras.decoder.vision import freeze
+
+    freeze(model, freeze_tower)
+    if tokenizer.pictures is None:
+        return None
+    from extras.pictures import Loader
+
+    return Loader(tokenizer.pictures)

@@ -1,0 +1,125 @@
+"""config.json -> the fields of ModelConfig, checked."""
+
+from parts.families import COMMON, HARMLESS, REQUIRED, Family, find_family
+from parts.kernels import ACTIVATIONS
+from parts.ropes import Rope, read_ropes
+from parts.vision_configs import split_config
+
+SIZES = dict(
+    vocab_size=2**24, hidden_size=2**20, intermediate_size=2**24, num_hidden_layers=2**12,
+    head_dim=2**16, num_attention_heads=2**16, num_key_value_heads=2**16, num_experts=2**16,
+    num_local_experts=2**16)
+SAME = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+        "num_attention_heads", "max_position_embeddings", "hidden_act")
+
+
+def read_fields(raw: dict, max_length: int | None = None) -> dict:
+    """Return the fields of ModelConfig from the content of config.json; see model.read_config."""
+    wrong = (TypeError, AttributeError, KeyError, IndexError, ArithmeticError, RuntimeError)
+    try:
+        if "vision_config" not in raw:
+            return text_fields(raw, max_length)
+        text, vision = split_config(raw)
+        fields = text_fields(text, max_length)
+        vision = vision | {"text_size": fields["hidden_size"]}
+        return fields | dict(model_type=raw["model_type"], other_names=True, vision=vision)
+    except wrong as error:
+        raise ValueError("config.json: a value of another type or size than expected "
+                         f"({error!r:.200})") from None
+
+
+def text_fields(raw: dict, max_length: int | None) -> dict:
+    """Return the fields of a decoder that reads text alone."""
+    family = find_family(raw)
+    c = read_keys(family.rename(raw), family.keys)
+    bias = bool(c.get("attention_bias"))
+    ropes = {} if family.features.get("learned_positions") else read_ropes(c, max_length)
+    fields = {k: c[k] for k in SAME} | dict(
+        model_type=raw["model_type"],
+        num_key_value_heads=c["num_key_value_heads"] or c["num_attention_heads"],
+        head_dim=c["head_dim"], norm_eps=c["rms_norm_eps"],
+        tie_word_embeddings=bool(c["tie_word_embeddings"]), qkv_bias=bias, o_bias=bias,
+        mlp_bias=bool(c.get("mlp_bias")), attention_scale=c["head_dim"] ** -0.5)
+    fields |= read_layers(c, family, ropes) | family.more(c) | family.features
+    if fields["hidden_act"] not in ACTIVATIONS:
+        raise ValueError(f"config.json: hidden_act = {fields['hidden_act']!r}; "
+                         f"known are {', '.join(ACTIVATIONS)}")
+    return fields
+
+
+def read_keys(raw: dict, keys: dict) -> dict:
+    """Return the keys that a family reads: its defaults, and what the file says (null is a value).
+
+    Raises ValueError for a missing one, and for a key that is neither read nor known to be
+    harmless and has a value that could mean something.
+    """
+    known = COMMON | keys
+    odd = [f"{k} = {v!r}" for k, v in raw.items() if k not in known
+           and not HARMLESS.match(k) and v not in (None, False, 0, "", [], {})]
+    if odd:
+        raise ValueError(f"config.json: {', '.join(odd)}: not understood for model_type "
+                         f"{raw['model_type']!r}, and it may change the model's numbers")
+    c = known | {k: raw[k] for k in known if k in raw}
+    missing = [k for k in known if known[k] is REQUIRED and (c[k] is REQUIRED or c[k] is None)]
+    if missing:
+        raise ValueError(f"config.json: {', '.join(missing)}: missing")
+    for key, value in c.items():
+        check_value(key, value, known[key])
+    c["head_dim"] = c["head_dim"] or c["hidden_size"] // c["num_attention_heads"]
+    return c
+
+
+def check_value(key: str, value, default) -> None:
+    """Raise ValueError for a size that no model has, and for a value not of its default's type.
+
+    null is accepted where the key is not required.
+    """
+    size = SIZES.get(key)
+    if size is not None:
+        fits = type(value) is int and 1 <= value <= size
+        wanted = f"a whole number from 1 to {size}"
+    elif isinstance(default, bool):
+        fits = isinstance(value, bool)
+        wanted = "true or false"
+    elif isinstance(default, (int, float)) or key == "rms_norm_eps":
+        fits = type(value) in (int, float) and abs(value) < 1e30
+        wanted = "a number"
+    else:
+        fits = not isinstance(default, str) or isinstance(value, str)
+        wanted = "a string"
+    if not fits and not (value is None and default is not REQUIRED):
+        raise ValueError(f"config.json: {key} = {value!r:.60}: expected {wanted}")
+
+
+def read_layers(c: dict, family: Family, ropes: dict[str, Rope]) -> dict:
+    """Return window and rotation of each layer."""
+    n = c["num_hidden_layers"]
+    types = c.get("layer_types")
+    if types and len(types) != n:
+        raise ValueError(f"config.json: layer_types names {len(types)} layers of {n}")
+    if types:
+        slides = [t == "sliding_attention" for t in types]
+    else:
+        slides = [family.slides(i, c) for i in range(n)]
+    window = None
+    if c.get("use_sliding_window", True):
+        window = c.get("sliding_window") or None
+    rope_layers = []
+    for i, slide in enumerate(slides):
+        kind = "full_attention"
+        if slide and "sliding_attention" in ropes:
+            kind = "sliding_attention"
+        rope_layers.append(kind if kind in ropes and family.turns(i, c) else None)
+    return dict(windows=tuple(window if slide else None for slide in slides), ropes=ropes,
+                rope_layers=tuple(rope_layers))
+
+
+def check_length(config, length: int) -> None:
+    """Raise ValueError where `length` tokens are more than the positions of the model reach."""
+    limits = [rope.limit for rope in config.ropes.values() if rope.limit]
+    if config.learned_positions:
+        limits.append(config.max_position_embeddings)
+    if limits and length > min(limits):
+        raise ValueError(
+            f"a sequence of {length} tokens: the positions of this {config.model_type} model, "
+            f"as it was loaded, reach {min(limits)}; set --max_length accordingly")

@@ -1,0 +1,208 @@
+"""Model families: a `Family` names what is unlike Llama, and the modules branch on that.
+
+To add one: an entry with its features and with the keys of its config.json that Llama's lacks;
+where its files name parameters otherwise, an entry of parts/names.py as well.
+"""
+
+import re
+from typing import Callable, NamedTuple
+
+
+class Family(NamedTuple):
+    """What is unlike Llama in a family: enough to read its config.json.
+
+    In the functions `c` is a dict of the keys that the family reads.
+    """
+
+    features: dict  # fields of ModelConfig that config.json does not say
+    keys: dict  # keys of config.json it reads besides COMMON, with what a file without them means
+    # whether layer i has the window, where the file has no layer_types
+    slides: Callable = lambda i, c: False
+    turns: Callable = lambda i, c: True  # whether layer i has rotary embeddings
+    more: Callable = lambda c: {}  # further fields of ModelConfig
+    rename: Callable = lambda raw: raw  # config.json with Llama's keys
+
+
+REQUIRED = object()
+COMMON = dict(
+    vocab_size=REQUIRED, hidden_size=REQUIRED, intermediate_size=REQUIRED,
+    num_hidden_layers=REQUIRED, num_attention_heads=REQUIRED, max_position_embeddings=REQUIRED,
+    rms_norm_eps=REQUIRED, num_key_value_heads=None, head_dim=None, hidden_act="silu",
+    tie_word_embeddings=False, rope_theta=10000.0, rope_scaling=None, rope_parameters=None,
+    partial_rotary_factor=1.0, original_max_position_embeddings=None)
+
+# Keys of config.json that change nothing in a forward pass without dropout.
+HARMLESS = re.compile(r"""(?x) ^( architectures | model_type | auto_map | (torch_)?dtype
+    | transformers_version | _name_or_path | tokenizer_class
+    | (bos|eos|pad|unk|sep|decoder_start|forced_eos)_token_id | initializer_range
+    | use_cache | cache_implementation | pretraining_tp | gradient_checkpointing | .*dropout
+    | .*_pdrop | summary_.* | task_specific_params | n_ctx | max_sequence_length
+    | max_window_layers | sliding_window_size | _sliding_window_pattern
+    | reorder_and_upcast_attn | full_attn_mod | interpolate_factor | _?attn_implementation.*
+    | output_(attentions|hidden_states) | (use_)?return_dict | id2label | label2id | problem_type
+    | is_decoder | m(ax|in)_length | do_sample | temperature | top_[kp] | num_beams
+    | repetition_penalty | unsloth_.* | transformers\.js_config )$""")
+
+# Groups of keys that several families read.
+BIAS = dict(attention_bias=False)
+WINDOW = dict(
+    use_sliding_window=False, sliding_window=4096, max_window_layers=28, layer_types=None)
+GEMMA_KEYS = BIAS | dict(
+    head_dim=256, hidden_act="gelu_pytorch_tanh", hidden_activation=None, tie_word_embeddings=True)
+GEMMA2_KEYS = GEMMA_KEYS | dict(
+    query_pre_attn_scalar=256, sliding_window=4096, layer_types=None, final_logit_softcapping=None)
+SCALES = dict(
+    embedding_multiplier=1.0, attention_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0)
+MOE_KEYS = dict(
+    num_experts=None, num_local_experts=None, num_experts_per_tok=REQUIRED,
+    output_router_logits=False, router_aux_loss_coef=0.001)
+QWEN_MOE_KEYS = MOE_KEYS | dict(
+    moe_intermediate_size=REQUIRED, norm_topk_prob=False, decoder_sparse_step=1,
+    mlp_only_layers=None)
+
+# Norms before attention, after it, before the MLP, after it.
+SANDWICH = ("input_layernorm", "post_attention_layernorm",
+            "pre_feedforward_layernorm", "post_feedforward_layernorm")
+OLMO2_NORMS = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+
+
+def gemma(c: dict) -> dict:
+    """Read scales and soft-caps; Gemma 1's first files say "gelu" and mean its tanh form."""
+    act = c["hidden_activation"] or c["hidden_act"]
+    if act == "gelu" and "query_pre_attn_scalar" not in c:
+        act = "gelu_pytorch_tanh"
+    return dict(embed_scale=c["hidden_size"] ** 0.5, hidden_act=act,
+                attention_scale=c.get("query_pre_attn_scalar", c["head_dim"]) ** -0.5,
+                attn_softcap=c.get("attn_logit_softcapping"),
+                final_softcap=c.get("final_logit_softcapping"))
+
+
+def smollm3_turns(i: int, c: dict) -> bool:
+    """Tell whether layer i rotates: all but every fourth."""
+    given = c["no_rope_layers"]
+    return bool(given[i]) if given else (i + 1) % c["no_rope_layer_interval"] != 0
+
+
+def granite(c: dict) -> dict:
+    return dict(
+        embed_scale=c["embedding_multiplier"], attention_scale=c["attention_multiplier"],
+        residual_scale=c["residual_multiplier"], logit_scale=1 / c["logits_scaling"])
+
+
+def moe(c: dict) -> dict:
+    """Read what extras/decoder/moe.py needs; a layer is dense where `sparse` is False."""
+    step = c.get("decoder_sparse_step", 1)
+    dense = c.get("mlp_only_layers") or []
+    layers = range(c["num_hidden_layers"])
+    return dict(moe=dict(
+        experts=c["num_experts"] or c["num_local_experts"], per_token=c["num_experts_per_tok"],
+        size=c.get("moe_intermediate_size", c["intermediate_size"]),
+        shared_size=c.get("shared_expert_intermediate_size"),
+        normalize=c.get("norm_topk_prob", True),
+        sparse=tuple((i + 1) % step == 0 and i not in dense for i in layers),
+        router_aux_loss_coef=c["router_aux_loss_coef"]))
+
+
+LLAMA_KEYS = {
+    "gpt2": {"n_embd": "hidden_size", "n_head": "num_attention_heads",
+             "n_layer": "num_hidden_layers", "n_positions": "max_position_embeddings",
+             "n_inner": "intermediate_size", "activation_function": "hidden_act",
+             "layer_norm_epsilon": "rms_norm_eps"},
+    "gpt_neox": {"layer_norm_eps": "rms_norm_eps", "rotary_pct": "partial_rotary_factor",
+                 "rotary_emb_base": "rope_theta"}}
+
+
+def llama_keys(raw: dict) -> dict:
+    """Give GPT-2's or GPT-NeoX's config.json Llama's names for what Llama has too."""
+    raw = dict(raw)
+    if raw.pop("scale_attn_weights", True) is False:
+        raise ValueError("config.json: scale_attn_weights = False is not supported")
+    names = LLAMA_KEYS[raw["model_type"]]
+    raw = {names.get(k, k): v for k, v in raw.items()}
+    if raw.get("intermediate_size") is None and "hidden_size" in raw:
+        raw["intermediate_size"] = 4 * raw["hidden_size"]
+    return raw
+
+
+FAMILIES = {
+    "llama": Family({}, BIAS | dict(mlp_bias=False)),
+    "mistral": Family({}, dict(sliding_window=4096), slides=lambda i, c: True),
+    "qwen2": Family(
+        dict(qkv_bias=True), WINDOW, slides=lambda i, c: i >= c["max_window_layers"]),
+    "qwen3": Family(
+        dict(qk_norm="head"), BIAS | WINDOW | dict(head_dim=128),
+        slides=lambda i, c: i >= c["max_window_layers"]),
+    "gemma": Family(dict(norm_offset=True), GEMMA_KEYS, more=gemma),
+    "gemma2": Family(
+        dict(norm_offset=True, block_norms=SANDWICH),
+        GEMMA2_KEYS | dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
+        slides=lambda i, c: i % 2 == 0, more=gemma),
+    "gemma3_text": Family(
+        dict(norm_offset=True, block_norms=SANDWICH, qk_norm="head"),
+        GEMMA2_KEYS | dict(rope_theta=1e6, rope_local_base_freq=1e4, sliding_window_pattern=6),
+        slides=lambda i, c: (i + 1) % c["sliding_window_pattern"] != 0, more=gemma),
+    "phi3": Family(
+        dict(fused_qkv="blocks", fused_gate_up=True), dict(sliding_window=None),
+        slides=lambda i, c: True),
+    "olmo2": Family(dict(block_norms=OLMO2_NORMS, qk_norm="full"), BIAS),
+    "smollm3": Family(
+        {}, BIAS | WINDOW | dict(mlp_bias=False, tie_word_embeddings=True, rope_theta=2e6,
+                                 no_rope_layers=None, no_rope_layer_interval=4),
+        slides=lambda i, c: not smollm3_turns(i, c), turns=smollm3_turns),
+    "granite": Family({}, BIAS | SCALES | dict(mlp_bias=False), more=granite),
+    "gpt2": Family(
+        dict(norm="layer", learned_positions=True, qkv_bias=True, o_bias=True, mlp_bias=True,
+             fused_qkv="blocks", gated_mlp=False, other_names=True),
+        dict(hidden_act="gelu_new", tie_word_embeddings=True), rename=llama_keys),
+    "gpt_neox": Family(
+        dict(norm="layer", mlp_bias=True, fused_qkv="heads", gated_mlp=False, other_names=True),
+        dict(attention_bias=True, hidden_act="gelu", use_parallel_residual=True,
+             partial_rotary_factor=0.25),
+        more=lambda c: dict(parallel_residual=c["use_parallel_residual"]), rename=llama_keys),
+    "mixtral": Family(
+        dict(other_names=True), MOE_KEYS | dict(rope_theta=1e6, sliding_window=None),
+        slides=lambda i, c: True, more=moe),
+    "qwen2_moe": Family(
+        dict(other_names=True),
+        QWEN_MOE_KEYS | WINDOW | dict(qkv_bias=True, shared_expert_intermediate_size=REQUIRED),
+        slides=lambda i, c: i % 2 == 0 and i < c["max_window_layers"],
+        more=lambda c: moe(c) | dict(qkv_bias=c["qkv_bias"])),
+    "qwen3_moe": Family(
+        dict(qk_norm="head", other_names=True),
+        QWEN_MOE_KEYS | BIAS | dict(use_sliding_window=False, sliding_window=4096),
+        slides=lambda i, c: True, more=moe),
+    "olmoe": Family(
+        dict(qk_norm="full", other_names=True),
+        MOE_KEYS | BIAS | dict(norm_topk_prob=False, router_aux_loss_coef=0.01), more=moe),
+}
+
+
+def find_family(raw: dict) -> Family:
+    """Return the Family of a config.json. Raises ValueError, saying why, where there is none."""
+    name = raw.get("model_type")
+    known = ", ".join(FAMILIES)
+    quantized = raw.get("quantization_config")
+    if quantized:
+        raise ValueError(
+            f"the checkpoint is quantized ({quantized.get('quant_method', 'method unknown')}); "
+            "use the original one in bf16, fp16 or float32 (those in bitsandbytes' 4 bits are "
+            "opened by load_model of extras/models/opening.py)")
+    if raw.get("is_encoder_decoder"):
+        raise ValueError(
+            f"model_type {name!r} is an encoder-decoder model; only decoders are supported")
+    if raw.get("kv_lora_rank"):
+        raise ValueError(f"model_type {name!r} has multi-head latent attention (kv_lora_rank), "
+                         "which is not supported")
+    if "audio_config" in raw:
+        raise ValueError(f"model_type {name!r} reads sound; text-only decoders are supported "
+                         f"({known})")
+    remote = (raw.get("auto_map") or {}).get("AutoModelForCausalLM", "").rpartition(".")[2]
+    if name not in FAMILIES:
+        why = " and needs remote code (auto_map), which is never run" if remote else ""
+        raise ValueError(f"model_type {name!r} is not supported{why}; supported are {known}")
+    # files of a supported family often still name the code it had before transformers took it in
+    own = name.removesuffix("_text").replace("_", "")
+    if remote and not remote.lower().startswith(own):
+        raise ValueError(f"auto_map names code of its own ({remote}) for model_type {name!r}; "
+                         "remote code is never run")
+    return FAMILIES[name]

@@ -1,0 +1,93 @@
+"""Activations by name, and norm, SwiGLU and rotation with their backward passes written by hand.
+
+Each computes the plain formula in its docstring. They exist because on a CPU, where memory traffic
+decides, PyTorch's own keep more tensors for backward or go over them more often.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+tanh_gelu = partial(F.gelu, approximate="tanh")
+ACTIVATIONS = {
+    "silu": F.silu, "gelu": F.gelu, "gelu_new": tanh_gelu, "gelu_pytorch_tanh": tanh_gelu}
+# those of picture encoders
+TOWER_ACTIVATIONS = ACTIVATIONS | {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the type that a matrix product of x runs in: autocast's where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class RMSNorm(torch.autograd.Function):
+    """y = n w with n = x r, r = 1 / sqrt(mean(x^2) + eps); dx = r (g - n mean(g n)) with g = dy w.
+
+    PyTorch's own for the CPU is composed of six operations, and keeps the result of each.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        wide = x.to(weight.dtype)
+        r = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, r)
+        return (wide * r).mul_(weight).to(dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, r = ctx.saved_tensors
+        grad = grad.to(weight.dtype)
+        n = x * r
+        if grad.dim() == 2:
+            grad_weight = torch.linalg.vecdot(grad, n, dim=0)
+        else:
+            grad_weight = (grad * n).flatten(0, -2).sum(0)
+        g = grad * weight
+        g.addcmul_(n, torch.linalg.vecdot(g, n)[..., None], value=-1 / x.shape[-1]).mul_(r)
+        return g.to(x.dtype), grad_weight, None, None
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up. Keeps two tensors for backward instead of three."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+class Rotation(torch.autograd.Function):
+    """(a cos - b sin, b cos + a sin) of the halves (a, b) of the last dim.
+
+    Its gradient rotates back: the same with -sin.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.dtype = x.dtype
+        return turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        cos, sin = ctx.saved_tensors
+        return turn(grad, cos, -sin).to(ctx.dtype), None, None
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate in three passes; in the wider of the types of x and cos."""
+    out = x * cos
+    half = x.shape[-1] // 2
+    x = x.to(out.dtype)
+    sin = sin[..., :half]
+    out[..., :half].addcmul_(x[..., half:], sin, value=-1)
+    out[..., half:].addcmul_(x[..., :half], sin)
+    return out

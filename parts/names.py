@@ -1,0 +1,163 @@
+"""Hugging Face's names and layouts of parameters, where they differ from ours.
+
+GPT-2 and GPT-NeoX have names of their own; mixtures of experts come as one tensor per expert or
+stacked; text models cut out of larger ones keep a prefix; models that read pictures have several.
+The map made on loading is the one that saving follows backwards.
+"""
+
+import re
+from typing import Iterable, NamedTuple
+
+from torch import Tensor
+
+# Ours -> Hugging Face's, by module; "*" is the layer's number.
+MODULES = {
+    "gpt2": {
+        "model.embed_tokens": "transformer.wte", "model.embed_positions": "transformer.wpe",
+        "model.norm": "transformer.ln_f",
+        "model.layers.*.input_layernorm": "transformer.h.*.ln_1",
+        "model.layers.*.self_attn.qkv_proj": "transformer.h.*.attn.c_attn",
+        "model.layers.*.self_attn.o_proj": "transformer.h.*.attn.c_proj",
+        "model.layers.*.post_attention_layernorm": "transformer.h.*.ln_2",
+        "model.layers.*.mlp.up_proj": "transformer.h.*.mlp.c_fc",
+        "model.layers.*.mlp.down_proj": "transformer.h.*.mlp.c_proj"},
+    "gpt_neox": {
+        "model.embed_tokens": "gpt_neox.embed_in", "model.norm": "gpt_neox.final_layer_norm",
+        "model.layers.*.input_layernorm": "gpt_neox.layers.*.input_layernorm",
+        "model.layers.*.post_attention_layernorm": "gpt_neox.layers.*.post_attention_layernorm",
+        "model.layers.*.self_attn.qkv_proj": "gpt_neox.layers.*.attention.query_key_value",
+        "model.layers.*.self_attn.o_proj": "gpt_neox.layers.*.attention.dense",
+        "model.layers.*.mlp.up_proj": "gpt_neox.layers.*.mlp.dense_h_to_4h",
+        "model.layers.*.mlp.down_proj": "gpt_neox.layers.*.mlp.dense_4h_to_h"}}
+# how files of GPT-NeoX still name what transformers 5 calls lm_head
+OLDER = {"embed_out": "lm_head"}
+TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # GPT-2 keeps (in, out)
+CONSTANTS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$")  # causal masks in old files
+# text models cut out of LLaVA's kind have "language_model.model.layers"
+PREFIXES = {"model.language_model.": "model.", "language_model.": ""}
+EXPERT = re.compile(
+    r"(.*\.layers\.\d+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.weight$")
+GATES = ("w1", "gate_proj")
+UPS = ("w3", "up_proj")
+DOWNS = ("w2", "down_proj")
+QUANTIZED = (".SCB", ".qweight", ".weight_scale", ".weight_scale_inv", ".absmax")
+
+# Of models that read pictures: ours -> transformers', by the first prefix that fits ...
+VISION = {
+    "llava": {"model.vision.tower.": "model.vision_tower.",
+              "model.vision.projector.": "model.multi_modal_projector.",
+              "model.": "model.language_model."},
+    "idefics3": {"model.vision.tower.": "model.vision_model.",
+                 "model.vision.projector.": "model.connector.", "model.": "model.text_model."},
+    "qwen2_vl": {"model.vision.projector.": "model.visual.merger.",
+                 "model.vision.tower.": "model.visual.", "model.": "model.language_model."}}
+VISION |= {"smolvlm": VISION["idefics3"], "qwen2_5_vl": VISION["qwen2_vl"]}
+# ... and back, from the prefixes of transformers 4 and 5.
+VISION_OURS = (
+    (r"^(model\.)?vision_tower\.(vision_model\.)?", "model.vision.tower."),
+    (r"^(model\.)?multi_modal_projector\.", "model.vision.projector."),
+    (r"^model\.vision_model\.", "model.vision.tower."),
+    (r"^model\.connector\.", "model.vision.projector."),
+    (r"^(model\.)?visual\.merger\.", "model.vision.projector."),
+    (r"^(model\.)?visual\.", "model.vision.tower."),
+    (r"^(model\.(text_model|language_model)|language_model\.model)\.", "model."),
+    (r"^language_model\.lm_head", "lm_head"))
+
+
+class Place(NamedTuple):
+    """Which of our parameters, or which part of it, a tensor of the files is."""
+
+    name: str
+    index: tuple = ()  # the part, where the files hold a stack in pieces
+    transposed: bool = False  # GPT-2 keeps (in, out)
+
+    def view(self, parameter: Tensor) -> Tensor:
+        part = parameter[self.index]
+        return part.T if self.transposed else part
+
+
+def file_name(name: str, config) -> str:
+    """Return Hugging Face's name of a module or parameter of ours."""
+    if not config.other_names:
+        return name
+    if config.model_type not in VISION:
+        return rename(name, MODULES.get(config.model_type, {}))
+    for ours, theirs in VISION[config.model_type].items():
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name
+
+
+def find_places(names: Iterable[str], config) -> dict[str, Place]:
+    """Return {tensor name in the files: Place}. Raises ValueError for leftovers of quantization."""
+    quantized = [n for n in names if n.endswith(QUANTIZED)]
+    if quantized:
+        raise ValueError(
+            f"the checkpoint is quantized (it has {quantized[0]}); use the original one")
+    # old files carry this constant
+    names = [n for n in names if not n.endswith("rotary_emb.inv_freq")]
+    if config.model_type in VISION:
+        places = {n: Place(vision_name(n)) for n in names if not n.endswith("position_ids")}
+    elif config.other_names or any("language_model." in n for n in names):
+        places = other_places(names, config.model_type, config.moe)
+    else:
+        places = {n: Place(n) for n in names}
+    if config.tie_word_embeddings:
+        tied = Place("model.embed_tokens.weight")
+        places = {n: tied if p.name == "lm_head.weight" else p for n, p in places.items()}
+    return places
+
+
+def vision_name(name: str) -> str:
+    """Return our name of a tensor of a model that reads pictures."""
+    for pattern, ours in VISION_OURS:
+        if re.match(pattern, name):
+            return re.sub(pattern, ours, name)
+    return name
+
+
+def rename(name: str, names: dict[str, str]) -> str:
+    """Look the module's part of `name` up in `names`; a parameter's own last part stays."""
+    number = re.search(r"\.\d+\.", name + ".")
+    pattern = name if number is None else name.replace(number.group(), ".*.", 1)
+    stem, _, last = pattern.rpartition(".")
+    new = names.get(pattern) or (f"{names[stem]}.{last}" if stem in names else pattern)
+    return new if number is None else new.replace(".*.", number.group(), 1)
+
+
+def other_places(names: Iterable[str], family: str, moe: dict | None) -> dict[str, Place]:
+    """Return {tensor name in the files: Place}; constants are left out."""
+    back = {theirs: ours for ours, theirs in MODULES.get(family, {}).items()} | OLDER
+    places = {}
+    for name in names:
+        if CONSTANTS.search(name):
+            continue
+        plain = without_prefix(name)
+        if family == "gpt2" and not plain.startswith(("transformer.", "lm_head.")):
+            plain = "transformer." + plain
+        expert = EXPERT.match(plain)
+        if moe and expert:
+            places[name] = expert_place(*expert.groups(), moe["size"])
+        elif moe:
+            places[name] = Place(plain.replace(".block_sparse_moe.", ".mlp."))
+        else:
+            transposed = family == "gpt2" and bool(TRANSPOSED.search(plain))
+            places[name] = Place(rename(plain, back), transposed=transposed)
+    return places
+
+
+def without_prefix(name: str) -> str:
+    for old, new in PREFIXES.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def expert_place(layer: str, number: str, matrix: str, size: int) -> Place:
+    """Find one expert's matrix in the stacks; gate_up is (experts, 2 size, C), gate above up."""
+    if matrix in DOWNS:
+        return Place(f"{layer}.mlp.experts.down_proj", (int(number),))
+    rows = {**dict.fromkeys(GATES, slice(0, size)), **dict.fromkeys(UPS, slice(size, 2 * size))}
+    if matrix not in rows:  # no such parameter: reported as unexpected
+        return Place(f"{layer}.mlp.experts.{matrix}")
+    return Place(f"{layer}.mlp.experts.gate_up_proj", (int(number), rows[matrix]))

@@ -1,0 +1,147 @@
+"""Rotary position embeddings in config.json: the frequencies of each kind.
+
+Stretched contexts: linear, dynamic, Llama 3, YaRN (arXiv:2309.00071), LongRoPE (arXiv:2402.13753).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rope(NamedTuple):
+    """How one kind of layer rotates: radians per position of each pair of dims."""
+
+    frequencies: tuple[float, ...]
+    factor: float = 1.0  # on cos and sin
+    limit: int | None = None  # tokens; a longer sequence would need other frequencies
+
+
+ROPE_KEYS = {  # rope_type -> the keys it reads besides those of all
+    "default": (), "linear": ("factor",), "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+             "truncate"),
+    "longrope": ("factor", "attention_factor", "short_factor", "long_factor")}
+ORIGINAL = "original_max_position_embeddings"
+
+
+def read_ropes(c: dict, max_length: int | None) -> dict[str, Rope]:
+    """Read `rope_parameters` or the older keys.
+
+    Returns {"full_attention": Rope}, with "sliding_attention" where those layers differ.
+    """
+    given = c["rope_scaling"] or c["rope_parameters"] or {}
+    ropes = {k: v for k, v in given.items() if isinstance(v, dict)} or {"full_attention": given}
+    if "rope_local_base_freq" in c:  # Gemma 3: layers with a window have a base of their own
+        ropes = {"sliding_attention": {"rope_theta": c["rope_local_base_freq"]}} | ropes
+    return {name: read_rope(rope, c, max_length) for name, rope in ropes.items()}
+
+
+def read_rope(given: dict, c: dict, max_length: int | None) -> Rope:
+    """Read one Rope. Raises ValueError for an unknown kind or key, and for a missing one."""
+    longest = c["max_position_embeddings"]
+    rope = {"rope_theta": c["rope_theta"], "partial_rotary_factor": c["partial_rotary_factor"],
+            ORIGINAL: longest}
+    kind = given.get("rope_type") or given.get("type") or "default"
+    if "long_factor" in given:  # Phi-3's first files call it "su" or "yarn"
+        kind = "longrope"
+    known = {*rope, "type", "rope_type", *ROPE_KEYS.get(kind, ())}
+    odd = sorted(given.keys() - known)
+    if kind not in ROPE_KEYS or odd:
+        raise ValueError(
+            f"config.json: rope_type {kind!r}{' with ' if odd else ''}{', '.join(odd)} is not "
+            f"supported; supported are {', '.join(ROPE_KEYS)}")
+    rope |= {k: v for k, v in given.items() if v is not None}
+    rope |= {ORIGINAL: c[ORIGINAL] or rope[ORIGINAL], "max_position_embeddings": longest}
+    dim = int(c["head_dim"] * rope["partial_rotary_factor"])
+    try:
+        return make_rope(kind, rope, dim, max_length)
+    except KeyError as error:
+        raise ValueError(f"config.json: rope_type {kind!r} needs {error}") from None
+
+
+def make_rope(kind: str, rope: dict, dim: int, max_length: int | None) -> Rope:
+    """Compute theta^(-2i/dim), stretched as `kind` says; float32, as the models were trained.
+
+    `dynamic` only acts beyond max_position_embeddings and depends on the length there, so it is
+    `default` with a limit.
+    """
+    freq = 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2).float() / dim)  # (dim/2,)
+    if kind == "yarn":
+        return yarn(rope, freq)
+    if kind == "longrope":
+        return longrope(rope, freq, max_length)
+    if kind == "linear":
+        freq = freq / rope["factor"]
+    if kind == "llama3":
+        freq = llama3(rope, freq)
+    limit = rope["max_position_embeddings"] if kind == "dynamic" else None
+    return Rope(tuple(freq.tolist()), limit=limit)
+
+
+def llama3(rope: dict, freq: Tensor) -> Tensor:  # (dim/2,)
+    """Divide long wavelengths by `factor`, keep short ones, with a smooth ramp between."""
+    low = rope["low_freq_factor"]
+    high = rope["high_freq_factor"]
+    wavelength = 2 * math.pi / freq
+    smooth = ((rope[ORIGINAL] / wavelength - low) / (high - low)).clamp(0, 1)
+    return (1 - smooth) * freq / rope["factor"] + smooth * freq
+
+
+def yarn(rope: dict, freq: Tensor) -> Rope:
+    """Stretch by parts (section 3.2), with the factor 0.1 ln(s) + 1 on cos and sin (eq. 15).
+
+    Dims that turn more than `beta_fast` times within the pretraining length are kept, those that
+    turn less than `beta_slow` times are divided by `factor`, with a linear ramp between.
+    """
+    scale = rope["factor"]
+    half = len(freq)
+
+    def turning(times: float) -> float:  # the dim that turns so often within the pretraining length
+        base = rope["rope_theta"]
+        return half * math.log(rope[ORIGINAL] / (times * 2 * math.pi)) / math.log(base)
+
+    low = turning(rope.get("beta_fast") or 32)
+    high = turning(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, 2 * half - 1)
+    if low == high:
+        high += 0.001
+    ramp = (torch.arange(half, dtype=torch.float32) - low) / (high - low)
+    stretched = ramp.clamp(0, 1)
+    freq = freq / scale * stretched + freq * (1 - stretched)
+    return Rope(tuple(freq.tolist()), yarn_factor(rope))
+
+
+def yarn_factor(rope: dict) -> float:
+    """Return `attention_factor` if given, else DeepSeek's ratio of `mscale`s, else the paper's."""
+    if rope.get("attention_factor") is not None:
+        return rope["attention_factor"]
+    factor = lambda m: 0.1 * m * math.log(rope["factor"]) + 1 if rope["factor"] > 1 else 1.0
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return factor(rope["mscale"]) / factor(rope["mscale_all_dim"])
+    return factor(1)
+
+
+def longrope(rope: dict, freq: Tensor, max_length: int | None) -> Rope:
+    """Stretch each dim by its own number: `short_factor` up to the pretraining length.
+
+    Beyond it, `long_factor`.
+    `max_length` decides for the whole run; None is short, and longer sequences are then refused.
+    """
+    original = rope[ORIGINAL]
+    long = max_length is not None and max_length > original
+    stretch = torch.tensor(rope["long_factor" if long else "short_factor"], dtype=torch.float32)
+    if len(stretch) != len(freq):
+        raise ValueError(f"config.json: longrope has {len(stretch)} factors for {len(freq)} "
+                         "rotated pairs of dims")
+    factor = rope.get("attention_factor")
+    if factor is None:
+        scale = rope.get("factor") or rope["max_position_embeddings"] / original
+        factor = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
+    return Rope(tuple((freq / stretch).tolist()), factor, None if long else original)

@@ -1,0 +1,133 @@
+"""config.json of models that read pictures -> that of their decoder, and the tower's settings.
+
+LLaVA (CLIP or SigLIP tower), Idefics3 and SmolVLM (SigLIP), Qwen2-VL and Qwen2.5-VL. The modules
+are in extras/decoder/vision.py and extras/decoder/qwen_vl.py.
+"""
+
+import re
+
+from parts.families import HARMLESS
+from parts.kernels import TOWER_ACTIVATIONS
+
+# What config.json leaves out, transformers fills in.
+LLAMA = dict(
+    vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+    num_attention_heads=32, max_position_embeddings=2048, rms_norm_eps=1e-6)
+SIGLIP = dict(
+    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+    image_size=224, patch_size=16, num_channels=3, hidden_act="gelu_pytorch_tanh",
+    layer_norm_eps=1e-6)
+IDEFICS = SIGLIP | dict(hidden_size=1152, num_attention_heads=16, patch_size=32)
+CLIP = SIGLIP | dict(patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5)
+LLAVA_TOWERS = {"clip_vision_model": CLIP, "siglip_vision_model": SIGLIP}
+QWEN2_TEXT = dict(rms_norm_eps=1e-6, max_position_embeddings=32768, rope_theta=1e6)
+QWEN2 = dict(
+    depth=32, embed_dim=1280, hidden_size=3584, hidden_act="quick_gelu", mlp_ratio=4, num_heads=16,
+    in_channels=3, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
+QWEN25 = dict(
+    depth=32, hidden_size=3584, out_hidden_size=3584, hidden_act="silu", intermediate_size=3420,
+    num_heads=16, in_channels=3, patch_size=14, spatial_merge_size=2, temporal_patch_size=2,
+    window_size=112, fullatt_block_indexes=[7, 15, 23, 31])
+# Keys of Qwen's tower: other names of read ones, then those of video, and a default.
+QWEN_IGNORED = {"in_chans", "spatial_patch_size", "tokens_per_second", "rope_parameters"}
+QWEN_OUTER = {"vision_config", "image_token_id", "video_token_id", "vision_start_token_id",
+              "vision_end_token_id", "vision_token_id", "text_config"}
+
+# Keys of a tower used alone, or left over from training: they change nothing in a forward pass.
+UNREAD = re.compile(
+    r"^(projection_dim|vocab_size|initializer_factor|size|max_image_size|vision_use_head"
+    r"|use_base_siglip|_flash_attn_2_enabled|is_llama_config|perceiver_config"
+    r"|pixel_shuffle_factor|neftune_noise_alpha|tie_word_embeddings|use_cache)$")
+TOP = re.compile(
+    r"^(text_config|vision_config|model_type|ignore_index|image_seq_length|tie_word_embeddings"
+    r"|vocab_size|(image|video|vision)_.*token_(id|index)|vision_token_id|_?pad_token_id"
+    r"|scale_factor|projector_hidden_act|multimodal_projector_bias|vision_feature_layer"
+    r"|vision_feature_select_strategy|image_token_index)$")
+
+
+def split_config(raw: dict) -> tuple[dict, dict]:
+    """Return (config.json of the decoder, the tower's settings). ValueError for other families."""
+    kind = raw.get("model_type")
+    splits = {"llava": split_llava, "idefics3": split_idefics, "smolvlm": split_idefics,
+              "qwen2_vl": split_qwen, "qwen2_5_vl": split_qwen}
+    if kind not in splits:
+        raise ValueError(f"model_type {kind!r} reads images or sound; of those, llava, idefics3, "
+                         "smolvlm, qwen2_vl and qwen2_5_vl are supported, and text-only decoders")
+    if "text_config" in raw:
+        refuse_unknown({k: v for k, v in raw.items() if not TOP.match(k)}, kind)
+    text, vision = splits[kind](raw)
+    text = {k: v for k, v in text.items() if not UNREAD.match(k) or k == "vocab_size"}
+    inner = (raw.get("text_config") or {}).get("tie_word_embeddings", False)
+    text["tie_word_embeddings"] = raw.get("tie_word_embeddings", inner)
+    text["quantization_config"] = raw.get("quantization_config")
+    return text, vision
+
+
+def refuse_unknown(raw: dict, kind: str) -> None:
+    odd = [f"{k} = {v!r}" for k, v in raw.items()
+           if not HARMLESS.match(k) and not UNREAD.match(k) and v not in (None, False, 0)]
+    if odd:
+        raise ValueError(f"config.json: {', '.join(odd)}: not understood for {kind!r}, "
+                         "and it may change the model's numbers")
+
+
+def read_tower(given: dict, kind: str, defaults: dict) -> dict:
+    """Return the tower's keys, checked; what config.json leaves out is transformers' default."""
+    unknown = {k: v for k, v in given.items() if k not in defaults}
+    refuse_unknown(unknown, f"the tower of {kind}")
+    tower = defaults | {k: v for k, v in given.items() if k in defaults and v is not None}
+    if tower["hidden_act"] not in TOWER_ACTIVATIONS:
+        raise ValueError(f"config.json: hidden_act = {tower['hidden_act']!r} in vision_config; "
+                         f"known are {', '.join(TOWER_ACTIVATIONS)}")
+    return tower
+
+
+def split_llava(raw: dict) -> tuple[dict, dict]:
+    text = dict(raw.get("text_config") or {})
+    given = dict(raw["vision_config"])
+    text.setdefault("model_type", "llama")
+    tower = given.get("model_type", "clip_vision_model")
+    if tower not in LLAVA_TOWERS:
+        raise ValueError(f"llava with a tower of type {tower!r} is not supported; "
+                         "clip_vision_model and siglip_vision_model are")
+    strategy = raw.get("vision_feature_select_strategy", "default")
+    layers = raw.get("vision_feature_layer", -2)
+    vision = read_tower(given, "llava", LLAVA_TOWERS[tower]) | dict(
+        kind="llava", is_clip=tower == "clip_vision_model", drop_first=strategy == "default",
+        layers=tuple(layers) if isinstance(layers, (list, tuple)) else (layers,),
+        projector_act=raw.get("projector_hidden_act", "gelu"),
+        projector_bias=raw.get("multimodal_projector_bias", True))
+    return (LLAMA if text["model_type"] == "llama" else {}) | text, vision
+
+
+def split_idefics(raw: dict) -> tuple[dict, dict]:
+    text = dict(raw.get("text_config") or {})
+    text.setdefault("model_type", "llama")
+    vision = read_tower(dict(raw["vision_config"]), raw["model_type"], IDEFICS) | dict(
+        kind="idefics3", is_clip=False, drop_first=False, layers=(-1,),
+        scale_factor=raw.get("scale_factor", 2))
+    return LLAMA | text, vision
+
+
+def split_qwen(raw: dict) -> tuple[dict, dict]:
+    """Split Qwen's, whose decoder is a Qwen2; older files hold its keys at the top."""
+    older = {k: v for k, v in raw.items() if k not in QWEN_OUTER}
+    text = dict(raw.get("text_config") or older) | {"model_type": "qwen2"}
+    rope = dict(text.pop("rope_scaling", None) or {})
+    rope |= dict(text.pop("rope_parameters", None) or {})
+    sections = rope.pop("mrope_section", [16, 24, 24])
+    rope = {k: "default" if v == "mrope" else v for k, v in rope.items()}
+    rope.pop("type", None)
+    text["rope_parameters"] = rope
+    newer = raw["model_type"] == "qwen2_5_vl"
+    given = {k: v for k, v in raw["vision_config"].items() if k not in QWEN_IGNORED}
+    theta = (raw["vision_config"].get("rope_parameters") or {}).get("rope_theta", 10000.0)
+    if theta != 10000.0:
+        raise ValueError(f"config.json: rope_theta = {theta} in vision_config is not supported")
+    c = read_tower(given, raw["model_type"], QWEN25 if newer else QWEN2)
+    if newer:
+        c |= {"size": c["hidden_size"], "out": c["out_hidden_size"]}
+    else:
+        c |= {"size": c["embed_dim"], "out": c["hidden_size"]}
+    c |= {"kind": "qwen", "newer": newer, "sections": tuple(sections)}
+    return QWEN2_TEXT | text, c

@@ -1,0 +1,172 @@
+"""Directories of safetensors: found, checked against the model's parameters, read, written."""
+
+from pathlib import Path
+from typing import Iterator, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from parts.files import open_safetensors, read_json, write_json
+from parts.names import Place, file_name
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class Checkpoint(NamedTuple):
+    """A Hugging Face directory: its configuration, and where each tensor lies."""
+
+    directory: Path
+    files: dict[str, str]  # tensor name in the file -> file name
+    raw_config: dict
+    generation_config: dict | None
+
+
+def open_checkpoint(directory: str | Path) -> Checkpoint:
+    """Find the weight files of a directory. Raises ValueError naming what is missing or damaged."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: no such directory")
+    raw = read_json(directory / "config.json")
+    generation = directory / "generation_config.json"
+    generation_config = read_json(generation) if generation.exists() else None
+    index = directory / "model.safetensors.index.json"
+    single = directory / "model.safetensors"
+    if index.exists():
+        files = read_index(index)
+    elif single.exists():
+        files = {name: single.name for name in open_safetensors(single).keys()}
+    else:
+        raise ValueError(f"{directory}: no model.safetensors and no model.safetensors.index.json; "
+                         "pickled weights (pytorch_model.bin) are never read")
+    return Checkpoint(directory, files, raw, generation_config)
+
+
+def is_plain(directory: str | Path) -> bool:
+    """Tell whether model.load_model opens it: no adapter, not quantized, reads text alone.
+
+    What cannot be read counts as plain: load_model says what is wrong with it.
+    """
+    directory = Path(directory)
+    if (directory / "adapter_config.json").exists():
+        return False
+    try:
+        raw = read_json(directory / "config.json")
+    except ValueError:
+        return True
+    return not raw.get("quantization_config") and "vision_config" not in raw
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Return {tensor: file} of a sharded checkpoint, all of whose files are there."""
+    files = read_json(index).get("weight_map")
+    plain = lambda file: isinstance(file, str) and Path(file).name == file
+    if not isinstance(files, dict) or not all(map(plain, files.values())):
+        raise ValueError(
+            f"{index}: no \"weight_map\" from tensors to files of this directory in it")
+    missing = sorted({f for f in files.values() if not (index.parent / f).exists()})
+    if missing:
+        raise ValueError(f"{index}: names {', '.join(missing)}, which the directory lacks; "
+                         "download it again")
+    return files
+
+
+def each_tensor(checkpoint: Checkpoint, layout: dict[str, Place]) -> Iterator[tuple]:
+    """Yield (name, Place, file, opened file) of every tensor there, in the order of the disk."""
+    for file in sorted(set(checkpoint.files.values())):
+        opened = open_safetensors(checkpoint.directory / file)
+        for name in opened.offset_keys():
+            if name in layout and checkpoint.files.get(name) == file:
+                yield name, layout[name], file, opened
+
+
+def check_tensors(checkpoint: Checkpoint, layout: dict[str, Place], parameters: dict,
+                  config) -> None:
+    """Raise ValueError listing missing, unexpected and misshaped tensors; reads headers alone."""
+    problems = []
+    found = dict.fromkeys(parameters, 0)  # values of each parameter that the files have
+    absent = dict(layout)
+    for name, place, file, opened in each_tensor(checkpoint, layout):
+        del absent[name]
+        header = opened.get_slice(name)
+        shape = tuple(header.get_shape())
+        if place.name not in parameters:
+            problems.append(f"unexpected {name} {shape} in {file}")
+            continue
+        expected = tuple(place.view(parameters[place.name]).shape)
+        found[place.name] += torch.Size(expected).numel()
+        if shape != expected:
+            problems.append(f"{name} in {file} is {shape}, config.json says {expected}")
+        elif header.get_dtype() not in FLOATS:
+            problems.append(f"{name} in {file} is quantized ({header.get_dtype()})")
+    for name in absent:
+        problems.append(f"missing {name} in {checkpoint.files[name]}, where the index says it is")
+    told = {place.name for place in absent.values()}
+    for name, parameter in parameters.items():
+        if found[name] < parameter.numel() and name not in told:
+            some = "parts of " if found[name] else ""
+            problems.append(f"missing {some}{file_name(name, config)}")
+    if problems:
+        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ValueError(f"{checkpoint.directory}: {'; '.join(problems[:10])}{more}")
+
+
+def read_tensors(checkpoint: Checkpoint, layout: dict[str, Place], parameters: dict,
+                 dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Copy the weights out of the memory-mapped files one by one.
+
+    They are cast on the way, so that no second copy of the model is ever held.
+    """
+    state = {}
+    for name, place, file, opened in each_tensor(checkpoint, layout):
+        # a tied head that the files hold as well
+        twice = place.name in state and place.index == ()
+        if place.name not in state:
+            shape = parameters[place.name].shape
+            state[place.name] = torch.empty(shape, dtype=dtype, device=device)
+        if device == "meta":  # FSDP: the weights come from rank 0
+            continue
+        view = place.view(state[place.name])
+        tensor = opened.get_tensor(name)
+        if twice and not torch.equal(view, tensor.to(view)):
+            raise ValueError(f"{checkpoint.directory}: config.json ties the head to the "
+                             f"embedding, but {name} in {file} differs from it")
+        view.copy_(tensor)
+    return state
+
+
+def save_shards(tensors: dict[str, Tensor], directory: Path, dtype: torch.dtype,
+                shard_bytes: int) -> None:
+    """Write views of the parameters; one shard at a time is gathered in memory."""
+    sizes = {n: t.numel() * dtype.itemsize for n, t in tensors.items()}
+    shards = cut_shards(sizes, shard_bytes)
+    weight_map = {}
+    for i, names in enumerate(shards, 1):
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        shard = {}
+        seen = set()
+        for name in names:
+            tensor = tensors[name].to("cpu", dtype).contiguous()
+            # a tied head, written twice
+            shard[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+            seen.add(tensor.data_ptr())
+        save_file(shard, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        write_json(directory / "model.safetensors.index.json", index)
+
+
+def cut_shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:
+    """Divide names into groups of at most `shard_bytes`, in order; a larger tensor stands alone."""
+    shards = [[]]
+    size = 0
+    for name, nbytes in sizes.items():
+        if size + nbytes > shard_bytes and shards[-1]:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += nbytes
+    return shards
