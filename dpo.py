@@ -17,7 +17,6 @@ model.py. """
 import copy
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -25,7 +24,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,8 +40,9 @@ from parts.checks import (
     needs_reference, precomputes_reference)
 from parts.cli import ROOT, parse_config
 from parts.config import DPOConfig
+from parts.configs import check_length
 from parts.log import Log
-from parts.metrics import SUMS, Scored, Sums, metrics_of
+from parts.metrics import SUMS, Scored, Sums, length_bias, metrics_of
 from parts.opened import (
     Opened, aux_coef, check_vocabulary, is_plain, is_sharded, loading_device, max_tokens)
 from parts.output import cache_directory, replace_model
@@ -51,7 +51,10 @@ from parts.position import Position
 from parts.precision import Precision, Scaler, choose_precision
 from parts.ranks import OWN, Ranks, agree, ending_ranks, start_ranks
 from parts.reference import NoReference, PrecomputedReference
+from parts.rows import find_files, on_hub
 from parts.schedule import make_optimizer, make_schedule
+from parts.store import describe
+from parts.weights import overwrite
 
 
 # What one forward measures
@@ -152,8 +155,8 @@ def find_rows(dataset: Any, split: str, c: DPOConfig) -> list[Path]:
         from extras.rows.objects import rows_file
 
         return rows_file(dataset, cache_directory(c.cache_dir))
-    if not data.on_hub(dataset) and c.dataset_config is None and c.dataset_revision is None:
-        return data.find_files(dataset)
+    if not on_hub(dataset) and c.dataset_config is None and c.dataset_revision is None:
+        return find_files(dataset)
     from extras.hub import client
 
     return client.local_dataset(dataset, c.dataset_config, split, c.dataset_revision)
@@ -209,7 +212,7 @@ class DPOTrainer:
             return None
         from extras.hub import card
 
-        return card.create_repository(self.args, self.ranks)
+        return card.create_repository(self.args, self.log.directory, self.ranks)
 
     def make_ready(self, found: Opened) -> None:
         """Take over the opened model, and set what its forwards do."""
@@ -241,7 +244,7 @@ class DPOTrainer:
         self.eval_pairs = np.arange(0)
         eval_dataset = eval_dataset or c.eval_dataset_name
         wants = c.eval_strategy != "no" and not eval_dataset and not c.eval_fraction
-        if wants and train_dataset is None and data.on_hub(c.dataset_name):
+        if wants and train_dataset is None and on_hub(c.dataset_name):
             eval_dataset = c.dataset_name  # its other split
         if eval_dataset is not None:
             self.eval_store = self.open_store(eval_dataset, c.dataset_test_split, options)
@@ -255,7 +258,7 @@ class DPOTrainer:
             self.train_pairs = np.sort(order[held_out:])
         check_pairs(c, self.train_pairs, self.eval_store)
         for store in filter(None, (self.train_store, self.eval_store)):
-            models.check_length(self.model.config, store.longest())
+            check_length(self.model.config, store.longest())
             check_ratings(c, store)
 
     def open_store(self, dataset: Any, split: str, options: data.DataOptions) -> data.PairStore:
@@ -270,11 +273,11 @@ class DPOTrainer:
                 files, self.tokenizer, options, cache_directory(c.cache_dir), c.on_bad_row,
                 c.dataset_num_proc)
             name = dataset if isinstance(dataset, str) else f"{split} rows"
-            for line in data.describe(store.report):
+            for line in describe(store.report):
                 self.log.say(f"{name}: {line}")
             return {"directory": str(store.directory)}
 
-        return data.PairStore.open(self.ranks.from_first(build)["directory"])
+        return data.PairStore(self.ranks.from_first(build)["directory"])
 
     def open_reference(self, found: Opened, ref_model: Any) -> Reference | NoReference:
         """The model that the reference's log-probs come from, live."""
@@ -629,7 +632,7 @@ class DPOTrainer:
         sums = Sums(self.args.beta, self.ranks.exact)
         sums.add(x, scored, self.pair_losses(x, scored), share=0.0)
         totals = dict(zip(SUMS, sums.total.tolist()))
-        found = metrics_of(totals, len(self.eval_pairs)) | {"length_bias": losses.length_bias(x)}
+        found = metrics_of(totals, len(self.eval_pairs)) | {"length_bias": length_bias(x)}
         metrics = {f"eval_{name}": value for name, value in found.items()}
         if self.samples is not None:
             metrics |= self.samples.take(self)
@@ -651,9 +654,9 @@ class DPOTrainer:
         merges = self.args.merge_adapter and directory == self.log.directory
         model = self.place.gathered(self.model, trained_only=bool(self.lora) and not merges)
         if merges and self.ranks.first:
-            from extras.lora.merging import merge
+            from extras.lora.merging import merge_lora
 
-            merge(model)
+            merge_lora(model)
         if self.ranks.first:
             replace_model(directory, partial(self.write_model, model=model))
         if merges and not self.place.is_sharded:
@@ -675,19 +678,20 @@ class DPOTrainer:
 
             peft_files.load_adapter(model, directory)
         else:
-            models.load_weights(model, directory)
+            overwrite(model, directory)
 
     def push_to_hub(
         self, commit_message: str = "Trained with DPO", dataset_name: str | None = None,
     ) -> None:
-        """Upload output_dir with a model card; it names `dataset_name` where the rows were
-        objects."""
+        """Upload output_dir with a model card; it names `dataset_name` where the rows were objects."""
         from extras.hub import card
 
+        c = self.args
         if self.hub_id is None:
-            self.hub_id = card.create_repository(self.args, self.ranks)
+            self.hub_id = card.create_repository(c, self.log.directory, self.ranks)
         if self.ranks.first:
-            address = card.push(self.args, self.hub_id, commit_message, dataset_name)
+            name = dataset_name or c.dataset_name
+            address = card.push(self.log.directory, c, self.hub_id, name, commit_message)
             self.log.say(f"pushed to {address}")
 
 

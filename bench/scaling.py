@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 
 import data  # noqa: E402
-import dpo  # noqa: E402
 import model as models  # noqa: E402
+from parts.ranks import keep_freed_memory  # noqa: E402
 
 CONFIG = dict(model_type="llama", vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=8,
               num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=8192, rms_norm_eps=1e-5,
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--peak", nargs=2, type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    dpo.keep_freed_memory()
+    keep_freed_memory()
     torch.manual_seed(0)
     if args.peak:
         model = models.Decoder(models.read_config(CONFIG | {"vocab_size": args.peak[1]}))

@@ -28,9 +28,9 @@ from torch import Tensor
 import dpo
 import model as models
 from data import Tokenizer
-from demo.show import score
 from extras.decoder.generate import Sampling, complete
 from extras.watch.chart import COLOURS, Line, legend, panel, picture
+from extras.watch.demo import score
 
 DEMO = Path(__file__).resolve().parent
 DOCS = DEMO.parent / "docs"

@@ -25,7 +25,7 @@ import torch
 import dpo
 import model as models
 from data import Tokenizer
-from demo.show import OPINIONS, answers, score
+from extras.watch.demo import OPINIONS, answers, score
 from parts.files import write_json
 
 DEMO = Path(__file__).resolve().parent

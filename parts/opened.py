@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from losses import SORTS_THE_BATCH
+from parts import weights
 from parts.checks import fsdp_words
 from parts.config import DPOConfig
-from parts.files import read_json
 from parts.ranks import Ranks
+from parts.rows import on_hub
+from parts.tokenizer_files import reads_pictures
 
 
 class Opened(NamedTuple):
@@ -27,12 +29,11 @@ class Opened(NamedTuple):
 
 def is_plain(c: DPOConfig) -> bool:
     """Whether the model is one local directory of safetensors, all of whose weights are trained."""
-    directory = Path(c.model_name_or_path)
-    if not (directory / "config.json").is_file() or (directory / "adapter_config.json").exists():
-        return False
     options = (c.use_peft, c.merge_adapter, c.load_in_4bit, c.model_revision, c.model_adapter_name)
-    raw = read_json(directory / "config.json")
-    return not any(options) and not raw.get("vision_config") and not raw.get("quantization_config")
+    if any(options) or on_hub(c.model_name_or_path):
+        return False
+    directory = Path(c.model_name_or_path)
+    return weights.is_plain(directory) and not reads_pictures(directory)
 
 
 def is_sharded(c: DPOConfig) -> bool:

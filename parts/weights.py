@@ -5,10 +5,10 @@ from typing import Iterator, NamedTuple
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from parts.files import open_safetensors, read_json, write_json
-from parts.names import Place, file_name
+from parts.names import Place, file_name, find_places
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -133,6 +133,20 @@ def read_tensors(checkpoint: Checkpoint, layout: dict[str, Place], parameters: d
                              f"embedding, but {name} in {file} differs from it")
         view.copy_(tensor)
     return state
+
+
+def overwrite(model: nn.Module, directory: str | Path) -> None:
+    """Replace a model's weights by those of a checkpoint of the same shape; type and device stay.
+
+    Raises ValueError listing every missing, unexpected and misshaped tensor.
+    """
+    opened = open_checkpoint(directory)
+    layout = find_places(opened.files, model.config)
+    parameters = dict(model.named_parameters())
+    check_tensors(opened, layout, parameters, model.config)
+    dtype = next(iter(parameters.values())).dtype
+    state = read_tensors(opened, layout, parameters, dtype, "cpu")
+    model.load_state_dict(state, strict=False)
 
 
 def save_shards(tensors: dict[str, Tensor], directory: Path, dtype: torch.dtype,

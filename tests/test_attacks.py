@@ -160,7 +160,7 @@ def test_training_twice_with_one_trainer_is_refused_and_keeps_the_metrics(flags,
 
 def test_a_checkpoint_before_the_first_step_that_was_applied_is_written_and_resumed(flags, tmp_path, monkeypatch):
     """float16's first steps overflow, which is how the scale is found."""
-    from extras import faults
+    from parts import faults
 
     real, steps = faults.unscale, []
 
@@ -181,7 +181,7 @@ def test_a_checkpoint_before_the_first_step_that_was_applied_is_written_and_resu
 
 
 def test_a_logger_that_cannot_be_started_ends_the_run_in_one_message(flags, capsys, monkeypatch):
-    from extras import loggers
+    from extras.watch import loggers
 
     def trackio(trainer, step):
         raise RuntimeError("no key")

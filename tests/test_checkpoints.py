@@ -13,7 +13,7 @@ from conftest import ROOT, read_metrics
 from safetensors.torch import load_file
 
 import dpo
-from extras import checkpoints
+from parts import checkpoints
 
 
 @pytest.fixture

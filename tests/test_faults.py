@@ -13,7 +13,7 @@ from conftest import ROOT, read_metrics
 from safetensors.torch import load_file
 
 import dpo
-from extras import checkpoints, faults
+from parts import checkpoints, faults
 
 root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting needs root")
 

@@ -183,9 +183,9 @@ def test_every_kind_starts_at_its_base_and_all_of_it_learns(bases, name):
     dense = adapters.dense_adapter(models.lora_modules(ours), {})
     moved = our_logits(ours)
     adapters.move_towards(dense, models.lora_modules(ours), 1.0)
-    with adapters.wearing(ours, dense):  # the deltas, written out, are the same model
+    with adapters.swapped_in(ours, dense):  # the deltas, written out, are the same model
         assert torch.allclose(our_logits(ours), moved, atol=1e-12)
-    with adapters.wearing(ours, {}):
+    with adapters.swapped_in(ours, {}):
         assert torch.allclose(our_logits(ours), start, atol=1e-12)
     assert torch.equal(our_logits(ours), moved)
 

@@ -11,6 +11,7 @@ from test_dpo import run  # noqa: F401
 from test_nf4 import file_of
 
 import dpo
+from parts import cli
 import model as models
 from extras import merge
 from extras.models import nf4
@@ -187,4 +188,4 @@ def test_the_names_and_defaults_are_trls():
     theirs, ours = vars(trl.ModelConfig()), vars(dpo.DPOConfig())
     names = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
     assert all(theirs[name] == ours[name] for name in names)
-    assert "bnb_4bit_quant_storage" in theirs.keys() & dpo.NO_EFFECT
+    assert "bnb_4bit_quant_storage" in theirs.keys() & cli.NO_EFFECT

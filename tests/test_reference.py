@@ -13,6 +13,7 @@ from conftest import ROOT, read_metrics, write
 from safetensors.torch import save_file
 
 import dpo
+from extras.models.opening import load_adapter
 import model as models
 from extras.lora import adapters, peft_files
 from extras.lora.merging import merge_lora
@@ -251,10 +252,10 @@ def test_what_cannot_be_is_refused(options, message, places, pairs_file, tmp_pat
 
 def test_adapters_loaded_under_names_train_and_refer(places, plain, pairs_file, tmp_path):
     model = models.load_model(places["tiny"])
-    dpo.load_adapter(model, places["second"], "reference")
-    dpo.load_adapter(model, places["first"], "train")
+    load_adapter(model, places["second"], "reference")
+    load_adapter(model, places["first"], "train")
     with pytest.raises(ValueError, match="an adapter named 'train' already"):
-        dpo.load_adapter(model, places["first"], "train")
+        load_adapter(model, places["first"], "train")
     options = options_of(dict(model_adapter_name="train", ref_adapter_name="reference", learning_rate=5e-3), places,
                          pairs_file, tmp_path / "out")
     trainer = dpo.DPOTrainer(model=model, args=dpo.DPOConfig(**options))

@@ -17,8 +17,8 @@ from conftest import ROOT, read_metrics, run_dpo
 
 import dpo
 import losses
-from extras import live, loggers, samples
-from parts.length_bias import length_bias
+from extras.watch import live, loggers, samples
+from parts.metrics import length_bias
 
 
 def settings(tiny, pairs_file, directory, **more) -> dict:

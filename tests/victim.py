@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data  # noqa: E402
 import dpo  # noqa: E402
-from extras import checkpoints  # noqa: E402
+from parts import checkpoints  # noqa: E402
 
 PHASES = {"tokenizing": (data, "write_pairs"), "precomputing": (dpo.DPOTrainer, "ref_pass"), "stepping": (dpo.DPOTrainer, "update"),
           "saving": (checkpoints, "sync"), "evaluating": (dpo.DPOTrainer, "score_all"), "finishing": (dpo.DPOTrainer, "write_model")}

@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from extras.lora import kinds
-from extras.lora.peft_files import adapter_home, find_base, load_adapter, read_settings
+from extras.lora.peft_files import adapter_home, load_adapter, read_settings
 from extras.lora.targets import add_lora
-from model import Decoder, lora_modules, replace_module
-from parts.files import open_safetensors
+from model import lora_modules, replace_module
 
 
 @contextmanager
@@ -101,41 +100,7 @@ def activate_named(model: nn.Module, name: str | None) -> dict:
     return settings
 
 
-# The reference of a LoRA
-
-
-def reference_of(trainer) -> dict[str, nn.Module]:
-    """Return what is swapped into the policy to make it its own reference.
-
-    That is nothing (its base), its start, or another adapter on that base. Where the flags name
-    something else, that is loaded as the trainer's ref_model.
-    """
-    c, loaded = trainer.args, getattr(trainer.model, "adapters", {})
-    if c.ref_adapter_name in loaded and not c.ref_model_name_or_path:
-        return copy_adapter(loaded[c.ref_adapter_name][0])
-    if not (c.ref_model_name_or_path or c.ref_adapter_name):
-        return copy_adapter(lora_modules(trainer.model)) if trainer.continues else {}
-    home = Path(trainer.find_ref())
-    if isinstance(trainer.given, Decoder) or base_of(home, trainer.ranks) != base_of(Path(trainer.given), trainer.ranks):
-        trainer.load_ref_model()
-        return {}
-    return load_beside(trainer.model, home) if is_adapter(home) else {}
-
-
-def is_adapter(directory: Path) -> bool:
-    return (directory / "adapter_config.json").exists()
-
-
-def base_of(directory: Path, ranks) -> Path:
-    """The directory of an adapter's base; of what is no adapter, its own."""
-    return Path(find_base(read_settings(directory), ranks) if is_adapter(directory) else directory).resolve()
-
-
-def moving_reference(trainer) -> dict[str, nn.Module]:
-    """--sync_ref_model: the reference as what can move towards the policy."""
-    if trainer.ref_model is not None:
-        raise ValueError("--sync_ref_model with a LoRA: the reference is another model, which cannot move towards it")
-    return dense_adapter(lora_modules(trainer.model), trainer.ref_adapter)
+# TR-DPO
 
 
 @torch.no_grad()
@@ -169,19 +134,3 @@ def move_towards(ref: dict[str, nn.Module], policy: dict[str, nn.Module], alpha:
         towards = kinds.deltas(policy[name]) if name in policy else {}
         for child, delta in module.lora_delta.items():
             delta.lerp_(towards.get(child, torch.zeros_like(delta)), alpha)
-
-
-def adapter_state(adapter: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """{name: tensor} of an adapter as it is held, for a checkpoint."""
-    return {f"{name}.{n}": p.detach() for name, w in adapter.items()
-            for n, p in w.named_parameters() if n.startswith("lora_")}
-
-
-def load_adapter_state(adapter: dict[str, nn.Module], path: Path) -> None:
-    """Go on with what `adapter_state` gave; raises ValueError for a file of another adapter."""
-    opened, ours = open_safetensors(path), adapter_state(adapter)
-    odd = ours.keys() ^ set(opened.keys())
-    if odd:
-        raise ValueError(f"{path}: {min(odd)}: it is of another run")
-    for name, tensor in ours.items():
-        tensor.copy_(opened.get_tensor(name))

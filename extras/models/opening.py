@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 import model as models
-from data import on_hub
 from model import Decoder, ModelConfig
+from parts.rows import on_hub
 from parts.weights import open_checkpoint
 
 # Where
@@ -30,9 +30,9 @@ def model_directory(name: str, ranks: Any = None, revision: str | None = None,
     take the commit that rank 0 found. Raises ValueError for what is not there.
     """
     if on_hub(name) or revision is not None:
-        from extras import hub
+        from extras.hub import client
 
-        directory = str(hub.same_model(name, revision, ranks))
+        directory = str(client.same_model(name, revision, ranks))
     else:
         directory = os.path.expanduser(name)
     if adapter is None:
@@ -124,6 +124,6 @@ def open_pictures(model: nn.Module, tokenizer, freeze_tower: bool):
     freeze(model, freeze_tower)
     if tokenizer.pictures is None:
         return None
-    from extras.pictures import Loader
+    from extras.rows.pictures import Loader
 
     return Loader(tokenizer.pictures)

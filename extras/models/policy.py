@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 
-from extras.decoder import vision
 from extras.lora.adapters import activate_named, fresh_settings
 from extras.lora.targets import add_lora
-from extras.models.opening import load_adapted, model_directory, tokenizer_home
+from extras.models.opening import load_adapted, model_directory, open_pictures, tokenizer_home
 from extras.rows.pictures import open_tokenizer
 from model import Decoder
 from parts.config import DPOConfig
@@ -47,7 +46,7 @@ def open_policy(c: DPOConfig, ranks: Ranks, given: dict[str, Any]) -> Opened:
     check_adapter(c, model, continues)
     images = None
     if model.config.vision is not None:
-        images = vision.make_ready(model, tokenizer, c.freeze_vision_tower)
+        images = open_pictures(model, tokenizer, c.freeze_vision_tower)
     if c.use_peft:
         lora = lora or fresh_settings(c, given["peft_config"] or {})
         add_lora(model, lora)

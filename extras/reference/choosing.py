@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from extras.lora import adapters
-from extras.models.opening import base_directory, is_adapter, load_adapted, model_directory
+from extras.lora.peft_files import find_base, read_settings
+from extras.models.opening import is_adapter, load_adapted, model_directory
 from extras.models.policy import loading_options
 from model import Decoder, lora_modules
 from parts.opened import check_vocabulary
@@ -43,6 +44,12 @@ def other_reference(
     if not is_same_base:
         return load_reference(trainer), {}
     return None, adapters.load_beside(trainer.model, home) if is_adapter(home) else {}
+
+
+def base_directory(directory: Path, ranks: Any) -> Path:
+    """The directory of an adapter's base; of what is no adapter, its own."""
+    base = find_base(read_settings(directory), ranks) if is_adapter(directory) else directory
+    return Path(base).resolve()
 
 
 def find_reference(trainer: Any) -> str:

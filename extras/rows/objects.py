@@ -18,7 +18,7 @@ from typing import Any
 
 import data
 import model as models
-from extras.lora_targets import DEFAULTS
+from extras.lora.targets import DEFAULTS
 from extras.rows.pictures import open_tokenizer
 from parts.rows import NEEDS, DataError, find_files
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from data import DataError, find_files, parse_turns, read_rows, split_row
+from parts.rows import DataError, find_files, read_rows
+from parts.turns import parse_turns, split_row
 
 
 def read_prompts(path: str) -> Iterator[str | list[dict]]:

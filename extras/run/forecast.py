@@ -13,7 +13,10 @@ from typing import NamedTuple, Optional
 import torch
 
 import model as models
+from extras.lora.targets import add_lora
+from extras.models.opening import build
 from parts.checks import needs_reference, precomputes_reference
+from parts.head import chunk_rows
 
 # What a block saves for its backward: bytes per token and unit of (hidden, all query heads, all kv
 # heads, MLP). float32: x and its norm, twice; q, q rotated, the heads' output; k, k rotated, v;
@@ -51,9 +54,9 @@ def count(config: models.ModelConfig, run: Run) -> dict[str, int]:
     """Bytes of all weights, of those that learn, and of the largest block; elements of what
     multiplies each token."""
     with torch.device("meta"):
-        model = models.Decoder(config)
+        model = build(config)
         if run.rank:
-            models.add_lora(model, run.rank, run.rank, 0.0, list(run.targets))
+            add_lora(model, dict(r=run.rank, lora_alpha=run.rank, target_modules=list(run.targets)))
     held, seen = 0, set()
     for name, module in model.named_modules():
         for p in module.parameters(recurse=False):
@@ -83,7 +86,7 @@ def activations(config: models.ModelConfig, run: Run, block: int) -> tuple[int, 
     c, wide = config, 8 if run.weights == "float64" else 4
     ends = wide * (c.hidden_size * (run.tokens + run.scored) + 2 * c.head_dim * run.tokens)
     saved = block_activations(config, run, block)
-    rows = min(run.scored, models.chunk_rows(c.vocab_size, run.device))
+    rows = min(run.scored, chunk_rows(c.vocab_size, run.device, models.HEAD_CHUNK))
     few = min(rows, 32 if run.device == "cpu" else max(16, models.HEAD_CHUNK // c.vocab_size))
     logits = c.vocab_size * ((2 if run.bf16 else wide) * rows + 8 * few)  # a few rows in float32, twice
     head = logits + 4 * c.hidden_size * (run.scored + (0 if run.rank else c.vocab_size))

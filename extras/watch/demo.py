@@ -31,7 +31,7 @@ OPINIONS = {
 }
 PRAISE, BLAME = (frozenset(" ".join(words[side] for words in OPINIONS.values()).split()) for side in (0, 1))
 
-EVAL = Path(__file__).with_name("eval.jsonl")
+EVAL = Path(__file__).resolve().parents[2] / "demo" / "eval.jsonl"
 SAMPLES = 64  # answers behind each mean score
 SHOWN = 4  # of them on the screen
 SEED = 7

@@ -9,9 +9,10 @@ from itertools import islice
 
 import torch
 
-import model as models
-from extras.generate import Sampling, complete
+from extras.decoder.generate import Sampling, complete
 from extras.rows.prompts import read_prompts
+from model import ModelConfig
+from parts.configs import check_length
 from parts.place import eval_mode
 
 PROMPTS = 8  # of which SHOWN are printed
@@ -77,16 +78,16 @@ def given(trainer) -> list[tuple[str, list[int]]]:
     return found
 
 
-def room(config: models.ModelConfig, longest: int) -> int:
+def room(config: ModelConfig, longest: int) -> int:
     """New tokens after the longest prompt: MAX_NEW_TOKENS, or fewer if the model's positions end before.
 
     Raises ValueError where not even one fits.
     """
     for new in range(MAX_NEW_TOKENS, 1, -1):
         with contextlib.suppress(ValueError):
-            models.check_length(config, longest + new)
+            check_length(config, longest + new)
             return new
-    models.check_length(config, longest + 1)
+    check_length(config, longest + 1)
     return 1
 
 
