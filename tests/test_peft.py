@@ -183,9 +183,9 @@ def test_every_kind_starts_at_its_base_and_all_of_it_learns(bases, name):
     dense = adapters.dense_adapter(models.lora_modules(ours), {})
     moved = our_logits(ours)
     adapters.move_towards(dense, models.lora_modules(ours), 1.0)
-    with adapters.wearing(ours, dense):  # the deltas, written out, are the same model
+    with adapters.swapped_in(ours, dense):  # the deltas, written out, are the same model
         assert torch.allclose(our_logits(ours), moved, atol=1e-12)
-    with adapters.wearing(ours, {}):
+    with adapters.swapped_in(ours, {}):
         assert torch.allclose(our_logits(ours), start, atol=1e-12)
     assert torch.equal(our_logits(ours), moved)
 
@@ -197,7 +197,8 @@ def test_dora_has_pefts_gradients(bases, name, tmp_path):
     ours = our_adapter(bases[base], settings, tmp_path)
     theirs = peft.PeftModel.from_pretrained(load_theirs(bases[base]), tmp_path, is_trainable=True)
     n = len(IDS)
-    ours(IDS, torch.arange(n), torch.tensor([[0, n, 0, 0]]), torch.arange(n - 1), IDS[1:]).logps.sum().backward()
+    inputs = (IDS, torch.arange(n), torch.tensor([[0, n, 0, 0]]), torch.arange(n - 1), IDS[1:])
+    ours(models.Stream(*inputs)).logps.sum().backward()
     logps = theirs(IDS[None]).logits[0].log_softmax(-1)
     logps[torch.arange(n - 1), IDS[1:]].sum().backward()
     named = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
