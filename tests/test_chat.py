@@ -319,7 +319,7 @@ def test_an_adapter_is_loaded_on_its_base(chatty, tmp_path):
 def test_a_name_that_is_no_directory_is_looked_up_on_the_hub(chatty, monkeypatch):
     from extras.hub import client
 
-    monkeypatch.setattr(client, "local_model", lambda name: {"org/chatty": chatty}[name])
+    monkeypatch.setattr(client, "local_model", lambda name, revision=None: {"org/chatty": chatty}[name])
     assert speaker.load("org/chatty", options("org/chatty")).name == "org/chatty"
 
 

@@ -197,7 +197,8 @@ def test_dora_has_pefts_gradients(bases, name, tmp_path):
     ours = our_adapter(bases[base], settings, tmp_path)
     theirs = peft.PeftModel.from_pretrained(load_theirs(bases[base]), tmp_path, is_trainable=True)
     n = len(IDS)
-    ours(IDS, torch.arange(n), torch.tensor([[0, n, 0, 0]]), torch.arange(n - 1), IDS[1:]).logps.sum().backward()
+    inputs = (IDS, torch.arange(n), torch.tensor([[0, n, 0, 0]]), torch.arange(n - 1), IDS[1:])
+    ours(models.Stream(*inputs)).logps.sum().backward()
     logps = theirs(IDS[None]).logits[0].log_softmax(-1)
     logps[torch.arange(n - 1), IDS[1:]].sum().backward()
     named = {n: p for n, p in theirs.named_parameters() if p.requires_grad}

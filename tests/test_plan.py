@@ -80,7 +80,7 @@ def counted_peak(config, run, batches):
         with counting:
             for b in batches:
                 with torch.autocast("cpu", torch.bfloat16, enabled=run.bf16):
-                    out = model(b.input_ids, b.position_ids, b.spans, b.score_index, b.targets)
+                    out = model(b)
                 (-out.logps.sum()).backward()
                 del out
             optimizer.step()

@@ -154,7 +154,7 @@ def test_an_adapter_is_merged_without_training_and_quantized_again_for_a_fresh_o
     assert merge.main(flags) == 0
     adapted, _ = load_adapted(tmp_path / "adapter", torch.float32, four_bit=dict(quant_type="nf4"))
     expected = {n: nf4.dequantize(m.base_layer.state) + m.delta() for n, m in models.lora_modules(adapted).items()}
-    again = models.load_model(tmp_path / "again")
+    again = load_model(tmp_path / "again")
     for name, weight in expected.items():
         assert torch.equal(again.get_submodule(name).state.packed, nf4.quantize(weight).packed)
     steps, _ = run("fresh", **LORA, model_name_or_path=str(tmp_path / "again"))
