@@ -125,14 +125,13 @@ def run(
         "eval_strategy": "no", "output_dir": str(scratch / "out"), "cache_dir": str(scratch), "use_cpu": True} | options
     with redirect_stdout(io.StringIO()):  # twelve times the same words about the same pairs
         trainer = dpo.DPOTrainer(args=dpo.DPOConfig(**settings))
-    if trainer.precompute:
-        trainer.precompute_ref()
+    trainer.reference.prepare()
     trainer.make_optimizer()
-    marks, points = {max(1, round(share * trainer.total_steps)) for share in MARKS}, []
-    while trainer.step < trainer.total_steps:
+    marks, points = {max(1, round(share * trainer.schedule.total_steps)) for share in MARKS}, []
+    while trainer.position.step < trainer.schedule.total_steps:
         trainer.train_step()
-        if trainer.step in marks:
-            points.append(measure(trainer.model, ref, trainer.tokenizer, prompts, label, beta, trainer.step))
+        if trainer.position.step in marks:
+            points.append(measure(trainer.model, ref, trainer.tokenizer, prompts, label, beta, trainer.position.step))
     return points
 
 

@@ -90,9 +90,9 @@ def open_trainer(args: argparse.Namespace, scratch: str) -> dpo.DPOTrainer:
 def score_pairs(trainer: dpo.DPOTrainer) -> Scores:
     """Both models over every pair; the reference's part is kept in the cache, as in training."""
     store, pairs = trainer.train_store, trainer.train_pairs
-    trainer.precompute_ref()
+    trainer.reference.prepare()
     rows = trainer.forwards(store, pairs, trainer.args.per_device_eval_batch_size)
-    x, _ = trainer.score_all(store, pairs, (trainer.batch(store, r) for r in trainer.progress(rows, "scoring")))
+    x, _ = trainer.score_all(store, pairs, (trainer.batch(store, r) for r in trainer.log.progress(rows, "scoring")))
     beta = trainer.args.beta
     return Scores(beta * x.chosen_logratios, beta * x.rejected_logratios, x.chosen_lengths - x.rejected_lengths,
                   length_bias(x))

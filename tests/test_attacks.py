@@ -9,6 +9,7 @@ from conftest import make_rows, read_metrics
 from safetensors.torch import load_file, save_file
 
 import dpo
+from parts.precision import Scaler
 from extras.models.opening import load_adapted
 
 
@@ -160,17 +161,15 @@ def test_training_twice_with_one_trainer_is_refused_and_keeps_the_metrics(flags,
 
 def test_a_checkpoint_before_the_first_step_that_was_applied_is_written_and_resumed(flags, tmp_path, monkeypatch):
     """float16's first steps overflow, which is how the scale is found."""
-    from parts import faults
+    real, steps = Scaler.unscale, []
 
-    real, steps = faults.unscale, []
+    def overflow_once(scaler):
+        real(scaler)
+        steps.append(scaler.position.step)
+        if scaler.position.step == 0:
+            scaler.parameters[0].grad.fill_(float("inf"))
 
-    def overflow_once(trainer):
-        real(trainer)
-        steps.append(trainer.step)
-        if trainer.step == 0:
-            trainer.trainable[0].grad.fill_(float("inf"))
-
-    monkeypatch.setattr(faults, "unscale", overflow_once)
+    monkeypatch.setattr(Scaler, "unscale", overflow_once)
     flags = [*flags, "--fp16"]
     assert dpo.main(flags) == 0
     whole = load_file(tmp_path / "out" / "model.safetensors")
@@ -183,7 +182,7 @@ def test_a_checkpoint_before_the_first_step_that_was_applied_is_written_and_resu
 def test_a_logger_that_cannot_be_started_ends_the_run_in_one_message(flags, capsys, monkeypatch):
     from extras.watch import loggers
 
-    def trackio(trainer, step):
+    def trackio(c, step):
         raise RuntimeError("no key")
 
     monkeypatch.setattr(loggers, "trackio", trackio)

@@ -127,7 +127,7 @@ def test_a_run_that_is_told_to_leave_saves_first(run, tmp_path, monkeypatch, num
     whole, keep = run("whole", save_steps=100), dpo.DPOTrainer.train_step
 
     def told(self):
-        if self.step == 2:
+        if self.position.step == 2:
             os.kill(os.getpid(), number)
         return keep(self)
 
@@ -143,8 +143,8 @@ def test_a_run_that_is_told_to_leave_saves_first(run, tmp_path, monkeypatch, num
 
 def test_the_second_run_on_one_output_directory_refuses(run, tiny, pairs_file, tmp_path):
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import dpo\n"
-         "lock = dpo.claim(pathlib.Path(sys.argv[2])); print('held', flush=True); sys.stdin.read()", str(ROOT), str(tmp_path / "out")],
+        [sys.executable, "-c", "import sys, pathlib; sys.path.insert(0, sys.argv[1]); from parts.output import claim\n"
+         "lock = claim(pathlib.Path(sys.argv[2])); print('held', flush=True); sys.stdin.read()", str(ROOT), str(tmp_path / "out")],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(ValueError, match=rf"another run \(.* {holder.pid}: host, process\) writes to it"):
@@ -218,7 +218,7 @@ def stops_at(losses, patience, threshold) -> int:
 def test_best_and_waiting_go_on_after_a_resume(run, tmp_path, evaluations, monkeypatch):
     evaluations([5, 3, 4])
     keep = dpo.DPOTrainer.train_step
-    monkeypatch.setattr(dpo.DPOTrainer, "train_step", lambda self: keep(self) if self.step < 3 else 1 / 0)
+    monkeypatch.setattr(dpo.DPOTrainer, "train_step", lambda self: keep(self) if self.position.step < 3 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(**BEST | dict(save_steps=1))
     monkeypatch.setattr(dpo.DPOTrainer, "train_step", keep)

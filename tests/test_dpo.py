@@ -197,7 +197,7 @@ def test_every_loss_is_at_its_closed_value_after_a_resume(run, trainers, tmp_pat
     run("a", **options)
     steps, _ = run("a", **options, resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
     assert_starts(steps, trainers[1], START)
-    assert trainers[1].step == 6 and len(steps) == 6
+    assert trainers[1].position.step == 6 and len(steps) == 6
 
 
 @pytest.mark.parametrize("live", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -218,7 +218,7 @@ def test_bco_delta_is_the_mean_reward_of_earlier_steps(tiny, pairs_file, tmp_pat
     used, keep = [], trainer.train_step
 
     def watched():
-        used.append(trainer.options["delta"])
+        used.append(trainer.position.delta)
         return keep()
 
     trainer.train_step = watched
@@ -246,7 +246,7 @@ def test_resume_is_bitwise(run, tmp_path, options, monkeypatch):
     keep = dpo.DPOTrainer.train_step
 
     def dies(self):
-        if self.step == 5:
+        if self.position.step == 5:
             raise KeyboardInterrupt
         return keep(self)
 
@@ -323,7 +323,7 @@ def test_learning_rate_schedules(run, kind, shape):
     (["--save_steps", "0"], "above 0"),
     (["--eval_steps", "-3", "--eval_strategy", "steps"], "--eval_steps"),
     (["--bta", "0.2"], "did you mean --beta"),
-    (["--beta", "high"], "--beta high: a number is expected"),
+    (["--beta", "high"], "--beta high: expected a number"),
     (["--beta", "-1"], "must be above 0"),
     (["--loss_type", "dpo"], "--loss_type dpo: unknown"),
     (["--loss_type", "hinge", "--label_smoothing", "0.1"], "does not read it"),

@@ -13,7 +13,9 @@ from conftest import ROOT, read_metrics
 from safetensors.torch import load_file
 
 import dpo
-from parts import checkpoints, faults
+from parts import checkpoints
+from parts.position import Position
+from parts.precision import Scaler
 
 root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting needs root")
 
@@ -43,8 +45,8 @@ def poisoned(monkeypatch, steps: dict[int, int]):
     keep_step, keep_losses, at = dpo.DPOTrainer.train_step, dpo.DPOTrainer.pair_losses, {}
 
     def step(self):
-        at["now"] = self.step
-        at["pair"] = int(self.pairs_of(self.step)[steps[self.step]]) if self.step in steps else None
+        at["now"] = self.position.step
+        at["pair"] = int(self.pairs_of(self.position.step)[steps[self.position.step]]) if self.position.step in steps else None
         return keep_step(self)
 
     def spoiled(self, x, scored):
@@ -88,9 +90,9 @@ def test_one_more_than_allowed_stops_the_run(settings, monkeypatch):
 
 
 def test_a_skipped_step_changes_nothing_but_the_count_of_steps(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(dpo.DPOTrainer, "learning_rate", lambda self: 0.0 if self.step == 2 else 1e-3)
+    monkeypatch.setattr(dpo.DPOTrainer, "learning_rate", lambda self: 0.0 if self.position.step == 2 else 1e-3)
     apply = dpo.DPOTrainer.apply
-    monkeypatch.setattr(dpo.DPOTrainer, "apply", lambda self, *a: None if self.step == 2 else apply(self, *a))
+    monkeypatch.setattr(dpo.DPOTrainer, "apply", lambda self, *a: None if self.position.step == 2 else apply(self, *a))
     train(settings | dict(output_dir=str(tmp_path / "a")))
     monkeypatch.setattr(dpo.DPOTrainer, "apply", apply)
     poisoned(monkeypatch, {2: 0})
@@ -103,47 +105,48 @@ def test_float16_with_loss_scaling_follows_float32(settings, tmp_path):
     train(settings | dict(output_dir=str(tmp_path / "a")))
     trainer = train(settings | dict(output_dir=str(tmp_path / "b"), fp16=True))
     a, b = (read_metrics(tmp_path / n) for n in "ab")
-    assert trainer.scaling["scale"] > 1 and 0 < max(abs(x["loss"] - y["loss"]) for x, y in zip(a, b)) < 5e-3
+    assert trainer.position.scaling["scale"] > 1 and 0 < max(abs(x["loss"] - y["loss"]) for x, y in zip(a, b)) < 5e-3
     assert [m["grad_norm"] for m in b] == pytest.approx([m["grad_norm"] for m in a], rel=0.02)
 
 
 def test_overflow_in_float16_halves_the_scale_and_skips_the_step(settings, monkeypatch):
-    keep = faults.unscale
+    keep = Scaler.unscale
 
-    def overflows(trainer):
-        if trainer.step in (1, 2):
-            trainer.trainable[0].grad[0, 0] = math.inf
-        keep(trainer)
+    def overflows(scaler):
+        if scaler.position.step in (1, 2):
+            scaler.parameters[0].grad[0, 0] = math.inf
+        keep(scaler)
 
-    monkeypatch.setattr(faults, "unscale", overflows)
+    monkeypatch.setattr(Scaler, "unscale", overflows)
     trainer = train(settings | dict(fp16=True))
-    assert trainer.scaling == {"scale": 2.0**14, "since": 3} and trainer.skipped == 0 and trainer.step == 6
+    assert trainer.position.scaling == {"scale": 2.0**14, "since": 3} and trainer.position.skipped == 0 and trainer.position.step == 6
 
 
 def test_the_scale_grows_after_many_good_steps_as_torchs_own():
-    ours, theirs = type("T", (), dict(scaling={"scale": 2.0**16, "since": 0})), torch.amp.GradScaler("cpu")
+    position, theirs = Position(scaling={"scale": 2.0**16, "since": 0}), torch.amp.GradScaler("cpu")
+    ours = Scaler(True, [], position)
     theirs.scale(torch.ones(()))
     for finite in [True] * 2000 + [False] + [True] * 5:
-        faults.rescale(ours, finite)
+        ours.adjust(finite)
         theirs._found_inf_per_device(optimizer := torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]))
         theirs._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {"cpu": torch.tensor(0.0 if finite else 1.0)}
         theirs.update()
-    assert ours.scaling["scale"] == theirs.get_scale() == 2.0**16
+    assert position.scaling["scale"] == theirs.get_scale() == 2.0**16
 
 
 def test_a_resumed_float16_run_keeps_its_scale_and_is_bitwise_the_same(settings, tmp_path, monkeypatch):
-    keep, first = faults.unscale, []
+    keep, first = Scaler.unscale, []
 
-    def overflows(trainer):
-        if trainer.step == 1 and not first.append(1):
-            trainer.trainable[0].grad[0, 0] = math.inf
-        keep(trainer)
+    def overflows(scaler):
+        if scaler.position.step == 1 and not first.append(1):
+            scaler.parameters[0].grad[0, 0] = math.inf
+        keep(scaler)
 
-    monkeypatch.setattr(faults, "unscale", overflows)
-    ended = train(settings | dict(fp16=True)).scaling
+    monkeypatch.setattr(Scaler, "unscale", overflows)
+    ended = train(settings | dict(fp16=True)).position.scaling
     whole = load_file(tmp_path / "out" / "model.safetensors")
     resumed = train(settings | dict(fp16=True, resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2")))
-    assert len(first) == 1 and resumed.scaling == ended == {"scale": 2.0**15, "since": 4}
+    assert len(first) == 1 and resumed.position.scaling == ended == {"scale": 2.0**15, "since": 4}
     assert all(torch.equal(t, whole[n]) for n, t in load_file(tmp_path / "out" / "model.safetensors").items())
 
 
@@ -232,7 +235,7 @@ def test_a_clock_that_was_moved_back_changes_nothing(settings, tmp_path, monkeyp
     checkpoints.shutil.rmtree(tmp_path / "out" / "checkpoint-6")
     monkeypatch.setattr(time, "time", iter(range(10**6, 0, -1)).__next__)
     trainer = train(settings | dict(resume_from_checkpoint="true"))
-    assert trainer.checkpoint[0].name == "checkpoint-4"
+    assert trainer.checkpoints.found.directory.name == "checkpoint-4"
     assert all(torch.equal(t, whole[n]) for n, t in load_file(tmp_path / "out" / "model.safetensors").items())
 
 
@@ -290,7 +293,7 @@ DIES = """
 import signal
 keep = dpo.DPOTrainer.train_step
 def step(self):
-    if rank == '1' and self.step == 3:
+    if rank == '1' and self.position.step == 3:
         os.kill(os.getpid(), signal.{signal})
     return keep(self)
 dpo.DPOTrainer.train_step = step

@@ -39,7 +39,7 @@ with dpo.ending_ranks():
     keep = dpo.DPOTrainer.train_step
     def step(self):
         moments = [t for s in self.optimizer.state.values() for t in s.values() if t.dim()]
-        models = [m for m in (self.model, self.ref_model) if m is not None]
+        models = [m for m in (self.model, self.reference.model) if m is not None]
         held = [local(p) for m in models for p in m.parameters()] + [b for m in models for b in m.buffers()]
         with Exact(*held, *map(local, moments)) as counting:
             done = keep(self)

@@ -81,13 +81,13 @@ def test_objects_train_what_the_command_line_trains(form, tiny, expected, settin
 
 def read_first(trainer) -> float:
     trainer.train()
-    return read_metrics(trainer.output_dir)[0]["loss"]
+    return read_metrics(trainer.log.directory)[0]["loss"]
 
 
 def test_the_quick_start_needs_no_configuration(tiny, settings):
     """TRL's: DPOTrainer(model=..., train_dataset=...); the result lies in MODEL-DPO."""
     trainer = DPOTrainer(model=str(tiny), train_dataset=ROWS[:3])
-    assert str(trainer.output_dir) == f"{tiny.name}-DPO" and trainer.args.learning_rate == 1e-6
+    assert str(trainer.log.directory) == f"{tiny.name}-DPO" and trainer.args.learning_rate == 1e-6
 
 
 def test_the_configurations_first_argument_is_the_output_directory():

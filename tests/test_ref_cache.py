@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_dpo import COMMON, assert_same, run  # noqa: F401
 
 import dpo
+from parts.reference import PrecomputedReference
 from parts import ref_cache
 
 
@@ -33,8 +34,8 @@ def trainer_of(tmp_path, **options) -> dpo.DPOTrainer:
 @pytest.fixture
 def passes(monkeypatch):
     """The pairs of each pass of the reference that is run, in order."""
-    made, keep = [], dpo.DPOTrainer.ref_pass
-    monkeypatch.setattr(dpo.DPOTrainer, "ref_pass",
+    made, keep = [], PrecomputedReference.run
+    monkeypatch.setattr(PrecomputedReference, "run",
                         lambda self, store, pairs, bar: made.append(pairs.tolist()) or keep(self, store, pairs, bar))
     return made
 
@@ -106,10 +107,10 @@ def keys(tiny, pairs_file, tmp_path, passes):
 
     def go(options, plain=None):
         base = dict(model_name_or_path=str(tiny), dataset_name=str(pairs_file), dtype="float32")
-        trainer_of(tmp_path, **base | dict(max_steps=-1) | (plain or {})).precompute_ref()
+        trainer_of(tmp_path, **base | dict(max_steps=-1) | (plain or {})).reference.prepare()
         before = files(tmp_path)
         passes.clear()
-        trainer_of(tmp_path, **base | options).precompute_ref()
+        trainer_of(tmp_path, **base | options).reference.prepare()
         return before, files(tmp_path)
 
     return go
@@ -166,7 +167,7 @@ def test_an_adapter_that_is_gone_on_from_is_told_from_its_base_and_from_another_
     (tmp_path / "scaled" / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 64}))
     for name, count in (("first", 2), ("scaled", 3), ("first", 3)):
         options = dict(model_name_or_path=str(tmp_path / name), dataset_name=str(pairs_file), dtype="float32")
-        trainer_of(tmp_path, **options).precompute_ref()
+        trainer_of(tmp_path, **options).reference.prepare()
         assert len(files(tmp_path)) == count
 
 
@@ -221,7 +222,7 @@ def test_two_ranks_share_it_and_one_finds_what_they_made(run, tiny, pairs_file, 
 def test_a_pass_that_was_interrupted_goes_on_and_is_bitwise_the_same(run, tmp_path, monkeypatch):
     monkeypatch.setattr(ref_cache, "SUMS_BLOCK", 5)
     whole = run("whole", cache_dir=str(tmp_path / "elsewhere"))
-    keep, blocks = dpo.DPOTrainer.ref_pass, []
+    keep, blocks = PrecomputedReference.run, []
 
     def dies_in_the_third(self, store, pairs, bar):
         blocks.append(list(pairs))
@@ -229,7 +230,7 @@ def test_a_pass_that_was_interrupted_goes_on_and_is_bitwise_the_same(run, tmp_pa
             raise KeyboardInterrupt
         return keep(self, store, pairs, bar)
 
-    monkeypatch.setattr(dpo.DPOTrainer, "ref_pass", dies_in_the_third)
+    monkeypatch.setattr(PrecomputedReference, "run", dies_in_the_third)
     with pytest.raises(KeyboardInterrupt):
         run("cut")
     resumed = run("cut")

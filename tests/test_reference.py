@@ -20,6 +20,7 @@ from extras.lora.merging import merge_lora
 from extras.lora.peft_files import save_adapter
 from extras.lora.targets import add_lora
 from extras.models.opening import load_adapted
+from parts.reference import PrecomputedReference
 
 STEPS = 20
 COMMON = dict(dtype="float32", bf16=False, use_cpu=True, learning_rate=1e-3, max_steps=STEPS, logging_steps=1,
@@ -217,8 +218,8 @@ def test_a_moved_reference_is_restored_bit_for_bit(options, places, pairs_file, 
         filled = options_of(options | more, places, pairs_file, tmp_path / "a")
         trainers.append(dpo.DPOTrainer(args=dpo.DPOConfig(**filled)))
         trainers[-1].train()
-    whole_run, resumed = (adapters.adapter_state(t.ref_adapter) for t in trainers)
-    assert trainers[1].step == 8 and whole_run.keys() == resumed.keys()
+    whole_run, resumed = (t.checkpoints.moving_adapter() for t in trainers)
+    assert trainers[1].position.step == 8 and whole_run.keys() == resumed.keys()
     assert all(torch.equal(t, resumed[n]) for n, t in whole_run.items())
     assert any(t.abs().max() > 0 for t in whole_run.values())
     for p, q in zip(trainers[0].model.parameters(), trainers[1].model.parameters()):
@@ -306,10 +307,10 @@ def test_copies_of_the_weights_that_are_held(options, copies, broad, pairs_file,
     """In float32 sizes of the model, gradients and moments not counted: with the reference precomputed, one, in the
     pass before training and in every step."""
     before, held = live_bytes(), []
-    for name in ("ref_pass", "train_step"):
-        keep = getattr(dpo.DPOTrainer, name)
-        monkeypatch.setattr(dpo.DPOTrainer, name,
-                            lambda self, *a, keep=keep: held.append(excess(self)) or keep(self, *a))
+    for kind, name in ((PrecomputedReference, "run"), (dpo.DPOTrainer, "train_step")):
+        keep = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda self, *a, keep=keep: held.append(
+            excess(getattr(self, "trainer", self))) or keep(self, *a))
 
     def excess(trainer) -> float:
         weights = sum(p.nbytes for p in trainer.model.parameters())

@@ -8,6 +8,7 @@ from test_vision_training import make_pictures, make_row
 from vision_tiny import make_model_directory
 
 import dpo
+from parts.reference import PrecomputedReference
 
 pytest.importorskip("PIL")
 pytest.importorskip("transformers")
@@ -51,14 +52,14 @@ def brightened(folder):
 
 @pytest.mark.parametrize("change, found", [(moved, True), (redrawn, False), (exchanged, False), (brightened, False)])
 def test_the_cache_is_that_of_these_pixels(change, found, origin, tmp_path, monkeypatch):
-    passes, keep = [], dpo.DPOTrainer.ref_pass
-    monkeypatch.setattr(dpo.DPOTrainer, "ref_pass", lambda self, *args: passes.append(1) or keep(self, *args))
+    passes, keep = [], PrecomputedReference.run
+    monkeypatch.setattr(PrecomputedReference, "run", lambda self, *args: passes.append(1) or keep(self, *args))
     shutil.copytree(origin, tmp_path / "there")
     change(tmp_path / "there")
     counts = []
     for folder in (origin, tmp_path / "there"):
         settings = dict(model_name_or_path=str(folder / "model"), dataset_name=str(folder / "rows.jsonl"), use_cpu=True,
                         output_dir=str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"), bf16=False)
-        dpo.DPOTrainer(args=dpo.DPOConfig(**settings)).precompute_ref()
+        dpo.DPOTrainer(args=dpo.DPOConfig(**settings)).reference.prepare()
         counts.append(len(passes))
     assert counts == ([1, 1] if found else [1, 2])

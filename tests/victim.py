@@ -10,12 +10,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import data  # noqa: E402
 import dpo  # noqa: E402
-from parts import checkpoints  # noqa: E402
+from parts import checkpoints, store  # noqa: E402
+from parts.reference import PrecomputedReference  # noqa: E402
 
-PHASES = {"tokenizing": (data, "write_pairs"), "precomputing": (dpo.DPOTrainer, "ref_pass"), "stepping": (dpo.DPOTrainer, "update"),
-          "saving": (checkpoints, "sync"), "evaluating": (dpo.DPOTrainer, "score_all"), "finishing": (dpo.DPOTrainer, "write_model")}
+PHASES = {"tokenizing": (store, "write_pairs"), "precomputing": (PrecomputedReference, "run"),
+          "stepping": (dpo.DPOTrainer, "update"), "saving": (checkpoints, "sync"), "evaluating": (dpo.DPOTrainer, "score_all"),
+          "finishing": (dpo.DPOTrainer, "write_model")}
 NOTE = Path(sys.argv[1]) / f"rank-{os.environ.get('RANK', 0)}"
 
 
