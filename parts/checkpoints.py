@@ -2,7 +2,8 @@
 
 A checkpoint is written beside its place, synced to the disk and renamed, so it is whole or absent.
 What a disk damages later shows in the sha256 of each file, which trainer_state.json keeps. Rank 0
-alone reads and writes; every rank calls the methods. """
+alone reads and writes; every rank calls the methods.
+"""
 
 import hashlib
 import json
@@ -89,7 +90,8 @@ class Checkpoints:
         """Find the checkpoint that `--resume_from_checkpoint asked` means.
 
         A worker that torchrun restarted resumes without being asked. Raises ValueError if there is
-        none, if none is whole, and if it belongs to another run. """
+        none, if none is whole, and if it belongs to another run.
+        """
         trainer = self.trainer
         name = str(asked).lower()
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
@@ -223,7 +225,8 @@ class Checkpoints:
         """Whether an evaluation is the best so far; counts those since the best.
 
         As in transformers, an improvement of at most early_stopping_threshold counts as none,
-        though it is the new best. """
+        though it is the new best.
+        """
         trainer = self.trainer
         c = trainer.args
         best = trainer.position.best
@@ -265,7 +268,8 @@ class Checkpoints:
         """Write checkpoint-N of the last step; then remove the oldest beyond --save_total_limit.
 
         Raises OSError, on every rank, if it cannot be written; the checkpoints before it stay
-        whole. """
+        whole.
+        """
         trainer = self.trainer
         place = trainer.place
         model = place.gathered(trainer.model, trained_only=bool(trainer.lora))

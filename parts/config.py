@@ -2,7 +2,8 @@
 
 The command line (parts/cli.py) and `dpo.DPOConfig` are both made of this one dataclass. Names and
 defaults are TRL 1.16's wherever TRL has the option; parts/checks.py refuses combinations without
-meaning. """
+meaning.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any

@@ -2,7 +2,8 @@
 
 Every rank adds up its own pairs in float64; the sums of all ranks are the whole. What is a mean in
 the end is divided once, by all pairs or by all tokens, so no metric depends on ranks or
-micro-batches. """
+micro-batches.
+"""
 
 from typing import Any, NamedTuple
 
@@ -29,6 +30,19 @@ class Scored(NamedTuple):
     wpo: Tensor  # (B,) WPO weights; ones without use_weighting
     stats: Tensor  # (B, 6) see STATS
     aux_loss: Tensor | None = None  # () load balancing of a mixture of experts, unscaled
+
+    def table(self) -> Tensor:  # (B, 10)
+        """All but the auxiliary loss as one row a pair: what ranks exchange."""
+        return torch.cat(
+            [self.logps, self.chosen_nll[:, None], self.wpo[:, None], self.stats], 1)
+
+    @classmethod
+    def from_table(cls, table: Tensor) -> "Scored":
+        logps, nll, wpo, stats = table.split(COLUMNS, 1)
+        return cls(logps=logps, chosen_nll=nll[:, 0], wpo=wpo[:, 0], stats=stats)
+
+
+COLUMNS = (2, 1, 1, len(STATS))  # of Scored.table: logps, chosen_nll, wpo, stats
 
 
 class Sums:

@@ -67,7 +67,8 @@ def max_tokens(c: DPOConfig, config: Any, device: torch.device) -> int | None:
     """Tokens of one forward, at most; None for no limit.
 
     On a CPU longer forwards are no faster. Cutting one changes no result, except for losses that
-    mix what lies in one forward: those are cut only if asked. """
+    mix what lies in one forward: those are cut only if asked.
+    """
     mixes = config.moe is not None or bool(set(c.loss_type) & SORTS_THE_BATCH)
     default = 2048 if device.type == "cpu" and not mixes else None
     return c.max_tokens_per_forward or default

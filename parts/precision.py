@@ -51,7 +51,8 @@ class Scaler:
     Small gradients vanish in float16, so the loss is multiplied by a scale, and the gradients are
     divided by it before they are used. A step that overflows halves the scale and is skipped: that
     is part of the method. The scale is part of the run's position, so a resumed run goes on with
-    it. """
+    it.
+    """
 
     def __init__(self, enabled: bool, parameters: Iterable[nn.Parameter], position: Position):
         self.enabled = enabled

@@ -2,7 +2,8 @@
 another.
 
 A rank is one process with one device. Ranks agree on flags, data and model before the first step,
-since ranks that differ would wait for one another forever, or train on wrong averages. """
+since ranks that differ would wait for one another forever, or train on wrong averages.
+"""
 
 import ctypes
 import hashlib
@@ -96,7 +97,8 @@ def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory.
 
     By default it returns freed tensors to the kernel, which then clears every page anew: 8 % of a
-    CPU step. """
+    CPU step.
+    """
     try:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
@@ -160,7 +162,8 @@ def keeping_others_waiting(zero: Tensor, timeout: float) -> Iterator[None]:
     """Broadcast `zero` again and again while rank 0 works, so that waiting ranks do not time out.
 
     Tokenizing may take longer than --ddp_timeout. A rank 0 that died or hangs does not broadcast,
-    and is given up on as it should be. """
+    and is given up on as it should be.
+    """
     done = threading.Event()
 
     def broadcast() -> None:

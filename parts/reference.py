@@ -2,7 +2,8 @@
 
 The reference never changes (but for TR-DPO), so its log-probs are constants of the pairs: running
 it once saves a forward in every later epoch, and the memory of a second model in every step.
-dpo.Reference is the live one. """
+dpo.Reference is the live one.
+"""
 
 import hashlib
 from itertools import chain

@@ -90,7 +90,8 @@ def settle(settings: dict[str, Any], words: list[str], known: Collection[str], p
     did not know.
 
     An option of TRL that changes nothing is named on the screen and left out; one that would is a
-    ValueError with what to use instead, and so is a name that nobody has. """
+    ValueError with what to use instead, and so is a name that nobody has.
+    """
     foreign = {name: value for name, value in settings.items() if name not in known}
     ours = {name: value for name, value in settings.items() if name in known}
     set_environment(foreign.pop("env", None), path)

@@ -5,7 +5,8 @@ Memory is that of tensors, in bytes per rank: what is held between steps (weight
 reference) and what a step adds (gradients, activations, the head's chunk). Parameters are counted,
 on a model without storage; activations are a formula, `PER_TOKEN`, whose coefficients were counted
 on the CPU's paths and for gated MLPs. Not in it: what the allocator wastes, the CUDA context (about
-0.5 GiB), buffers of NCCL, and the program itself. """
+0.5 GiB), buffers of NCCL, and the program itself.
+"""
 
 import time
 from typing import NamedTuple, Optional
@@ -189,6 +190,11 @@ def describe(trainer) -> list[str]:
         f"time: {minutes:,.1f} minutes or more: {work:.3g} operations at {rate / 1e9:,.0f} GFLOP/s "
         "a rank, measured on one product of this model's size; all else comes on top, often as "
         "much again"]
+
+
+def tell(trainer) -> None:
+    for line in describe(trainer):
+        trainer.log.say(line)
 
 
 def gib(size: float) -> str:

@@ -5,7 +5,8 @@ This is torch's own fully_shard, block by block: a block's weights are gathered 
 dropped, gathered again for its backward, and its gradients are reduced to their shards. With bf16
 the blocks are gathered in bfloat16. The shards and the reduction stay in float32, and so do
 embedding and head, so that the residual stream is what it is without FSDP. Rank 0 alone loads the
-model; the other ranks begin on the meta device and receive their shards from it. """
+model; the other ranks begin on the meta device and receive their shards from it.
+"""
 
 import copy
 from contextlib import nullcontext

@@ -3,7 +3,8 @@ before they use it, or any with --exact_global_loss.
 
 All pairs are scored without gradients first. The loss's derivative by each pair's log-probs is then
 a constant, with which the micro-batches back-propagate one by one and give the exact gradient. The
-price is one more forward. """
+price is one more forward.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,19 +15,21 @@ from torch import Tensor
 
 
 def whole_batch_loss(trainer: Any, pairs: np.ndarray, batches: list) -> Callable:
-    """What `DPOTrainer.pair_loss` is for one forward: f(x, scored, batch) -> (values, surrogate).
+    """What `DPOTrainer.pair_losses` is for one forward: f(x, scored, batch) -> (B,).
 
-    `values` (B,) are the losses of the batch's pairs within the global batch; `surrogate` (B,) is
-    linear in their log-probs and has the gradient that the global batch gives them. """
+    The values are the losses of the batch's pairs within the global batch. Their gradient is that of a
+    form that is linear in the pairs' log-probs, with the slopes that the global batch gives them.
+    """
     values, slopes = losses_and_slopes(trainer, pairs, batches)
     row_of = {int(pair): row for row, pair in enumerate(pairs)}
 
-    def loss_of(x: Any, scored: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    def loss_of(x: Any, scored: Any, batch: Any) -> Tensor:  # (B,)
         if not len(batch.pair_ids):
-            return scored.chosen_nll, scored.chosen_nll
+            return scored.chosen_nll
         rows = [row_of[pair] for pair in batch.pair_ids.tolist()]
         inputs = torch.cat([scored.logps, scored.chosen_nll[:, None]], 1)  # (B, 3)
-        return values[rows], (slopes[rows] * inputs).sum(1)
+        linear = (slopes[rows] * inputs).sum(1)
+        return values[rows] + (linear - linear.detach())
 
     return loss_of
 
