@@ -619,7 +619,8 @@ class DPOTrainer:
 
             merge_lora(model)
         if self.ranks.first:
-            replace_model(directory, partial(self.write_model, model=model))
+            write = partial(self.write_model, model=model)
+            replace_model(directory, write, self.tokenizer.save)
         if merges and not self.place.is_sharded:
             self.lora = {}  # it is in the weights now; with --fsdp, in those of the copy alone
 
@@ -630,7 +631,6 @@ class DPOTrainer:
             peft_files.save_adapter(model, directory, self.lora)
         else:
             models.save_model(model, directory)
-        self.tokenizer.save(directory)
 
     def read_model(self, directory: Path, model: nn.Module) -> None:
         """Overwrite what `write_model` writes; the rest of `model` stays."""

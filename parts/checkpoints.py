@@ -293,6 +293,7 @@ class Checkpoints:
         shutil.rmtree(scratch, ignore_errors=True)
         try:
             trainer.write_model(scratch, model)
+            trainer.tokenizer.save(scratch)
             if ref_model is not None:
                 trainer.write_model(scratch / "ref_model", ref_model)
             if self.moving_adapter():

@@ -58,11 +58,12 @@ MODEL_FILES = {
     "model.safetensors.index.json"}
 
 
-def replace_model(directory: Path, write: Callable[[Path], None]) -> None:
+def replace_model(directory: Path, *writers: Callable[[Path], None]) -> None:
     """Have `write` write a model's files beside `directory`'s, and move them to their places one by
     one."""
     scratch = directory / f".model.{os.getpid()}"
-    write(scratch)
+    for write in writers:
+        write(scratch)
     names = {path.name for path in scratch.iterdir()}
     for path in filter(Path.is_file, scratch.rglob("*")):
         target = directory / path.relative_to(scratch)
