@@ -1,4 +1,4 @@
-"""docs/map.md: what it names exists, and it names every file of parts/, every room and every command."""
+"""docs/map.md: what it names exists, and it names every file of parts/, every room and every command. So do the other pages."""
 
 import ast
 import re
@@ -8,6 +8,7 @@ from conftest import ROOT
 
 TEXT = (ROOT / "docs" / "map.md").read_text("utf-8")
 NAMED = sorted(set(re.findall(r"`([\w./]+\.py):([\w.]+)`", TEXT)))
+PAGES = [ROOT / "README.md", ROOT / "tests" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # CHANGELOG.md tells old names
 PLACES = sorted(set(re.findall(r"`((?:\w+/)+\w+\.\w+|(?:losses|data|model|dpo)\.py)`", TEXT)))
 
 
@@ -69,3 +70,34 @@ def test_every_room_and_every_command_is_on_the_page_once():
     text = section("extras/")
     assert sorted(re.findall(r"`(\w+)/`", text)) == sorted(rooms)
     assert sorted(re.findall(r"`(\w+\.py)`", text)) == sorted(commands)
+
+
+def find_module(dotted: str) -> tuple[str, str]:
+    """(file, name in it) of `extras.models.opening.load_adapter`; the name is empty for a module, the file for neither."""
+    words = dotted.split(".")
+    for count in range(len(words), 0, -1):
+        file = "/".join(words[:count]) + ".py"
+        if (ROOT / file).is_file():
+            return file, ".".join(words[count:])
+    return "", dotted
+
+
+def offers(file: str, name: str) -> bool:
+    """Whether a program can import a name from a file, which defines it or imports it itself, as dpo.py does DPOConfig."""
+    body = ast.parse((ROOT / file).read_text("utf-8")).body
+    imported = {alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    return name in imported or defines(file, name)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_module_and_function_that_a_page_names_exists(page):
+    text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.S)
+    dotted = re.findall(r"(?:`|python -m )((?:losses|data|model|dpo|parts|extras|demo)(?:\.[A-Za-z_]\w*)+)", text)
+    found = {name: find_module(name) for name in dotted if not name.endswith((".py", ".NAME"))}
+    assert [name for name, (file, inside) in found.items() if not file or inside and not offers(file, inside)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_file_that_a_page_names_exists(page):
+    named = set(re.findall(r"`((?:docs|tests|bench|demo|extras|parts)/[\w./-]*)[`:]", page.read_text("utf-8")))
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
