@@ -2,13 +2,17 @@
 
 import json
 import math
+import os
+import shutil
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
 import pytest
 import textbook
 import torch
-from conftest import make_rows, read_metrics, run_dpo
+from conftest import ROOT, make_rows, read_metrics, run_dpo
 from safetensors.torch import load_file
 
 import data
@@ -267,8 +271,6 @@ def test_resume_refuses_another_run(run):
 
 
 def test_resume_refuses_another_model(run, tiny, tmp_path):
-    import shutil
-
     from safetensors.torch import save_file
 
     other = tmp_path / "other"
@@ -473,8 +475,6 @@ def test_adapters_load_in_peft(run, tmp_path, tiny):
 
 def broken(tiny, directory, damage):
     """A copy of the tiny checkpoint with one thing wrong."""
-    import shutil
-
     shutil.copytree(tiny, directory)
     config, weights = directory / "config.json", directory / "model.safetensors"
     if damage == "truncated":
@@ -546,27 +546,50 @@ def test_a_missing_or_empty_file_is_named(tiny, tmp_path, capsys, content):
     assert "rows.jsonl" in capsys.readouterr().err
 
 
-def test_the_core_trains_with_extras_deleted(tiny, pairs_file, tmp_path):
-    import shutil
-    import subprocess
-    import sys
+@pytest.fixture
+def fork(tmp_path):
+    """fork(*flags): `cp *.py parts` into an empty folder, which trains the demo's pairs there; the finished process."""
+    folder = tmp_path / "fork"
+    folder.mkdir()
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    shutil.copytree(ROOT / "parts", folder / "parts", ignore=shutil.ignore_patterns("__pycache__"))
 
-    from conftest import ROOT
+    def train(*flags) -> subprocess.CompletedProcess:
+        words = ["--model_name_or_path", ROOT / "demo" / "model", "--dataset_name", ROOT / "demo" / "train.jsonl",
+                 "--output_dir", "out", *flags]
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        return subprocess.run([sys.executable, "dpo.py", *map(str, words)], cwd=folder, capture_output=True, text=True, timeout=240,
+                              env=environment | {"OMP_NUM_THREADS": "1", "HOME": str(tmp_path)})
 
-    for name in ("losses.py", "data.py", "model.py", "dpo.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "parts", tmp_path / "parts", ignore=shutil.ignore_patterns("__pycache__"))
-    done = subprocess.run([sys.executable, str(tmp_path / "dpo.py"), "--model_name_or_path", tiny, "--dataset_name", pairs_file,
-                           "--output_dir", tmp_path / "out", "--cache_dir", tmp_path / "c", "--use_cpu", "--max_steps", "2",
-                           "--save_strategy", "no"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "model.safetensors").exists()
+    return train
+
+
+def test_the_core_trains_saves_and_resumes_with_extras_deleted(fork, tmp_path):
+    steps = ["--save_steps", 2, "--logging_steps", 1]
+    first = fork("--max_steps", 4, *steps)
+    assert first.returncode == 0, first.stdout + first.stderr
+    out = tmp_path / "fork" / "out"
+    whole, metrics = load_file(out / "model.safetensors"), read_metrics(out)
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4] and metrics[0]["loss"] == pytest.approx(LN2, abs=1e-4)
+    shutil.rmtree(out / "checkpoint-4")
+    resumed = fork("--max_steps", 4, *steps, "--resume_from_checkpoint", "true")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "checkpoint-2" in resumed.stdout + resumed.stderr
+    again = load_file(out / "model.safetensors")
+    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+@pytest.mark.parametrize("flags", [["--use_peft"], ["--dry_run"], ["--loss_type", "aot"]], ids=" ".join)
+def test_without_extras_an_option_that_needs_it_ends_in_one_line_and_exit_2(fork, flags):
+    refused = fork("--max_steps", 2, *flags)
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    errors = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "extras" in errors[0] and "Traceback" not in refused.stderr
 
 
 def test_losses_data_and_model_do_not_import_one_another():
     import ast
-
-    from conftest import ROOT
 
     for name in ("losses", "data", "model"):
         tree = ast.parse((ROOT / f"{name}.py").read_text("utf-8"))

@@ -60,7 +60,7 @@ def test_command(command, workplace):
 def test_files_that_a_page_names_are_there(page):
     text = page.read_text("utf-8")
     shown = [page.parent / name for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)]
-    named = [ROOT / name for name in re.findall(r"`((?:docs|tests|bench|demo|extras)/[\w./-]+\.\w+)`", text)]
+    named = [ROOT / name for name in re.findall(r"`((?:docs|tests|bench|demo|extras|parts)/[\w./-]+\.\w+)`", text)]
     assert [path for path in shown + named if not path.exists()] == []
 
 
