@@ -39,21 +39,54 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 SHAPES = {  # random models for machines where a real one is not at hand
-    "qwen2-0.5b": dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"], vocab_size=151936, hidden_size=896,
-                       intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
-                       max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=True),
-    "llama-3.2-1b": dict(model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=128256, hidden_size=2048,
-                         intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
-                         head_dim=64, max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=5e5,
-                         tie_word_embeddings=True)}
+    "qwen2-0.5b": dict(
+        model_type="qwen2",
+        architectures=["Qwen2ForCausalLM"],
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        tie_word_embeddings=True,
+    ),
+    "llama-3.2-1b": dict(
+        model_type="llama",
+        architectures=["LlamaForCausalLM"],
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope_theta=5e5,
+        tie_word_embeddings=True,
+    ),
+}
 ABLATIONS = {  # flags, or code that runs before dpo.main()
     "sharing": "import functools, data; data.collate = functools.partial(data.collate, share_prefix=False)",
     "packing": {"max_tokens_per_forward": 1},
     "chunked_head": "import model; model.HEAD_CHUNK = 2**40",
     "checkpointing": {"gradient_checkpointing": True},
     "precomputed_reference": {"precompute_ref_log_probs": False},
-    "compile": {"torch_compile": True}}
-COLUMNS = ("run_s", "start_s", "train_s", "cpu_s", "pairs_per_s", "tokens_per_s", "peak_mib", "share")
+    "compile": {"torch_compile": True},
+}
+COLUMNS = (
+    "run_s",
+    "start_s",
+    "train_s",
+    "cpu_s",
+    "pairs_per_s",
+    "tokens_per_s",
+    "peak_mib",
+    "share",
+)
 
 
 def main() -> None:
@@ -76,7 +109,9 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help=f"directory, or one of {', '.join(SHAPES)}")
     parser.add_argument("--tokenizer", help="directory with tokenizer.json, for a random model")
     parser.add_argument("--data", required=True, help=".jsonl, .json, .gz")
@@ -89,7 +124,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--adapter", choices=("none", "lora", "qlora"), default="none")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--ablate", nargs="+", choices=tuple(ABLATIONS), default=[], help="ours with and without, no TRL")
+    parser.add_argument(
+        "--ablate",
+        nargs="+",
+        choices=tuple(ABLATIONS),
+        default=[],
+        help="ours with and without, no TRL",
+    )
     parser.add_argument("--json", help="write everything here")
     return parser.parse_args()
 
@@ -116,7 +157,9 @@ def read_rows(path: str, count: int) -> list[dict]:
     from parts import rows as files
 
     rows = (row for _, row in files.read_rows(files.find_files(path)) if isinstance(row, dict))
-    usable = [r for r in rows if r.get("chosen") and r.get("rejected") and r["chosen"] != r["rejected"]]
+    usable = [
+        r for r in rows if r.get("chosen") and r.get("rejected") and r["chosen"] != r["rejected"]
+    ]
     return usable[:count]
 
 
@@ -135,22 +178,38 @@ def count_work(args, pairs: Path, cache: Path) -> dict:
 
     config = model.read_config(read_json(Path(args.model) / "config.json"))
     with torch.device("meta"):
-        blocks = sum(p.numel() for p in model.Decoder(config).model.layers.parameters() if p.dim() == 2)
+        blocks = sum(
+            p.numel() for p in model.Decoder(config).model.layers.parameters() if p.dim() == 2
+        )
     batches = [data.collate([store[i]]) for i in range(len(store))]
     scored = sum(len(b.targets) for b in batches)
-    attended = sum((e - s) * (d - c) + (e - s) * (e - s + 1) // 2 for b in batches for s, e, c, d in b.spans.tolist())
-    forward = (2 * blocks * int(store.tokens.sum()) + 2 * config.vocab_size * config.hidden_size * scored
-               + 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers * attended)
-    return {"pairs": len(store), "stream_tokens": int(store.tokens.sum()), "tokens": sum(b.num_tokens for b in batches),
-            "scored_tokens": scored, "forward_flops": forward,
-            "flops": forward * (4 if args.adapter == "none" else 3)}  # a frozen weight needs no gradient
+    attended = sum(
+        (e - s) * (d - c) + (e - s) * (e - s + 1) // 2
+        for b in batches
+        for s, e, c, d in b.spans.tolist()
+    )
+    forward = (
+        2 * blocks * int(store.tokens.sum())
+        + 2 * config.vocab_size * config.hidden_size * scored
+        + 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers * attended
+    )
+    return {
+        "pairs": len(store),
+        "stream_tokens": int(store.tokens.sum()),
+        "tokens": sum(b.num_tokens for b in batches),
+        "scored_tokens": scored,
+        "forward_flops": forward,
+        "flops": forward * (4 if args.adapter == "none" else 3),
+    }  # a frozen weight needs no gradient
 
 
 def matrix_rate(args) -> float:
     """FLOP/s of a large product in the run's precision."""
     torch.set_num_threads(args.threads)
     size = 2048 if args.device == "cpu" else 8192
-    a, b = torch.randn(2, size, size, dtype=torch.bfloat16 if args.bf16 else torch.float32, device=args.device)
+    a, b = torch.randn(
+        2, size, size, dtype=torch.bfloat16 if args.bf16 else torch.float32, device=args.device
+    )
     best = float("inf")
     for _ in range(8):
         started = time.perf_counter()
@@ -160,27 +219,59 @@ def matrix_rate(args) -> float:
 
 
 def ours(name: str, args, pairs: Path, out: Path) -> list[str]:
-    words = {"model_name_or_path": args.model, "dataset_name": pairs, "output_dir": out, "cache_dir": out / "cache",
-             "num_train_epochs": 1, "per_device_train_batch_size": args.batch, "max_length": args.max_length,
-             "bf16": args.bf16, "gradient_checkpointing": args.checkpointing, "shuffle_dataset": False,
-             "save_strategy": "no", "logging_steps": 1, "use_cpu": args.device == "cpu"}
+    words = {
+        "model_name_or_path": args.model,
+        "dataset_name": pairs,
+        "output_dir": out,
+        "cache_dir": out / "cache",
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": args.batch,
+        "max_length": args.max_length,
+        "bf16": args.bf16,
+        "gradient_checkpointing": args.checkpointing,
+        "shuffle_dataset": False,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "use_cpu": args.device == "cpu",
+    }
     words |= {} if args.adapter == "none" else {"use_peft": True}
     words |= {"load_in_4bit": True} if args.adapter == "qlora" else {}
     change = ABLATIONS.get(name, {})
     words, change = (words | change, "") if isinstance(change, dict) else (words, change)
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import dpo; {change}\nstatus = dpo.main(sys.argv[1:])"
-    return [sys.executable, "-c", code + PEAK.format(out=str(out)) + "\nsys.exit(status)",
-            *(f"--{k}={v}" for k, v in words.items())]
+    return [
+        sys.executable,
+        "-c",
+        code + PEAK.format(out=str(out)) + "\nsys.exit(status)",
+        *(f"--{k}={v}" for k, v in words.items()),
+    ]
 
 
 def trl(args, pairs: Path, out: Path) -> list[str]:
     out.mkdir()
-    run = {"model": args.model, "data": [str(pairs)], "out": str(out), "threads": args.threads, "save": True, "args": {
-        "num_train_epochs": 1, "per_device_train_batch_size": args.batch, "max_length": args.max_length,
-        "bf16": args.bf16, "gradient_checkpointing": args.checkpointing, "precompute_ref_log_probs": True,
-        "use_cpu": args.device == "cpu"}}
+    run = {
+        "model": args.model,
+        "data": [str(pairs)],
+        "out": str(out),
+        "threads": args.threads,
+        "save": True,
+        "args": {
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": args.batch,
+            "max_length": args.max_length,
+            "bf16": args.bf16,
+            "gradient_checkpointing": args.checkpointing,
+            "precompute_ref_log_probs": True,
+            "use_cpu": args.device == "cpu",
+        },
+    }
     if args.adapter == "lora":
-        run["peft"] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
+        run["peft"] = {
+            "r": 16,
+            "lora_alpha": 32,
+            "lora_dropout": 0.0,
+            "target_modules": ["q_proj", "v_proj"],
+        }
     (out / "run.json").write_text(json.dumps(run))
     code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import trl_peer; trl_peer.main(sys.argv[1])"
     return [sys.executable, "-c", code + PEAK.format(out=str(out)), str(out / "run.json")]
@@ -196,7 +287,12 @@ def run(name: str, args, pairs: Path, out: Path, work: dict) -> dict:
     """One whole run in a process of its own, measured from outside."""
     command = trl(args, pairs, out) if name == "trl" else ours(name, args, pairs, out)
     env = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-    before, started, marks, peak = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), {}, 0
+    before, started, marks, peak = (
+        resource.getrusage(resource.RUSAGE_CHILDREN),
+        time.perf_counter(),
+        {},
+        0,
+    )
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=env)
         while process.poll() is None:
@@ -207,13 +303,22 @@ def run(name: str, args, pairs: Path, out: Path, work: dict) -> dict:
         if process.returncode:
             errors.seek(0)
             sys.exit(f"{' '.join(command)}\nexit {process.returncode}: {errors.read()[-2000:]}")
-    start, train = (marks["begun"], marks["last"] - marks["begun"]) if name != "trl" else trl_times(out)
+    start, train = (
+        (marks["begun"], marks["last"] - marks["begun"]) if name != "trl" else trl_times(out)
+    )
     peak = int((out / "cuda_peak").read_text()) // 1024 if args.device == "cuda" else peak
     shutil.rmtree(out)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"run_s": round(seconds, 2), "start_s": round(start, 2), "train_s": round(train, 2), "cpu_s": round(cpu, 2),
-            "pairs_per_s": round(work["pairs"] / seconds, 4), "tokens_per_s": round(work["tokens"] / train, 1),
-            "peak_mib": peak // 1024, "flops_per_s": work["flops"] / seconds}
+    return {
+        "run_s": round(seconds, 2),
+        "start_s": round(start, 2),
+        "train_s": round(train, 2),
+        "cpu_s": round(cpu, 2),
+        "pairs_per_s": round(work["pairs"] / seconds, 4),
+        "tokens_per_s": round(work["tokens"] / train, 1),
+        "peak_mib": peak // 1024,
+        "flops_per_s": work["flops"] / seconds,
+    }
 
 
 def watch(metrics: Path, marks: dict, now: float) -> None:
@@ -235,29 +340,62 @@ def resident(pid: int) -> int:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return 0
-    return next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)
+    return next(
+        (int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0
+    )
 
 
 def report(args, results: dict, rate: float, work: dict) -> None:
-    median = {name: {k: statistics.median(r[k] for r in runs) for k in runs[0]} for name, runs in results.items()}
+    median = {
+        name: {k: statistics.median(r[k] for r in runs) for k in runs[0]}
+        for name, runs in results.items()
+    }
     for r in median.values():
         r["share"] = round(r.pop("flops_per_s") / rate, 3)
-    print(f"{work['pairs']} pairs, {work['tokens']} tokens ({work['stream_tokens']} with each prompt once), "
-          f"{work['flops'] / 1e12:.2f} TFLOP; matrix rate {rate / 1e9:.0f} GFLOP/s")
+    print(
+        f"{work['pairs']} pairs, {work['tokens']} tokens ({work['stream_tokens']} with each prompt once), "
+        f"{work['flops'] / 1e12:.2f} TFLOP; matrix rate {rate / 1e9:.0f} GFLOP/s"
+    )
     print(f"{'':22}" + "".join(f"{c:>13}" for c in COLUMNS))
     for name, r in median.items():
-        print(f"{name:22}" + "".join(f"{r[c]:13.3f}" if c in ("share", "pairs_per_s") else f"{r[c]:13.1f}" for c in COLUMNS))
+        print(
+            f"{name:22}"
+            + "".join(
+                f"{r[c]:13.3f}" if c in ("share", "pairs_per_s") else f"{r[c]:13.1f}"
+                for c in COLUMNS
+            )
+        )
     keys = ("pairs_per_s", "tokens_per_s", "peak_mib", "cpu_s")
-    ratio = {n: {k: round(median["ours"][k] / median[n][k], 3) for k in keys} for n in median if n != "ours"}
+    ratio = {
+        n: {k: round(median["ours"][k] / median[n][k], 3) for k in keys}
+        for n in median
+        if n != "ours"
+    }
     for name, r in ratio.items():
         print(f"ours / {name}: " + "  ".join(f"{k} {v:.2f}x" for k, v in r.items()))
     if args.json:
-        machine = {"processor": processor(), "cores": os.cpu_count(), "torch": torch.__version__,
-                   "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None}
-        setting = {k: v for k, v in vars(args).items() if k not in ("model", "data", "json", "tokenizer")} | {
-            "model": Path(args.model).name, "data": Path(args.data).name}
-        text = json.dumps({"date": time.strftime("%Y-%m-%d"), "machine": machine, "setting": setting, "work": work,
-                           "matrix_gflops": round(rate / 1e9), "median": median, "ours_over": ratio, "rounds": results}, indent=1)
+        machine = {
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+            "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
+        }
+        setting = {
+            k: v for k, v in vars(args).items() if k not in ("model", "data", "json", "tokenizer")
+        } | {"model": Path(args.model).name, "data": Path(args.data).name}
+        text = json.dumps(
+            {
+                "date": time.strftime("%Y-%m-%d"),
+                "machine": machine,
+                "setting": setting,
+                "work": work,
+                "matrix_gflops": round(rate / 1e9),
+                "median": median,
+                "ours_over": ratio,
+                "rounds": results,
+            },
+            indent=1,
+        )
         Path(args.json).write_text(text + "\n")
 
 
@@ -265,7 +403,12 @@ def processor() -> str:
     """Its name, with what multiplies bfloat16."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     names = [line.partition(": ")[2] for line in info.splitlines() if line.startswith("model name")]
-    return " ".join([*(names[:1] or [platform.processor()]), *(f for f in ("avx512_bf16", "amx_bf16") if f" {f}" in info)])
+    return " ".join(
+        [
+            *(names[:1] or [platform.processor()]),
+            *(f for f in ("avx512_bf16", "amx_bf16") if f" {f}" in info),
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -24,18 +24,28 @@ def seconds(tokens: float, scored: float, gpus: int, peak: float, mfu: float) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached [0.4]")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--mfu", type=float, default=0.4, help="share of the peak that is reached [0.4]"
+    )
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--prompt", type=float, default=PROMPT)
-    parser.add_argument("--completions", type=float, default=COMPLETIONS, help="tokens of both together")
+    parser.add_argument(
+        "--completions", type=float, default=COMPLETIONS, help="tokens of both together"
+    )
     args = parser.parse_args()
-    layouts = {"two sequences, head on all": (2 * args.prompt + args.completions,) * 2,
-               "one stream, head on completions": (args.prompt + args.completions, args.completions)}
+    layouts = {
+        "two sequences, head on all": (2 * args.prompt + args.completions,) * 2,
+        "one stream, head on completions": (args.prompt + args.completions, args.completions),
+    }
     for card, peak in PEAK.items():
         for layout, (tokens, scored) in layouts.items():
             minutes = seconds(tokens, scored, args.gpus, peak, args.mfu) / 60
-            print(f"{args.gpus} x {card} at {args.mfu:.0%} of peak, {layout}: {minutes:.1f} minutes")
+            print(
+                f"{args.gpus} x {card} at {args.mfu:.0%} of peak, {layout}: {minutes:.1f} minutes"
+            )
 
 
 if __name__ == "__main__":

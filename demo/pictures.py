@@ -22,8 +22,14 @@ import model as models  # noqa: E402
 from extras.models.opening import build  # noqa: E402
 from parts.files import write_json  # noqa: E402
 
-COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (240, 210, 50), "purple": (150, 60, 180),
-           "black": (20, 20, 20)}
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (50, 80, 220),
+    "yellow": (240, 210, 50),
+    "purple": (150, 60, 180),
+    "black": (20, 20, 20),
+}
 SHAPES = ("circle", "square", "triangle", "cross")
 QUESTIONS = ("what is this ?", "what do you see ?", "describe the picture .")
 OPENINGS = ("this is a", "i see a", "there is a", "a")
@@ -62,21 +68,38 @@ def write_row(folder: Path, name: str, rng: random.Random) -> dict:
         wrong = (colour, rng.choice([s for s in SHAPES if s != shape]))
     opening = rng.choice(OPENINGS)
     caption = lambda c, s: f" {opening} {c} {s} ."
-    return {"images": [f"png/{name}.png"], "prompt": f"<image> {rng.choice(QUESTIONS)}", "chosen": caption(colour, shape),
-            "rejected": caption(*wrong)}
+    return {
+        "images": [f"png/{name}.png"],
+        "prompt": f"<image> {rng.choice(QUESTIONS)}",
+        "chosen": caption(colour, shape),
+        "rejected": caption(*wrong),
+    }
 
 
 def write_tokenizer(folder: Path) -> dict[str, int]:
     """One token a word."""
     texts = [*QUESTIONS, *OPENINGS, *COLOURS, *SHAPES, "."]
-    words = ["<unk>", "<s>", "</s>", "<image>", *dict.fromkeys(w for text in texts for w in text.split())]
+    words = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "<image>",
+        *dict.fromkeys(w for text in texts for w in text.split()),
+    ]
     vocabulary = {word: i for i, word in enumerate(words)}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     backend.add_special_tokens(words[:4])
     backend.save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>",
-                                                         "eos_token": "</s>", "unk_token": "<unk>"})
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+        },
+    )
     return vocabulary
 
 
@@ -84,22 +107,59 @@ def write_model(folder: Path) -> None:
     """Configuration, processor and random weights of a small LLaVA, as transformers lays them out."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = write_tokenizer(folder)
-    tower = dict(model_type="clip_vision_model", hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-                 image_size=SIDE, patch_size=PATCH)
-    text = dict(model_type="llama", vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256, rms_norm_eps=1e-5)
-    raw = dict(architectures=["LlavaForConditionalGeneration"], model_type="llava", image_token_index=vocabulary["<image>"],
-               text_config=text, vision_config=tower, tie_word_embeddings=False)
+    tower = dict(
+        model_type="clip_vision_model",
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=SIDE,
+        patch_size=PATCH,
+    )
+    text = dict(
+        model_type="llama",
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        rms_norm_eps=1e-5,
+    )
+    raw = dict(
+        architectures=["LlavaForConditionalGeneration"],
+        model_type="llava",
+        image_token_index=vocabulary["<image>"],
+        text_config=text,
+        vision_config=tower,
+        tie_word_embeddings=False,
+    )
     torch.manual_seed(0)
     model = build(models.read_config(raw))
     model.raw_config = raw
     models.save_model(model, folder)
-    write_json(folder / "processor_config.json", dict(
-        processor_class="LlavaProcessor", image_token="<image>", patch_size=PATCH, num_additional_image_tokens=1,
-        vision_feature_select_strategy="default"))
-    write_json(folder / "preprocessor_config.json", dict(
-        image_processor_type="CLIPImageProcessor", size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE},
-        image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=3))
+    write_json(
+        folder / "processor_config.json",
+        dict(
+            processor_class="LlavaProcessor",
+            image_token="<image>",
+            patch_size=PATCH,
+            num_additional_image_tokens=1,
+            vision_feature_select_strategy="default",
+        ),
+    )
+    write_json(
+        folder / "preprocessor_config.json",
+        dict(
+            image_processor_type="CLIPImageProcessor",
+            size={"shortest_edge": SIDE},
+            crop_size={"height": SIDE, "width": SIDE},
+            image_mean=[0.5] * 3,
+            image_std=[0.5] * 3,
+            resample=3,
+        ),
+    )
 
 
 SETTINGS = """model_name_or_path = "{folder}/model"
@@ -119,7 +179,9 @@ save_strategy = "no"
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", nargs="?", default="demo-pictures", type=Path)
     parser.add_argument("--pairs", type=int, default=3000)
     parser.add_argument("--epochs", type=int, default=6)
@@ -130,8 +192,12 @@ def main(argv: list[str] | None = None) -> None:
     for name, count in (("train", args.pairs), ("eval", 300)):
         rows = [write_row(args.folder, f"{name}-{i:04d}", rng) for i in range(count)]
         (args.folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (args.folder / "config.toml").write_text(SETTINGS.format(folder=args.folder.as_posix(), epochs=args.epochs))
-    print(f"{args.folder}: a model and {args.pairs:,} pairs; python dpo.py --config {args.folder}/config.toml")
+    (args.folder / "config.toml").write_text(
+        SETTINGS.format(folder=args.folder.as_posix(), epochs=args.epochs)
+    )
+    print(
+        f"{args.folder}: a model and {args.pairs:,} pairs; python dpo.py --config {args.folder}/config.toml"
+    )
 
 
 if __name__ == "__main__":

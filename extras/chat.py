@@ -27,7 +27,9 @@ from extras.models.speaker import Speaker, decode, encode_prompt, load, pieces
 from extras.rows.prompts import read_prompts
 
 
-def answer(speaker: Speaker, prompt: list[int], show: bool, cache: Optional[Cache] = None, turn: int = 0) -> str:
+def answer(
+    speaker: Speaker, prompt: list[int], show: bool, cache: Optional[Cache] = None, turn: int = 0
+) -> str:
     """One completion, written to the screen as it comes where `show` is set. Ctrl-C ends it early."""
     tokens, started = [], time.perf_counter()
     steps = generate(speaker.model, [prompt], speaker.sampling, cache=cache, first=turn)
@@ -47,23 +49,35 @@ def answer(speaker: Speaker, prompt: list[int], show: bool, cache: Optional[Cach
         print()
     if sys.stderr.isatty():
         seconds = time.perf_counter() - started
-        print(f"\x1b[2m{len(tokens)} tokens, {len(tokens) / seconds:.1f} tokens/s\x1b[0m", file=sys.stderr)
+        print(
+            f"\x1b[2m{len(tokens)} tokens, {len(tokens) / seconds:.1f} tokens/s\x1b[0m",
+            file=sys.stderr,
+        )
     return decode(speaker, tokens)
 
 
 def printable(text: str) -> str:
     """A model must not steer the terminal."""
-    return "".join(c if c in "\n\t" or c.isprintable() or ord(c) >= 160 else f"\\x{ord(c):02x}" for c in text)
+    return "".join(
+        c if c in "\n\t" or c.isprintable() or ord(c) >= 160 else f"\\x{ord(c):02x}" for c in text
+    )
 
 
 def columns(names: list[str], texts: list[str], width: int) -> str:
     """Texts side by side, each under its name."""
     wide = (width - 3 * (len(names) - 1)) // len(names)
-    wrapped = [[line for part in text.split("\n") for line in textwrap.wrap(part, wide) or [""]]
-               for text in map(printable, texts)]
-    rows = [[textwrap.shorten(name, wide, placeholder="...") for name in names], ["-" * wide] * len(names)]
-    return "\n".join(" | ".join(cell.ljust(wide) for cell in row).rstrip()
-                     for row in [*rows, *zip_longest(*wrapped, fillvalue="")])
+    wrapped = [
+        [line for part in text.split("\n") for line in textwrap.wrap(part, wide) or [""]]
+        for text in map(printable, texts)
+    ]
+    rows = [
+        [textwrap.shorten(name, wide, placeholder="...") for name in names],
+        ["-" * wide] * len(names),
+    ]
+    return "\n".join(
+        " | ".join(cell.ljust(wide) for cell in row).rstrip()
+        for row in [*rows, *zip_longest(*wrapped, fillvalue="")]
+    )
 
 
 # The three ways to use it
@@ -71,15 +85,26 @@ def columns(names: list[str], texts: list[str], width: int) -> str:
 Conversation = list[dict]
 
 
-def reply(speakers: list[Speaker], conversations: list[Conversation], caches: list[Cache], system: Optional[str],
-          turn: int) -> list[Conversation]:
+def reply(
+    speakers: list[Speaker],
+    conversations: list[Conversation],
+    caches: list[Cache],
+    system: Optional[str],
+    turn: int,
+) -> list[Conversation]:
     """One turn: every speaker answers its own conversation; the conversations with the answers."""
     texts, alone = [], len(speakers) == 1
     for speaker, conversation, cache in zip(speakers, conversations, caches):
         prompt = conversation[-1]["content"] if speaker.raw else conversation
         texts.append(answer(speaker, encode_prompt(speaker, prompt, system), alone, cache, turn))
     if not alone:
-        print(columns([speaker.name for speaker in speakers], texts, shutil.get_terminal_size((100, 24)).columns))
+        print(
+            columns(
+                [speaker.name for speaker in speakers],
+                texts,
+                shutil.get_terminal_size((100, 24)).columns,
+            )
+        )
     return [[*c, {"role": "assistant", "content": text}] for c, text in zip(conversations, texts)]
 
 
@@ -105,7 +130,9 @@ def talk(speakers: list[Speaker], system: Optional[str]) -> None:
         if command in ("", "/new") or (command == "/again" and conversations == empty):
             continue
         again = command == "/again"
-        asked = [c[:-1] if again else [*c, {"role": "user", "content": line}] for c in conversations]
+        asked = [
+            c[:-1] if again else [*c, {"role": "user", "content": line}] for c in conversations
+        ]
         try:
             conversations = reply(speakers, asked, caches, system, turn)
         except ValueError as error:  # too long for the model, or the template refuses it
@@ -119,12 +146,25 @@ def write_completions(speaker: Speaker, args: argparse.Namespace) -> int:
     with open(args.output, "w", encoding="utf-8") as file:
         while batch := list(islice(prompts, max(1, args.batch_size // args.num_samples))):
             ids = [encode_prompt(speaker, prompt, args.system) for prompt in batch]
-            for i, tokens in enumerate(complete(speaker.model, ids, speaker.sampling, args.num_samples, first)):
+            for i, tokens in enumerate(
+                complete(speaker.model, ids, speaker.sampling, args.num_samples, first)
+            ):
                 text, prompt = decode(speaker, tokens), batch[i // args.num_samples]
-                file.write(json.dumps({
-                    "prompt": prompt, "sample": i % args.num_samples, "tokens": len(tokens),
-                    "completion": text if isinstance(prompt, str) else [{"role": "assistant", "content": text}],
-                    "finished": tokens[-1] in speaker.sampling.stop_ids}, ensure_ascii=False) + "\n")
+                file.write(
+                    json.dumps(
+                        {
+                            "prompt": prompt,
+                            "sample": i % args.num_samples,
+                            "tokens": len(tokens),
+                            "completion": text
+                            if isinstance(prompt, str)
+                            else [{"role": "assistant", "content": text}],
+                            "finished": tokens[-1] in speaker.sampling.stop_ids,
+                        },
+                        ensure_ascii=False,
+                    )
+                    + "\n"
+                )
             first += len(batch) * args.num_samples
             file.flush()
             print(f"\r{first} completions", end="", file=sys.stderr)
@@ -133,35 +173,69 @@ def write_completions(speaker: Speaker, args: argparse.Namespace) -> int:
 
 
 def parse(argv: Optional[list[str]]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m extras.chat", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m extras.chat",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("model", nargs="?", help="directory of a model or an adapter, or a hub id")
     parser.add_argument("--compare", nargs=2, metavar=("BASE", "TUNED"), help="two models instead")
     parser.add_argument("--system", help="system prompt of conversations that have none")
-    parser.add_argument("--greedy", action="store_true", help="always the likeliest token; same as --temperature 0")
+    parser.add_argument(
+        "--greedy", action="store_true", help="always the likeliest token; same as --temperature 0"
+    )
     parser.add_argument("--temperature", type=float, help="logits are divided by it")
     parser.add_argument("--top_k", type=int, help="draw among so many likeliest tokens; 0 is all")
-    parser.add_argument("--top_p", type=float, help="draw among the likeliest tokens that hold this much probability")
-    parser.add_argument("--repetition_penalty", type=float, help="above 1 makes tokens that have occurred less likely")
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        help="draw among the likeliest tokens that hold this much probability",
+    )
+    parser.add_argument(
+        "--repetition_penalty",
+        type=float,
+        help="above 1 makes tokens that have occurred less likely",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the draws [0]")
-    parser.add_argument("--max_new_tokens", type=int, default=512, help="longest completion, in tokens [512]")
-    parser.add_argument("--max_length", type=int, help="longest sequence of the run: chooses LongRoPE's frequencies")
-    parser.add_argument("--no_generation_config", action="store_true", help="take only the end tokens from that file")
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=512, help="longest completion, in tokens [512]"
+    )
+    parser.add_argument(
+        "--max_length", type=int, help="longest sequence of the run: chooses LongRoPE's frequencies"
+    )
+    parser.add_argument(
+        "--no_generation_config",
+        action="store_true",
+        help="take only the end tokens from that file",
+    )
     parser.add_argument("--chat_template", help="a template: its file, its name or its text")
-    parser.add_argument("--raw", action="store_true", help="continue texts as they stand, without the chat template")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="[bfloat16 on a GPU, else float32]")
+    parser.add_argument(
+        "--raw", action="store_true", help="continue texts as they stand, without the chat template"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="[bfloat16 on a GPU, else float32]",
+    )
     parser.add_argument("--device", help="[cuda where there is one, else cpu]")
     parser.add_argument("--prompts", help="complete the prompts of this file instead")
     parser.add_argument("--num_samples", type=int, default=1, help="completions of each prompt [1]")
-    parser.add_argument("--batch_size", type=int, default=16, help="completions written at once [16]")
+    parser.add_argument(
+        "--batch_size", type=int, default=16, help="completions written at once [16]"
+    )
     parser.add_argument("--output", help="JSONL file for them")
     args = parser.parse_args(argv)
-    checks = {"give one model, or --compare BASE TUNED": bool(args.model) != bool(args.compare),
-              "--prompts and --output belong together": bool(args.prompts) == bool(args.output),
-              "--prompts takes one model": not (args.prompts and args.compare),
-              "--num_samples and --batch_size must be at least 1": min(args.num_samples, args.batch_size) >= 1,
-              "--num_samples is read only with --prompts": bool(args.prompts) or args.num_samples == 1,
-              "--greedy with --temperature: choose one": not (args.greedy and args.temperature is not None)}
+    checks = {
+        "give one model, or --compare BASE TUNED": bool(args.model) != bool(args.compare),
+        "--prompts and --output belong together": bool(args.prompts) == bool(args.output),
+        "--prompts takes one model": not (args.prompts and args.compare),
+        "--num_samples and --batch_size must be at least 1": min(args.num_samples, args.batch_size)
+        >= 1,
+        "--num_samples is read only with --prompts": bool(args.prompts) or args.num_samples == 1,
+        "--greedy with --temperature: choose one": not (
+            args.greedy and args.temperature is not None
+        ),
+    }
     for message, holds in checks.items():
         if not holds:
             raise ValueError(message)

@@ -61,11 +61,15 @@ def message(value: Any, role: str) -> Row:
         return from_value_message(value, "a turn")
     if isinstance(value, dict) and "role" in value:
         return {key: part for key, part in value.items() if part is not None}
-    raise DataError(f"found {json.dumps(value)[:60]} for the turn of the {role}; give text, from/value or role/content")
+    raise DataError(
+        f"found {json.dumps(value)[:60]} for the turn of the {role}; give text, from/value or role/content"
+    )
 
 
 def turns(value: Any, role: str) -> list[Row]:
-    return [message(one, role) for one in value] if isinstance(value, list) else [message(value, role)]
+    return (
+        [message(one, role) for one in value] if isinstance(value, list) else [message(value, role)]
+    )
 
 
 def question(row: Row) -> Any:
@@ -83,7 +87,11 @@ def alike(row: Row, chosen: Any, rejected: Any) -> Row:
     answers = [turns(chosen, "assistant"), turns(rejected, "assistant")]
     shared = next((i for i, (a, b) in enumerate(zip(*answers)) if a != b), min(map(len, answers)))
     if answers[0][0]["role"] != "assistant" and shared:  # whole conversations
-        return {"prompt": answers[0][:shared], "chosen": answers[0][shared:], "rejected": answers[1][shared:]}
+        return {
+            "prompt": answers[0][:shared],
+            "chosen": answers[0][shared:],
+            "rejected": answers[1][shared:],
+        }
     asked = question(row)
     if not asked:
         raise DataError("no prompt, instruction, question or input")
@@ -98,10 +106,15 @@ def alike(row: Row, chosen: Any, rejected: Any) -> Row:
 def from_dialogues(row: Row) -> Row:
     """HH: the turns that both dialogues begin with are the prompt."""
     chosen, rejected = (dialogue(name, row.get(name)) for name in ("chosen", "rejected"))
-    shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b),
+        min(len(chosen), len(rejected)),
+    )
     for name, turn in (("chosen", chosen[shared:]), ("rejected", rejected[shared:])):
         if not shared or not turn or turn[0]["role"] != "assistant":
-            raise DataError(f"{name} and the other dialogue do not part at an answer of the assistant")
+            raise DataError(
+                f"{name} and the other dialogue do not part at an answer of the assistant"
+            )
     return {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
 
 
@@ -109,7 +122,10 @@ def dialogue(name: str, text: Any) -> list[Row]:
     if not isinstance(text, str) or not TURN.match(text):
         raise DataError(f'"{name}" is no dialogue that begins with "\\n\\nHuman:"')
     pieces = TURN.split(text)[1:]
-    found = [{"role": HH_ROLES[who], "content": said.strip()} for who, said in zip(pieces[::2], pieces[1::2])]
+    found = [
+        {"role": HH_ROLES[who], "content": said.strip()}
+        for who, said in zip(pieces[::2], pieces[1::2])
+    ]
     if found[-1]["role"] != "assistant" or not found[-1]["content"]:
         raise DataError(f'"{name}" does not end with an answer of the assistant')
     return found
@@ -118,8 +134,14 @@ def dialogue(name: str, text: Any) -> list[Row]:
 def from_generations(row: Row) -> Row:
     """distilabel: the best rated of several answers against the worst."""
     ratings = row.get("ratings") or row.get("rating") or []
-    rated = [(r, text) for r, text in zip(ratings, row["generations"]) if isinstance(r, (int, float)) and text]
-    best, worst = (max(rated, key=lambda r: r[0]), min(rated, key=lambda r: r[0])) if rated else (None, None)
+    rated = [
+        (r, text)
+        for r, text in zip(ratings, row["generations"])
+        if isinstance(r, (int, float)) and text
+    ]
+    best, worst = (
+        (max(rated, key=lambda r: r[0]), min(rated, key=lambda r: r[0])) if rated else (None, None)
+    )
     if best is None or worst is None or best[0] == worst[0]:
         raise DataError(f"its {len(rated)} rated generations do not differ in rating")
     return alike(row, best[1], worst[1]) | {"chosen_score": best[0], "rejected_score": worst[0]}
@@ -128,11 +150,21 @@ def from_generations(row: Row) -> Row:
 def from_record(row: Row) -> Row:
     """An annotated Argilla record: two text fields and a question whose answer is the name of the better one."""
     fields = row["fields"]
-    asked = next((fields[name] for name in ("prompt", "instruction", "question") if name in fields), None)
-    votes = Counter(one.get("value") for answers in (row.get("responses") or {}).values() for one in answers
-                    if one.get("value") in fields)
+    asked = next(
+        (fields[name] for name in ("prompt", "instruction", "question") if name in fields), None
+    )
+    votes = Counter(
+        one.get("value")
+        for answers in (row.get("responses") or {}).values()
+        for one in answers
+        if one.get("value") in fields
+    )
     if not votes:
-        votes = Counter(one.get("value") for one in (row.get("suggestions") or {}).values() if one.get("value") in fields)
+        votes = Counter(
+            one.get("value")
+            for one in (row.get("suggestions") or {}).values()
+            if one.get("value") in fields
+        )
     ranked = votes.most_common(2)
     if not ranked or len({count for _, count in ranked}) < len(ranked):
         raise DataError(f"its annotators name no better answer ({dict(votes) or 'no votes'})")
@@ -151,7 +183,12 @@ def scores(row: Row, out: Row) -> Row:
         if all(isinstance(score, (int, float)) for score in found.values()):
             return found
     rating = row.get("rating")
-    if isinstance(rating, list) and len(rating) == 2 and "generations" in row and "chosen_score" not in out:
+    if (
+        isinstance(rating, list)
+        and len(rating) == 2
+        and "generations" in row
+        and "chosen_score" not in out
+    ):
         if all(isinstance(score, (int, float)) for score in rating):
             return {"chosen_score": max(rating), "rejected_score": min(rating)}
     return {}
@@ -160,26 +197,44 @@ def scores(row: Row, out: Row) -> Row:
 def plain(row: Row) -> Row:
     """A converted row as text: HH's form, in which a prompt ends with "\\n\\nAssistant:"."""
     speaker = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": ""}
-    text = lambda said: "".join(speaker.get(t["role"], f"\n\n{t['role']}: ") + str(t["content"]) for t in said)
-    answers = {name: text(row[name]).removeprefix("\n\nAssistant:") for name in ("chosen", "rejected")}
+    text = lambda said: "".join(
+        speaker.get(t["role"], f"\n\n{t['role']}: ") + str(t["content"]) for t in said
+    )
+    answers = {
+        name: text(row[name]).removeprefix("\n\nAssistant:") for name in ("chosen", "rejected")
+    }
     return row | {"prompt": text(row["prompt"]) + "\n\nAssistant:", **answers}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 2, with one message, on rows that cannot be converted."""
-    parser = argparse.ArgumentParser(prog="extras.convert", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="extras.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("input", help="file, glob or directory")
     parser.add_argument("output", help=".jsonl or .jsonl.gz")
     parser.add_argument("--plain", action="store_true", help="text instead of conversations")
-    parser.add_argument("--on_bad_row", choices=["stop", "skip"], default="stop", help="skip counts and lists them")
+    parser.add_argument(
+        "--on_bad_row", choices=["stop", "skip"], default="stop", help="skip counts and lists them"
+    )
     args = parser.parse_args(argv)
     try:
-        written, bad = write(find_files(args.input), Path(args.output), args.plain, args.on_bad_row == "stop")
+        written, bad = write(
+            find_files(args.input), Path(args.output), args.plain, args.on_bad_row == "stop"
+        )
     except (DataError, OSError) as error:
         print(f"extras.convert: {error}", file=sys.stderr)
         return 2
-    print("\n".join([f"{args.output}: {written:,} rows, {len(bad):,} skipped", *(f"skipped {one}" for one in bad[:100])]))
+    print(
+        "\n".join(
+            [
+                f"{args.output}: {written:,} rows, {len(bad):,} skipped",
+                *(f"skipped {one}" for one in bad[:100]),
+            ]
+        )
+    )
     return 0
 
 
@@ -190,17 +245,23 @@ def write(files: list[Path], output: Path, as_text: bool, stop: bool) -> tuple[i
     written, bad = 0, []
     scratch = output.with_name(f".{output.name}.part")
     try:
-        with (gzip.open if output.suffix == ".gz" else open)(scratch, "wt", encoding="utf-8") as stream:
+        with (gzip.open if output.suffix == ".gz" else open)(
+            scratch, "wt", encoding="utf-8"
+        ) as stream:
             for place, row in read_rows(files):
                 try:
                     if isinstance(row, DataError):
                         raise row
                     done = convert(row)
-                    stream.write(json.dumps(plain(done) if as_text else done, ensure_ascii=False) + "\n")
+                    stream.write(
+                        json.dumps(plain(done) if as_text else done, ensure_ascii=False) + "\n"
+                    )
                     written += 1
                 except DataError as error:
                     if stop:
-                        raise DataError(f"{place}: {error}; --on_bad_row skip leaves such rows out") from None
+                        raise DataError(
+                            f"{place}: {error}; --on_bad_row skip leaves such rows out"
+                        ) from None
                     bad.append(f"{place}: {error}")
         if not written:
             raise DataError(f"no row could be converted; the first is {(bad or ['missing'])[0]}")

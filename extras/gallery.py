@@ -21,13 +21,26 @@ import losses
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "losses.svg"
 BETA = {"sigmoid_norm": 5.0, "simpo": 2.5, "alphapo": 2.5}
 ORDER = [name for name in losses.LOSSES if name != "aot_pair"]  # the other name of aot_unpaired
-DIVERGENCES = {"forward_kl": 12, "js_divergence": 60, "alpha_divergence": 12}  # how far to draw, nats
+DIVERGENCES = {
+    "forward_kl": 12,
+    "js_divergence": 60,
+    "alpha_divergence": 12,
+}  # how far to draw, nats
 POINTS = 120  # to the left and right of 0 together
 TOKENS, NATS, GAP = 8.0, -40.0, 2.0
 
-COLUMNS, WIDTH, HEIGHT, TOP = 5, 200, 168, 78  # of the grid; pixels of a cell; pixels above the grid
+COLUMNS, WIDTH, HEIGHT, TOP = (
+    5,
+    200,
+    168,
+    78,
+)  # of the grid; pixels of a cell; pixels above the grid
 LEFT, MIDDLE, RIGHT, LOSS_BAND, SLOPE_BAND = 44, 118, 192, (26, 96), (106, 142)  # inside a cell
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#767676"  # told apart by all kinds of colour vision, and by their dashes
+BLUE, ORANGE, GREY = (
+    "#0072B2",
+    "#D55E00",
+    "#767676",
+)  # told apart by all kinds of colour vision, and by their dashes
 
 
 class Curve(NamedTuple):
@@ -68,13 +81,17 @@ def make_curve(name: str, divergence: str = "reverse_kl") -> Curve:
 
 
 def curves() -> list[Curve]:
-    return [make_curve(name) for name in ORDER] + [make_curve("sigmoid", kind) for kind in DIVERGENCES]
+    return [make_curve(name) for name in ORDER] + [
+        make_curve("sigmoid", kind) for kind in DIVERGENCES
+    ]
 
 
 # Drawing
 
 
-def text(x: float, y: float, words: str, size: int = 10, anchor: str = "start", colour: str = "#222222") -> str:
+def text(
+    x: float, y: float, words: str, size: int = 10, anchor: str = "start", colour: str = "#222222"
+) -> str:
     place = f'x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}"'
     return f'<text {place} fill="{colour}">{words}</text>'
 
@@ -106,14 +123,23 @@ def short(value: float, span: float) -> str:
     """The number of an axis; 0 where it could not be told from 0 on it."""
     if abs(value) < 0.005 * span:
         return "0"
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2g}" if abs(value) >= 0.01 else f"{value:.1g}"
+    return (
+        f"{value:.0f}"
+        if abs(value) >= 100
+        else f"{value:.2g}"
+        if abs(value) >= 0.01
+        else f"{value:.1g}"
+    )
 
 
 def graph(values: Tensor, band: tuple[int, int], colour: str, dash: str) -> list[str]:
     """A curve in its band with the numbers of its range; a line at 0 where the range holds it."""
     low, high = padded_range(values)
     top, bottom = band
-    out = [line(LEFT, bottom, RIGHT, bottom, "#DDDDDD"), line(MIDDLE, top, MIDDLE, bottom, "#DDDDDD")]
+    out = [
+        line(LEFT, bottom, RIGHT, bottom, "#DDDDDD"),
+        line(MIDDLE, top, MIDDLE, bottom, "#DDDDDD"),
+    ]
     if low < 0 < high:
         zero = scale(torch.zeros(1), band, low, high)[0]
         out.append(line(LEFT, zero, RIGHT, zero, "#999999", "1 3"))
@@ -128,23 +154,45 @@ def panel(curve: Curve, column: int, row: int) -> str:
     start = curve.loss[POINTS // 2 : POINTS // 2 + 1]
     (y,) = scale(start, LOSS_BAND, *padded_range(curve.loss))
     ticks = ((LEFT, -curve.reach), (MIDDLE, 0), (RIGHT, curve.reach))
-    parts = [text(LEFT, 18, f'<tspan font-weight="bold">{curve.title}</tspan>', 12),
-             text(RIGHT, 18, curve.note, 10, "end", GREY),
-             *graph(curve.loss, LOSS_BAND, BLUE, ""), *graph(curve.slope, SLOPE_BAND, ORANGE, "5 2"),
-             f'<circle cx="{MIDDLE}" cy="{y:.1f}" r="3" fill="{BLUE}"/>',
-             text(MIDDLE + 6, min(max(y - 5, 33), 94), f"{start.item():.3f}".rstrip("0").rstrip("."), 9, colour=BLUE),
-             *(text(x, 153, str(margin), 9, "middle", GREY) for x, margin in ticks)]
-    return f'<g transform="translate({column * WIDTH},{TOP + row * HEIGHT})">' + "\n".join(parts) + "</g>"
+    parts = [
+        text(LEFT, 18, f'<tspan font-weight="bold">{curve.title}</tspan>', 12),
+        text(RIGHT, 18, curve.note, 10, "end", GREY),
+        *graph(curve.loss, LOSS_BAND, BLUE, ""),
+        *graph(curve.slope, SLOPE_BAND, ORANGE, "5 2"),
+        f'<circle cx="{MIDDLE}" cy="{y:.1f}" r="3" fill="{BLUE}"/>',
+        text(
+            MIDDLE + 6,
+            min(max(y - 5, 33), 94),
+            f"{start.item():.3f}".rstrip("0").rstrip("."),
+            9,
+            colour=BLUE,
+        ),
+        *(text(x, 153, str(margin), 9, "middle", GREY) for x, margin in ticks),
+    ]
+    return (
+        f'<g transform="translate({column * WIDTH},{TOP + row * HEIGHT})">'
+        + "\n".join(parts)
+        + "</g>"
+    )
 
 
 def legend() -> str:
-    words = ("Against the margin h = r_w - r_l in nats. The dot is the start, where policy equals reference.",
-             "Both completions have 8 tokens and -40 nats under the reference; beta is 0.1 where none is given.")
-    return "\n".join([
-        line(LEFT, 22, LEFT + 28, 22, BLUE), text(LEFT + 34, 26, "loss", 13, colour=BLUE),
-        line(LEFT + 84, 22, LEFT + 112, 22, ORANGE, "5 2"),
-        text(LEFT + 118, 26, "its slope, d loss / d h", 13, colour=ORANGE),
-        *(text(LEFT, 48 + 17 * i, sentence, 12, colour=GREY) for i, sentence in enumerate(words))])
+    words = (
+        "Against the margin h = r_w - r_l in nats. The dot is the start, where policy equals reference.",
+        "Both completions have 8 tokens and -40 nats under the reference; beta is 0.1 where none is given.",
+    )
+    return "\n".join(
+        [
+            line(LEFT, 22, LEFT + 28, 22, BLUE),
+            text(LEFT + 34, 26, "loss", 13, colour=BLUE),
+            line(LEFT + 84, 22, LEFT + 112, 22, ORANGE, "5 2"),
+            text(LEFT + 118, 26, "its slope, d loss / d h", 13, colour=ORANGE),
+            *(
+                text(LEFT, 48 + 17 * i, sentence, 12, colour=GREY)
+                for i, sentence in enumerate(words)
+            ),
+        ]
+    )
 
 
 def draw(found: list[Curve]) -> str:
@@ -153,8 +201,19 @@ def draw(found: list[Curve]) -> str:
     size = f'width="{wide}" height="{high}" viewBox="0 0 {wide} {high}"'
     cells = [panel(curve, i % COLUMNS, i // COLUMNS) for i, curve in enumerate(found)]
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="Helvetica, Arial, sans-serif">'
-    return "\n".join([head, "<title>Preference losses and their slopes against the margin</title>",
-                      '<rect width="100%" height="100%" fill="white"/>', legend(), *cells, "</svg>"]) + "\n"
+    return (
+        "\n".join(
+            [
+                head,
+                "<title>Preference losses and their slopes against the margin</title>",
+                '<rect width="100%" height="100%" fill="white"/>',
+                legend(),
+                *cells,
+                "</svg>",
+            ]
+        )
+        + "\n"
+    )
 
 
 def main() -> int:

@@ -45,7 +45,8 @@ def read_runs(directories: list[str]) -> list[Run]:
     runs = [read_run(d) for d in directories]
     names = [run.name for run in runs]
     return [
-        run._replace(name=f"{run.name} ({i + 1})") if names.count(run.name) > 1 else run for i, run in enumerate(runs)
+        run._replace(name=f"{run.name} ({i + 1})") if names.count(run.name) > 1 else run
+        for i, run in enumerate(runs)
     ]
 
 
@@ -56,8 +57,10 @@ def figures(runs: list[Run]) -> list[str]:
     out = []
     for title, keys, note in CHARTS:
         if lines := lines_of(runs, keys):
-            out.append(f"<figure>{chart(title, lines, 'step')}<figcaption>{key_of(lines, len(runs))}{escape(note)}"
-                       "</figcaption></figure>")
+            out.append(
+                f"<figure>{chart(title, lines, 'step')}<figcaption>{key_of(lines, len(runs))}{escape(note)}"
+                "</figcaption></figure>"
+            )
     return out
 
 
@@ -65,8 +68,15 @@ def key_of(lines: list[Line], runs: int) -> str:
     """Which line is which, where there is more than one; several runs have their key at the top of the page."""
     if len(lines) < 2 or runs > 1:
         return ""
-    style = lambda line: f"border-color:{line.colour};border-top-style:{'dotted' if line.marks else 'solid'}"
-    return "".join(f'<span class="key" style="{style(line)}"></span>{escape(line.name)} ' for line in lines) + "<br>"
+    style = lambda line: (
+        f"border-color:{line.colour};border-top-style:{'dotted' if line.marks else 'solid'}"
+    )
+    return (
+        "".join(
+            f'<span class="key" style="{style(line)}"></span>{escape(line.name)} ' for line in lines
+        )
+        + "<br>"
+    )
 
 
 # Tables
@@ -78,13 +88,23 @@ def cells(values: list, tag: str = "td", kind: str = "") -> str:
 
 def results(runs: list[Run]) -> str:
     """The last evaluation of each run, or the last of its training."""
-    keys = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "kl", "length_bias")
+    keys = (
+        "loss",
+        "rewards/accuracies",
+        "rewards/margins",
+        "rewards/chosen",
+        "rewards/rejected",
+        "kl",
+        "length_bias",
+    )
     shown = lambda v: f"{v:.4f}" if isinstance(v, (int, float)) else "–"
     rows = []
     for run in runs:
         last, kind = (run.evals[-1], "evaluation") if run.evals else (run.train[-1], "training")
         at = cells([run.name, f"{kind}, step {last.get('step')}"])
-        rows.append(f"<tr>{at}{cells([shown(last.get(k)) for k in keys], kind=' class=number')}</tr>")
+        rows.append(
+            f"<tr>{at}{cells([shown(last.get(k)) for k in keys], kind=' class=number')}</tr>"
+        )
     return f'<div class="wide"><table><tr>{cells(["run", "", *keys], "th")}</tr>{"".join(rows)}</table></div>'
 
 
@@ -92,22 +112,32 @@ def answers(runs: list[Run]) -> str:
     """What each run said at its first and at its last evaluation to the same prompts."""
     out = []
     for run in runs:
-        sampled = [row for row in run.evals if isinstance(row.get("samples"), list) and row["samples"]]
+        sampled = [
+            row for row in run.evals if isinstance(row.get("samples"), list) and row["samples"]
+        ]
         if not sampled:
             continue
         first, last = sampled[0], sampled[-1]
-        rows = [cells([a["prompt"], a["completion"], b["completion"]])
-                for a, b in list(zip(first["samples"], last["samples"]))[:SAMPLES]]
+        rows = [
+            cells([a["prompt"], a["completion"], b["completion"]])
+            for a, b in list(zip(first["samples"], last["samples"]))[:SAMPLES]
+        ]
         head = cells(["prompt", f"step {first['step']}", f"step {last['step']}"], "th")
-        out.append(f"<h3>{escape(run.name)}</h3><table class=answers><tr>{head}</tr>"
-                   + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>")
+        out.append(
+            f"<h3>{escape(run.name)}</h3><table class=answers><tr>{head}</tr>"
+            + "".join(f"<tr>{row}</tr>" for row in rows)
+            + "</table>"
+        )
     return "".join(out) or "<p>None: no run had --generate_during_eval.</p>"
 
 
 def defaults() -> dict:
     from dpo import DPOConfig
 
-    return {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(DPOConfig)}
+    return {
+        f.name: f.default if f.default is not MISSING else f.default_factory()
+        for f in fields(DPOConfig)
+    }
 
 
 def configuration(runs: list[Run]) -> str:
@@ -126,11 +156,20 @@ def configuration(runs: list[Run]) -> str:
         return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
     special = [n for n in names if any(run.settings.get(n) != usual.get(n) for run in runs)]
-    return table(special) + f"<details><summary>all {len(names)} options</summary>{table(names)}</details>"
+    return (
+        table(special)
+        + f"<details><summary>all {len(names)} options</summary>{table(names)}</details>"
+    )
 
 
 def text_of(value) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else "unset" if value is None else str(value)
+    return (
+        " ".join(map(str, value))
+        if isinstance(value, list)
+        else "unset"
+        if value is None
+        else str(value)
+    )
 
 
 # The page
@@ -138,10 +177,14 @@ def text_of(value) -> str:
 
 def page(runs: list[Run]) -> str:
     title = "DPO: " + ", ".join(run.name for run in runs)
-    hide = "".join(f"body:has(#run{i}:not(:checked)) .run{i} {{ display: none }}\n" for i in range(len(runs)))
+    hide = "".join(
+        f"body:has(#run{i}:not(:checked)) .run{i} {{ display: none }}\n" for i in range(len(runs))
+    )
     switches = "".join(
         f'<label><input type="checkbox" id="run{i}" checked><span class="key" style="border-color:'
-        f'{COLOURS[i % len(COLOURS)]}"></span>{escape(run.name)}</label>' for i, run in enumerate(runs))
+        f'{COLOURS[i % len(COLOURS)]}"></span>{escape(run.name)}</label>'
+        for i, run in enumerate(runs)
+    )
     if len(runs) > 1:
         switches += "<br>Dotted lines with marks are evaluations; where a chart has two metrics, the second is dashed."
     return f"""<!DOCTYPE html>
@@ -173,8 +216,13 @@ def write_pngs(runs: list[Run], folder: Path) -> list[Path]:
         if lines := lines_of(runs, keys):
             figure, axes = pyplot.subplots(figsize=(6.4, 4), dpi=120)
             for line in lines:
-                axes.plot(*zip(*line.points), label=line.name, color=line.colour, marker="o" if line.marks else None,
-                          linestyle=":" if line.marks else "--" if line.dash else "-")
+                axes.plot(
+                    *zip(*line.points),
+                    label=line.name,
+                    color=line.colour,
+                    marker="o" if line.marks else None,
+                    linestyle=":" if line.marks else "--" if line.dash else "-",
+                )
             axes.set(title=title, xlabel="step")
             axes.grid(alpha=0.3)
             axes.legend()
@@ -186,12 +234,17 @@ def write_pngs(runs: list[Run], folder: Path) -> list[Path]:
 
 def main(argv: list[str] | None = None, say: Callable = print) -> int:
     """Exit status 2, with one message, where a directory holds no run."""
-    parser = argparse.ArgumentParser(prog="python -m extras.report", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m extras.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("directory", nargs="+", help="output directories of runs")
     parser.add_argument("--output", help="the page [report.html in the only directory, or here]")
     parser.add_argument("--png", help="folder for the curves as PNG")
-    parser.add_argument("--svg", help="file for the first run's loss, rewards, margin and accuracy as one picture")
+    parser.add_argument(
+        "--svg", help="file for the first run's loss, rewards, margin and accuracy as one picture"
+    )
     args = parser.parse_args(argv)
     try:
         runs = read_runs(args.directory)
@@ -200,7 +253,11 @@ def main(argv: list[str] | None = None, say: Callable = print) -> int:
         path.write_text(page(runs), encoding="utf-8")
         if args.svg:
             Path(args.svg).write_text(summary(runs[0], "Training") + "\n", encoding="utf-8")
-        for file in [path, *filter(None, [args.svg]), *(write_pngs(runs, Path(args.png)) if args.png else [])]:
+        for file in [
+            path,
+            *filter(None, [args.svg]),
+            *(write_pngs(runs, Path(args.png)) if args.png else []),
+        ]:
             say(file)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -25,7 +25,9 @@ def show_pair(store: PairStore, index: int, tokenizer: Tokenizer, color: bool) -
     lines = [f"--- {store.where(index)}"]
     for name, style, ids in parts:
         text = tokenizer.decode(ids).replace("\x1b", "\\x1b")  # data must not steer the terminal
-        lines.append(f"[{name}: {len(ids)} tokens]\n" + (f"\x1b[{style}m{text}\x1b[0m" if color else text))
+        lines.append(
+            f"[{name}: {len(ids)} tokens]\n" + (f"\x1b[{style}m{text}\x1b[0m" if color else text)
+        )
     return "\n".join(lines)
 
 
@@ -38,7 +40,9 @@ def summarize(store: PairStore, batch_size: int = 8) -> list[str]:
     batches = [sequences[i : i + batch_size] for i in range(0, len(store), batch_size)]
     padded = sum(int(batch.max() * (batch > 0).sum()) for batch in batches)
     two, stream = int(sequences.sum()), int(store.tokens.sum())
-    means = f"prompt {prompt.mean():.1f}, chosen {chosen.mean():.1f}, rejected {rejected.mean():.1f}"
+    means = (
+        f"prompt {prompt.mean():.1f}, chosen {chosen.mean():.1f}, rejected {rejected.mean():.1f}"
+    )
     return [
         f"{len(store):,} pairs; mean tokens: {means}; longest sequence {sequences.max()}",
         f"{padded:,} tokens as two padded sequences per pair (file order, {batch_size} pairs per batch)",
@@ -50,7 +54,9 @@ def summarize(store: PairStore, batch_size: int = 8) -> list[str]:
 def view(args: argparse.Namespace) -> Iterator[str]:
     """What is printed."""
     tokenizer = open_tokenizer(args.model_name_or_path, args.chat_template)
-    options = DataOptions(**{name: value for name, value in vars(args).items() if name in DataOptions._fields})
+    options = DataOptions(
+        **{name: value for name, value in vars(args).items() if name in DataOptions._fields}
+    )
     with tempfile.TemporaryDirectory() as cache:
         store = build_store(find_files(args.file), tokenizer, options, cache, args.on_bad_row)
         for index in range(min(args.n, len(store))):
@@ -64,14 +70,18 @@ def length(text: str) -> int | None:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 2, with one message, on unusable data."""
-    parser = argparse.ArgumentParser(prog="data.py", description="Shows preference data as the trainer sees it.")
+    parser = argparse.ArgumentParser(
+        prog="data.py", description="Shows preference data as the trainer sees it."
+    )
     parser.add_argument("file", nargs="+", help="JSONL or JSON file, .gz of it, glob or directory")
     parser.add_argument("--model_name_or_path", required=True, help="directory with tokenizer.json")
     parser.add_argument("-n", type=int, default=3, help="how many pairs are shown")
     parser.add_argument("--max_length", type=length, default=DataOptions().max_length)
     parser.add_argument("--max_prompt_length", type=length)
     parser.add_argument("--max_completion_length", type=length)
-    parser.add_argument("--truncation_mode", choices=["keep_start", "keep_end"], default="keep_start")
+    parser.add_argument(
+        "--truncation_mode", choices=["keep_start", "keep_end"], default="keep_start"
+    )
     parser.add_argument("--chat_template", help="a template: its file, its name or its text")
     parser.add_argument("--on_bad_row", choices=["stop", "skip"], default="stop")
     try:

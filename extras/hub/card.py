@@ -13,11 +13,31 @@ from extras.hub.client import is_hub_id
 from extras.watch.picture import PICTURE, write_picture
 from parts.conversations import find_templates
 
-ALWAYS = ("loss_type", "beta", "learning_rate", "lr_scheduler_type", "num_train_epochs", "per_device_train_batch_size",
-          "gradient_accumulation_steps", "max_length", "seed")
+ALWAYS = (
+    "loss_type",
+    "beta",
+    "learning_rate",
+    "lr_scheduler_type",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "seed",
+)
 # Where things lay on one machine, and what must not be told.
-NEVER = ("output_dir", "cache_dir", "config", "resume_from_checkpoint", "hub_token", "run_name", "project",
-         "push_to_hub", "model_name_or_path", "dataset_name", "eval_dataset_name")
+NEVER = (
+    "output_dir",
+    "cache_dir",
+    "config",
+    "resume_from_checkpoint",
+    "hub_token",
+    "run_name",
+    "project",
+    "push_to_hub",
+    "model_name_or_path",
+    "dataset_name",
+    "eval_dataset_name",
+)
 
 TEXT = """\
 ---
@@ -83,7 +103,9 @@ def push(output_dir: Path, c, repo_id: str, dataset_name: str, message: str) -> 
     )
 
 
-def write_card(directory: str | Path, settings: dict[str, Any], defaults: dict[str, Any], repo_id: str) -> Path:
+def write_card(
+    directory: str | Path, settings: dict[str, Any], defaults: dict[str, Any], repo_id: str
+) -> Path:
     """Write README.md and its picture, training.svg, from the run's settings and the metrics.jsonl beside it; its path."""
     path = Path(directory) / "README.md"
     write_picture(directory)
@@ -91,55 +113,93 @@ def write_card(directory: str | Path, settings: dict[str, Any], defaults: dict[s
     return path
 
 
-def model_card(directory: Path, settings: dict[str, Any], defaults: dict[str, Any], repo_id: str) -> str:
+def model_card(
+    directory: Path, settings: dict[str, Any], defaults: dict[str, Any], repo_id: str
+) -> str:
     """The text: settings that differ from `defaults` or matter always, the last metrics of training and evaluation.
 
     Paths and tokens stay out of it: a model or data set that is no hub id appears by its last name,
     and not in the front matter.
     """
     adapter = (directory / "adapter_config.json").exists()
-    kept = {k: v for k, v in settings.items() if k not in NEVER and (k in ALWAYS or v != defaults.get(k))}
+    kept = {
+        k: v
+        for k, v in settings.items()
+        if k not in NEVER and (k in ALWAYS or v != defaults.get(k))
+    }
     prompt = CHAT_PROMPT if find_templates(directory) else '"Once upon a time"'
-    picture = f"\n![Rewards and loss over the steps]({PICTURE})\n" if (directory / PICTURE).exists() else ""
+    picture = (
+        f"\n![Rewards and loss over the steps]({PICTURE})\n"
+        if (directory / PICTURE).exists()
+        else ""
+    )
     return TEXT.format(
-        front=yaml.safe_dump(front_matter(settings, repo_id, adapter), sort_keys=False), title=repo_id.split("/")[-1],
-        base=named(settings["model_name_or_path"], ""), data=named(settings["dataset_name"], "datasets/"),
-        picture=picture, use=(USE_ADAPTER if adapter else USE_MODEL).format(id=repo_id, prompt=prompt),
+        front=yaml.safe_dump(front_matter(settings, repo_id, adapter), sort_keys=False),
+        title=repo_id.split("/")[-1],
+        base=named(settings["model_name_or_path"], ""),
+        data=named(settings["dataset_name"], "datasets/"),
+        picture=picture,
+        use=(USE_ADAPTER if adapter else USE_MODEL).format(id=repo_id, prompt=prompt),
         options="\n".join(f"| `{k}` | {cell(v)} |" for k, v in sorted(kept.items())),
-        torch=torch.__version__, python=platform.python_version(), results=results(directory / "metrics.jsonl"))
+        torch=torch.__version__,
+        python=platform.python_version(),
+        results=results(directory / "metrics.jsonl"),
+    )
 
 
 def front_matter(settings: dict[str, Any], repo_id: str, adapter: bool) -> dict[str, Any]:
     base, data = settings["model_name_or_path"], settings["dataset_name"]
-    front = {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"} if is_hub_id(base) else {}
+    front = (
+        {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
+        if is_hub_id(base)
+        else {}
+    )
     front |= {"datasets": [data]} if is_hub_id(data) else {}
     tags = ["dpo", *(["lora"] if adapter else [])]
-    return front | {"library_name": "peft" if adapter else "transformers", "model_name": repo_id.split("/")[-1],
-                    "pipeline_tag": "text-generation", "tags": tags}
+    return front | {
+        "library_name": "peft" if adapter else "transformers",
+        "model_name": repo_id.split("/")[-1],
+        "pipeline_tag": "text-generation",
+        "tags": tags,
+    }
 
 
 def named(name: str, kind: str) -> str:
     """A link for what is on the hub, the last part of a path for what is not."""
-    return f"[{name}](https://huggingface.co/{kind}{name})" if is_hub_id(name) else f"`{Path(name).name}`"
+    return (
+        f"[{name}](https://huggingface.co/{kind}{name})"
+        if is_hub_id(name)
+        else f"`{Path(name).name}`"
+    )
 
 
 def cell(value: Any) -> str:
     """A value as a cell of a table; of a path, only its last part."""
     if isinstance(value, (list, tuple)):
         return " ".join(map(cell, value))
-    text = Path(value).name if isinstance(value, str) and "/" in value and not is_hub_id(value) else str(value)
+    text = (
+        Path(value).name
+        if isinstance(value, str) and "/" in value and not is_hub_id(value)
+        else str(value)
+    )
     return text.replace("|", "\\|").replace("\n", " ")
 
 
 def results(path: Path) -> str:
     """A table of the last logged training step beside the last evaluation; a sentence where nothing was logged."""
-    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    rows = (
+        [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    )
     train = next((row for row in reversed(rows) if "loss" in row), {})
     evaluated = next((row for row in reversed(rows) if "eval_loss" in row), {})
-    shown = [k for k in train if k not in ("step", "epoch")] or [k[5:] for k in evaluated if k.startswith("eval_")]
+    shown = [k for k in train if k not in ("step", "epoch")] or [
+        k[5:] for k in evaluated if k.startswith("eval_")
+    ]
     if not shown:
         return "No metrics were logged."
     number = lambda row, key: f"{row[key]:.6g}" if isinstance(row.get(key), (int, float)) else ""
     at = [row.get("step", "-") for row in (train, evaluated)]
     head = f"| | training, step {at[0]} | evaluation, step {at[1]} |\n|---|---|---|\n"
-    return head + "\n".join(f"| `{k}` | {number(train, k)} | {number(evaluated, f'eval_{k}')} |" for k in shown)
+    return head + "\n".join(
+        f"| `{k}` | {number(train, k)} | {number(evaluated, f'eval_{k}')} |" for k in shown
+    )

@@ -25,19 +25,32 @@ from parts.tokenizer_files import TOKENIZER_FILES
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 # Of a model repository, all but the weights; fnmatch patterns, in which only a wildcard crosses into folders.
-SMALL_FILES = ["config.json", "generation_config.json", "model.safetensors.index.json", "adapter_config.json",
-               "preprocessor_config.json", "processor_config.json", *TOKENIZER_FILES]
+SMALL_FILES = [
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "adapter_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    *TOKENIZER_FILES,
+]
 
 
 def is_hub_id(name: str) -> bool:
     """Whether `name` may be a repository's: not something on this machine, nor the name of a file."""
-    return bool(HUB_ID.fullmatch(name)) and not DATA_FILE.search(name) and not Path(name).expanduser().exists()
+    return (
+        bool(HUB_ID.fullmatch(name))
+        and not DATA_FILE.search(name)
+        and not Path(name).expanduser().exists()
+    )
 
 
 def check_id(name: str, kind: str) -> None:
     if not is_hub_id(name):
         local = "directory" if kind == "model" else "file, directory or glob"
-        raise ValueError(f"{name}: no such {local} here, and not the id of a {kind} on the hub, which is owner/name")
+        raise ValueError(
+            f"{name}: no such {local} here, and not the id of a {kind} on the hub, which is owner/name"
+        )
 
 
 @contextmanager
@@ -60,12 +73,18 @@ def explain(error: Exception, name: str, kind: str, revision: str | None) -> str
     if isinstance(error, errors.GatedRepoError):
         return f"a gated {kind}: ask for access at {page}, then {login}"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"no such path here and no such {kind} on {endpoint}; if it is a private one, {login}"
+        return (
+            f"no such path here and no such {kind} on {endpoint}; if it is a private one, {login}"
+        )
     if isinstance(error, errors.RevisionNotFoundError):
         return f"it has no revision {revision!r}; {page}/tree/main lists its branches and tags"
-    if constants.HF_HUB_OFFLINE and isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
-        return (f"not in the cache {constants.HF_HUB_CACHE}, or not all of it, and HF_HUB_OFFLINE is set; fetch it "
-                "once with HF_HUB_OFFLINE=0")
+    if constants.HF_HUB_OFFLINE and isinstance(
+        error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
+    ):
+        return (
+            f"not in the cache {constants.HF_HUB_CACHE}, or not all of it, and HF_HUB_OFFLINE is set; fetch it "
+            "once with HF_HUB_OFFLINE=0"
+        )
     if isinstance(error, errors.LocalTokenNotFoundError):
         return f"this needs a token; {login}"
     status = getattr(getattr(error, "response", None), "status_code", None)
@@ -103,7 +122,9 @@ def local_model(name: str, revision: str | None = None) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         if revision is not None:
-            raise ValueError(f"{name} is a directory; a revision ({revision}) is for models on the hub")
+            raise ValueError(
+                f"{name} is a directory; a revision ({revision}) is for models on the hub"
+            )
         return path
     check_id(name, "model")
     with explained(name, "model", revision):
@@ -140,16 +161,21 @@ def why_missing(name: str, commit: str, missing: list[str]) -> str:
     names = list_repo_files(name, revision=commit)
     pickled = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt")) and "/" not in n]
     if pickled and "config.json" in names:
-        return (f"its weights are pickled ({pickled[0]}), and pickles are never read; transformers' "
-                "save_pretrained(..., safe_serialization=True) turns them into safetensors")
-    return f"not a model that can be loaded: {', '.join(missing)} missing among its {len(names)} files"
+        return (
+            f"its weights are pickled ({pickled[0]}), and pickles are never read; transformers' "
+            "save_pretrained(..., safe_serialization=True) turns them into safetensors"
+        )
+    return (
+        f"not a model that can be loaded: {', '.join(missing)} missing among its {len(names)} files"
+    )
 
 
 # Data sets
 
 
-def local_dataset(name: str, config: str | None = None, split: str = "train",
-                  revision: str | None = None) -> list[Path]:
+def local_dataset(
+    name: str, config: str | None = None, split: str = "train", revision: str | None = None
+) -> list[Path]:
     """Files of one split: those that a path or glob names; else fetched from the hub, or found in its cache.
 
     On the hub (and in a directory laid out as there) the files of a split are found as `datasets`
@@ -159,16 +185,22 @@ def local_dataset(name: str, config: str | None = None, split: str = "train",
     reach, in another format, and for parquet without pyarrow.
     """
     path = Path(name).expanduser()
-    if path.is_dir() and (config is not None or not any(map(DATA_FILE.search, map(str, path.glob("*"))))):
+    if path.is_dir() and (
+        config is not None or not any(map(DATA_FILE.search, map(str, path.glob("*"))))
+    ):
         names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
         return [path / file for file in split_files(name, names, read_card(path), config, split)]
     if path.exists() or glob.has_magic(name):
         if config is not None or revision is not None:
-            raise ValueError(f"{name}: a config or a revision ({config or revision}) is for data sets on the hub")
+            raise ValueError(
+                f"{name}: a config or a revision ({config or revision}) is for data sets on the hub"
+            )
         return find_files(name)
     check_id(name, "dataset")
     with explained(name, "dataset", revision):
-        directory = fetch(name, "dataset", revision, ["README.md", ".gitattributes"])  # one of them is always there
+        directory = fetch(
+            name, "dataset", revision, ["README.md", ".gitattributes"]
+        )  # one of them is always there
         chosen = split_files(name, list_files(name, directory), read_card(directory), config, split)
         fetch(name, "dataset", directory.name, [glob.escape(file) for file in chosen])
     return [directory / file for file in chosen]
@@ -186,10 +218,14 @@ def list_files(name: str, directory: Path) -> list[str]:
     except (errors.HTTPError, OSError):
         if hasattr(huggingface_hub, "get_cached_repo_tree"):  # clients from 2 on keep the list
             with suppress(errors.CachedRepoTreeNotFoundError):
-                tree = huggingface_hub.get_cached_repo_tree(name, repo_type="dataset", revision=directory.name)
+                tree = huggingface_hub.get_cached_repo_tree(
+                    name, repo_type="dataset", revision=directory.name
+                )
                 return [file.path for file in tree]
-        raise ValueError(f"{name}: the cache has no list of its files, so part of them might be taken for all; fetch "
-                         "it once online with huggingface_hub 2 or later, or give the path of its files") from None
+        raise ValueError(
+            f"{name}: the cache has no list of its files, so part of them might be taken for all; fetch "
+            "it once online with huggingface_hub 2 or later, or give the path of its files"
+        ) from None
 
 
 def read_card(directory: Path) -> dict:
@@ -197,7 +233,11 @@ def read_card(directory: Path) -> dict:
     import yaml
 
     path = directory / "README.md"
-    head = re.match(r"---\s*\n(.*?)\n---", path.read_text("utf-8"), re.DOTALL) if path.exists() else None
+    head = (
+        re.match(r"---\s*\n(.*?)\n---", path.read_text("utf-8"), re.DOTALL)
+        if path.exists()
+        else None
+    )
     try:
         card = yaml.safe_load(head[1]) if head else {}
     except yaml.YAMLError as error:
@@ -207,7 +247,13 @@ def read_card(directory: Path) -> dict:
 
 # Back to the hub
 
-LEFT_OUT = ["checkpoint-*/*", "runs/*", "dpo_config.json", ".*", "*/.*"]  # of an output directory; fnmatch patterns
+LEFT_OUT = [
+    "checkpoint-*/*",
+    "runs/*",
+    "dpo_config.json",
+    ".*",
+    "*/.*",
+]  # of an output directory; fnmatch patterns
 
 
 def create(repo_id: str, private: bool | None = None, token: str | None = None) -> str:
@@ -223,8 +269,14 @@ def create(repo_id: str, private: bool | None = None, token: str | None = None) 
         return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
 
 
-def push(directory: str | Path, repo_id: str, private: bool | None = None, revision: str | None = None,
-         token: str | None = None, message: str = "Trained with DPO") -> str:
+def push(
+    directory: str | Path,
+    repo_id: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    message: str = "Trained with DPO",
+) -> str:
     """Upload an output directory, without its checkpoints and hidden files; the address of the commit.
 
     `revision` is a branch, made where there is none. Raises ValueError where it is refused or the
@@ -236,6 +288,11 @@ def push(directory: str | Path, repo_id: str, private: bool | None = None, revis
     with explained(repo_id, "model", revision):
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        done = api.upload_folder(repo_id=repo_id, folder_path=directory, revision=revision, commit_message=message,
-                                 ignore_patterns=list(LEFT_OUT))  # a copy: the client appends to it
+        done = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=directory,
+            revision=revision,
+            commit_message=message,
+            ignore_patterns=list(LEFT_OUT),
+        )  # a copy: the client appends to it
     return done.commit_url

@@ -11,21 +11,34 @@ from pathlib import PurePosixPath
 DATA_FILE = re.compile(r"\.(jsonl|json|jsonl\.gz|json\.gz|parquet)$")
 
 
-def split_files(name: str, names: list[str], card: dict, config: str | None, split: str) -> list[str]:
+def split_files(
+    name: str, names: list[str], card: dict, config: str | None, split: str
+) -> list[str]:
     """Which of the files `names` of the data set `name` hold the split. Raises ValueError naming what there is."""
     names = sorted(n for n in names if not re.search(r"(^|/)[._]", n))
     configs = card.get("configs") or []
-    splits = card_splits(name, names, configs, config) if configs else directory_splits(name, names, config)
+    splits = (
+        card_splits(name, names, configs, config)
+        if configs
+        else directory_splits(name, names, config)
+    )
     chosen = splits.get(split)
     if not chosen:
         files = ", ".join([n for n in names if not n.endswith(".md")][:3]) or "none"
-        there = f"it has {', '.join(map(repr, sorted(splits)))}" if splits else \
-            f"its files ({files} ...) are none that can be read: .jsonl, .json, .gz of these, .parquet"
-        raise ValueError(f"{name}: no split {split!r}{f' in config {config!r}' if config else ''}; {there}")
+        there = (
+            f"it has {', '.join(map(repr, sorted(splits)))}"
+            if splits
+            else f"its files ({files} ...) are none that can be read: .jsonl, .json, .gz of these, .parquet"
+        )
+        raise ValueError(
+            f"{name}: no split {split!r}{f' in config {config!r}' if config else ''}; {there}"
+        )
     kinds = sorted({(DATA_FILE.search(n) or ["a kind that is not read"])[0] for n in chosen})
     if len(kinds) > 1 or kinds[0].startswith("a kind"):
-        raise ValueError(f"{name}: the split {split!r} is {', '.join(chosen[:4])} ({', '.join(kinds)}); one of .jsonl, "
-                         f".json, .jsonl.gz, .json.gz, .parquet can be read: download what you mean and give its path")
+        raise ValueError(
+            f"{name}: the split {split!r} is {', '.join(chosen[:4])} ({', '.join(kinds)}); one of .jsonl, "
+            f".json, .jsonl.gz, .json.gz, .parquet can be read: download what you mean and give its path"
+        )
     if kinds == [".parquet"] and importlib.util.find_spec("pyarrow") is None:
         raise ValueError(f"{name}: its files are parquet, which needs pyarrow: pip install pyarrow")
     check_shards(name, chosen)
@@ -38,10 +51,14 @@ def check_shards(name: str, chosen: list[str]) -> None:
     for stem, count in {(m[1], m[2]) for m in shards if m}:
         found = sum(1 for m in shards if m and (m[1], m[2]) == (stem, count))
         if found < int(count):
-            raise ValueError(f"{name}: {stem} has {found} of its {int(count)} files; fetch the rest of it")
+            raise ValueError(
+                f"{name}: {stem} has {found} of its {int(count)} files; fetch the rest of it"
+            )
 
 
-def card_splits(name: str, names: list[str], configs: list[dict], config: str | None) -> dict[str, list[str]]:
+def card_splits(
+    name: str, names: list[str], configs: list[dict], config: str | None
+) -> dict[str, list[str]]:
     """{split: files} as README.md declares them for one config."""
     by_name = {str(entry.get("config_name", "default")): entry for entry in configs}
     default = next((n for n, entry in by_name.items() if entry.get("default")), "default")
@@ -59,8 +76,12 @@ def card_splits(name: str, names: list[str], configs: list[dict], config: str | 
     if isinstance(files, list):
         files = {f["split"]: f["path"] for f in files}
     as_list = lambda value: [value] if isinstance(value, str) else value
-    return {str(split): [n for n in names if any(matches(n, root + pattern) for pattern in as_list(patterns))]
-            for split, patterns in files.items()}
+    return {
+        str(split): [
+            n for n in names if any(matches(n, root + pattern) for pattern in as_list(patterns))
+        ]
+        for split, patterns in files.items()
+    }
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -77,15 +98,29 @@ def directory_splits(name: str, names: list[str], config: str | None) -> dict[st
     inside = [n for n in names if n.startswith(root)]
     if not inside:
         folders = sorted({PurePosixPath(n).parts[0] for n in names if "/" in n})
-        raise ValueError(f"{name}: no config {config!r}; its folders are {', '.join(folders) or 'none'}")
-    if not any(map(DATA_FILE.search, inside)) and any(n.endswith(".py") and "/" not in n for n in names):
+        raise ValueError(
+            f"{name}: no config {config!r}; its folders are {', '.join(folders) or 'none'}"
+        )
+    if not any(map(DATA_FILE.search, inside)) and any(
+        n.endswith(".py") and "/" not in n for n in names
+    ):
         raise ValueError(f"{name}: its rows are made by a script of its own, which is never run")
     return guess_splits(inside, root)
 
 
 # What `datasets` takes for a split's name.
-KEYWORDS = {"train": "train|training", "validation": "validation|valid|dev|val", "test": "test|testing|eval|evaluation"}
-NOT_DATA = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+KEYWORDS = {
+    "train": "train|training",
+    "validation": "validation|valid|dev|val",
+    "test": "test|testing|eval|evaluation",
+}
+NOT_DATA = {
+    "config.json",
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+}
 
 
 def guess_splits(names: list[str], root: str) -> dict[str, list[str]]:
@@ -99,9 +134,17 @@ def guess_splits(names: list[str], root: str) -> dict[str, list[str]]:
     if shards:
         return shards
     for part in ("parent", "name"):
-        found = {split: [n for n in names if re.search(rf"(?:^|[-._ /\d])(?:{words})(?:[-._ /\d]|$)",
-                                                       str(getattr(PurePosixPath(n.removeprefix(root)), part)))]
-                 for split, words in KEYWORDS.items()}
+        found = {
+            split: [
+                n
+                for n in names
+                if re.search(
+                    rf"(?:^|[-._ /\d])(?:{words})(?:[-._ /\d]|$)",
+                    str(getattr(PurePosixPath(n.removeprefix(root)), part)),
+                )
+            ]
+            for split, words in KEYWORDS.items()
+        }
         if any(found.values()):
             return {split: files for split, files in found.items() if files}
     return {"train": names} if names else {}

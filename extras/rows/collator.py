@@ -44,21 +44,33 @@ class DataCollatorForPreference:
 
     def __post_init__(self) -> None:
         if self.truncation_mode not in ("keep_start", "keep_end"):
-            raise ValueError(f"truncation_mode {self.truncation_mode!r}: keep_start or keep_end is expected")
+            raise ValueError(
+                f"truncation_mode {self.truncation_mode!r}: keep_start or keep_end is expected"
+            )
         if self.return_tensors != "pt":
             raise ValueError(f"return_tensors {self.return_tensors!r}: only pt (torch) is made")
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        kept = slice(None, self.max_length) if self.truncation_mode == "keep_start" else slice(-(self.max_length or 0), None)
+        kept = (
+            slice(None, self.max_length)
+            if self.truncation_mode == "keep_start"
+            else slice(-(self.max_length or 0), None)
+        )
         ids, masks = [], []
         for name in ("chosen_ids", "rejected_ids"):
             for example in examples:
                 prompt, completion = list(example["prompt_ids"]), list(example[name])
                 ids.append(torch.tensor((prompt + completion)[kept], dtype=torch.int64))
-                masks.append(torch.tensor(([0] * len(prompt) + [1] * len(completion))[kept], dtype=torch.int64))
-        batch = {"input_ids": self.pad(ids, self.pad_token_id),
-                 "attention_mask": self.pad([torch.ones_like(row) for row in ids], 0),
-                 "completion_mask": self.pad(masks, 0)}
+                masks.append(
+                    torch.tensor(
+                        ([0] * len(prompt) + [1] * len(completion))[kept], dtype=torch.int64
+                    )
+                )
+        batch = {
+            "input_ids": self.pad(ids, self.pad_token_id),
+            "attention_mask": self.pad([torch.ones_like(row) for row in ids], 0),
+            "completion_mask": self.pad(masks, 0),
+        }
         for name in ("ref_chosen_logps", "ref_rejected_logps"):
             have = sum(name in example for example in examples)
             if have not in (0, len(examples)):

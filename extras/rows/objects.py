@@ -23,9 +23,21 @@ from extras.rows.pictures import open_tokenizer
 from parts.rows import NEEDS, DataError, find_files
 
 # Of a PEFT configuration: what says nothing about the training here, and what our flags call otherwise.
-PEFT_SILENT = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
-PEFT_FLAGS = {"r": "lora_r", "target_modules": "lora_target_modules", "modules_to_save": "lora_modules_to_save",
-              "target_parameters": "lora_target_parameters"}
+PEFT_SILENT = {
+    "task_type",
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+}
+PEFT_FLAGS = {
+    "r": "lora_r",
+    "target_modules": "lora_target_modules",
+    "modules_to_save": "lora_modules_to_save",
+    "target_parameters": "lora_target_parameters",
+}
 
 
 def accept(args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -34,16 +46,27 @@ def accept(args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     `given` are the trainer's arguments by name. Raises ValueError for what cannot be trained on,
     with what to give instead.
     """
-    args, given = dataclasses.replace(args), {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
+    args, given = (
+        dataclasses.replace(args),
+        {k: str(v) if isinstance(v, Path) else v for k, v in given.items()},
+    )
     for name in ("model", "ref_model"):
         check_model(name, given[name])
     for name in ("train_dataset", "eval_dataset"):
         check_dataset(name, given[name])
     model = given["model"]
     if model is not None:
-        args.model_name_or_path = model if isinstance(model, str) else args.model_name_or_path or "model"
-    if isinstance(model, models.Decoder) and given["processing_class"] is None and args.model_name_or_path == "model":
-        raise ValueError("processing_class is missing: a Decoder has no tokenizer; give data.Tokenizer.load(DIRECTORY)")
+        args.model_name_or_path = (
+            model if isinstance(model, str) else args.model_name_or_path or "model"
+        )
+    if (
+        isinstance(model, models.Decoder)
+        and given["processing_class"] is None
+        and args.model_name_or_path == "model"
+    ):
+        raise ValueError(
+            "processing_class is missing: a Decoder has no tokenizer; give data.Tokenizer.load(DIRECTORY)"
+        )
     if isinstance(given["ref_model"], str):
         args.ref_model_name_or_path, given["ref_model"] = given["ref_model"], None
     for name, field in (("train_dataset", "dataset_name"), ("eval_dataset", "eval_dataset_name")):
@@ -53,7 +76,9 @@ def accept(args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     if given["peft_config"] is not None:
         flags, given["peft_config"] = lora_flags(given["peft_config"], args)
         args = dataclasses.replace(args, **flags)
-    given["processing_class"] = tokenizer_of(given["processing_class"], cache_directory(args.cache_dir))
+    given["processing_class"] = tokenizer_of(
+        given["processing_class"], cache_directory(args.cache_dir)
+    )
     return args, given
 
 
@@ -63,8 +88,10 @@ def cache_directory(named: str | None) -> Path:
 
 def check_model(name: str, model: Any) -> None:
     if model is not None and not isinstance(model, (str, models.Decoder)):
-        raise ValueError(f"{name} is a {type(model).__name__}; give a directory, a hub id, or a model.Decoder "
-                         "(of a transformers model: model.save_pretrained(DIRECTORY), then DIRECTORY)")
+        raise ValueError(
+            f"{name} is a {type(model).__name__}; give a directory, a hub id, or a model.Decoder "
+            "(of a transformers model: model.save_pretrained(DIRECTORY), then DIRECTORY)"
+        )
 
 
 def check_dataset(name: str, dataset: Any) -> None:
@@ -72,9 +99,13 @@ def check_dataset(name: str, dataset: Any) -> None:
     if dataset is None or isinstance(dataset, (str, data.PairStore)):
         return
     if isinstance(dataset, Mapping):
-        raise ValueError(f"{name} is a {type(dataset).__name__} of {', '.join(map(str, dataset))}; give one of them")
+        raise ValueError(
+            f"{name} is a {type(dataset).__name__} of {', '.join(map(str, dataset))}; give one of them"
+        )
     if not isinstance(dataset, Iterable):
-        raise ValueError(f"{name} is a {type(dataset).__name__}; give a path, a hub id, a list of rows or a datasets.Dataset")
+        raise ValueError(
+            f"{name} is a {type(dataset).__name__}; give a path, a hub id, a list of rows or a datasets.Dataset"
+        )
     if isinstance(dataset, Sized) and not len(dataset):
         raise ValueError(f"{name} has no rows; {NEEDS}")
 
@@ -107,8 +138,10 @@ def row_line(number: int, row: Any) -> bytes:
     try:
         return (json.dumps(dict(row), ensure_ascii=True) + "\n").encode()
     except (TypeError, ValueError) as error:
-        raise DataError(f"row {number} of the data set cannot be written as JSON ({error}); {NEEDS}, as text "
-                             "or lists of messages (pictures as paths)") from None
+        raise DataError(
+            f"row {number} of the data set cannot be written as JSON ({error}); {NEEDS}, as text "
+            "or lists of messages (pictures as paths)"
+        ) from None
 
 
 def tokenizer_of(given: Any, cache_dir: Path) -> data.Tokenizer | None:
@@ -118,8 +151,10 @@ def tokenizer_of(given: Any, cache_dir: Path) -> data.Tokenizer | None:
     if isinstance(given, (str, Path)):
         return open_tokenizer(given)
     if not getattr(given, "is_fast", False):
-        raise ValueError(f"processing_class is a {type(given).__name__}; give a data.Tokenizer, a directory with "
-                         "tokenizer.json, or a fast tokenizer of transformers")
+        raise ValueError(
+            f"processing_class is a {type(given).__name__}; give a data.Tokenizer, a directory with "
+            "tokenizer.json, or a fast tokenizer of transformers"
+        )
     cache_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_dir, prefix="tokenizer.part-") as scratch:
         given.save_pretrained(scratch)
@@ -138,7 +173,11 @@ def tokenizer_of(given: Any, cache_dir: Path) -> data.Tokenizer | None:
 def lora_flags(config: Any, args: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """DPOConfig's fields for a PEFT LoraConfig, or a dict of its entries, and the settings that have no flag (patterns of
     ranks, layers). Raises ValueError for what is not understood."""
-    entries = dict(config) if isinstance(config, Mapping) else {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    entries = (
+        dict(config)
+        if isinstance(config, Mapping)
+        else {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    )
     kind = str(entries.get("peft_type", "LORA")).rpartition(".")[2]
     if kind != "LORA":
         raise ValueError(f"peft_config is of the type {kind}; only LoRA can be trained")
@@ -153,8 +192,10 @@ def lora_flags(config: Any, args: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         elif name in DEFAULTS:
             more[name] = sorted(value) if isinstance(value, set) else value
         elif name not in PEFT_SILENT and value != plain.get(name) and value:
-            raise ValueError(f"peft_config: {name}={value!r} has no counterpart here; taken are r, lora_alpha, "
-                             "lora_dropout, target_modules, use_rslora and what `python dpo.py --help` lists under LoRA")
+            raise ValueError(
+                f"peft_config: {name}={value!r} has no counterpart here; taken are r, lora_alpha, "
+                "lora_dropout, target_modules, use_rslora and what `python dpo.py --help` lists under LoRA"
+            )
     if args.disable_dropout:
         flags.pop("lora_dropout", None)  # off with all dropout, as in TRL
     return flags, more

@@ -33,16 +33,53 @@ from parts.tokenizer_files import explained_types, read_json
 
 MAX_PIXELS = 89_478_485  # pillow's bound for what may be a decompression bomb
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's
-COMMON = dict(do_resize=True, do_rescale=True, do_normalize=True, do_convert_rgb=True, rescale_factor=1 / 255, do_pad=False)
-SQUARE = COMMON | dict(resample=3, image_mean=MEAN, image_std=STD, size={"shortest_edge": 224}, do_center_crop=True,
-                       crop_size={"height": 224, "width": 224})
-SIGLIP = SQUARE | dict(do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3, size={"height": 224, "width": 224})
-TILES = COMMON | dict(resample=1, image_mean=[0.5] * 3, image_std=[0.5] * 3, size={"longest_edge": 4 * 364},
-                      max_image_size={"longest_edge": 364}, do_image_splitting=True)
-PATCHES = COMMON | dict(resample=3, image_mean=MEAN, image_std=STD, patch_size=14, temporal_patch_size=2, merge_size=2,
-                        size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280})
-KINDS = {"CLIP": ("square", SQUARE), "Llava": ("square", SQUARE), "Siglip": ("square", SIGLIP),
-         "Idefics3": ("tiles", TILES), "SmolVLM": ("tiles", TILES), "Qwen2VL": ("patches", PATCHES)}
+COMMON = dict(
+    do_resize=True,
+    do_rescale=True,
+    do_normalize=True,
+    do_convert_rgb=True,
+    rescale_factor=1 / 255,
+    do_pad=False,
+)
+SQUARE = COMMON | dict(
+    resample=3,
+    image_mean=MEAN,
+    image_std=STD,
+    size={"shortest_edge": 224},
+    do_center_crop=True,
+    crop_size={"height": 224, "width": 224},
+)
+SIGLIP = SQUARE | dict(
+    do_center_crop=False,
+    image_mean=[0.5] * 3,
+    image_std=[0.5] * 3,
+    size={"height": 224, "width": 224},
+)
+TILES = COMMON | dict(
+    resample=1,
+    image_mean=[0.5] * 3,
+    image_std=[0.5] * 3,
+    size={"longest_edge": 4 * 364},
+    max_image_size={"longest_edge": 364},
+    do_image_splitting=True,
+)
+PATCHES = COMMON | dict(
+    resample=3,
+    image_mean=MEAN,
+    image_std=STD,
+    patch_size=14,
+    temporal_patch_size=2,
+    merge_size=2,
+    size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
+)
+KINDS = {
+    "CLIP": ("square", SQUARE),
+    "Llava": ("square", SQUARE),
+    "Siglip": ("square", SIGLIP),
+    "Idefics3": ("tiles", TILES),
+    "SmolVLM": ("tiles", TILES),
+    "Qwen2VL": ("patches", PATCHES),
+}
 LARGEST_SIDE = 4096  # of a picture that is to be cut into tiles
 
 
@@ -83,7 +120,9 @@ class Processor(NamedTuple):
             for pair, one in zip(pairs, prepared, strict=True)
         ]
 
-    def keep(self, kept: dict, index: int, pictures: tuple["Picture", ...], directory: Path) -> None:
+    def keep(
+        self, kept: dict, index: int, pictures: tuple["Picture", ...], directory: Path
+    ) -> None:
         """Add a pair's pictures to what the store's meta.json says: see keep_pictures."""
         keep_pictures(kept, index, pictures, directory)
 
@@ -103,7 +142,11 @@ def load_processor(directory: Path, backend) -> Processor | None:
     """From the files beside the tokenizer; None where they tell of no picture processor that is known here."""
     outer = read_json(directory / "processor_config.json")
     given = outer.get("image_processor") or read_json(directory / "preprocessor_config.json")
-    name = re.sub(r"ImageProcessor(Fast|Pil)?$", "", given.get("image_processor_type", given.get("feature_extractor_type", "")))
+    name = re.sub(
+        r"ImageProcessor(Fast|Pil)?$",
+        "",
+        given.get("image_processor_type", given.get("feature_extractor_type", "")),
+    )
     if name not in KINDS:
         return None
     kind, defaults = KINDS[name]
@@ -116,7 +159,9 @@ def load_processor(directory: Path, backend) -> Processor | None:
     if token_id is None:
         return None
     framed = f"<|vision_start|>{token}<|vision_end|>" if kind == "patches" else token
-    return Processor(kind, settings, token, token_id, framed, tile_features(kind, settings, outer, directory))
+    return Processor(
+        kind, settings, token, token_id, framed, tile_features(kind, settings, outer, directory)
+    )
 
 
 def tile_features(kind: str, settings: dict, outer: dict, directory: Path) -> int:
@@ -126,14 +171,25 @@ def tile_features(kind: str, settings: dict, outer: dict, directory: Path) -> in
     if kind == "patches":
         return 0
     if kind == "tiles":
-        side = tower.get("image_size", 0) // (tower.get("patch_size") or 1) // (raw.get("scale_factor") or 2)
+        side = (
+            tower.get("image_size", 0)
+            // (tower.get("patch_size") or 1)
+            // (raw.get("scale_factor") or 2)
+        )
         return outer.get("image_seq_len") or (side * side) or 169
     patch = outer.get("patch_size") or tower.get("patch_size", 14)
-    strategy = outer.get("vision_feature_select_strategy") or raw.get("vision_feature_select_strategy", "default")
-    extra = outer.get("num_additional_image_tokens", int(tower.get("model_type", "clip_vision_model") == "clip_vision_model"))
+    strategy = outer.get("vision_feature_select_strategy") or raw.get(
+        "vision_feature_select_strategy", "default"
+    )
+    extra = outer.get(
+        "num_additional_image_tokens",
+        int(tower.get("model_type", "clip_vision_model") == "clip_vision_model"),
+    )
     size = settings["crop_size"] if settings["do_center_crop"] else settings["size"]
     if "height" not in size:
-        raise DataError(f"{directory}: pictures are resized to {size}, which leaves their shape open; that is not supported")
+        raise DataError(
+            f"{directory}: pictures are resized to {size}, which leaves their shape open; that is not supported"
+        )
     return size["height"] // patch * (size["width"] // patch) + extra - (strategy == "default")
 
 
@@ -156,8 +212,12 @@ def decode(content: bytes):
         image = Image.open(io.BytesIO(content))
         width, height = image.size
         if width * height > MAX_PIXELS:
-            raise DataError(f"{width} x {height} pixels; more than {MAX_PIXELS:,} are not read, make it smaller")
-        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a camera's preview beside the picture
+            raise DataError(
+                f"{width} x {height} pixels; more than {MAX_PIXELS:,} are not read, make it smaller"
+            )
+        if (
+            getattr(image, "n_frames", 1) > 1 and image.format != "MPO"
+        ):  # a camera's preview beside the picture
             raise DataError(f"{image.format} with {image.n_frames} frames; give one still picture")
         return to_rgb(ImageOps.exif_transpose(image), Image)
     except DataError:
@@ -165,7 +225,9 @@ def decode(content: bytes):
     except Image.DecompressionBombError as error:
         raise DataError(f"too large ({error})") from None
     except Exception as error:  # every decoder has errors of its own
-        raise DataError(f"not a picture that can be read ({str(error) or type(error).__name__})") from None
+        raise DataError(
+            f"not a picture that can be read ({str(error) or type(error).__name__})"
+        ) from None
 
 
 def to_rgb(image, Image):
@@ -173,7 +235,9 @@ def to_rgb(image, Image):
         raise DataError("floating-point pixels; save it with 8 bits a channel")
     if image.mode.startswith("I"):  # one channel of 16 bits
         pixels = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((pixels >> 8 if pixels.max(initial=0) > 255 else pixels).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray(
+            (pixels >> 8 if pixels.max(initial=0) > 255 else pixels).clip(0, 255).astype(np.uint8)
+        )
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
@@ -183,8 +247,13 @@ def to_rgb(image, Image):
 def find_content(reference: Any, folder: Path) -> tuple[str, bytes]:
     """(path, content) of what a row calls a picture; the path is "" where the row holds it. Raises DataError."""
     if isinstance(reference, dict):
-        inner = next((reference[k] for k in ("bytes", "base64", "image", "path", "url") if reference.get(k)), None)
-        as_text = isinstance(inner, str) and (reference.get("bytes") or reference.get("base64")) == inner
+        inner = next(
+            (reference[k] for k in ("bytes", "base64", "image", "path", "url") if reference.get(k)),
+            None,
+        )
+        as_text = (
+            isinstance(inner, str) and (reference.get("bytes") or reference.get("base64")) == inner
+        )
         return find_content(f"data:;base64,{inner}" if as_text else inner, folder)
     if isinstance(reference, (bytes, bytearray)):
         return "", bytes(reference)
@@ -196,7 +265,9 @@ def find_content(reference: Any, folder: Path) -> tuple[str, bytes]:
         except (binascii.Error, ValueError) as error:
             raise DataError(f"a broken data URI ({error})") from None
     if re.match(r"https?://", reference):
-        raise DataError(f"{reference[:80]}: nothing is fetched while training; download it and give its path")
+        raise DataError(
+            f"{reference[:80]}: nothing is fetched while training; download it and give its path"
+        )
     path = folder / reference.removeprefix("file://")
     try:
         return str(path.resolve()), path.read_bytes()
@@ -211,7 +282,9 @@ def open_picture(reference: Any, folder: Path) -> Picture:
         image = decode(content)
     except DataError as error:
         raise DataError(f"{path or 'a picture in the row'}: {error}") from None
-    return Picture(path, hashlib.sha256(content).hexdigest(), *image.size, None if path else content)
+    return Picture(
+        path, hashlib.sha256(content).hexdigest(), *image.size, None if path else content
+    )
 
 
 def row_references(row: dict) -> list:
@@ -220,7 +293,9 @@ def row_references(row: dict) -> list:
         if row.get(key):
             return row[key] if isinstance(row[key], (list, tuple)) else [row[key]]
     turns = row.get("prompt", row.get("chosen"))
-    contents = [m.get("content") for m in turns if isinstance(m, dict)] if isinstance(turns, list) else []
+    contents = (
+        [m.get("content") for m in turns if isinstance(m, dict)] if isinstance(turns, list) else []
+    )
     parts = [p for c in contents if isinstance(c, list) for p in c if is_image(p)]
     return [found for p in parts if (found := part_reference(p)) is not None]
 
@@ -231,7 +306,10 @@ def is_image(part: Any) -> bool:
 
 def part_reference(part: dict) -> Any:
     """{"type": "image", "path": ...} and its cousins; None for a bare place."""
-    found = next((part[k] for k in ("image", "image_url", "path", "url", "base64", "bytes") if part.get(k)), None)
+    found = next(
+        (part[k] for k in ("image", "image_url", "path", "url", "base64", "bytes") if part.get(k)),
+        None,
+    )
     return found["url"] if isinstance(found, dict) and "url" in found else found
 
 
@@ -245,8 +323,13 @@ def open_rows(rows: Iterable, places: Iterable[str]) -> list:
         references = attempt(row_references, row)
         if not isinstance(references, list) or not references:
             return row
-        pictures = [attempt(open_picture, one, Path(place.rpartition(":")[0]).parent) for one in references]
-        return next((p for p in pictures if isinstance(p, DataError)), {**row, "images": pictures, "image": None})
+        pictures = [
+            attempt(open_picture, one, Path(place.rpartition(":")[0]).parent) for one in references
+        ]
+        return next(
+            (p for p in pictures if isinstance(p, DataError)),
+            {**row, "images": pictures, "image": None},
+        )
 
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(opened, rows, places))
@@ -285,7 +368,9 @@ def square(image, s: dict) -> np.ndarray:  # (1, 3, H, W)
     if s["do_center_crop"]:
         (width, height), crop = image.size, s["crop_size"]
         left, top = (width - crop["width"]) // 2, (height - crop["height"]) // 2
-        image = image.crop((left, top, left + crop["width"], top + crop["height"]))  # black where there is no picture
+        image = image.crop(
+            (left, top, left + crop["width"], top + crop["height"])
+        )  # black where there is no picture
     return normalized(image, s)[None]
 
 
@@ -299,8 +384,11 @@ def tiled_sizes(width: int, height: int, s: dict) -> list[tuple[int, int]]:
         height, width = (other, longest) if wide else (longest, other)
         if longest > LARGEST_SIDE:
             wide, ratio = width >= height, width / height
-            height, width = (max(int(LARGEST_SIDE / ratio), 1), LARGEST_SIDE) if wide else (
-                LARGEST_SIDE, max(int(LARGEST_SIDE * ratio), 1))
+            height, width = (
+                (max(int(LARGEST_SIDE / ratio), 1), LARGEST_SIDE)
+                if wide
+                else (LARGEST_SIDE, max(int(LARGEST_SIDE * ratio), 1))
+            )
         steps.append((height, width))
     elif s["do_resize"]:
         height, width = s["size"]["height"], s["size"]["width"]
@@ -322,7 +410,11 @@ def tile_counts(width: int, height: int, s: dict) -> tuple[int, int]:
     """(rows, columns) of tiles; 0, 0 for a picture that is not cut."""
     height, width = tiled_sizes(width, height, s)[-1]
     tile = s["max_image_size"]["longest_edge"]
-    return (height // tile, width // tile) if s["do_image_splitting"] and max(height, width) > tile else (0, 0)
+    return (
+        (height // tile, width // tile)
+        if s["do_image_splitting"] and max(height, width) > tile
+        else (0, 0)
+    )
 
 
 def tiles(image, s: dict) -> np.ndarray:  # (rows x columns + 1, 3, tile, tile)
@@ -330,15 +422,27 @@ def tiles(image, s: dict) -> np.ndarray:  # (rows x columns + 1, 3, tile, tile)
     tile, (rows, columns) = s["max_image_size"]["longest_edge"], tile_counts(*image.size, s)
     for height, width in tiled_sizes(*image.size, s):
         image = resize(image, height, width, s)
-    cut = [image.crop((c * tile, r * tile, (c + 1) * tile, (r + 1) * tile)) for r in range(rows) for c in range(columns)]
-    return np.stack([normalized(one, s) for one in [*cut, resize(image, tile, tile, s) if cut else image]])
+    cut = [
+        image.crop((c * tile, r * tile, (c + 1) * tile, (r + 1) * tile))
+        for r in range(rows)
+        for c in range(columns)
+    ]
+    return np.stack(
+        [normalized(one, s) for one in [*cut, resize(image, tile, tile, s) if cut else image]]
+    )
 
 
 def patch_size(width: int, height: int, s: dict) -> tuple[int, int]:
     """(height, width) that Qwen sees: multiples of a merged square, their product within bounds."""
-    factor, least, most = s["patch_size"] * s["merge_size"], s["size"]["shortest_edge"], s["size"]["longest_edge"]
+    factor, least, most = (
+        s["patch_size"] * s["merge_size"],
+        s["size"]["shortest_edge"],
+        s["size"]["longest_edge"],
+    )
     if max(height, width) > 200 * min(height, width):
-        raise DataError(f"{width} x {height} pixels: one side is over 200 times the other, which this model does not take")
+        raise DataError(
+            f"{width} x {height} pixels: one side is over 200 times the other, which this model does not take"
+        )
     if not s["do_resize"]:
         return height, width
     h, w = round(height / factor) * factor, round(width / factor) * factor
@@ -361,7 +465,9 @@ def patches(image, s: dict) -> np.ndarray:  # (patches, 3 x frames x patch x pat
 
 
 def preprocess(image, processor: Processor) -> np.ndarray:
-    return {"square": square, "tiles": tiles, "patches": patches}[processor.kind](image, processor.settings)
+    return {"square": square, "tiles": tiles, "patches": patches}[processor.kind](
+        image, processor.settings
+    )
 
 
 def grid(picture: Picture, processor: Processor) -> tuple[int, int]:
@@ -369,7 +475,11 @@ def grid(picture: Picture, processor: Processor) -> tuple[int, int]:
     if processor.kind == "patches":
         h, w = patch_size(picture.width, picture.height, processor.settings)
         return h // processor.settings["patch_size"], w // processor.settings["patch_size"]
-    return tile_counts(picture.width, picture.height, processor.settings) if processor.kind == "tiles" else (0, 0)
+    return (
+        tile_counts(picture.width, picture.height, processor.settings)
+        if processor.kind == "tiles"
+        else (0, 0)
+    )
 
 
 def features(picture: Picture, processor: Processor) -> int:
@@ -387,8 +497,15 @@ def picture_text(picture: Picture, processor: Processor) -> str:
     """What stands in the text for a picture."""
     if processor.kind != "tiles":
         return processor.token * features(picture, processor)
-    (rows, columns), tile, frame = grid(picture, processor), processor.token * processor.per_tile, "<fake_token_around_image>"
-    lines = ["".join(f"{frame}<row_{r + 1}_col_{c + 1}>{tile}" for c in range(columns)) + "\n" for r in range(rows)]
+    (rows, columns), tile, frame = (
+        grid(picture, processor),
+        processor.token * processor.per_tile,
+        "<fake_token_around_image>",
+    )
+    lines = [
+        "".join(f"{frame}<row_{r + 1}_col_{c + 1}>{tile}" for c in range(columns)) + "\n"
+        for r in range(rows)
+    ]
     return "".join(lines) + ("\n" if lines else "") + f"{frame}<global-img>{tile}{frame}"
 
 
@@ -405,7 +522,9 @@ def prepare(row: dict, processor: Processor) -> tuple[dict, tuple[Picture, ...]]
     for key in {"prompt", "conversations", "chosen", "rejected"} & row.keys():
         holds = key == inner or inner is None
         if isinstance(row[key], str):
-            row[key] = row[key].replace("<image>", processor.framed) if holds and pictures else row[key]
+            row[key] = (
+                row[key].replace("<image>", processor.framed) if holds and pictures else row[key]
+            )
         elif isinstance(row[key], list):
             row[key] = place_pictures(row[key], len(pictures) if holds else 0, key)
     return row, tuple(pictures)
@@ -415,22 +534,41 @@ def place_pictures(messages: list, count: int, key: str) -> list:
     """Messages with contents in parts; `count` pictures stand where <image> or an image part is, else first of all."""
     messages = [dict(m) if isinstance(m, dict) else m for m in messages]
     contents = [m.get("content") for m in messages if isinstance(m, dict)]
-    placed = any("<image>" in c if isinstance(c, str) else any(is_image(p) or text_of(p).count("<image>") for p in c)
-                 for c in contents if isinstance(c, (str, list)))
+    placed = any(
+        "<image>" in c
+        if isinstance(c, str)
+        else any(is_image(p) or text_of(p).count("<image>") for p in c)
+        for c in contents
+        if isinstance(c, (str, list))
+    )
     waiting = 0 if placed else count
-    for message in filter(lambda m: isinstance(m, dict) and isinstance(m.get("content"), (str, list)), messages):
+    for message in filter(
+        lambda m: isinstance(m, dict) and isinstance(m.get("content"), (str, list)), messages
+    ):
         parts = message["content"] if isinstance(message["content"], list) else [message["content"]]
-        parts = [piece for part in parts for piece in ([{"type": "image"}] if is_image(part) else text_parts(part, count))]
+        parts = [
+            piece
+            for part in parts
+            for piece in ([{"type": "image"}] if is_image(part) else text_parts(part, count))
+        ]
         if message.get("role", message.get("from")) in ("user", "human") and waiting:
             parts, waiting = [{"type": "image"}] * waiting + parts, 0
         if not count and any(map(is_image, parts)):
-            raise DataError(f'"{key}" has an image part, but the row has no picture for it; pictures belong to the prompt')
+            raise DataError(
+                f'"{key}" has an image part, but the row has no picture for it; pictures belong to the prompt'
+            )
         message["content"] = parts
     return messages
 
 
 def text_of(part: Any) -> str:
-    return part if isinstance(part, str) else str(part.get("text", "")) if isinstance(part, dict) else ""
+    return (
+        part
+        if isinstance(part, str)
+        else str(part.get("text", ""))
+        if isinstance(part, dict)
+        else ""
+    )
 
 
 def text_parts(part: Any, count: int) -> list[dict]:
@@ -438,7 +576,11 @@ def text_parts(part: Any, count: int) -> list[dict]:
     if not isinstance(part, str) and part.get("type") != "text":
         return [part]
     pieces = re.split("(<image>)", text_of(part)) if count else [text_of(part)]
-    return [{"type": "image"} if p == "<image>" and count else {"type": "text", "text": p} for p in pieces if p]
+    return [
+        {"type": "image"} if p == "<image>" and count else {"type": "text", "text": p}
+        for p in pieces
+        if p
+    ]
 
 
 def expand(texts: list[str], pictures: tuple[Picture, ...], processor: Processor) -> list[str]:
@@ -447,14 +589,24 @@ def expand(texts: list[str], pictures: tuple[Picture, ...], processor: Processor
     for text in texts:
         pieces = text.split(processor.token)
         if len(pieces) - 1 != len(pictures):
-            raise DataError(f"the text has {len(pieces) - 1} places for pictures ({processor.token}) and the row "
-                            f"{len(pictures)} pictures; write <image> once for each, in the prompt")
-        out.append("".join(piece + text for piece, text in zip(
-            pieces, [*(picture_text(p, processor) for p in pictures), ""], strict=True)))
+            raise DataError(
+                f"the text has {len(pieces) - 1} places for pictures ({processor.token}) and the row "
+                f"{len(pictures)} pictures; write <image> once for each, in the prompt"
+            )
+        out.append(
+            "".join(
+                piece + text
+                for piece, text in zip(
+                    pieces, [*(picture_text(p, processor) for p in pictures), ""], strict=True
+                )
+            )
+        )
     return out
 
 
-def expanded(row: dict, pictures: tuple[Picture, ...], tokenizer: Tokenizer, options: DataOptions) -> RowTexts:
+def expanded(
+    row: dict, pictures: tuple[Picture, ...], tokenizer: Tokenizer, options: DataOptions
+) -> RowTexts:
     texts = row_texts(row, tokenizer, options.need_rejected)
     return texts._replace(texts=expand(texts.texts, pictures, tokenizer.pictures))
 
@@ -462,9 +614,15 @@ def expanded(row: dict, pictures: tuple[Picture, ...], tokenizer: Tokenizer, opt
 def with_pictures(pair: Pair, pictures: tuple[Picture, ...], processor: Processor) -> Pair:
     """The pair with its pictures; DroppedPair where truncation cut into them."""
     wanted = sum(features(p, processor) for p in pictures)
-    prompts = [pair.prompt_ids, *([] if pair.rejected_prompt_ids is None else [pair.rejected_prompt_ids])]
+    prompts = [
+        pair.prompt_ids,
+        *([] if pair.rejected_prompt_ids is None else [pair.rejected_prompt_ids]),
+    ]
     found = [int((ids == processor.token_id).sum()) for ids in prompts]
-    if any((ids == processor.token_id).any() for ids in (pair.chosen_ids, pair.rejected_ids)) or max(found) > wanted:
+    if (
+        any((ids == processor.token_id).any() for ids in (pair.chosen_ids, pair.rejected_ids))
+        or max(found) > wanted
+    ):
         raise DataError("a completion has image tokens; pictures belong to the prompt")
     if min(found) < wanted:
         raise DroppedPair("truncation would cut a picture; raise max_length")
@@ -504,7 +662,9 @@ def load_pixels(picture: Picture, folder: Path, processor: Processor) -> torch.T
     path = Path(picture.path) if picture.path else folder / "pictures" / picture.sha256
     _, content = find_content(str(path), Path())
     if hashlib.sha256(content).hexdigest() != picture.sha256:
-        raise DataError(f"{path}: the picture has changed since the pairs were tokenized; remove {folder}")
+        raise DataError(
+            f"{path}: the picture has changed since the pairs were tokenized; remove {folder}"
+        )
     return torch.from_numpy(preprocess(decode(content), processor))
 
 
@@ -519,7 +679,9 @@ class Loader:
 
     def begin(self, picture: Picture, folder: Path) -> Future:
         if picture.sha256 not in self.waiting:
-            self.waiting[picture.sha256] = self.pool.submit(load_pixels, picture, folder, self.processor)
+            self.waiting[picture.sha256] = self.pool.submit(
+                load_pixels, picture, folder, self.processor
+            )
         return self.waiting[picture.sha256]
 
     def expect(self, store: PairStore, batches: Iterable) -> None:
@@ -544,8 +706,13 @@ class Loader:
         for index, pictures in zip(rows, per_pair, strict=True):
             begin, end = end, end + int(store.tokens[index])
             by_start[begin] = pictures
-            own = np.concatenate([np.arange(first[p.sha256], first[p.sha256] + count[p.sha256]) for p in pictures] or [[]])
-            source += [own] * (int((ids[begin:end] == self.processor.token_id).sum()) // max(len(own), 1))
+            own = np.concatenate(
+                [np.arange(first[p.sha256], first[p.sha256] + count[p.sha256]) for p in pictures]
+                or [[]]
+            )
+            source += [own] * (
+                int((ids[begin:end] == self.processor.token_id).sum()) // max(len(own), 1)
+            )
         place = torch.from_numpy(np.flatnonzero(ids == self.processor.token_id))
         source = torch.from_numpy(np.concatenate(source).astype(np.int64))
         assert len(place) == len(source), (len(place), len(source))
@@ -561,5 +728,7 @@ class Loader:
             pictures = by_start.get(start, pictures)
             if not prefix_end:  # a prompt, or one of the two whole sequences of a pair
                 starts[start] = [grid(p, self.processor) for p in pictures]
-        axes = stream_axes(batch.input_ids.numpy(), batch.spans.numpy(), self.processor.token_id, starts, merge)
+        axes = stream_axes(
+            batch.input_ids.numpy(), batch.spans.numpy(), self.processor.token_id, starts, merge
+        )
         return torch.from_numpy(axes)

@@ -1,7 +1,7 @@
 """Line charts and histograms as SVG text: no package, no script, the same picture in a browser, a card or a README.
 
-    Line("sigmoid", [(0, 0.69), (10, 0.41)])          one curve; points that are not finite break it
-    chart("loss", [Line(...), Line(...)], "step")     -> "<svg ...>"
+Line("sigmoid", [(0, 0.69), (10, 0.41)])          one curve; points that are not finite break it
+chart("loss", [Line(...), Line(...)], "step")     -> "<svg ...>"
 """
 
 import math
@@ -40,7 +40,9 @@ class Axes(NamedTuple):
     def at(self, x: float, y: float) -> tuple[float, float]:
         across = (x - self.x[0]) / (self.x[1] - self.x[0])
         up = (y - self.y[0]) / (self.y[1] - self.y[0])
-        return LEFT + across * (self.width - LEFT - RIGHT), self.height - BOTTOM - up * (self.height - TOP - BOTTOM)
+        return LEFT + across * (self.width - LEFT - RIGHT), self.height - BOTTOM - up * (
+            self.height - TOP - BOTTOM
+        )
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -48,7 +50,9 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
-    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [
+        i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
 
 
 def number(value: float) -> str:
@@ -67,10 +71,19 @@ def span(values: Sequence[float]) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-def text(x: float, y: float, words: str, size: int = 11, anchor: str = "start", colour: str = "#333333",
-         more: str = "") -> str:
-    return (f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{colour}"{more}>'
-            f"{escape(words)}</text>")
+def text(
+    x: float,
+    y: float,
+    words: str,
+    size: int = 11,
+    anchor: str = "start",
+    colour: str = "#333333",
+    more: str = "",
+) -> str:
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{colour}"{more}>'
+        f"{escape(words)}</text>"
+    )
 
 
 def grid(axes: Axes, x_label: str, x_ticks: list[tuple[float, str]] | None = None) -> list[str]:
@@ -82,11 +95,17 @@ def grid(axes: Axes, x_label: str, x_ticks: list[tuple[float, str]] | None = Non
             f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="{"#999" if value == 0 else "#e4e4e4"}"/>'
         )
         out.append(text(left - 6, y + 4, number(value), 10, "end", "#666"))
-    marks = [(value, number(value)) for value in ticks(*axes.x, about=6)] if x_ticks is None else x_ticks
+    marks = (
+        [(value, number(value)) for value in ticks(*axes.x, about=6)]
+        if x_ticks is None
+        else x_ticks
+    )
     for value, label in marks:
         if axes.x[0] <= value <= axes.x[1]:
             x, y = axes.at(value, axes.y[0])
-            out.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y:.1f}" y2="{y + 4:.1f}" stroke="#999"/>')
+            out.append(
+                f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y:.1f}" y2="{y + 4:.1f}" stroke="#999"/>'
+            )
             out.append(text(x, y + 16, label, 10, "middle", "#666"))
     return [*out, text((left + right) / 2, axes.height - 6, x_label, 11, "middle", "#666")]
 
@@ -104,11 +123,16 @@ def curve(axes: Axes, line: Line) -> list[str]:
         places = [axes.at(*point) for point in piece]
         if line.joined:
             drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-            out.append(f'<polyline points="{drawn}" fill="none" stroke="{line.colour}" stroke-width="1.8" '
-                       f'stroke-linejoin="round"{dash}/>')
+            out.append(
+                f'<polyline points="{drawn}" fill="none" stroke="{line.colour}" stroke-width="1.8" '
+                f'stroke-linejoin="round"{dash}/>'
+            )
         if line.marks or len(piece) == 1:
-            out += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" fill="{line.colour}"><title>{escape(line.name)}: '
-                    f"{number(a)}, {number(b)}</title></circle>" for (x, y), (a, b) in zip(places, piece)]
+            out += [
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" fill="{line.colour}"><title>{escape(line.name)}: '
+                f"{number(a)}, {number(b)}</title></circle>"
+                for (x, y), (a, b) in zip(places, piece)
+            ]
     return [f'<g class="{line.group}">', *out, "</g>"] if line.group else out
 
 
@@ -128,22 +152,44 @@ def legend(lines: Sequence[Line], x: float, y: float) -> list[str]:
 
 
 def picture(width: int, height: int, title: str, parts: Sequence[str]) -> str:
-    head = (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-            f'font-family="{FONT}" role="img"><title>{escape(title)}</title>')
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
+        f'font-family="{FONT}" role="img"><title>{escape(title)}</title>'
+    )
     return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *parts, "</svg>"])
 
 
-def panel(title: str, lines: Sequence[Line], x_label: str, width: int = WIDTH, height: int = HEIGHT, y_label: str = "",
-          x_ticks: list[tuple[float, str]] | None = None) -> list[str]:
+def panel(
+    title: str,
+    lines: Sequence[Line],
+    x_label: str,
+    width: int = WIDTH,
+    height: int = HEIGHT,
+    y_label: str = "",
+    x_ticks: list[tuple[float, str]] | None = None,
+) -> list[str]:
     """A chart's parts: axes that fit all lines, the lines, a heading."""
-    finite = [(a, b) for line in lines for a, b in line.points if math.isfinite(a) and math.isfinite(b)]
+    finite = [
+        (a, b) for line in lines for a, b in line.points if math.isfinite(a) and math.isfinite(b)
+    ]
     axes = Axes(span([a for a, _ in finite]), span([b for _, b in finite]), width, height)
     parts = [text(LEFT, 20, title, 13, more=' font-weight="bold"'), *grid(axes, x_label, x_ticks)]
     if y_label:
-        parts.append(text(14, (TOP + height - BOTTOM) / 2, y_label, 11, "middle", "#666",
-                          f' transform="rotate(-90 14 {(TOP + height - BOTTOM) / 2:.1f})"'))
+        parts.append(
+            text(
+                14,
+                (TOP + height - BOTTOM) / 2,
+                y_label,
+                11,
+                "middle",
+                "#666",
+                f' transform="rotate(-90 14 {(TOP + height - BOTTOM) / 2:.1f})"',
+            )
+        )
     if not finite:
-        parts.append(text((LEFT + width - RIGHT) / 2, height / 2, "not recorded", 11, "middle", "#999"))
+        parts.append(
+            text((LEFT + width - RIGHT) / 2, height / 2, "not recorded", 11, "middle", "#999")
+        )
     for line in lines:
         parts += curve(axes, line)
     return parts
@@ -151,11 +197,21 @@ def panel(title: str, lines: Sequence[Line], x_label: str, width: int = WIDTH, h
 
 def chart(title: str, lines: Sequence[Line], x_label: str, **more) -> str:
     """One line chart as a whole SVG."""
-    return picture(more.get("width", WIDTH), more.get("height", HEIGHT), title, panel(title, lines, x_label, **more))
+    return picture(
+        more.get("width", WIDTH),
+        more.get("height", HEIGHT),
+        title,
+        panel(title, lines, x_label, **more),
+    )
 
 
 def histogram(
-    title: str, values: Sequence[float], x_label: str, bins: int = 40, width: int = 700, height: int = 260
+    title: str,
+    values: Sequence[float],
+    x_label: str,
+    bins: int = 40,
+    width: int = 700,
+    height: int = 260,
 ) -> str:
     """Counts of values; those below 0 in another colour, since 0 is where a margin is wrong."""
     low, high = span(values)

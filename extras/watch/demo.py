@@ -29,7 +29,9 @@ OPINIONS = {
     "characters": ("vivid lovable believable", "shallow tiresome forgettable"),
     "pages": ("beautiful luminous graceful", "clumsy dense dull"),
 }
-PRAISE, BLAME = (frozenset(" ".join(words[side] for words in OPINIONS.values()).split()) for side in (0, 1))
+PRAISE, BLAME = (
+    frozenset(" ".join(words[side] for words in OPINIONS.values()).split()) for side in (0, 1)
+)
 
 EVAL = Path(__file__).resolve().parents[2] / "demo" / "eval.jsonl"
 SAMPLES = 64  # answers behind each mean score
@@ -48,7 +50,9 @@ def next_logits(model, texts: list[list[int]]) -> Tensor:  # (len(texts), V)
     device = next(model.parameters()).device
     lengths = torch.tensor([len(ids) for ids in texts])
     ends = lengths.cumsum(0)
-    spans = torch.stack([ends - lengths, ends, torch.zeros_like(ends), torch.zeros_like(ends)], 1).int()  # (S, 4)
+    spans = torch.stack(
+        [ends - lengths, ends, torch.zeros_like(ends), torch.zeros_like(ends)], 1
+    ).int()  # (S, 4)
     input_ids = torch.tensor([token for ids in texts for token in ids], device=device)  # (T,)
     position_ids = torch.cat([torch.arange(n) for n in lengths.tolist()]).to(device)
     return model.logits(input_ids, position_ids, spans)[ends.to(device) - 1]
@@ -66,19 +70,25 @@ def answers(model, tokenizer, prompts: list[str], seed: int, max_new_tokens: int
     unfinished = texts
     for _ in range(max_new_tokens):
         probs = next_logits(model, unfinished).float().softmax(-1).cpu()
-        for ids, token in zip(unfinished, torch.multinomial(probs, 1, generator=generator).flatten().tolist()):
+        for ids, token in zip(
+            unfinished, torch.multinomial(probs, 1, generator=generator).flatten().tolist()
+        ):
             ids.append(token)
         unfinished = [ids for ids in unfinished if ids[-1] != tokenizer.eos_token_id]
         if not unfinished:
             break
-    return [tokenizer.decode(ids[start:], skip_special_tokens=True) for ids, start in zip(texts, starts)]
+    return [
+        tokenizer.decode(ids[start:], skip_special_tokens=True) for ids, start in zip(texts, starts)
+    ]
 
 
 def sample(trainer) -> list[tuple[str, str]]:
     """(prompt, answer) for the first prompts of demo/eval.jsonl, on rank 0; nothing on other ranks."""
     if not trainer.ranks.first:
         return []
-    prompts = [json.loads(line)["prompt"] for line in EVAL.read_text("utf-8").splitlines()[:SAMPLES]]
+    prompts = [
+        json.loads(line)["prompt"] for line in EVAL.read_text("utf-8").splitlines()[:SAMPLES]
+    ]
     training = trainer.model.training
     trainer.model.eval()
     texts = answers(trainer.model, trainer.tokenizer, prompts, SEED)
@@ -95,5 +105,7 @@ def compare(before: list[tuple[str, str]], after: list[tuple[str, str]]) -> None
     for (prompt, old), (_, new) in list(zip(before, after))[:SHOWN]:
         print(f"\n{prompt}\n  before {score(old):+.0f} {old}\n  after  {score(new):+.0f} {new}")
     if before:
-        print(f"\nwords of praise minus words of blame, mean of {len(before)} answers: "
-              f"before {mean_score(before):+.2f}, after {mean_score(after):+.2f}")
+        print(
+            f"\nwords of praise minus words of blame, mean of {len(before)} answers: "
+            f"before {mean_score(before):+.2f}, after {mean_score(after):+.2f}"
+        )

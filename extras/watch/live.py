@@ -32,7 +32,8 @@ class Panel:
 
     bar: Any
     points: dict[str, list[tuple[float, float]]] = field(
-        default_factory=lambda: {name: [] for name in CURVES})
+        default_factory=lambda: {name: [] for name in CURVES}
+    )
     lines: list[str] = field(default_factory=list)
     drawn: int = 0
 
@@ -49,9 +50,14 @@ class Panel:
         left = tqdm.format_interval(speed.seconds_left(position, total))
         pairs, tokens = speed.rates(position)
         facts = [
-            f"{pairs:.1f} pairs/s", f"{tokens:,.0f} tokens/s", memory(), f"{left} left",
-            f"epoch {metrics['epoch']:.2f}", f"lr {metrics['learning_rate']:.2g}",
-            f"grad norm {metrics['grad_norm']:.3g}"]
+            f"{pairs:.1f} pairs/s",
+            f"{tokens:,.0f} tokens/s",
+            memory(),
+            f"{left} left",
+            f"epoch {metrics['epoch']:.2f}",
+            f"lr {metrics['learning_rate']:.2g}",
+            f"grad norm {metrics['grad_norm']:.3g}",
+        ]
         size = os.get_terminal_size(sys.stderr.fileno())
         self.lines = layout(self, facts, *size, unicode=speaks_unicode())
         erase(self)
@@ -129,7 +135,9 @@ def row(name: str, points: list, width: int, signs: str) -> str:
 def block(name: str, points: list, width: int, signs: str) -> list[str]:
     values = [v for _, v in points]
     title = f"{name} {values[-1]:.4f}  ({min(values):.4g} to {max(values):.4g})"
-    return [title.ljust(width)] + [colour(name, line) for line in sparkline(points, width, ROWS, signs)]
+    return [title.ljust(width)] + [
+        colour(name, line) for line in sparkline(points, width, ROWS, signs)
+    ]
 
 
 def sparkline(points: list[tuple[float, float]], width: int, rows: int, signs: str) -> list[str]:
@@ -144,4 +152,7 @@ def sparkline(points: list[tuple[float, float]], width: int, rows: int, signs: s
         seen = sum(cell) / len(cell) if cell else seen
         levels.append(1 + round((seen - low) / (high - low or 1) * (step * rows - 1)))
     levels += [0] * (width - len(levels))
-    return ["".join(signs[min(max(level - step * r, 0), step)] for level in levels) for r in reversed(range(rows))]
+    return [
+        "".join(signs[min(max(level - step * r, 0), step)] for level in levels)
+        for r in reversed(range(rows))
+    ]

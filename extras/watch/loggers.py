@@ -36,7 +36,9 @@ def when_first_used(opener: Callable, c: DPOConfig) -> Logger:
             try:
                 opened.append(opener(c, metrics["step"]))
             except Exception as error:  # no key, no network: each package has its own kinds
-                raise OSError(f"--report_to {opener.__name__}: it cannot be started ({error})") from error
+                raise OSError(
+                    f"--report_to {opener.__name__}: it cannot be started ({error})"
+                ) from error
         opened[0](metrics)
 
     return log
@@ -65,7 +67,9 @@ def tensorboard(c: DPOConfig, step: int) -> Logger:
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(Path(c.output_dir) / "runs" / run_name(c), purge_step=step)
-    writer.add_text("configuration", "\n".join(f"    {k}: {v}" for k, v in settings(c).items()), step)
+    writer.add_text(
+        "configuration", "\n".join(f"    {k}: {v}" for k, v in settings(c).items()), step
+    )
 
     def log(metrics: dict) -> None:
         for name, value in named(metrics).items():
@@ -81,8 +85,7 @@ def tensorboard(c: DPOConfig, step: int) -> Logger:
 def wandb(c: DPOConfig, step: int) -> Logger:
     import wandb
 
-    run = wandb.init(project=c.project, name=run_name(c), config=settings(c),
-                     dir=str(c.output_dir))
+    run = wandb.init(project=c.project, name=run_name(c), config=settings(c), dir=str(c.output_dir))
 
     def log(metrics: dict) -> None:
         table = {}

@@ -11,7 +11,11 @@ PICTURE = "training.svg"  # beside a model card
 MOST = 400  # points of a curve; of longer ones, means of neighbours
 
 CHARTS = (  # heading, metrics, what it tells
-    ("Loss", ("loss",), "What is minimised. It begins at the loss's start value: ln 2 for sigmoid."),
+    (
+        "Loss",
+        ("loss",),
+        "What is minimised. It begins at the loss's start value: ln 2 for sigmoid.",
+    ),
     (
         "Rewards of chosen and rejected",
         ("rewards/chosen", "rewards/rejected"),
@@ -29,8 +33,16 @@ CHARTS = (  # heading, metrics, what it tells
         "Mean log pi/ref of both answers, nats: how far the policy has moved where the data "
         "lie. The KL itself would be a mean over the policy's own answers (demo/frontier.py measures that).",
     ),
-    ("Log-probabilities", ("logps/chosen", "logps/rejected"), "Of a whole answer under the policy, nats."),
-    ("Entropy", ("entropy",), "Of the next token, nats; a fall towards 0 is a policy that has become sure of itself."),
+    (
+        "Log-probabilities",
+        ("logps/chosen", "logps/rejected"),
+        "Of a whole answer under the policy, nats.",
+    ),
+    (
+        "Entropy",
+        ("entropy",),
+        "Of the next token, nats; a fall towards 0 is a policy that has become sure of itself.",
+    ),
     ("Gradient norm", ("grad_norm",), "Before clipping."),
     ("Learning rate", ("learning_rate",), ""),
     (
@@ -39,7 +51,11 @@ CHARTS = (  # heading, metrics, what it tells
         "Correlation of margin and length difference over the evaluation pairs: at 1 the reward "
         "asks for nothing but length.",
     ),
-    ("Length of sampled answers", ("completions/mean_length",), "Tokens, with --generate_during_eval."),
+    (
+        "Length of sampled answers",
+        ("completions/mean_length",),
+        "Tokens, with --generate_during_eval.",
+    ),
 )
 
 
@@ -61,14 +77,21 @@ def read_run(directory: str | Path) -> Run:
     path = directory / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{directory}: no metrics.jsonl there; give the --output_dir of a run")
-    rows = [row for line in path.read_text("utf-8", "replace").splitlines() if (row := parsed(line))]
-    evals = [{k.removeprefix("eval_"): v for k, v in row.items()} for row in rows if "eval_loss" in row]
+    rows = [
+        row for line in path.read_text("utf-8", "replace").splitlines() if (row := parsed(line))
+    ]
+    evals = [
+        {k.removeprefix("eval_"): v for k, v in row.items()} for row in rows if "eval_loss" in row
+    ]
     train = [row for row in rows if "loss" in row]
     if not train and not evals:
         raise ValueError(f"{path}: no line of metrics in it yet")
     settings = directory / "dpo_config.json"
     return Run(
-        directory.resolve().name, train, evals, parsed(settings.read_text("utf-8")) if settings.is_file() else {}
+        directory.resolve().name,
+        train,
+        evals,
+        parsed(settings.read_text("utf-8")) if settings.is_file() else {},
     )
 
 
@@ -93,7 +116,13 @@ def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def points_of(rows: list[dict], key: str) -> list[tuple[float, float]]:
     number = lambda v: isinstance(v, (int, float)) and math.isfinite(v)
-    return thinned([(row["step"], row[key]) for row in rows if number(row.get(key)) and number(row.get("step"))])
+    return thinned(
+        [
+            (row["step"], row[key])
+            for row in rows
+            if number(row.get(key)) and number(row.get("step"))
+        ]
+    )
 
 
 def lines_of(runs: list[Run], keys: tuple[str, ...]) -> list[Line]:
@@ -105,7 +134,10 @@ def lines_of(runs: list[Run], keys: tuple[str, ...]) -> list[Line]:
             colour = COLOURS[(j if len(runs) == 1 else i) % len(COLOURS)]
             dash = "6 3" if j and len(runs) > 1 else ""
             name = " ".join(filter(None, (run.name if len(runs) > 1 else "", key.split("/")[-1])))
-            for rows, what, more in ((run.train, "", {}), (run.evals, "evaluation", {"marks": True, "dash": "2 3"})):
+            for rows, what, more in (
+                (run.train, "", {}),
+                (run.evals, "evaluation", {"marks": True, "dash": "2 3"}),
+            ):
                 if points := points_of(rows, key):
                     style = dict(colour=colour, dash=dash, group=f"run{i}") | more
                     lines.append(Line(f"{name} {what}".strip(), points, **style))
@@ -117,8 +149,12 @@ def summary(run: Run, title: str) -> str:
     parts, wide, high = [], 460, 260
     for at, (heading, keys, _) in enumerate(CHARTS[:4]):
         lines = lines_of([run], keys)
-        corner = (wide - 170, 18) if len(lines) < 3 else (70, high - 50 - 16 * len(lines))  # where there is room
-        inside = panel(heading, lines, "step", wide, high) + (legend(lines, *corner) if len(lines) > 1 else [])
+        corner = (
+            (wide - 170, 18) if len(lines) < 3 else (70, high - 50 - 16 * len(lines))
+        )  # where there is room
+        inside = panel(heading, lines, "step", wide, high) + (
+            legend(lines, *corner) if len(lines) > 1 else []
+        )
         parts += [f'<g transform="translate({at % 2 * wide},{at // 2 * high})">', *inside, "</g>"]
     return picture(2 * wide, 2 * high, title, parts)
 

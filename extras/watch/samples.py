@@ -31,11 +31,16 @@ class Samples:
         found = given(trainer) if trainer.args.generate_prompts else held_out(trainer)
         self.prompts = [(text, ids) for text, ids in found if ids]
         if not self.prompts:
-            raise ValueError("--generate_during_eval: no prompt to answer; give --generate_prompts FILE")
+            raise ValueError(
+                "--generate_during_eval: no prompt to answer; give --generate_prompts FILE"
+            )
         longest = max(len(ids) for _, ids in self.prompts)
         ends = frozenset({trainer.tokenizer.eos_token_id} - {None})
         self.sampling = Sampling(
-            seed=trainer.args.seed, max_new_tokens=room(trainer.model.config, longest), stop_ids=ends)
+            seed=trainer.args.seed,
+            max_new_tokens=room(trainer.model.config, longest),
+            stop_ids=ends,
+        )
 
     @torch.no_grad()
     def take(self, trainer) -> dict:
@@ -73,7 +78,9 @@ def given(trainer) -> list[tuple[str, list[int]]]:
         is_chat = not isinstance(prompt, str)
         text = tokenizer.render(prompt, add_generation_prompt=True) if is_chat else prompt
         ids = tokenizer.encode(text, add_special_tokens=not is_chat)
-        ends = ids[-1:] == [tokenizer.eos_token_id] and not is_chat  # some tokenizers end every text
+        ends = (
+            ids[-1:] == [tokenizer.eos_token_id] and not is_chat
+        )  # some tokenizers end every text
         found.append((text, ids[:-1] if ends else ids))
     return found
 
