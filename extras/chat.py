@@ -5,11 +5,12 @@
     python -m extras.chat --compare BASE TUNED                   both answer the same, side by side
     python -m extras.chat DIR --prompts FILE --num_samples 4 --output FILE.jsonl
 
-FILE has rows with a "prompt", text or messages (preference data will do); the output has a row per completion.
-Text is a user's turn where the tokenizer has a chat template; --raw continues it as it stands, as does a model
-without a template. Sampling options that are not given are those of generation_config.json, else temperature 1 and
-nothing left out: what the model itself would say. At the terminal: /again draws another answer, /new forgets the
-conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer.
+FILE has rows with a "prompt", text or messages (preference data will do); the output has a row for
+each completion. Text is a user's turn if the tokenizer has a chat template; --raw, or a model
+without a template, continues the text as it is. Sampling options that are not given come from
+generation_config.json, else temperature 1 without top-k or top-p: the model's own distribution.
+At the terminal: /again samples another answer, /new starts a new conversation, /quit or Ctrl-D
+quits, Ctrl-C stops an answer.
 """
 
 import argparse
@@ -20,7 +21,6 @@ import textwrap
 import time
 from collections.abc import Iterator
 from itertools import islice, zip_longest
-from typing import Optional
 
 from extras.decoder.generate import Cache, complete, generate
 from extras.models.speaker import Speaker, decode, encode_prompt, load, pieces
@@ -28,10 +28,11 @@ from extras.rows.prompts import read_prompts
 
 
 def answer(
-    speaker: Speaker, prompt: list[int], show: bool, cache: Optional[Cache] = None, turn: int = 0
+    speaker: Speaker, prompt: list[int], show: bool, cache: Cache | None = None, turn: int = 0
 ) -> str:
-    """One completion, written to the screen as it comes where `show` is set. Ctrl-C ends it early."""
-    tokens, started = [], time.perf_counter()
+    """Generate one completion, printed as it comes if `show` is set. Ctrl-C ends it early."""
+    tokens: list[int] = []
+    started = time.perf_counter()
     steps = generate(speaker.model, [prompt], speaker.sampling, cache=cache, first=turn)
 
     def stream() -> Iterator[int]:
@@ -57,14 +58,14 @@ def answer(
 
 
 def printable(text: str) -> str:
-    """A model must not steer the terminal."""
+    """Escape control characters: a model must not control the terminal."""
     return "".join(
         c if c in "\n\t" or c.isprintable() or ord(c) >= 160 else f"\\x{ord(c):02x}" for c in text
     )
 
 
 def columns(names: list[str], texts: list[str], width: int) -> str:
-    """Texts side by side, each under its name."""
+    """Set texts side by side, each below its name."""
     wide = (width - 3 * (len(names) - 1)) // len(names)
     wrapped = [
         [line for part in text.split("\n") for line in textwrap.wrap(part, wide) or [""]]
@@ -89,11 +90,12 @@ def reply(
     speakers: list[Speaker],
     conversations: list[Conversation],
     caches: list[Cache],
-    system: Optional[str],
+    system: str | None,
     turn: int,
 ) -> list[Conversation]:
-    """One turn: every speaker answers its own conversation; the conversations with the answers."""
-    texts, alone = [], len(speakers) == 1
+    """Take one turn: every speaker answers its own conversation; return them with the answers."""
+    texts = []
+    alone = len(speakers) == 1
     for speaker, conversation, cache in zip(speakers, conversations, caches):
         prompt = conversation[-1]["content"] if speaker.raw else conversation
         texts.append(answer(speaker, encode_prompt(speaker, prompt, system), alone, cache, turn))
@@ -108,12 +110,14 @@ def reply(
     return [[*c, {"role": "assistant", "content": text}] for c, text in zip(conversations, texts)]
 
 
-def talk(speakers: list[Speaker], system: Optional[str]) -> None:
-    """A conversation at the terminal; with a model that has no template, texts to continue, one by one."""
+def talk(speakers: list[Speaker], system: str | None) -> None:
+    """Hold a conversation at the terminal; a model without a template continues single texts."""
     import readline  # noqa: F401  line editing for input()
 
     empty = [[] for _ in speakers]
-    conversations, caches, turn = empty, [Cache(0) for _ in speakers], 0
+    conversations = empty
+    caches = [Cache(0) for _ in speakers]
+    turn = 0
     for speaker in speakers:
         kind = "continues each text as it stands" if speaker.raw else "conversation"
         print(f"\x1b[2m{speaker.name}: {kind}; /again /new /quit\x1b[0m")
@@ -141,8 +145,9 @@ def talk(speakers: list[Speaker], system: Optional[str]) -> None:
 
 
 def write_completions(speaker: Speaker, args: argparse.Namespace) -> int:
-    """A JSONL row for every completion, in the order of the prompts; their number."""
-    prompts, first = read_prompts(args.prompts), 0
+    """Write a JSONL row for every completion, in the order of the prompts; return their number."""
+    prompts = read_prompts(args.prompts)
+    first = 0
     with open(args.output, "w", encoding="utf-8") as file:
         while batch := list(islice(prompts, max(1, args.batch_size // args.num_samples))):
             ids = [encode_prompt(speaker, prompt, args.system) for prompt in batch]
@@ -172,7 +177,7 @@ def write_completions(speaker: Speaker, args: argparse.Namespace) -> int:
     return first
 
 
-def parse(argv: Optional[list[str]]) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m extras.chat",
         description=__doc__,
@@ -185,18 +190,18 @@ def parse(argv: Optional[list[str]]) -> argparse.Namespace:
         "--greedy", action="store_true", help="always the likeliest token; same as --temperature 0"
     )
     parser.add_argument("--temperature", type=float, help="logits are divided by it")
-    parser.add_argument("--top_k", type=int, help="draw among so many likeliest tokens; 0 is all")
+    parser.add_argument("--top_k", type=int, help="sample among this many likeliest tokens; 0 is all")
     parser.add_argument(
         "--top_p",
         type=float,
-        help="draw among the likeliest tokens that hold this much probability",
+        help="sample among the likeliest tokens whose probabilities add up to this",
     )
     parser.add_argument(
         "--repetition_penalty",
         type=float,
-        help="above 1 makes tokens that have occurred less likely",
+        help="above 1, tokens that occurred before become less likely",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draws [0]")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling [0]")
     parser.add_argument(
         "--max_new_tokens", type=int, default=512, help="longest completion, in tokens [512]"
     )
@@ -210,7 +215,7 @@ def parse(argv: Optional[list[str]]) -> argparse.Namespace:
     )
     parser.add_argument("--chat_template", help="a template: its file, its name or its text")
     parser.add_argument(
-        "--raw", action="store_true", help="continue texts as they stand, without the chat template"
+        "--raw", action="store_true", help="continue texts as they are, without the chat template"
     )
     parser.add_argument(
         "--dtype",
@@ -221,7 +226,7 @@ def parse(argv: Optional[list[str]]) -> argparse.Namespace:
     parser.add_argument("--prompts", help="complete the prompts of this file instead")
     parser.add_argument("--num_samples", type=int, default=1, help="completions of each prompt [1]")
     parser.add_argument(
-        "--batch_size", type=int, default=16, help="completions written at once [16]"
+        "--batch_size", type=int, default=16, help="completions generated at once [16]"
     )
     parser.add_argument("--output", help="JSONL file for them")
     args = parser.parse_args(argv)
@@ -242,8 +247,8 @@ def parse(argv: Optional[list[str]]) -> argparse.Namespace:
     return args
 
 
-def main(argv: Optional[list[str]] = None) -> int:
-    """Exit status 2, with one message, for what cannot be read or run."""
+def main(argv: list[str] | None = None) -> int:
+    """Return exit status 2, with one message, for what cannot be read or run."""
     try:
         args = parse(argv)
         speakers = [load(name, args) for name in args.compare or [args.model]]

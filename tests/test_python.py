@@ -235,7 +235,7 @@ def test_the_padded_batch_scores_as_the_stream_does(tiny):
 
 
 @pytest.mark.parametrize("message, options, examples", [
-    ("keep_start or keep_end is expected", {"truncation_mode": "middle"}, EXAMPLES),
+    ("expected keep_start or keep_end", {"truncation_mode": "middle"}, EXAMPLES),
     ("only pt", {"return_tensors": "np"}, EXAMPLES),
     ("ref_chosen_logps: only 1 of 2 examples have it", {}, [EXAMPLES[0] | {"ref_chosen_logps": 1.0}, EXAMPLES[1]])])
 def test_the_collator_refuses(message, options, examples):

@@ -122,9 +122,7 @@ class Processor(NamedTuple):
             for pair, one in zip(pairs, prepared, strict=True)
         ]
 
-    def keep(
-        self, kept: dict, index: int, images: tuple["RowImage", ...], directory: Path
-    ) -> None:
+    def keep(self, kept: dict, index: int, images: tuple["RowImage", ...], directory: Path) -> None:
         """Add a pair's images to the store's meta.json: see keep_images."""
         keep_images(kept, index, images, directory)
 
