@@ -59,26 +59,20 @@ def answer(
 
 def printable(text: str) -> str:
     """Escape control characters: a model must not control the terminal."""
-    return "".join(
-        c if c in "\n\t" or c.isprintable() or ord(c) >= 160 else f"\\x{ord(c):02x}" for c in text
-    )
+    is_safe = lambda c: c in "\n\t" or c.isprintable() or ord(c) >= 160
+    return "".join(c if is_safe(c) else f"\\x{ord(c):02x}" for c in text)
 
 
 def columns(names: list[str], texts: list[str], width: int) -> str:
     """Set texts side by side, each below its name."""
     wide = (width - 3 * (len(names) - 1)) // len(names)
-    wrapped = [
-        [line for part in text.split("\n") for line in textwrap.wrap(part, wide) or [""]]
-        for text in map(printable, texts)
-    ]
-    rows = [
-        [textwrap.shorten(name, wide, placeholder="...") for name in names],
-        ["-" * wide] * len(names),
-    ]
-    return "\n".join(
-        " | ".join(cell.ljust(wide) for cell in row).rstrip()
-        for row in [*rows, *zip_longest(*wrapped, fillvalue="")]
-    )
+    wrapped = []
+    for text in map(printable, texts):
+        paragraphs = [textwrap.wrap(part, wide) or [""] for part in text.split("\n")]
+        wrapped.append([line for paragraph in paragraphs for line in paragraph])
+    heads = [textwrap.shorten(name, wide, placeholder="...") for name in names]
+    rows = [heads, ["-" * wide] * len(names), *zip_longest(*wrapped, fillvalue="")]
+    return "\n".join(" | ".join(cell.ljust(wide) for cell in row).rstrip() for row in rows)
 
 
 # The three ways to use it
@@ -100,13 +94,8 @@ def reply(
         prompt = conversation[-1]["content"] if speaker.raw else conversation
         texts.append(answer(speaker, encode_prompt(speaker, prompt, system), alone, cache, turn))
     if not alone:
-        print(
-            columns(
-                [speaker.name for speaker in speakers],
-                texts,
-                shutil.get_terminal_size((100, 24)).columns,
-            )
-        )
+        width = shutil.get_terminal_size((100, 24)).columns
+        print(columns([speaker.name for speaker in speakers], texts, width))
     return [[*c, {"role": "assistant", "content": text}] for c, text in zip(conversations, texts)]
 
 
@@ -119,7 +108,7 @@ def talk(speakers: list[Speaker], system: str | None) -> None:
     caches = [Cache(0) for _ in speakers]
     turn = 0
     for speaker in speakers:
-        kind = "continues each text as it stands" if speaker.raw else "conversation"
+        kind = "continues each text as it is" if speaker.raw else "conversation"
         print(f"\x1b[2m{speaker.name}: {kind}; /again /new /quit\x1b[0m")
     while True:
         try:
@@ -151,25 +140,19 @@ def write_completions(speaker: Speaker, args: argparse.Namespace) -> int:
     with open(args.output, "w", encoding="utf-8") as file:
         while batch := list(islice(prompts, max(1, args.batch_size // args.num_samples))):
             ids = [encode_prompt(speaker, prompt, args.system) for prompt in batch]
-            for i, tokens in enumerate(
-                complete(speaker.model, ids, speaker.sampling, args.num_samples, first)
-            ):
-                text, prompt = decode(speaker, tokens), batch[i // args.num_samples]
-                file.write(
-                    json.dumps(
-                        {
-                            "prompt": prompt,
-                            "sample": i % args.num_samples,
-                            "tokens": len(tokens),
-                            "completion": text
-                            if isinstance(prompt, str)
-                            else [{"role": "assistant", "content": text}],
-                            "finished": tokens[-1] in speaker.sampling.stop_ids,
-                        },
-                        ensure_ascii=False,
-                    )
-                    + "\n"
-                )
+            written = complete(speaker.model, ids, speaker.sampling, args.num_samples, first)
+            for i, tokens in enumerate(written):
+                text = decode(speaker, tokens)
+                prompt = batch[i // args.num_samples]
+                is_chat = not isinstance(prompt, str)
+                row = {
+                    "prompt": prompt,
+                    "sample": i % args.num_samples,
+                    "tokens": len(tokens),
+                    "completion": [{"role": "assistant", "content": text}] if is_chat else text,
+                    "finished": tokens[-1] in speaker.sampling.stop_ids,
+                }
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
             first += len(batch) * args.num_samples
             file.flush()
             print(f"\r{first} completions", end="", file=sys.stderr)
@@ -190,7 +173,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--greedy", action="store_true", help="always the likeliest token; same as --temperature 0"
     )
     parser.add_argument("--temperature", type=float, help="logits are divided by it")
-    parser.add_argument("--top_k", type=int, help="sample among this many likeliest tokens; 0 is all")
+    parser.add_argument("--top_k", type=int, help="sample among the K likeliest tokens; 0: all")
     parser.add_argument(
         "--top_p",
         type=float,

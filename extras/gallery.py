@@ -1,11 +1,11 @@
-"""docs/losses.svg: every loss and its slope against the margin.
+"""Draw docs/losses.svg: every loss and its slope against the margin.
 
     python -m extras.gallery            # from the repository's root; writes docs/losses.svg
 
-The margin h = r_w - r_l moves both completions: log pi(y_w|x) rises by h/2 above the reference, log pi(y_l|x) falls by
-h/2. Both completions have 8 tokens and -40 nats under the reference, and the row's scores differ by 2. Flags are at
-their defaults, but for beta where a loss is meant for another (`BETA`). Divergences that grow like e^-h are drawn
-nearer to 0.
+The margin h = r_w - r_l moves both completions: log pi(y_w|x) rises h/2 above the reference,
+log pi(y_l|x) falls by h/2. Both completions have 8 tokens and -40 nats under the reference, and the
+row's ratings differ by 2. Flags are at their defaults, except beta for losses made for another one
+(`BETA`). Divergences that grow like e^-h are drawn over a smaller range.
 """
 
 import sys
@@ -52,7 +52,7 @@ class Curve(NamedTuple):
 
 
 def pair_at(margin: Tensor, divergence: str = "reverse_kl") -> losses.PairLogps:
-    """One pair whose log-ratios are margin / 2 and -margin / 2."""
+    """Make one pair whose log-ratios are margin / 2 and -margin / 2."""
     one = torch.ones(1, dtype=torch.float64)
     score = losses.F_DIVERGENCES[divergence]
     if divergence == "alpha_divergence":
@@ -71,7 +71,9 @@ def pair_at(margin: Tensor, divergence: str = "reverse_kl") -> losses.PairLogps:
 
 
 def make_curve(name: str, divergence: str = "reverse_kl") -> Curve:
-    beta, reach = BETA.get(name, 0.1), DIVERGENCES.get(divergence, 60)
+    """Compute one cell's loss and slope over the margins."""
+    beta = BETA.get(name, 0.1)
+    reach = DIVERGENCES.get(divergence, 60)
     options = vars(dpo.DPOConfig(loss_type=[name], beta=beta)) | {"delta": 0.0}
     margins = torch.linspace(-reach, reach, POINTS + 1, dtype=torch.float64, requires_grad=True)
     loss = torch.cat([losses.pair_losses(pair_at(h[None], divergence), options) for h in margins])
@@ -81,9 +83,8 @@ def make_curve(name: str, divergence: str = "reverse_kl") -> Curve:
 
 
 def curves() -> list[Curve]:
-    return [make_curve(name) for name in ORDER] + [
-        make_curve("sigmoid", kind) for kind in DIVERGENCES
-    ]
+    found = [make_curve(name) for name in ORDER]
+    return found + [make_curve("sigmoid", kind) for kind in DIVERGENCES]
 
 
 # Drawing
@@ -98,17 +99,19 @@ def text(
 
 def line(x1: float, y1: float, x2: float, y2: float, colour: str, dash: str = "") -> str:
     dash = f' stroke-dasharray="{dash}"' if dash else ""
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}" stroke-width="1"{dash}/>'
+    place = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
+    return f'<line {place} stroke="{colour}" stroke-width="1"{dash}/>'
 
 
 def scale(values: Tensor, band: tuple[int, int], low: float, high: float) -> list[float]:
-    """Pixels of values, `low` at the bottom of the band and `high` at its top."""
+    """Convert values to pixels, `low` at the bottom of the band and `high` at its top."""
     top, bottom = band
     return [bottom - (v - low) / (high - low) * (bottom - top) for v in values.tolist()]
 
 
 def padded_range(values: Tensor) -> tuple[float, float]:
-    low, high = values.min().item(), values.max().item()
+    low = values.min().item()
+    high = values.max().item()
     pad = 0.04 * (high - low) or 1.0
     return low - pad, high + pad
 
@@ -120,7 +123,7 @@ def path(ys: list[float], colour: str, dash: str) -> str:
 
 
 def short(value: float, span: float) -> str:
-    """The number of an axis; 0 where it could not be told from 0 on it."""
+    """Format an axis' number; 0 for one too small to see on it."""
     if abs(value) < 0.005 * span:
         return "0"
     return (
@@ -133,7 +136,7 @@ def short(value: float, span: float) -> str:
 
 
 def graph(values: Tensor, band: tuple[int, int], colour: str, dash: str) -> list[str]:
-    """A curve in its band with the numbers of its range; a line at 0 where the range holds it."""
+    """Draw a curve in its band with the ends of its range, and a line at 0 if that is inside."""
     low, high = padded_range(values)
     top, bottom = band
     out = [
@@ -144,42 +147,37 @@ def graph(values: Tensor, band: tuple[int, int], colour: str, dash: str) -> list
         zero = scale(torch.zeros(1), band, low, high)[0]
         out.append(line(LEFT, zero, RIGHT, zero, "#999999", "1 3"))
     out.append(path(scale(values, band, low, high), colour, dash))
-    most, least = values.max().item(), values.min().item()
+    most = values.max().item()
+    least = values.min().item()
     ends = [(top + 7, most), (bottom, least)] if most > least else [((top + bottom) / 2 + 3, most)]
     return out + [text(LEFT - 4, y, short(value, high - low), 9, "end", GREY) for y, value in ends]
 
 
 def panel(curve: Curve, column: int, row: int) -> str:
-    """One cell: name, loss with a dot at its start, slope below."""
+    """Draw one cell: name, loss with a dot at its start, slope below."""
     start = curve.loss[POINTS // 2 : POINTS // 2 + 1]
     (y,) = scale(start, LOSS_BAND, *padded_range(curve.loss))
     ticks = ((LEFT, -curve.reach), (MIDDLE, 0), (RIGHT, curve.reach))
+    value = f"{start.item():.3f}".rstrip("0").rstrip(".")
     parts = [
         text(LEFT, 18, f'<tspan font-weight="bold">{curve.title}</tspan>', 12),
         text(RIGHT, 18, curve.note, 10, "end", GREY),
         *graph(curve.loss, LOSS_BAND, BLUE, ""),
         *graph(curve.slope, SLOPE_BAND, ORANGE, "5 2"),
         f'<circle cx="{MIDDLE}" cy="{y:.1f}" r="3" fill="{BLUE}"/>',
-        text(
-            MIDDLE + 6,
-            min(max(y - 5, 33), 94),
-            f"{start.item():.3f}".rstrip("0").rstrip("."),
-            9,
-            colour=BLUE,
-        ),
+        text(MIDDLE + 6, min(max(y - 5, 33), 94), value, 9, colour=BLUE),
         *(text(x, 153, str(margin), 9, "middle", GREY) for x, margin in ticks),
     ]
-    return (
-        f'<g transform="translate({column * WIDTH},{TOP + row * HEIGHT})">'
-        + "\n".join(parts)
-        + "</g>"
-    )
+    corner = f"{column * WIDTH},{TOP + row * HEIGHT}"
+    return f'<g transform="translate({corner})">' + "\n".join(parts) + "</g>"
 
 
 def legend() -> str:
     words = (
-        "Against the margin h = r_w - r_l in nats. The dot is the start, where policy equals reference.",
-        "Both completions have 8 tokens and -40 nats under the reference; beta is 0.1 where none is given.",
+        "Against the margin h = r_w - r_l in nats. "
+        "The dot is the start, where policy equals reference.",
+        "Both completions have 8 tokens and -40 nats under the reference; "
+        "beta is 0.1 where none is given.",
     )
     return "\n".join(
         [
@@ -197,23 +195,20 @@ def legend() -> str:
 
 def draw(found: list[Curve]) -> str:
     rows = -(-len(found) // COLUMNS)
-    wide, high = COLUMNS * WIDTH, TOP + rows * HEIGHT
+    wide = COLUMNS * WIDTH
+    high = TOP + rows * HEIGHT
     size = f'width="{wide}" height="{high}" viewBox="0 0 {wide} {high}"'
     cells = [panel(curve, i % COLUMNS, i // COLUMNS) for i, curve in enumerate(found)]
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="Helvetica, Arial, sans-serif">'
-    return (
-        "\n".join(
-            [
-                head,
-                "<title>Preference losses and their slopes against the margin</title>",
-                '<rect width="100%" height="100%" fill="white"/>',
-                legend(),
-                *cells,
-                "</svg>",
-            ]
-        )
-        + "\n"
-    )
+    font = 'font-family="Helvetica, Arial, sans-serif"'
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} {font}>',
+        "<title>Preference losses and their slopes against the margin</title>",
+        '<rect width="100%" height="100%" fill="white"/>',
+        legend(),
+        *cells,
+        "</svg>",
+    ]
+    return "\n".join(parts) + "\n"
 
 
 def main() -> int:

@@ -1,11 +1,14 @@
-"""Merge an adapter into its base, without training: a whole model, for chat, for serving, or for DPO with a fresh LoRA.
+"""Merge an adapter into its base, for chat, for serving, or for DPO with a fresh LoRA.
 
-    python -m extras.merge ADAPTER OUT                       weights + what was learned, in the type of --dtype
-    python -m extras.merge ADAPTER OUT --load_in_4bit        trained over 4 bits: dequantized, then merged, in bfloat16
-    python -m extras.merge ADAPTER OUT --load_in_4bit --again    ... and quantized again, in bitsandbytes' layout
+    python -m extras.merge ADAPTER OUT                 weights + adapter, in the type of --dtype
+    python -m extras.merge ADAPTER OUT --load_in_4bit  trained over 4 bits: dequantized and merged,
+                                                       in bfloat16
+    python -m extras.merge ADAPTER OUT --load_in_4bit --again    ... and quantized again, in
+                                                       bitsandbytes' layout
 
-An adapter that was trained over 4 bits belongs on those 4 bits made wide, not on the weights from before. Give the
-flags of its training (--bnb_4bit_quant_type, --use_bnb_nested_quant); a base whose files are in 4 bits needs none.
+An adapter that was trained over 4-bit weights fits those weights dequantized, not the original
+ones. Give the flags of its training (--bnb_4bit_quant_type, --use_bnb_nested_quant); a base whose
+files are in 4 bits needs none.
 """
 
 import argparse
@@ -27,7 +30,10 @@ def merge(
     four_bit: dict | None = None,
     again: bool = False,
 ) -> Decoder:
-    """The merged model, also written to `out` with its tokenizer. Raises ValueError where there is nothing to merge."""
+    """Merge, write the model and its tokenizer to `out`, and return the model.
+
+    Raises ValueError where there is nothing to merge.
+    """
     directory = model_directory(adapter)
     tokenizer = open_tokenizer(tokenizer_home(directory))
     model, settings = load_adapted(directory, dtype, four_bit=four_bit)
@@ -47,7 +53,7 @@ def merge(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 2 with one message for what cannot be merged."""
+    """Return exit status 2, with one message, for what cannot be merged."""
     parser = argparse.ArgumentParser(
         prog="python -m extras.merge",
         description=__doc__,
@@ -60,13 +66,13 @@ def main(argv: list[str] | None = None) -> int:
         "--dtype",
         default="float32",
         choices=("float32", "bfloat16", "float64"),
-        help="of the weights",
+        help="of the merged weights",
     )
     parser.add_argument(
         "--load_in_4bit", action="store_true", help="the adapter was trained over 4 bits"
     )
     parser.add_argument(
-        "--bnb_4bit_quant_type", default="nf4", choices=("nf4", "fp4"), help="which"
+        "--bnb_4bit_quant_type", default="nf4", choices=("nf4", "fp4"), help="type of the 4 bits"
     )
     parser.add_argument("--use_bnb_nested_quant", action="store_true", help="with nested scales")
     parser.add_argument("--again", action="store_true", help="quantize the merged weights again")
