@@ -1,23 +1,25 @@
-"""Ours and TRL 1.16 in turn, on the same model, pairs, order and precision; medians of several rounds.
+"""Compare ours with TRL 1.16 on the same model, pairs, order and precision; print medians.
 
-    python bench/compare.py --model DIR --data prefs.jsonl --pairs 32 --batch 8 --rounds 5 [--bf16] [--checkpointing]
-    python bench/compare.py ... --adapter lora               LoRA on q_proj and v_proj on both sides; qlora: ours alone
-    python bench/compare.py ... --ablate sharing packing chunked_head checkpointing precomputed_reference compile
-    python bench/compare.py ... --model qwen2-0.5b --tokenizer DIR --device cuda     a random model of that shape
+    python bench/compare.py --model DIR --data prefs.jsonl --pairs 32 --batch 8 --rounds 5
+    ... --bf16 --checkpointing      in bfloat16; recomputing activations
+    ... --adapter lora              LoRA on q_proj and v_proj on both sides; qlora: ours alone
+    ... --ablate sharing packing    ours with one thing turned off; see ABLATIONS
+    ... --model qwen2-0.5b --tokenizer DIR --device cuda     a random model of that shape
 
-Both train one epoch in file order, each run in a fresh process, with the reference precomputed: TRL's fastest mode, and
-ours by default. Checkpointing of activations is off unless asked for, on both sides; TRL 1.16 has padding_free switched
-off itself, and Liger needs a GPU, so this is TRL at its fastest on a CPU. Columns:
+Both train one epoch in file order, each run in a fresh process, with the reference precomputed:
+TRL's fastest mode, and our default. Activation checkpointing is off on both sides unless asked for;
+TRL 1.16 itself disables padding_free, and Liger needs a GPU, so this is TRL at its fastest on CPU.
+Columns:
 
-    run s     everything from start to the saved model: imports, tokenization, reference pass, training
-    start s   until the first optimizer step could begin (ours: imports, tokenization, reference; TRL: the same)
+    run s     from start to the saved model: imports, tokenization, reference pass, training
+    start s   until the first optimizer step: imports, tokenization, reference, on both sides
     train s   the optimizer steps
-    tokens/s  of training, real ones as TRL counts them: a prompt twice, padding never
+    tokens/s  of training; real tokens as TRL counts them: a prompt twice, padding never
     peak MiB  resident set of the process; on a GPU, CUDA's peak of reserved memory
-    share     of the machine's matrix rate, measured here: the model's FLOPs (prompts once, nothing recomputed) of the
-              reference pass and training, over run s
+    share     of the machine's matrix rate, measured here: the model's FLOPs (prompts once, nothing
+              recomputed) of reference pass and training, over run s
 
-An ablation runs ours with one thing turned off (or on: compile, checkpointing) beside ours as it is.
+An ablation runs ours with one thing turned off (or on: compile, checkpointing) beside our default.
 Prints a table, and JSON with --json.
 """
 
@@ -70,7 +72,8 @@ SHAPES = {  # random models for machines where a real one is not at hand
     ),
 }
 ABLATIONS = {  # flags, or code that runs before dpo.main()
-    "sharing": "import functools, data; data.collate = functools.partial(data.collate, share_prefix=False)",
+    "sharing": "import functools, data; "
+    "data.collate = functools.partial(data.collate, share_prefix=False)",
     "packing": {"max_tokens_per_forward": 1},
     "chunked_head": "import model; model.HEAD_CHUNK = 2**40",
     "checkpointing": {"gradient_checkpointing": True},
@@ -140,7 +143,7 @@ def sides(args) -> list[str]:
 
 
 def make_model(config: dict, tokenizer: str, directory: Path) -> str:
-    """A random checkpoint with a tokenizer whose ids it covers."""
+    """Save a random checkpoint with a tokenizer whose ids fit its vocabulary."""
     import model
 
     torch.manual_seed(0)
@@ -153,7 +156,7 @@ def make_model(config: dict, tokenizer: str, directory: Path) -> str:
 
 
 def read_rows(path: str, count: int) -> list[dict]:
-    """The first rows that both sides take."""
+    """Read the first rows that both sides accept."""
     from parts import rows as files
 
     rows = (row for _, row in files.read_rows(files.find_files(path)) if isinstance(row, dict))
@@ -168,7 +171,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 
 def count_work(args, pairs: Path, cache: Path) -> dict:
-    """Pairs and tokens after tokenization, and the FLOPs of the model: each prompt once, nothing computed twice."""
+    """Count pairs, tokens and model FLOPs: each prompt once, nothing computed twice."""
     import data
     import model
 
@@ -204,7 +207,7 @@ def count_work(args, pairs: Path, cache: Path) -> dict:
 
 
 def matrix_rate(args) -> float:
-    """FLOP/s of a large product in the run's precision."""
+    """Measure the FLOP/s of a large matrix product in the run's precision."""
     torch.set_num_threads(args.threads)
     size = 2048 if args.device == "cpu" else 8192
     a, b = torch.randn(
@@ -238,7 +241,10 @@ def ours(name: str, args, pairs: Path, out: Path) -> list[str]:
     words |= {"load_in_4bit": True} if args.adapter == "qlora" else {}
     change = ABLATIONS.get(name, {})
     words, change = (words | change, "") if isinstance(change, dict) else (words, change)
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import dpo; {change}\nstatus = dpo.main(sys.argv[1:])"
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import dpo; {change}\n"
+        "status = dpo.main(sys.argv[1:])"
+    )
     return [
         sys.executable,
         "-c",
@@ -273,7 +279,10 @@ def trl(args, pairs: Path, out: Path) -> list[str]:
             "target_modules": ["q_proj", "v_proj"],
         }
     (out / "run.json").write_text(json.dumps(run))
-    code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import trl_peer; trl_peer.main(sys.argv[1])"
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); "
+        "import trl_peer; trl_peer.main(sys.argv[1])"
+    )
     return [sys.executable, "-c", code + PEAK.format(out=str(out)), str(out / "run.json")]
 
 
@@ -284,7 +293,7 @@ if torch.cuda.is_initialized():
 
 
 def run(name: str, args, pairs: Path, out: Path, work: dict) -> dict:
-    """One whole run in a process of its own, measured from outside."""
+    """Run once in a process of its own, measured from outside."""
     command = trl(args, pairs, out) if name == "trl" else ours(name, args, pairs, out)
     env = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
     before, started, marks, peak = (
@@ -322,7 +331,7 @@ def run(name: str, args, pairs: Path, out: Path, work: dict) -> dict:
 
 
 def watch(metrics: Path, marks: dict, now: float) -> None:
-    """Our trainer makes an empty metrics.jsonl before its first step, and writes a line after each."""
+    """Note when metrics.jsonl grows: it is made before the first step, with a line after each."""
     size = metrics.stat().st_size if metrics.exists() else None
     if size is not None and size != marks.get("size"):
         marks |= {"size": size, "last": now}
@@ -335,7 +344,7 @@ def trl_times(out: Path) -> tuple[float, float]:
 
 
 def resident(pid: int) -> int:
-    """Peak resident set so far, KiB (Linux)."""
+    """Read the peak resident set so far, KiB (Linux)."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -353,7 +362,8 @@ def report(args, results: dict, rate: float, work: dict) -> None:
     for r in median.values():
         r["share"] = round(r.pop("flops_per_s") / rate, 3)
     print(
-        f"{work['pairs']} pairs, {work['tokens']} tokens ({work['stream_tokens']} with each prompt once), "
+        f"{work['pairs']} pairs, {work['tokens']} tokens "
+        f"({work['stream_tokens']} with each prompt once), "
         f"{work['flops'] / 1e12:.2f} TFLOP; matrix rate {rate / 1e9:.0f} GFLOP/s"
     )
     print(f"{'':22}" + "".join(f"{c:>13}" for c in COLUMNS))
@@ -400,7 +410,7 @@ def report(args, results: dict, rate: float, work: dict) -> None:
 
 
 def processor() -> str:
-    """Its name, with what multiplies bfloat16."""
+    """Name the processor, and its bfloat16 matrix instructions."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     names = [line.partition(": ")[2] for line in info.splitlines() if line.startswith("model name")]
     return " ".join(

@@ -1,10 +1,11 @@
-"""Tokens per second beside transformers.generate, in one process, turn about: greedy, one prompt and a batch of them.
+"""Compare tokens per second with transformers.generate: greedy, one prompt and a batch of them.
 
     python bench/generate.py --model DIR [--tokens 200] [--batch 8] [--rounds 3] [--json FILE]
 
-Both generate exactly --tokens tokens (end tokens are ignored) on as many threads as torch takes, in float32. The first
-round of each warms up and is not counted; of the others the median is. Where other programs share the machine, the
-ratio of processor seconds is the one to read. "equal tokens" says how many of each completion's agree, from the first.
+Both take turns in one process, and generate exactly --tokens tokens (end tokens are ignored) on as
+many threads as torch uses, in float32. The first round of each warms up; the median of the others
+is printed. If other programs share the machine, read the ratio of processor seconds. "equal tokens"
+counts how many of each completion's tokens agree, from the first on.
 """
 
 import argparse
@@ -35,7 +36,7 @@ PROMPTS = [
 
 
 def their_tokens(theirs, prompts: list[list[int]], count: int) -> list[list[int]]:
-    """transformers' generate on the prompts, padded on the left as it wants them."""
+    """Run transformers' generate on the prompts, padded on the left as it expects."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
@@ -52,14 +53,14 @@ def their_tokens(theirs, prompts: list[list[int]], count: int) -> list[list[int]
 
 
 def timed(run) -> tuple[tuple[float, float], list]:
-    """(seconds on the clock, seconds of processor), and what `run` returns."""
+    """Return (wall-clock seconds, processor seconds), and what `run` returns."""
     clock, processor = time.perf_counter(), time.process_time()
     out = run()
     return (time.perf_counter() - clock, time.process_time() - processor), out
 
 
 def compare(ours, theirs, prompts: list[list[int]], count: int, rounds: int) -> dict:
-    """Median tokens per second of both, and how many leading tokens agree in each completion."""
+    """Measure both: median tokens per second, and how many leading tokens agree."""
     runs = {
         "ours": lambda: complete(ours, prompts, Sampling(temperature=0.0, max_new_tokens=count)),
         "transformers": lambda: their_tokens(theirs, prompts, count),

@@ -1,13 +1,15 @@
-"""What TRL's documented run would take here, computed: python bench/published.py [--mfu 0.4] [--gpus 8]
+"""Compute how long TRL's documented run would take here: python bench/published.py [--mfu 0.4]
 
-TRL's page: Qwen2-0.5B-Instruct on UltraFeedback binarized (62,135 pairs), one epoch on 8 GPUs, about 3 minutes. Nothing is
-measured by this script; it multiplies:
+TRL's page: Qwen2-0.5B-Instruct on UltraFeedback binarized (62,135 pairs), one epoch on 8 GPUs,
+about 3 minutes. Nothing is measured by this script; it multiplies:
 
-    FLOPs = 2 N per token for a forward, 4 N for its backward (N: parameters that multiply a token; attention left out)
+    FLOPs = 2 N per token for a forward, 4 N for its backward
+            (N: parameters that multiply a token; attention is left out)
     time  = pairs x tokens of a pair x (6 + 2 for the reference) N / (GPUs x peak x MFU)
 
-The tokens are means over 982 UltraFeedback pairs as plain text under Qwen2.5's tokenizer, cut at max_length 1024, as
-`python data.py` prints them: as two sequences a pair, and as the stream with every prompt once.
+The tokens are means over 982 UltraFeedback pairs as plain text under Qwen2.5's tokenizer, cut at
+max_length 1024, as `python data.py` prints them: as two sequences a pair, and as the stream with
+every prompt once.
 """
 
 import argparse
@@ -19,7 +21,7 @@ PEAK = {"A100": 312e12, "H100": 989e12}  # bf16, dense
 
 
 def seconds(tokens: float, scored: float, gpus: int, peak: float, mfu: float) -> float:
-    """One epoch, reference pass included; the head multiplies scored tokens alone."""
+    """Compute the time of one epoch with its reference pass; the head sees only scored tokens."""
     return PAIRS * 8 * (N_BODY * tokens + N_HEAD * scored) / (gpus * peak * mfu)
 
 

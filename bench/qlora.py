@@ -1,10 +1,12 @@
-"""What a base in 4 bits saves: memory of LoRA over bfloat16 beside LoRA over NF4, loading and training, on one model.
+"""Measure what a 4-bit base saves: memory of LoRA over bfloat16 and over NF4, loading and training.
 
-    python bench/qlora.py --model DIR --data prefs.jsonl [--pairs 16] [--batch 2] [--max_length 512] [--json FILE]
+    python bench/qlora.py --model DIR --data prefs.jsonl
+                          [--pairs 16] [--batch 2] [--max_length 512] [--json FILE]
 
-Each run is a process of its own. `load` is what the process holds after loading the model, beyond what it held before,
-and `load peak` the most it held meanwhile; `train peak` is a whole run of dpo.py with gradient checkpointing. All are
-private memory (RssAnon, sampled every millisecond): pages of the mapped checkpoint are the file's, and free to go.
+Each run is a process of its own. `load` is what the process holds after loading the model, beyond
+what it held before, and `load peak` the most it held meanwhile; `train peak` is of a full run of
+dpo.py with gradient checkpointing. All are private memory (RssAnon, sampled every millisecond):
+pages of the mapped checkpoint belong to the file, and the system may drop them.
 """
 
 import argparse
@@ -28,11 +30,13 @@ sys.path.insert(0, sys.argv[1])
 import torch
 import dpo
 from extras.models import opening
-private = lambda: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon"))
+status = "/proc/self/status"
+private = lambda: next(int(l.split()[1]) for l in open(status) if l.startswith("RssAnon"))
 settings = dict(nested="nested" in sys.argv[3]) if "nf4" in sys.argv[3] else None
 if settings:
     from extras.models import nf4
-    nf4.quantize(torch.ones(64, 64), nested=True)  # what the first call brings is not the model's
+    # Not counted: the first call allocates memory that is not the model's.
+    nf4.quantize(torch.ones(64, 64), nested=True)
 before = private()
 print("loading", before, flush=True)
 model = opening.load_model(sys.argv[2], torch.bfloat16, four_bit=settings)
@@ -118,7 +122,7 @@ def training(args, scratch: str) -> list:
 
 
 def watch(command: list[str]) -> tuple[float, float, float]:
-    """(MiB a loading process says it holds, the most it held since it began to load, seconds) of a command."""
+    """Run a command: (MiB it says it holds, its peak MiB since loading began, seconds)."""
     started = time.perf_counter()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
@@ -136,7 +140,7 @@ def watch(command: list[str]) -> tuple[float, float, float]:
 
 
 def private(pid: int) -> int:
-    """Memory of a process that no file backs, KiB (Linux)."""
+    """Read the private memory of a process, KiB (Linux)."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:

@@ -1,12 +1,12 @@
-"""What a pair costs: time linear in its tokens, memory flat in vocabulary x length, a batch as dear as its tokens.
+"""Measure what a pair costs: time linear in tokens, memory that does not grow with the vocabulary.
 
     python bench/scaling.py [--json FILE]
 
-A random Llama of 30M parameters on one thread, CPU seconds (user time) of forward and backward, the better of two.
-Three tables: one pair of 64 to 4,096 tokens; the peak of resident memory over that of 4,096 tokens and 8,192 words as
-the vocabulary grows, beside the (tokens, vocabulary) logits that are never made; and 1 to 32 pairs of 256 tokens.
-Attention's own cost grows with the square of a length: the first table also times the model without it, and tells its
-share of the FLOPs.
+A random Llama of 30M parameters on one thread; CPU seconds (user time) of forward and backward, the
+better of two. Three tables: one pair of 64 to 4,096 tokens; the peak of resident memory over that
+of 4,096 tokens and a vocabulary of 8,192, as the vocabulary grows, beside the (tokens, vocabulary)
+logits that are never made; and 1 to 32 pairs of 256 tokens. Attention grows with the square of the
+length: the first table also times the model without it, and shows its share of the FLOPs.
 """
 
 import argparse
@@ -40,7 +40,7 @@ CONFIG = dict(
 
 
 def make_batch(pairs: int, tokens: int, vocab_size: int) -> data.Batch:
-    """Pairs of so many stream tokens each: half prompt, a quarter chosen, a quarter rejected."""
+    """Make pairs of `tokens` stream tokens: half prompt, a quarter chosen, a quarter rejected."""
     ids = torch.randint(
         vocab_size, (pairs, tokens), generator=torch.Generator().manual_seed(0)
     ).numpy()
@@ -55,7 +55,7 @@ def one_pass(model: models.Decoder, batch: data.Batch) -> None:
 
 
 def cpu_seconds(model: models.Decoder, batch: data.Batch, rounds: int = 2) -> float:
-    """User time of forward and backward of the sum of log-probs; the first round warms up."""
+    """Measure forward and backward of the sum of log-probs, user time, after a warm-up."""
     times = []
     for _ in range(rounds + 1):
         started = resource.getrusage(resource.RUSAGE_SELF).ru_utime
@@ -66,7 +66,7 @@ def cpu_seconds(model: models.Decoder, batch: data.Batch, rounds: int = 2) -> fl
 
 @contextmanager
 def without_attention():
-    """Each token sees its own value alone."""
+    """Replace attention: each token sees only its own value."""
     attend = models.CallPlan.__call__
     models.CallPlan.__call__ = lambda self, q, k, v: (
         q * 0 + v.repeat_interleave(q.shape[1] // v.shape[1], 1)
@@ -78,7 +78,7 @@ def without_attention():
 
 
 def attention_share(tokens: int) -> float:
-    """Of the FLOPs of one pair."""
+    """Compute attention's share of the FLOPs of one pair."""
     half, quarter = tokens // 2, tokens // 4
     attended = half**2 / 2 + 2 * (quarter * half + quarter**2 / 2)
     c, layers = CONFIG["hidden_size"], CONFIG["num_hidden_layers"]
@@ -88,7 +88,7 @@ def attention_share(tokens: int) -> float:
 
 
 def peak_mib(tokens: int, vocab_size: int) -> int:
-    """Peak resident memory of a process that does one forward and backward."""
+    """Measure the peak resident memory of a process with one forward and backward."""
     command = [sys.executable, __file__, "--peak", str(tokens), str(vocab_size)]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 

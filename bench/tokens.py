@@ -1,12 +1,12 @@
-"""How fast pairs are tokenized, in how much memory, and how long a second start takes.
+"""Measure how fast pairs are tokenized, in how much memory, and how long a second start takes.
 
-    python -m bench.tokens --model_name_or_path DIR                           a million synthetic pairs, one process
+    python -m bench.tokens --model_name_or_path DIR        a million synthetic pairs, one process
     python -m bench.tokens --model_name_or_path DIR --pairs 5000000 --num_proc 8
     python -m bench.tokens --model_name_or_path DIR --dataset_name prefs.jsonl
 
-Rows go to a scratch directory, and are read from there as any other file is. A rate per core is rows per second of
-processor time, of this process and of those that it starts; peak memory is that of the largest of them, and second
-start the time from the files to an open store when its cache is there. Prints JSON.
+Synthetic rows go to a scratch directory, and are read from there like any other file. A rate per
+core is rows per second of processor time, of this process and its children; peak memory is that of
+the largest of them; second start is the time to open the store once it is cached. Prints JSON.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SYLLABLES = [a + b for a, b in itertools.product("bcdfghklmnprstvw", "aeiou")]
 
 
 def write_rows(path: Path, count: int) -> None:
-    """Synthetic pairs of about 80 words of one to three syllables, as often as in a language (Zipf)."""
+    """Write synthetic pairs of about 80 words, distributed as in a language (Zipf)."""
     rng = random.Random(0)
     words = ["".join(rng.choices(SYLLABLES, k=rng.randint(1, 3))) for _ in range(20_000)]
     weights = list(itertools.accumulate(1 / rank for rank in range(1, len(words) + 1)))
@@ -42,11 +42,11 @@ def write_rows(path: Path, count: int) -> None:
                 "rejected": f" no {text(5, 50)}",
             }
             f.write(json.dumps(row) + "\n")
-    os.utime(path, (1, 1))  # as a file that was not written to just now
+    os.utime(path, (1, 1))  # an old time: hashes of files just written are not remembered
 
 
 def usage() -> tuple[float, float]:
-    """(processor seconds of this process and those that ended, MiB of the largest)."""
+    """Return (processor seconds of this process and ended children, MiB of the largest)."""
     own, others = (
         resource.getrusage(resource.RUSAGE_SELF),
         resource.getrusage(resource.RUSAGE_CHILDREN),

@@ -1,13 +1,14 @@
-"""Ours and TRL 1.16 in turn on pairs with pictures: pictures a second of training and of the tower, peak memory.
+"""Compare ours with TRL 1.16 on pairs with images: speed of training and of the tower, memory.
 
     python bench/vision.py --pairs 16 --batch 4 --rounds 3
 
-A LLaVA with random weights (by default a 21 M tower on 224 x 224 pixels and a 21 M decoder), float32, every weight trained,
-the same pairs in the same order, each side in a fresh process. TRL has no precomputed reference for pictures: its frozen
-copy runs beside the policy; ours runs once before training, and its time counts. `training` is everything from the
-made trainer to the last step, `tower` the policy's tower forward alone (the reference's is left out on both sides).
-Seconds are the process's CPU time, which
-neighbours on the machine do not change much: with one thread it is the wall-clock time of an idle machine.
+A LLaVA with random weights (by default a 21 M tower on 224 x 224 pixels and a 21 M decoder) in
+float32, every weight trained, the same pairs in the same order, each side in a fresh process. TRL
+has no precomputed reference for images: its frozen copy runs beside the policy; ours runs once
+before training, and its time counts. `training` lasts from the opened trainer to the last step;
+`tower` is the policy's tower forward alone (the reference's is left out on both sides). Seconds are
+the process's CPU time, which other processes hardly change: with one thread it is the wall-clock
+time of an idle machine.
 """
 
 import argparse
@@ -21,11 +22,11 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:1] = [
-    str(ROOT),
-    str(ROOT / "tests"),
-]  # in the place of bench/, whose file names are some of Python's own
-WORDS = "the a cat dog sun moon sees likes eats red blue big small and runs sleeps today why not yes no".split()
+# In place of bench/: its file names hide some of Python's own modules.
+sys.path[:1] = [str(ROOT), str(ROOT / "tests")]
+WORDS = (
+    "the a cat dog sun moon sees likes eats red blue big small and runs sleeps today why not yes no"
+).split()
 
 
 def parse() -> argparse.Namespace:
@@ -36,7 +37,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--side", type=int, default=224, help="of the pictures")
+    parser.add_argument("--side", type=int, default=224, help="of the images, pixels")
     parser.add_argument("--hidden", type=int, default=384, help="of tower and decoder")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--json", help="write everything here")
@@ -45,7 +46,7 @@ def parse() -> argparse.Namespace:
 
 
 def make_inputs(folder: Path, args: argparse.Namespace) -> None:
-    """A checkpoint with its processor, noise pictures, and pairs.jsonl."""
+    """Make a checkpoint with its processor, images of noise, and pairs.jsonl."""
     import random
 
     import numpy as np
@@ -99,7 +100,7 @@ def make_inputs(folder: Path, args: argparse.Namespace) -> None:
 
 
 def timed(tower, is_reference=lambda: False) -> list[float]:
-    """Seconds of each forward of the policy's tower, filled as it runs."""
+    """Time each forward of the policy's tower, seconds; the list fills as it runs."""
     seconds, began = [], []
 
     def end(*_):

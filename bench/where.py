@@ -1,10 +1,11 @@
-"""Where a step's time goes: the kernels of one step on a CPU, in groups, beside the machine's matrix rate.
+"""Profile a training step: its CPU kernels in groups, compared with the machine's matrix rate.
 
     python bench/where.py --model DIR --data prefs.jsonl --pairs 16 [--bf16]
 
-All pairs are one batch, trained on four times; PyTorch's profiler watches the fourth, when memory has been touched and
-moments exist. The reference is left out (its pass is a forward). "products" come with their own rate: their FLOPs, the
-head's second pass with them, over their time. "share" is the model's FLOPs, nothing computed twice, over time and rate.
+All pairs are one batch, trained on four times; PyTorch's profiler watches the fourth, when memory
+has been touched and Adam's moments exist. The reference is left out (its pass is a forward).
+"products" have a rate of their own: their FLOPs, with the head's second pass, over their time.
+"share" is the model's FLOPs, nothing computed twice, over time and rate.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import compare  # noqa: E402
 
 import dpo  # noqa: E402
 
-GROUPS = {  # the first whose words lie in a kernel's name
+GROUPS = {  # a kernel belongs to the first group with a word of its name
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
     "attention": ("attention",),
     "casts and copies": ("copy_", "aten::cat"),
@@ -112,7 +113,8 @@ def report(kernels, seconds: float, rate: float, work: dict) -> None:
     spent[rest] = seconds - sum(spent.values())
     share = work["forward_flops"] * 3 / seconds / rate
     print(
-        f"{work['pairs']} pairs, {work['stream_tokens']} tokens in {seconds:.2f} s: {share:.0%} of {rate / 1e9:.0f} GFLOP/s"
+        f"{work['pairs']} pairs, {work['stream_tokens']} tokens in {seconds:.2f} s: "
+        f"{share:.0%} of {rate / 1e9:.0f} GFLOP/s"
     )
     for group, s in spent.items():
         own = f"   {flops / s / 1e9:.0f} GFLOP/s" if group == "matrix products" else ""

@@ -1,14 +1,16 @@
-"""The DPO paper's reward-KL frontier (arXiv:2305.18290, figure 2, left) in miniature, on the demo.
+"""Draw the DPO paper's reward-KL frontier (arXiv:2305.18290, figure 2, left) for the demo.
 
-    python -m demo.frontier          minutes on one core; prints the table, writes docs/frontier.svg and .json
+    python -m demo.frontier    prints a table, writes docs/frontier.svg and .json; minutes
 
-Every run starts from demo/model and learns from demo/train.jsonl; four times on its way it answers held-out prompts.
-Reward is the demo's rule (`show.score`), which no run sees: only which of two answers was preferred. KL(pi || ref) is
-in nats per answer, the mean over answers y ~ pi of sum_t KL(pi(.|x, y_<t) || ref(.|x, y_<t)): its expectation is that
-of log pi(y|x) - log ref(y|x), with far less noise.
+Every run starts from demo/model and learns from demo/train.jsonl; four times during it, it answers
+held-out prompts. Reward is the demo's rule (`net_praise`), which no run sees: only which of two
+answers was preferred. KL(pi || ref) is in nats per answer, the mean over answers y ~ pi of
+sum_t KL(pi(.|x, y_<t) || ref(.|x, y_<t)): it has the expectation of log pi(y|x) - log ref(y|x),
+with far less noise.
 
-What a run can be held against, from answers of the base model alone: best of n, whose KL is at most log n - (n-1)/n,
-and the optimum of max E[r] - beta KL, which is ref(y|x) exp(r(x, y)/beta)/Z(x) (eq. 4): no policy lies above it.
+Two curves to compare with need only the base model's answers: best of n, whose KL is at most
+log n - (n-1)/n, and the optimum of max E[r] - beta KL, which is ref(y|x) exp(r(x, y)/beta)/Z(x)
+(eq. 4): no policy lies above it.
 """
 
 import argparse
@@ -30,7 +32,7 @@ import model as models
 from data import Tokenizer
 from extras.decoder.generate import Sampling, complete
 from extras.watch.chart import COLOURS, Line, legend, panel, picture
-from extras.watch.demo import score
+from extras.watch.demo import net_praise
 
 DEMO = Path(__file__).resolve().parent
 DOCS = DEMO.parent / "docs"
@@ -49,7 +51,7 @@ OPTIMA = (
     0.85,
 )  # beta of the optimum: with smaller ones, 64 answers are too few
 
-# label: (losses, beta or betas, learning rate). hinge and ipo's betas mean other things, so their ranges differ.
+# (label, loss, beta, options). The betas of hinge and ipo mean other things: their ranges differ.
 RUNS = [("DPO", "sigmoid", beta, {}) for beta in (0.1, 0.5, 1.0, 2.0, 5.0)]
 RUNS += [("IPO", "ipo", beta, {"ipo_average": "sum"}) for beta in (0.05, 0.2)]
 RUNS += [("hinge (SLiC)", "hinge", beta, {}) for beta in (0.5, 2.0)]
@@ -65,7 +67,7 @@ STYLE = {
 
 
 class Point(NamedTuple):
-    """A policy: its KL to the reference in nats per answer, and its mean reward with the standard error of both."""
+    """A policy: KL to the reference, nats per answer, and mean reward, with standard errors."""
 
     method: str
     beta: float
@@ -97,7 +99,7 @@ def answer_logits(
 def answer_kl(
     model: models.Decoder, ref: models.Decoder, prompt: list[int], answer: list[int]
 ) -> float:
-    """sum_t KL(pi(.|x, y_<t) || ref(.|x, y_<t)) along one answer, nats."""
+    """Compute sum_t KL(pi(.|x, y_<t) || ref(.|x, y_<t)) along one answer, nats."""
     pi, base = (answer_logits(m, prompt, answer).log_softmax(-1) for m in (model, ref))
     return float((pi.exp() * (pi - base)).sum())
 
@@ -105,21 +107,22 @@ def answer_kl(
 def sampled(
     model: models.Decoder, tokenizer: Tokenizer, prompts: list[str], samples: int, seed: int
 ) -> tuple[list, list]:
-    """Token ids of the prompts, and of `samples` answers to each: (prompts), (prompts x samples)."""
+    """Sample answers; return token ids of the (prompts) and of the (prompts x samples) answers."""
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     o = Sampling(seed=seed, max_new_tokens=96, stop_ids=frozenset({tokenizer.eos_token_id}))
-    found, together = [], max(1, 256 // samples)
+    found = []
+    together = max(1, 256 // samples)  # prompts in one call
     for at in range(0, len(ids), together):
         found += complete(model, ids[at : at + together], o, samples, first=at * samples)
     return ids, found
 
 
 def rewards(tokenizer: Tokenizer, answers: list[list[int]]) -> list[float]:
-    return [score(tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
+    return [net_praise(tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean and its standard error over prompts' groups of answers, which are not independent."""
+    """Compute the mean and its standard error over prompts: answers to one are not independent."""
     groups = torch.tensor(values, dtype=torch.float64).view(-1, ANSWERS).mean(1)
     return float(groups.mean()), float(groups.std() / len(groups) ** 0.5)
 
@@ -148,7 +151,7 @@ def run(
     scratch: Path,
     max_steps: int,
 ) -> list[Point]:
-    """One epoch of the demo with this loss, measured on its way; the demo's own settings otherwise."""
+    """Train one epoch of the demo with this loss and measure it at MARKS; else demo settings."""
     settings = (
         vars(dpo.parse_config([]))
         | {
@@ -164,12 +167,14 @@ def run(
         }
         | options
     )
-    with redirect_stdout(io.StringIO()):  # twelve times the same words about the same pairs
+    with redirect_stdout(io.StringIO()):  # else each run prints the same report on the same pairs
         trainer = dpo.DPOTrainer(args=dpo.DPOConfig(**settings))
     trainer.reference.prepare()
     trainer.make_optimizer()
-    marks, points = {max(1, round(share * trainer.schedule.total_steps)) for share in MARKS}, []
-    while trainer.position.step < trainer.schedule.total_steps:
+    total = trainer.schedule.total_steps
+    marks = {max(1, round(share * total)) for share in MARKS}
+    points = []
+    while trainer.position.step < total:
         trainer.train_step()
         if trainer.position.step in marks:
             points.append(
@@ -186,11 +191,14 @@ def run(
     return points
 
 
-# What can be had from the base model alone
+# What the base model alone can reach
 
 
 def best_of(n: int, scores: Tensor) -> Point:
-    """Expected best of n draws without replacement of each prompt's scores (P, K); KL is its bound."""
+    """Compute the expected best of n draws, without replacement, from (P, K) rewards.
+
+    The KL is the upper bound log n - (n-1)/n.
+    """
     K = scores.shape[1]
     ascending = scores.sort(1).values
     chance = torch.tensor(
@@ -209,7 +217,10 @@ def best_of(n: int, scores: Tensor) -> Point:
 
 
 def optimum(beta: float, scores: Tensor) -> Point:
-    """ref(y|x) exp(r/beta) / Z(x), eq. 4 with the rule as r: answers of the base, weighed; KL = E[r]/beta - log Z."""
+    """Compute the optimum ref(y|x) exp(r/beta) / Z(x), eq. 4, by weighing the base's answers.
+
+    r is the demo's rule; KL = E[r]/beta - log Z.
+    """
     weights = (scores / beta).softmax(1)
     means = (weights * scores).sum(1)
     kl = means / beta - ((scores / beta).logsumexp(1) - math.log(scores.shape[1]))
@@ -255,7 +266,7 @@ def table(points: list[Point]) -> str:
 
 
 def draw(points: list[Point]) -> str:
-    """Reward over the square root of KL, as which it rises at first; a line for the optimum, a dot for every policy."""
+    """Draw reward over the square root of KL, in which it first rises linearly; a dot a policy."""
     of = lambda name: sorted((p.kl**0.5, p.reward) for p in points if p.method.startswith(name))
     start = of("base")
     lines = [
@@ -298,8 +309,10 @@ def main(argv: list[str] | None = None) -> int:
         "--prompts", type=int, default=PROMPTS, help=f"held-out prompts [{PROMPTS}]"
     )
     args = parser.parse_args(argv)
-    prompts, started = held_out(args.prompts), time.perf_counter()
-    ref, tokenizer = models.load_model(DEMO / "model").eval(), Tokenizer.load(DEMO / "model")
+    prompts = held_out(args.prompts)
+    started = time.perf_counter()
+    ref = models.load_model(DEMO / "model").eval()
+    tokenizer = Tokenizer.load(DEMO / "model")
     points = base_points(ref, tokenizer, prompts)
     with tempfile.TemporaryDirectory() as scratch:
         for label, loss, beta, options in RUNS:

@@ -1,15 +1,19 @@
-"""Makes everything in demo/: a corpus, a tokenizer, a base model, and pairs of its own answers ranked by a rule.
+"""Make everything in demo/: a corpus, a tokenizer, a base model, and ranked pairs of its answers.
 
-    python -m demo.make        from the repository's root; a few minutes on a CPU, with the trainer's four packages alone
+    python -m demo.make        from the repository's root; a few minutes on a CPU
 
-1. `write_review` draws short reviews of meals, films and books from a grammar: an opening, two or three sentences of
-   praise or blame, a closing that fits them. About half praise, half blame.
-2. The openings are prompts, the rest completions: a byte-level BPE of a few hundred tokens is trained on both, then a
-   small Llama from random weights by this project's own trainer with `--loss_type sft`. That is the base, demo/model.
-3. The base answers each prompt twice. The answer with the higher `show.score` (words of praise minus words of blame) is
-   chosen, the other rejected; ties are left out. That is demo/train.jsonl and, with prompts of its own, demo/eval.jsonl.
+It needs only the trainer's four packages.
 
-Everything is drawn from fixed seeds, and on one thread, so that two runs on one machine write the same files.
+1. `write_review` draws short reviews of meals, films and books from a grammar: an opening, two or
+   three sentences of praise or blame, a closing that fits them. Half are praise, half blame.
+2. The openings are prompts, the rest completions. A byte-level BPE of a few hundred tokens is
+   trained on both, then a small Llama from random weights, by this project's own trainer with
+   `--loss_type sft`. That is the base, demo/model.
+3. The base answers each prompt twice. The answer with the higher `net_praise` (words of praise
+   minus words of blame) is chosen, the other rejected; ties are left out. That is demo/train.jsonl
+   and, with prompts of its own, demo/eval.jsonl.
+
+All draws come from fixed seeds, on one thread, so two runs on one machine write the same files.
 """
 
 import json
@@ -25,7 +29,7 @@ import torch
 import dpo
 import model as models
 from data import Tokenizer
-from extras.watch.demo import OPINIONS, answers, score
+from extras.watch.demo import OPINIONS, answers, net_praise
 from parts.files import write_json
 
 DEMO = Path(__file__).resolve().parent
@@ -61,10 +65,10 @@ LLAMA = {
 
 
 class Kind(NamedTuple):
-    """One kind of review. Reasons are for praise and for blame; closings for praise, for both, for blame."""
+    """One kind of review: reasons for (praise, blame), closings for (praise, both, blame)."""
 
     opening: str
-    subjects: list[tuple[str, str]]  # what is reviewed, and which of OPINIONS may be said of it
+    subjects: list[tuple[str, str]]  # what is reviewed, and the OPINIONS that fit it
     reasons: tuple[list[str], list[str]]
     closings: tuple[list[str], list[str], list[str]]
 
@@ -138,7 +142,7 @@ KINDS = (
 
 
 def write_opening(rng: random.Random) -> tuple[Kind, str, list[str]]:
-    """The kind of a review, its first sentence, and the things it may speak of."""
+    """Draw the kind of a review, its first sentence, and the aspects it may mention."""
     kind = rng.choice(KINDS)
     subject, aspects = rng.choice(kind.subjects)
     opening = kind.opening.format(
@@ -148,14 +152,14 @@ def write_opening(rng: random.Random) -> tuple[Kind, str, list[str]]:
 
 
 def write_clause(aspect: str, side: int, count: int, rng: random.Random) -> str:
-    """ "the broth was rich and clear": one or two words of praise (side 0) or blame (side 1)."""
+    """Write "the broth was rich and clear": words of praise (side 0) or of blame (side 1)."""
     words = OPINIONS[aspect][side].split()
     words = [words[i] for i in sorted(rng.sample(range(len(words)), count))]
     return f"the {aspect} {'were' if aspect.endswith('s') else 'was'} {' and '.join(words)}"
 
 
 def write_sentence(kind: Kind, aspects: list[str], sides: list[int], rng: random.Random) -> str:
-    """One or two clauses; two of the same side are joined by "and", else by "but"; a lone one may give its reason."""
+    """Write one or two clauses, joined by "and" or "but"; a single one may give its reason."""
     clauses = [write_clause(a, s, rng.choice((1, 1, 2)), rng) for a, s in zip(aspects, sides)]
     if len(clauses) == 2:
         text = f", {'and' if sides[0] == sides[1] else 'but'} ".join(clauses)
@@ -172,13 +176,14 @@ def write_sentence(kind: Kind, aspects: list[str], sides: list[int], rng: random
 
 
 def write_review(rng: random.Random) -> dict:
-    """{"prompt": opening, "chosen": the rest}, as the trainer reads it for sft."""
+    """Write a review as {"prompt": opening, "chosen": the rest}, which sft trains on."""
     kind, opening, aspects = write_opening(rng)
     blame = rng.choice((0.1, 0.5, 0.9))  # how often this reviewer complains
     counts = rng.choice(((1, 1), (2,), (2, 1), (1, 2)))
     aspects = rng.sample(aspects, min(len(aspects), sum(counts)))
     sides = [int(rng.random() < blame) for _ in aspects]
-    sentences, at = [], 0
+    sentences = []
+    at = 0
     for count in counts:
         sentences.append(
             write_sentence(kind, aspects[at : at + count], sides[at : at + count], rng)
@@ -193,7 +198,7 @@ def write_review(rng: random.Random) -> dict:
 
 
 def train_tokenizer(texts: list[str], directory: Path) -> None:
-    """A byte-level BPE: any text has tokens, frequent words are one. Writes the two files that transformers reads too."""
+    """Train a byte-level BPE, and write the two files that transformers reads too."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
@@ -217,7 +222,7 @@ def train_tokenizer(texts: list[str], directory: Path) -> None:
 
 
 def random_model() -> models.Decoder:
-    """The Llama of LLAMA with normal weights; norms stay at one."""
+    """Make the Llama of LLAMA with normal weights; norms stay at one."""
     torch.manual_seed(SEED)
     model = models.Decoder(models.read_config(LLAMA))
     for p in model.parameters():
@@ -228,7 +233,7 @@ def random_model() -> models.Decoder:
 
 
 def train_base(directory: Path) -> None:
-    """From a corpus, a tokenizer and random weights, all in `directory`, to demo/model, by the trainer itself."""
+    """Train demo/model from random weights, with the trainer itself; scratch in `directory`."""
     rng = random.Random(SEED)
     reviews = [write_review(rng) for _ in range(REVIEWS)]
     write_rows(directory / "reviews.jsonl", reviews)
@@ -256,9 +261,8 @@ def train_base(directory: Path) -> None:
         )
     )
     trainer.train()
-    models.save_model(
-        trainer.model, DEMO / "model", torch.bfloat16
-    )  # half the size, and near enough
+    # Half the size of float32; the rounding does not matter here.
+    models.save_model(trainer.model, DEMO / "model", torch.bfloat16)
     trainer.tokenizer.save(DEMO / "model")
 
 
@@ -266,14 +270,14 @@ def train_base(directory: Path) -> None:
 
 
 def make_pairs(prompts: list[str], model: models.Decoder, tokenizer: Tokenizer) -> list[dict]:
-    """Two answers to each prompt, the one with the higher score as chosen; prompts whose answers tie are left out."""
+    """Answer each prompt twice; the answer with more praise is chosen. Ties are left out."""
     rows = []
     for at in range(0, len(prompts), PROMPTS_AT_ONCE):
         asked = prompts[at : at + PROMPTS_AT_ONCE]
         both = answers(model, tokenizer, asked + asked, SEED + at)
         for prompt, one, other in zip(asked, both, both[len(asked) :]):
-            chosen, rejected = sorted((one, other), key=score, reverse=True)
-            if score(chosen) > score(rejected):
+            chosen, rejected = sorted((one, other), key=net_praise, reverse=True)
+            if net_praise(chosen) > net_praise(rejected):
                 rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return rows
 
@@ -285,10 +289,11 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 
 def main() -> int:
-    torch.set_num_threads(1)  # sums in another order would end in other files
+    torch.set_num_threads(1)  # more threads would sum in another order, and so write other files
     with tempfile.TemporaryDirectory() as scratch:
         train_base(Path(scratch))
-    model, tokenizer = models.load_model(DEMO / "model"), Tokenizer.load(DEMO / "model")
+    model = models.load_model(DEMO / "model")
+    tokenizer = Tokenizer.load(DEMO / "model")
     rng = random.Random(SEED + 1)
     prompts = list(
         dict.fromkeys(write_opening(rng)[1] for _ in range(REVIEWS))

@@ -1,10 +1,11 @@
-"""Makes a picture demo: coloured shapes, captions by a grammar, and a tiny untrained model that reads both.
+"""Make an image demo: coloured shapes, captions from a grammar, and a tiny untrained vision model.
 
-    python -m demo.pictures                         writes demo-pictures/ (needs pillow), from the repository's root
+    python -m demo.pictures       from the repository's root; writes demo-pictures/; needs pillow
     python dpo.py --config demo-pictures/config.toml
 
-Chosen is the true caption of a picture, rejected the same one with another colour or another shape. The model is a LLaVA
-of 150,000 weights that has seen nothing before: what it knows of colours and shapes in the end it learned from the pairs.
+Chosen is the true caption of an image, rejected the same one with another colour or another shape.
+The model is a LLaVA of 150,000 random weights: all it knows of colours and shapes in the end, it
+learned from the pairs.
 """
 
 import argparse
@@ -37,7 +38,7 @@ SIDE, PATCH = 32, 8
 
 
 def draw(shape: str, colour: tuple, rng: random.Random):
-    """A shape of that colour, large or small, near the middle of a light ground."""
+    """Draw a shape of that colour, large or small, near the middle of a light ground."""
     from PIL import Image, ImageDraw
 
     ground = tuple(rng.randint(215, 255) for _ in range(3))
@@ -45,7 +46,8 @@ def draw(shape: str, colour: tuple, rng: random.Random):
     size = rng.randint(16, 26)
     x, y = ((SIDE - size) // 2 + rng.randint(-2, 2) for _ in "xy")
     colour = tuple(min(255, max(0, c + rng.randint(-15, 15))) for c in colour)
-    pen, box = ImageDraw.Draw(image), (x, y, x + size, y + size)
+    pen = ImageDraw.Draw(image)
+    box = (x, y, x + size, y + size)
     if shape == "circle":
         pen.ellipse(box, fill=colour)
     elif shape == "square":
@@ -60,8 +62,9 @@ def draw(shape: str, colour: tuple, rng: random.Random):
 
 
 def write_row(folder: Path, name: str, rng: random.Random) -> dict:
-    """A picture in `folder` and its pair."""
-    colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
+    """Save an image to `folder` and return its pair."""
+    colour = rng.choice(list(COLOURS))
+    shape = rng.choice(SHAPES)
     draw(shape, COLOURS[colour], rng).save(folder / "png" / f"{name}.png")
     wrong = (rng.choice([c for c in COLOURS if c != colour]), shape)
     if rng.random() < 0.5:
@@ -77,7 +80,7 @@ def write_row(folder: Path, name: str, rng: random.Random) -> dict:
 
 
 def write_tokenizer(folder: Path) -> dict[str, int]:
-    """One token a word."""
+    """Write a tokenizer with one token a word; return its vocabulary."""
     texts = [*QUESTIONS, *OPENINGS, *COLOURS, *SHAPES, "."]
     words = [
         "<unk>",
@@ -104,7 +107,7 @@ def write_tokenizer(folder: Path) -> dict[str, int]:
 
 
 def write_model(folder: Path) -> None:
-    """Configuration, processor and random weights of a small LLaVA, as transformers lays them out."""
+    """Write configuration, processor and random weights of a small LLaVA, for transformers too."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = write_tokenizer(folder)
     tower = dict(
@@ -196,7 +199,8 @@ def main(argv: list[str] | None = None) -> None:
         SETTINGS.format(folder=args.folder.as_posix(), epochs=args.epochs)
     )
     print(
-        f"{args.folder}: a model and {args.pairs:,} pairs; python dpo.py --config {args.folder}/config.toml"
+        f"{args.folder}: a model and {args.pairs:,} pairs; "
+        f"python dpo.py --config {args.folder}/config.toml"
     )
 
 
