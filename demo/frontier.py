@@ -36,20 +36,12 @@ from extras.watch.demo import net_praise
 
 DEMO = Path(__file__).resolve().parent
 DOCS = DEMO.parent / "docs"
-PROMPTS, ANSWERS = 100, 4  # held-out prompts, and answers to each, behind every point of a run
+PROMPTS = 100  # held-out ones, behind every point of a run
+ANSWERS = 4  # to each prompt
 BASE_ANSWERS = 64  # of the base model to each, behind best of n and the optimum
 MARKS = (0.125, 0.25, 0.5, 1.0)  # shares of a run at which it is measured
 N = (2, 4, 8, 16)
-OPTIMA = (
-    8.0,
-    4.0,
-    3.0,
-    2.0,
-    1.5,
-    1.2,
-    1.0,
-    0.85,
-)  # beta of the optimum: with smaller ones, 64 answers are too few
+OPTIMA = (8.0, 4.0, 3.0, 2.0, 1.5, 1.2, 1.0, 0.85)  # beta; below, 64 answers are too few
 
 # (label, loss, beta, options). The betas of hinge and ipo mean other things: their ranges differ.
 RUNS = [("DPO", "sigmoid", beta, {}) for beta in (0.1, 0.5, 1.0, 2.0, 5.0)]

@@ -295,9 +295,8 @@ def main() -> int:
     model = models.load_model(DEMO / "model")
     tokenizer = Tokenizer.load(DEMO / "model")
     rng = random.Random(SEED + 1)
-    prompts = list(
-        dict.fromkeys(write_opening(rng)[1] for _ in range(REVIEWS))
-    )  # each once, in the order drawn
+    openings = [write_opening(rng)[1] for _ in range(REVIEWS)]
+    prompts = list(dict.fromkeys(openings))  # each once, in the order drawn
     for name, count in PROMPTS.items():
         write_rows(DEMO / name, make_pairs(prompts[:count], model, tokenizer))
         prompts = prompts[count:]  # no prompt is in both files

@@ -21,26 +21,25 @@ import losses
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "losses.svg"
 BETA = {"sigmoid_norm": 5.0, "simpo": 2.5, "alphapo": 2.5}
 ORDER = [name for name in losses.LOSSES if name != "aot_pair"]  # the other name of aot_unpaired
-DIVERGENCES = {
-    "forward_kl": 12,
-    "js_divergence": 60,
-    "alpha_divergence": 12,
-}  # how far to draw, nats
+# How far to draw, nats.
+DIVERGENCES = {"forward_kl": 12, "js_divergence": 60, "alpha_divergence": 12}
 POINTS = 120  # to the left and right of 0 together
-TOKENS, NATS, GAP = 8.0, -40.0, 2.0
+TOKENS = 8.0  # of each completion
+NATS = -40.0  # its log-prob under the reference
+GAP = 2.0  # between the ratings
 
-COLUMNS, WIDTH, HEIGHT, TOP = (
-    5,
-    200,
-    168,
-    78,
-)  # of the grid; pixels of a cell; pixels above the grid
-LEFT, MIDDLE, RIGHT, LOSS_BAND, SLOPE_BAND = 44, 118, 192, (26, 96), (106, 142)  # inside a cell
-BLUE, ORANGE, GREY = (
-    "#0072B2",
-    "#D55E00",
-    "#767676",
-)  # told apart by all kinds of colour vision, and by their dashes
+COLUMNS = 5  # of the grid
+WIDTH = 200  # pixels of a cell
+HEIGHT = 168
+TOP = 78  # pixels above the grid
+LEFT = 44  # x and y inside a cell, pixels
+MIDDLE = 118
+RIGHT = 192
+LOSS_BAND = (26, 96)
+SLOPE_BAND = (106, 142)
+BLUE = "#0072B2"  # distinct from orange to the colour-blind too, and by the dash
+ORANGE = "#D55E00"
+GREY = "#767676"
 
 
 class Curve(NamedTuple):

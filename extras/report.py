@@ -106,7 +106,8 @@ def results(runs: list[Run]) -> str:
     shown = lambda v: f"{v:.4f}" if isinstance(v, (int, float)) else "–"
     rows = []
     for run in runs:
-        last, kind = (run.evals[-1], "evaluation") if run.evals else (run.train[-1], "training")
+        kind = "evaluation" if run.evals else "training"
+        last = (run.evals or run.train)[-1]
         at = cells([run.name, f"{kind}, step {last.get('step')}"])
         numbers = cells([shown(last.get(k)) for k in keys], kind=" class=number")
         rows.append(f"<tr>{at}{numbers}</tr>")

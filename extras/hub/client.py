@@ -202,9 +202,8 @@ def local_dataset(
         return find_files(name)
     check_id(name, "dataset")
     with explained(name, "dataset", revision):
-        directory = fetch(
-            name, "dataset", revision, ["README.md", ".gitattributes"]
-        )  # one of them is always there
+        # One of the two always exists, so that this finds the commit.
+        directory = fetch(name, "dataset", revision, ["README.md", ".gitattributes"])
         chosen = split_files(name, list_files(name, directory), read_card(directory), config, split)
         fetch(name, "dataset", directory.name, [glob.escape(file) for file in chosen])
     return [directory / file for file in chosen]
@@ -290,6 +289,6 @@ def push(
             folder_path=directory,
             revision=revision,
             commit_message=message,
-            ignore_patterns=list(LEFT_OUT),
-        )  # a copy: the client appends to it
+            ignore_patterns=list(LEFT_OUT),  # a copy: the client appends to it
+        )
     return done.commit_url

@@ -82,10 +82,9 @@ def given(trainer: Any) -> list[tuple[str, list[int]]]:
         is_chat = not isinstance(prompt, str)
         text = tokenizer.render(prompt, add_generation_prompt=True) if is_chat else prompt
         ids = tokenizer.encode(text, add_special_tokens=not is_chat)
-        ends = (
-            ids[-1:] == [tokenizer.eos_token_id] and not is_chat
-        )  # some tokenizers end every text
-        found.append((text, ids[:-1] if ends else ids))
+        if not is_chat and ids[-1:] == [tokenizer.eos_token_id]:
+            ids = ids[:-1]  # some tokenizers end every text
+        found.append((text, ids))
     return found
 
 
