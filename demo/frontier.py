@@ -120,7 +120,13 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 def measure(
-    model, ref, tokenizer: Tokenizer, prompts: list[str], label: str, beta: float, step: int
+    model: models.Decoder,
+    ref: models.Decoder,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    label: str,
+    beta: float,
+    step: int,
 ) -> Point:
     ids, answers = sampled(model, tokenizer, prompts, ANSWERS, seed=2)
     kl, kl_error = mean_and_error(
@@ -138,7 +144,7 @@ def run(
     loss: str,
     beta: float,
     options: dict,
-    ref,
+    ref: models.Decoder,
     prompts: list[str],
     scratch: Path,
     max_steps: int,
@@ -227,7 +233,7 @@ def optimum(beta: float, scores: Tensor) -> Point:
     )
 
 
-def base_points(ref, tokenizer: Tokenizer, prompts: list[str]) -> list[Point]:
+def base_points(ref: models.Decoder, tokenizer: Tokenizer, prompts: list[str]) -> list[Point]:
     _, answers = sampled(ref, tokenizer, prompts, BASE_ANSWERS, seed=1)
     scores = torch.tensor(rewards(tokenizer, answers), dtype=torch.float64).view(
         len(prompts), BASE_ANSWERS

@@ -228,7 +228,9 @@ def random_model() -> models.Decoder:
     for p in model.parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=LLAMA["initializer_range"])
-    model.layout, model.raw_config, model.generation_config = {}, LLAMA, None
+    model.layout = {}
+    model.raw_config = LLAMA
+    model.generation_config = None
     return model
 
 

@@ -13,6 +13,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -34,10 +35,11 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "cross")
 QUESTIONS = ("what is this ?", "what do you see ?", "describe the picture .")
 OPENINGS = ("this is a", "i see a", "there is a", "a")
-SIDE, PATCH = 32, 8
+SIDE = 32  # pixels
+PATCH = 8
 
 
-def draw(shape: str, colour: tuple, rng: random.Random):
+def draw(shape: str, colour: tuple, rng: random.Random) -> Any:
     """Draw a shape of that colour, large or small, near the middle of a light ground."""
     from PIL import Image, ImageDraw
 
@@ -107,7 +109,7 @@ def write_tokenizer(folder: Path) -> dict[str, int]:
 
 
 def write_model(folder: Path) -> None:
-    """Write configuration, processor and random weights of a small LLaVA, for transformers too."""
+    """Write a small LLaVA that transformers reads too: configuration, random weights, processor."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = write_tokenizer(folder)
     tower = dict(
@@ -142,6 +144,10 @@ def write_model(folder: Path) -> None:
     model = build(models.read_config(raw))
     model.raw_config = raw
     models.save_model(model, folder)
+    write_processor(folder)
+
+
+def write_processor(folder: Path) -> None:
     write_json(
         folder / "processor_config.json",
         dict(

@@ -160,69 +160,55 @@ def write_completions(speaker: Speaker, args: argparse.Namespace) -> int:
     return first
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m extras.chat",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", nargs="?", help="directory of a model or an adapter, or a hub id")
-    parser.add_argument("--compare", nargs=2, metavar=("BASE", "TUNED"), help="two models instead")
-    parser.add_argument("--system", help="system prompt of conversations that have none")
-    parser.add_argument(
-        "--greedy", action="store_true", help="always the likeliest token; same as --temperature 0"
-    )
-    parser.add_argument("--temperature", type=float, help="logits are divided by it")
-    parser.add_argument("--top_k", type=int, help="sample among the K likeliest tokens; 0: all")
-    parser.add_argument(
-        "--top_p",
-        type=float,
-        help="sample among the likeliest tokens whose probabilities add up to this",
-    )
-    parser.add_argument(
-        "--repetition_penalty",
-        type=float,
-        help="above 1, tokens that occurred before become less likely",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling [0]")
-    parser.add_argument(
-        "--max_new_tokens", type=int, default=512, help="longest completion, in tokens [512]"
-    )
-    parser.add_argument(
-        "--max_length", type=int, help="longest sequence of the run: chooses LongRoPE's frequencies"
-    )
-    parser.add_argument(
-        "--no_generation_config",
-        action="store_true",
-        help="take only the end tokens from that file",
-    )
-    parser.add_argument("--chat_template", help="a template: its file, its name or its text")
-    parser.add_argument(
-        "--raw", action="store_true", help="continue texts as they are, without the chat template"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        help="[bfloat16 on a GPU, else float32]",
-    )
-    parser.add_argument("--device", help="[cuda where there is one, else cpu]")
-    parser.add_argument("--prompts", help="complete the prompts of this file instead")
-    parser.add_argument("--num_samples", type=int, default=1, help="completions of each prompt [1]")
-    parser.add_argument(
-        "--batch_size", type=int, default=16, help="completions generated at once [16]"
-    )
-    parser.add_argument("--output", help="JSONL file for them")
-    args = parser.parse_args(argv)
+    add = parser.add_argument
+    add("model", nargs="?", help="directory of a model or an adapter, or a hub id")
+    add("--compare", nargs=2, metavar=("BASE", "TUNED"), help="two models instead")
+    add("--system", help="system prompt of conversations that have none")
+    greedy = "always the likeliest token; same as --temperature 0"
+    add("--greedy", action="store_true", help=greedy)
+    add("--temperature", type=float, help="logits are divided by it")
+    add("--top_k", type=int, help="sample among the K likeliest tokens; 0: all")
+    top_p = "sample among the likeliest tokens whose probabilities add up to this"
+    add("--top_p", type=float, help=top_p)
+    penalty = "above 1, tokens that occurred before become less likely"
+    add("--repetition_penalty", type=float, help=penalty)
+    add("--seed", type=int, default=0, help="of the sampling [0]")
+    add("--max_new_tokens", type=int, default=512, help="longest completion, in tokens [512]")
+    length = "longest sequence of the run: chooses LongRoPE's frequencies"
+    add("--max_length", type=int, help=length)
+    only_ends = "take only the end tokens from that file"
+    add("--no_generation_config", action="store_true", help=only_ends)
+    add("--chat_template", help="a template: its file, its name or its text")
+    raw = "continue texts as they are, without the chat template"
+    add("--raw", action="store_true", help=raw)
+    dtypes = ["float32", "bfloat16", "float16"]
+    add("--dtype", choices=dtypes, help="[bfloat16 on a GPU, else float32]")
+    add("--device", help="[cuda where there is one, else cpu]")
+    add("--prompts", help="complete the prompts of this file instead")
+    add("--num_samples", type=int, default=1, help="completions of each prompt [1]")
+    add("--batch_size", type=int, default=16, help="completions generated at once [16]")
+    add("--output", help="JSONL file for them")
+    return parser
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the flags. Raises ValueError for those that do not fit together."""
+    args = make_parser().parse_args(argv)
+    fewest = min(args.num_samples, args.batch_size)
+    greedy_and_warm = args.greedy and args.temperature is not None
     checks = {
         "give one model, or --compare BASE TUNED": bool(args.model) != bool(args.compare),
         "--prompts and --output belong together": bool(args.prompts) == bool(args.output),
         "--prompts takes one model": not (args.prompts and args.compare),
-        "--num_samples and --batch_size must be at least 1": min(args.num_samples, args.batch_size)
-        >= 1,
+        "--num_samples and --batch_size must be at least 1": fewest >= 1,
         "--num_samples is read only with --prompts": bool(args.prompts) or args.num_samples == 1,
-        "--greedy with --temperature: choose one": not (
-            args.greedy and args.temperature is not None
-        ),
+        "--greedy with --temperature: choose one": not greedy_and_warm,
     }
     for message, holds in checks.items():
         if not holds:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from extras.watch.chart import COLOURS, Line, chart
 from extras.watch.picture import CHARTS, Run, lines_of, read_run, summary
@@ -165,7 +166,8 @@ def configuration(runs: list[Run]) -> str:
     )
 
 
-def text_of(value) -> str:
+def text_of(value: Any) -> str:
+    """Format an option's value."""
     return (
         " ".join(map(str, value))
         if isinstance(value, list)
