@@ -1,10 +1,11 @@
-"""Tokens per second beside transformers.generate, in one process, turn about: greedy, one prompt and a batch of them.
+"""Compare tokens per second with transformers.generate: greedy, one prompt and a batch of them.
 
     python bench/generate.py --model DIR [--tokens 200] [--batch 8] [--rounds 3] [--json FILE]
 
-Both generate exactly --tokens tokens (end tokens are ignored) on as many threads as torch takes, in float32. The first
-round of each warms up and is not counted; of the others the median is. Where other programs share the machine, the
-ratio of processor seconds is the one to read. "equal tokens" says how many of each completion's agree, from the first.
+Both take turns in one process, and generate exactly --tokens tokens (end tokens are ignored) on as
+many threads as torch uses, in float32. The first round of each warms up; the median of the others
+is printed. If other programs share the machine, read the ratio of processor seconds. "equal tokens"
+counts how many of each completion's tokens agree, from the first on.
 """
 
 import argparse
@@ -35,36 +36,51 @@ PROMPTS = [
 
 
 def their_tokens(theirs, prompts: list[list[int]], count: int) -> list[list[int]]:
-    """transformers' generate on the prompts, padded on the left as it wants them."""
+    """Run transformers' generate on the prompts, padded on the left as it expects."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
     with torch.no_grad():
-        out = theirs.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=count, min_new_tokens=count,
-                              pad_token_id=0)
+        out = theirs.generate(
+            ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=count,
+            min_new_tokens=count,
+            pad_token_id=0,
+        )
     return out[:, longest:].tolist()
 
 
 def timed(run) -> tuple[tuple[float, float], list]:
-    """(seconds on the clock, seconds of processor), and what `run` returns."""
+    """Return (wall-clock seconds, processor seconds), and what `run` returns."""
     clock, processor = time.perf_counter(), time.process_time()
     out = run()
     return (time.perf_counter() - clock, time.process_time() - processor), out
 
 
 def compare(ours, theirs, prompts: list[list[int]], count: int, rounds: int) -> dict:
-    """Median tokens per second of both, and how many leading tokens agree in each completion."""
-    runs = {"ours": lambda: complete(ours, prompts, Sampling(temperature=0.0, max_new_tokens=count)),
-            "transformers": lambda: their_tokens(theirs, prompts, count)}
+    """Measure both: median tokens per second, and how many leading tokens agree."""
+    runs = {
+        "ours": lambda: complete(ours, prompts, Sampling(temperature=0.0, max_new_tokens=count)),
+        "transformers": lambda: their_tokens(theirs, prompts, count),
+    }
     seconds, found = {name: [] for name in runs}, {}
     for _ in range(rounds + 1):
         for name, run in runs.items():
             took, found[name] = timed(run)
             seconds[name].append(took)
-    agree = [next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), count)
-             for a, b in zip(found["ours"], found["transformers"])]
-    speed = lambda name, kind: len(prompts) * count / statistics.median(s[kind] for s in seconds[name][1:])
-    ratio = {kind: speed("ours", i) / speed("transformers", i) for i, kind in enumerate(("clock", "processor"))}
+    agree = [
+        next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), count)
+        for a, b in zip(found["ours"], found["transformers"])
+    ]
+    speed = lambda name, kind: (
+        len(prompts) * count / statistics.median(s[kind] for s in seconds[name][1:])
+    )
+    ratio = {
+        kind: speed("ours", i) / speed("transformers", i)
+        for i, kind in enumerate(("clock", "processor"))
+    }
     return {
         "prompts": len(prompts),
         "tokens": count,
@@ -76,7 +92,9 @@ def compare(ours, theirs, prompts: list[list[int]], count: int, rounds: int) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8)
@@ -85,7 +103,9 @@ def main() -> None:
     args = parser.parse_args()
     import transformers
 
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=torch.float32
+    ).eval()
     theirs.generation_config.eos_token_id = None
     ours, tokenizer = models.load_model(args.model).eval(), Tokenizer.load(args.model)
     prompts = [tokenizer.encode(text) for text in PROMPTS]
@@ -101,7 +121,8 @@ def main() -> None:
             "threads": torch.get_num_threads(),
         }
         Path(args.json).write_text(
-            json.dumps({"model": Path(args.model).name, **machine, "results": results}, indent=1) + "\n"
+            json.dumps({"model": Path(args.model).name, **machine, "results": results}, indent=1)
+            + "\n"
         )
 
 

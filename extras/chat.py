@@ -5,11 +5,12 @@
     python -m extras.chat --compare BASE TUNED                   both answer the same, side by side
     python -m extras.chat DIR --prompts FILE --num_samples 4 --output FILE.jsonl
 
-FILE has rows with a "prompt", text or messages (preference data will do); the output has a row per completion.
-Text is a user's turn where the tokenizer has a chat template; --raw continues it as it stands, as does a model
-without a template. Sampling options that are not given are those of generation_config.json, else temperature 1 and
-nothing left out: what the model itself would say. At the terminal: /again draws another answer, /new forgets the
-conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer.
+FILE has rows with a "prompt", text or messages (preference data will do); the output has a row for
+each completion. Text is a user's turn if the tokenizer has a chat template; --raw, or a model
+without a template, continues the text as it is. Sampling options that are not given come from
+generation_config.json, else temperature 1 without top-k or top-p: the model's own distribution.
+At the terminal: /again samples another answer, /new starts a new conversation, /quit or Ctrl-D
+quits, Ctrl-C stops an answer.
 """
 
 import argparse
@@ -20,16 +21,18 @@ import textwrap
 import time
 from collections.abc import Iterator
 from itertools import islice, zip_longest
-from typing import Optional
 
 from extras.decoder.generate import Cache, complete, generate
 from extras.models.speaker import Speaker, decode, encode_prompt, load, pieces
 from extras.rows.prompts import read_prompts
 
 
-def answer(speaker: Speaker, prompt: list[int], show: bool, cache: Optional[Cache] = None, turn: int = 0) -> str:
-    """One completion, written to the screen as it comes where `show` is set. Ctrl-C ends it early."""
-    tokens, started = [], time.perf_counter()
+def answer(
+    speaker: Speaker, prompt: list[int], show: bool, cache: Cache | None = None, turn: int = 0
+) -> str:
+    """Generate one completion, printed as it comes if `show` is set. Ctrl-C ends it early."""
+    tokens: list[int] = []
+    started = time.perf_counter()
     steps = generate(speaker.model, [prompt], speaker.sampling, cache=cache, first=turn)
 
     def stream() -> Iterator[int]:
@@ -47,23 +50,29 @@ def answer(speaker: Speaker, prompt: list[int], show: bool, cache: Optional[Cach
         print()
     if sys.stderr.isatty():
         seconds = time.perf_counter() - started
-        print(f"\x1b[2m{len(tokens)} tokens, {len(tokens) / seconds:.1f} tokens/s\x1b[0m", file=sys.stderr)
+        print(
+            f"\x1b[2m{len(tokens)} tokens, {len(tokens) / seconds:.1f} tokens/s\x1b[0m",
+            file=sys.stderr,
+        )
     return decode(speaker, tokens)
 
 
 def printable(text: str) -> str:
-    """A model must not steer the terminal."""
-    return "".join(c if c in "\n\t" or c.isprintable() or ord(c) >= 160 else f"\\x{ord(c):02x}" for c in text)
+    """Escape control characters: a model must not control the terminal."""
+    is_safe = lambda c: c in "\n\t" or c.isprintable() or ord(c) >= 160
+    return "".join(c if is_safe(c) else f"\\x{ord(c):02x}" for c in text)
 
 
 def columns(names: list[str], texts: list[str], width: int) -> str:
-    """Texts side by side, each under its name."""
+    """Set texts side by side, each below its name."""
     wide = (width - 3 * (len(names) - 1)) // len(names)
-    wrapped = [[line for part in text.split("\n") for line in textwrap.wrap(part, wide) or [""]]
-               for text in map(printable, texts)]
-    rows = [[textwrap.shorten(name, wide, placeholder="...") for name in names], ["-" * wide] * len(names)]
-    return "\n".join(" | ".join(cell.ljust(wide) for cell in row).rstrip()
-                     for row in [*rows, *zip_longest(*wrapped, fillvalue="")])
+    wrapped = []
+    for text in map(printable, texts):
+        paragraphs = [textwrap.wrap(part, wide) or [""] for part in text.split("\n")]
+        wrapped.append([line for paragraph in paragraphs for line in paragraph])
+    heads = [textwrap.shorten(name, wide, placeholder="...") for name in names]
+    rows = [heads, ["-" * wide] * len(names), *zip_longest(*wrapped, fillvalue="")]
+    return "\n".join(" | ".join(cell.ljust(wide) for cell in row).rstrip() for row in rows)
 
 
 # The three ways to use it
@@ -71,26 +80,35 @@ def columns(names: list[str], texts: list[str], width: int) -> str:
 Conversation = list[dict]
 
 
-def reply(speakers: list[Speaker], conversations: list[Conversation], caches: list[Cache], system: Optional[str],
-          turn: int) -> list[Conversation]:
-    """One turn: every speaker answers its own conversation; the conversations with the answers."""
-    texts, alone = [], len(speakers) == 1
+def reply(
+    speakers: list[Speaker],
+    conversations: list[Conversation],
+    caches: list[Cache],
+    system: str | None,
+    turn: int,
+) -> list[Conversation]:
+    """Take one turn: every speaker answers its own conversation; return them with the answers."""
+    texts = []
+    alone = len(speakers) == 1
     for speaker, conversation, cache in zip(speakers, conversations, caches):
         prompt = conversation[-1]["content"] if speaker.raw else conversation
         texts.append(answer(speaker, encode_prompt(speaker, prompt, system), alone, cache, turn))
     if not alone:
-        print(columns([speaker.name for speaker in speakers], texts, shutil.get_terminal_size((100, 24)).columns))
+        width = shutil.get_terminal_size((100, 24)).columns
+        print(columns([speaker.name for speaker in speakers], texts, width))
     return [[*c, {"role": "assistant", "content": text}] for c, text in zip(conversations, texts)]
 
 
-def talk(speakers: list[Speaker], system: Optional[str]) -> None:
-    """A conversation at the terminal; with a model that has no template, texts to continue, one by one."""
+def talk(speakers: list[Speaker], system: str | None) -> None:
+    """Hold a conversation at the terminal; a model without a template continues single texts."""
     import readline  # noqa: F401  line editing for input()
 
     empty = [[] for _ in speakers]
-    conversations, caches, turn = empty, [Cache(0) for _ in speakers], 0
+    conversations = empty
+    caches = [Cache(0) for _ in speakers]
+    turn = 0
     for speaker in speakers:
-        kind = "continues each text as it stands" if speaker.raw else "conversation"
+        kind = "continues each text as it is" if speaker.raw else "conversation"
         print(f"\x1b[2m{speaker.name}: {kind}; /again /new /quit\x1b[0m")
     while True:
         try:
@@ -105,7 +123,9 @@ def talk(speakers: list[Speaker], system: Optional[str]) -> None:
         if command in ("", "/new") or (command == "/again" and conversations == empty):
             continue
         again = command == "/again"
-        asked = [c[:-1] if again else [*c, {"role": "user", "content": line}] for c in conversations]
+        asked = [
+            c[:-1] if again else [*c, {"role": "user", "content": line}] for c in conversations
+        ]
         try:
             conversations = reply(speakers, asked, caches, system, turn)
         except ValueError as error:  # too long for the model, or the template refuses it
@@ -114,17 +134,25 @@ def talk(speakers: list[Speaker], system: Optional[str]) -> None:
 
 
 def write_completions(speaker: Speaker, args: argparse.Namespace) -> int:
-    """A JSONL row for every completion, in the order of the prompts; their number."""
-    prompts, first = read_prompts(args.prompts), 0
+    """Write a JSONL row for every completion, in the order of the prompts; return their number."""
+    prompts = read_prompts(args.prompts)
+    first = 0
     with open(args.output, "w", encoding="utf-8") as file:
         while batch := list(islice(prompts, max(1, args.batch_size // args.num_samples))):
             ids = [encode_prompt(speaker, prompt, args.system) for prompt in batch]
-            for i, tokens in enumerate(complete(speaker.model, ids, speaker.sampling, args.num_samples, first)):
-                text, prompt = decode(speaker, tokens), batch[i // args.num_samples]
-                file.write(json.dumps({
-                    "prompt": prompt, "sample": i % args.num_samples, "tokens": len(tokens),
-                    "completion": text if isinstance(prompt, str) else [{"role": "assistant", "content": text}],
-                    "finished": tokens[-1] in speaker.sampling.stop_ids}, ensure_ascii=False) + "\n")
+            written = complete(speaker.model, ids, speaker.sampling, args.num_samples, first)
+            for i, tokens in enumerate(written):
+                text = decode(speaker, tokens)
+                prompt = batch[i // args.num_samples]
+                is_chat = not isinstance(prompt, str)
+                row = {
+                    "prompt": prompt,
+                    "sample": i % args.num_samples,
+                    "tokens": len(tokens),
+                    "completion": [{"role": "assistant", "content": text}] if is_chat else text,
+                    "finished": tokens[-1] in speaker.sampling.stop_ids,
+                }
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
             first += len(batch) * args.num_samples
             file.flush()
             print(f"\r{first} completions", end="", file=sys.stderr)
@@ -132,44 +160,64 @@ def write_completions(speaker: Speaker, args: argparse.Namespace) -> int:
     return first
 
 
-def parse(argv: Optional[list[str]]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m extras.chat", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", help="directory of a model or an adapter, or a hub id")
-    parser.add_argument("--compare", nargs=2, metavar=("BASE", "TUNED"), help="two models instead")
-    parser.add_argument("--system", help="system prompt of conversations that have none")
-    parser.add_argument("--greedy", action="store_true", help="always the likeliest token; same as --temperature 0")
-    parser.add_argument("--temperature", type=float, help="logits are divided by it")
-    parser.add_argument("--top_k", type=int, help="draw among so many likeliest tokens; 0 is all")
-    parser.add_argument("--top_p", type=float, help="draw among the likeliest tokens that hold this much probability")
-    parser.add_argument("--repetition_penalty", type=float, help="above 1 makes tokens that have occurred less likely")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws [0]")
-    parser.add_argument("--max_new_tokens", type=int, default=512, help="longest completion, in tokens [512]")
-    parser.add_argument("--max_length", type=int, help="longest sequence of the run: chooses LongRoPE's frequencies")
-    parser.add_argument("--no_generation_config", action="store_true", help="take only the end tokens from that file")
-    parser.add_argument("--chat_template", help="a template: its file, its name or its text")
-    parser.add_argument("--raw", action="store_true", help="continue texts as they stand, without the chat template")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="[bfloat16 on a GPU, else float32]")
-    parser.add_argument("--device", help="[cuda where there is one, else cpu]")
-    parser.add_argument("--prompts", help="complete the prompts of this file instead")
-    parser.add_argument("--num_samples", type=int, default=1, help="completions of each prompt [1]")
-    parser.add_argument("--batch_size", type=int, default=16, help="completions written at once [16]")
-    parser.add_argument("--output", help="JSONL file for them")
-    args = parser.parse_args(argv)
-    checks = {"give one model, or --compare BASE TUNED": bool(args.model) != bool(args.compare),
-              "--prompts and --output belong together": bool(args.prompts) == bool(args.output),
-              "--prompts takes one model": not (args.prompts and args.compare),
-              "--num_samples and --batch_size must be at least 1": min(args.num_samples, args.batch_size) >= 1,
-              "--num_samples is read only with --prompts": bool(args.prompts) or args.num_samples == 1,
-              "--greedy with --temperature: choose one": not (args.greedy and args.temperature is not None)}
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m extras.chat",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", nargs="?", help="directory of a model or an adapter, or a hub id")
+    add("--compare", nargs=2, metavar=("BASE", "TUNED"), help="two models instead")
+    add("--system", help="system prompt of conversations that have none")
+    greedy = "always the likeliest token; same as --temperature 0"
+    add("--greedy", action="store_true", help=greedy)
+    add("--temperature", type=float, help="logits are divided by it")
+    add("--top_k", type=int, help="sample among the K likeliest tokens; 0: all")
+    top_p = "sample among the likeliest tokens whose probabilities add up to this"
+    add("--top_p", type=float, help=top_p)
+    penalty = "above 1, tokens that occurred before become less likely"
+    add("--repetition_penalty", type=float, help=penalty)
+    add("--seed", type=int, default=0, help="of the sampling [0]")
+    add("--max_new_tokens", type=int, default=512, help="longest completion, in tokens [512]")
+    length = "longest sequence of the run: chooses LongRoPE's frequencies"
+    add("--max_length", type=int, help=length)
+    only_ends = "take only the end tokens from that file"
+    add("--no_generation_config", action="store_true", help=only_ends)
+    add("--chat_template", help="a template: its file, its name or its text")
+    raw = "continue texts as they are, without the chat template"
+    add("--raw", action="store_true", help=raw)
+    dtypes = ["float32", "bfloat16", "float16"]
+    add("--dtype", choices=dtypes, help="[bfloat16 on a GPU, else float32]")
+    add("--device", help="[cuda where there is one, else cpu]")
+    add("--prompts", help="complete the prompts of this file instead")
+    add("--num_samples", type=int, default=1, help="completions of each prompt [1]")
+    add("--batch_size", type=int, default=16, help="completions generated at once [16]")
+    add("--output", help="JSONL file for them")
+    return parser
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the flags. Raises ValueError for those that do not fit together."""
+    args = make_parser().parse_args(argv)
+    fewest = min(args.num_samples, args.batch_size)
+    greedy_and_warm = args.greedy and args.temperature is not None
+    checks = {
+        "give one model, or --compare BASE TUNED": bool(args.model) != bool(args.compare),
+        "--prompts and --output belong together": bool(args.prompts) == bool(args.output),
+        "--prompts takes one model": not (args.prompts and args.compare),
+        "--num_samples and --batch_size must be at least 1": fewest >= 1,
+        "--num_samples is read only with --prompts": bool(args.prompts) or args.num_samples == 1,
+        "--greedy with --temperature: choose one": not greedy_and_warm,
+    }
     for message, holds in checks.items():
         if not holds:
             raise ValueError(message)
     return args
 
 
-def main(argv: Optional[list[str]] = None) -> int:
-    """Exit status 2, with one message, for what cannot be read or run."""
+def main(argv: list[str] | None = None) -> int:
+    """Return exit status 2, with one message, for what cannot be read or run."""
     try:
         args = parse(argv)
         speakers = [load(name, args) for name in args.compare or [args.model]]

@@ -1,8 +1,8 @@
-"""How much memory models need in every mode, from their config.json alone, before anything is downloaded.
+"""Compute the memory that models need in every mode, from config.json alone: no weights needed.
 
     python -m extras.plan DIR [DIR ...] --world 8
 
-`python dpo.py --dry_run ...` says the same of one run, with its steps, tokens and time.
+`python dpo.py --dry_run ...` forecasts one run: memory, steps, tokens and time.
 """
 
 import argparse
@@ -15,18 +15,27 @@ from parts.files import read_json
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("directories", nargs="+", metavar="DIR")
-    parser.add_argument("--world", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=4096, help="of one forward")
+    parser.add_argument("--world", type=int, default=8, help="ranks [8]")
+    parser.add_argument("--tokens", type=int, default=4096, help="of one forward [4096]")
     c = parser.parse_args()
     base = Run(
-        tokens=c.tokens, scored=c.tokens // 2, world=c.world, bf16=True, checkpointing=True,
-        device="cuda")
+        tokens=c.tokens,
+        scored=c.tokens // 2,
+        world=c.world,
+        bf16=True,
+        checkpointing=True,
+        device="cuda",
+    )
     lora = base._replace(rank=16, targets=("all-linear",), weights="bfloat16")
     modes = {
-        "DDP": base, "FSDP": base._replace(fsdp=True), "LoRA": lora,
-        "QLoRA": lora._replace(four_bit="nested")}
+        "DDP": base,
+        "FSDP": base._replace(fsdp=True),
+        "LoRA": lora,
+        "QLoRA": lora._replace(four_bit="nested"),
+    }
     for directory in c.directories:
         config = models.read_config(read_json(Path(directory) / "config.json"))
         for name, run in modes.items():

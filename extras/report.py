@@ -1,11 +1,12 @@
-"""One page about one run or several: curves, answers before and after, settings.
+"""Write one page about one run or several: curves, answers before and after, settings.
 
     python -m extras.report OUT                        writes OUT/report.html
     python -m extras.report OUT-1 OUT-2 --output both.html
     python -m extras.report OUT --png FOLDER           the curves as pictures too; needs matplotlib
 
-It reads metrics.jsonl and dpo_config.json of output directories, finished or still running. The page is one file
-without scripts and without anything from elsewhere; the curves are SVG made by extras/watch/chart.py.
+It reads metrics.jsonl and dpo_config.json of output directories, finished or still running. The
+page is one file without scripts or links to other files; the curves are SVG, drawn by
+extras/watch/chart.py.
 """
 
 import argparse
@@ -14,25 +15,35 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from extras.watch.chart import COLOURS, Line, chart
 from extras.watch.picture import CHARTS, Run, lines_of, read_run, summary
+from parts.config import DPOConfig
 
 SAMPLES = 8  # answers shown for a run
 
 STYLE = """
-body { font: 15px/1.5 Helvetica, Arial, sans-serif; color: #222; margin: 2rem auto; max-width: 1500px;
+body { font: 15px/1.5 Helvetica, Arial, sans-serif; color: #222; margin: 2rem auto; \
+max-width: 1500px;
 padding: 0 1.5rem }
 h1 { font-size: 1.6rem }
 h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid #ddd; padding-bottom: .3rem }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(440px, 100%), 1fr)); gap: 1.2rem }
-figure { margin: 0 } figure svg { width: 100%; height: auto; border: 1px solid #e4e4e4; border-radius: 6px }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(440px, 100%), 1fr)); \
+gap: 1.2rem }
+figure { margin: 0 } \
+figure svg { width: 100%; height: auto; border: 1px solid #e4e4e4; border-radius: 6px }
 figcaption { color: #666; font-size: .85rem; padding: .2rem .3rem }
-table { border-collapse: collapse; font-size: .9rem } td, th { border-bottom: 1px solid #e4e4e4; padding: .35rem .7rem;
-text-align: left; vertical-align: top } td.number { text-align: right; font-variant-numeric: tabular-nums }
-.answers td { width: 33%; white-space: pre-wrap; overflow-wrap: anywhere } .answers { width: 100%; table-layout: fixed }
-.differs td { background: #fff6e0 } label { margin-right: 1.2rem; cursor: pointer } .wide { overflow-x: auto }
-.key { display: inline-block; width: 1.6em; height: 0; border-top: 3px solid; vertical-align: middle; margin: 0 .3em }
+table { border-collapse: collapse; font-size: .9rem } \
+td, th { border-bottom: 1px solid #e4e4e4; padding: .35rem .7rem;
+text-align: left; vertical-align: top } \
+td.number { text-align: right; font-variant-numeric: tabular-nums }
+.answers td { width: 33%; white-space: pre-wrap; overflow-wrap: anywhere } \
+.answers { width: 100%; table-layout: fixed }
+.differs td { background: #fff6e0 } \
+label { margin-right: 1.2rem; cursor: pointer } .wide { overflow-x: auto }
+.key { display: inline-block; width: 1.6em; height: 0; border-top: 3px solid; \
+vertical-align: middle; margin: 0 .3em }
 footer { color: #888; font-size: .85rem; margin-top: 3rem }
 """
 
@@ -41,12 +52,13 @@ footer { color: #888; font-size: .85rem; margin-top: 3rem }
 
 
 def read_runs(directories: list[str]) -> list[Run]:
-    """Runs of equal names get a number."""
+    """Read runs; those of equal names get a number."""
     runs = [read_run(d) for d in directories]
     names = [run.name for run in runs]
-    return [
-        run._replace(name=f"{run.name} ({i + 1})") if names.count(run.name) > 1 else run for i, run in enumerate(runs)
-    ]
+    for i, run in enumerate(runs):
+        if names.count(run.name) > 1:
+            runs[i] = run._replace(name=f"{run.name} ({i + 1})")
+    return runs
 
 
 # Curves
@@ -56,17 +68,22 @@ def figures(runs: list[Run]) -> list[str]:
     out = []
     for title, keys, note in CHARTS:
         if lines := lines_of(runs, keys):
-            out.append(f"<figure>{chart(title, lines, 'step')}<figcaption>{key_of(lines, len(runs))}{escape(note)}"
-                       "</figcaption></figure>")
+            caption = f"{key_of(lines, len(runs))}{escape(note)}"
+            svg = chart(title, lines, "step")
+            out.append(f"<figure>{svg}<figcaption>{caption}</figcaption></figure>")
     return out
 
 
 def key_of(lines: list[Line], runs: int) -> str:
-    """Which line is which, where there is more than one; several runs have their key at the top of the page."""
+    """Draw a chart's key, if it has several lines; that of several runs is at the page's top."""
     if len(lines) < 2 or runs > 1:
         return ""
-    style = lambda line: f"border-color:{line.colour};border-top-style:{'dotted' if line.marks else 'solid'}"
-    return "".join(f'<span class="key" style="{style(line)}"></span>{escape(line.name)} ' for line in lines) + "<br>"
+    out = ""
+    for line in lines:
+        stroke = "dotted" if line.marks else "solid"
+        style = f"border-color:{line.colour};border-top-style:{stroke}"
+        out += f'<span class="key" style="{style}"></span>{escape(line.name)} '
+    return out + "<br>"
 
 
 # Tables
@@ -77,42 +94,58 @@ def cells(values: list, tag: str = "td", kind: str = "") -> str:
 
 
 def results(runs: list[Run]) -> str:
-    """The last evaluation of each run, or the last of its training."""
-    keys = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "kl", "length_bias")
+    """Tabulate the last evaluation of each run, or else its last training step."""
+    keys = (
+        "loss",
+        "rewards/accuracies",
+        "rewards/margins",
+        "rewards/chosen",
+        "rewards/rejected",
+        "kl",
+        "length_bias",
+    )
     shown = lambda v: f"{v:.4f}" if isinstance(v, (int, float)) else "–"
     rows = []
     for run in runs:
-        last, kind = (run.evals[-1], "evaluation") if run.evals else (run.train[-1], "training")
+        kind = "evaluation" if run.evals else "training"
+        last = (run.evals or run.train)[-1]
         at = cells([run.name, f"{kind}, step {last.get('step')}"])
-        rows.append(f"<tr>{at}{cells([shown(last.get(k)) for k in keys], kind=' class=number')}</tr>")
-    return f'<div class="wide"><table><tr>{cells(["run", "", *keys], "th")}</tr>{"".join(rows)}</table></div>'
+        numbers = cells([shown(last.get(k)) for k in keys], kind=" class=number")
+        rows.append(f"<tr>{at}{numbers}</tr>")
+    head = cells(["run", "", *keys], "th")
+    return f'<div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
 
 
 def answers(runs: list[Run]) -> str:
-    """What each run said at its first and at its last evaluation to the same prompts."""
+    """Tabulate each run's answers to the same prompts, at its first and last evaluation."""
     out = []
     for run in runs:
-        sampled = [row for row in run.evals if isinstance(row.get("samples"), list) and row["samples"]]
+        has_samples = lambda row: isinstance(row.get("samples"), list) and row["samples"]
+        sampled = [row for row in run.evals if has_samples(row)]
         if not sampled:
             continue
-        first, last = sampled[0], sampled[-1]
-        rows = [cells([a["prompt"], a["completion"], b["completion"]])
-                for a, b in list(zip(first["samples"], last["samples"]))[:SAMPLES]]
+        first = sampled[0]
+        last = sampled[-1]
+        both = list(zip(first["samples"], last["samples"]))[:SAMPLES]
+        rows = [cells([a["prompt"], a["completion"], b["completion"]]) for a, b in both]
         head = cells(["prompt", f"step {first['step']}", f"step {last['step']}"], "th")
-        out.append(f"<h3>{escape(run.name)}</h3><table class=answers><tr>{head}</tr>"
-                   + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>")
+        out.append(
+            f"<h3>{escape(run.name)}</h3><table class=answers><tr>{head}</tr>"
+            + "".join(f"<tr>{row}</tr>" for row in rows)
+            + "</table>"
+        )
     return "".join(out) or "<p>None: no run had --generate_during_eval.</p>"
 
 
 def defaults() -> dict:
-    from dpo import DPOConfig
-
-    return {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(DPOConfig)}
+    made = lambda f: f.default if f.default is not MISSING else f.default_factory()
+    return {f.name: made(f) for f in fields(DPOConfig)}
 
 
 def configuration(runs: list[Run]) -> str:
-    """Options that are not at their default, marked where runs differ; all of them below."""
-    usual, names = defaults(), sorted({name for run in runs for name in run.settings})
+    """Tabulate options that are not at their default, marked where runs differ; then all."""
+    usual = defaults()
+    names = sorted({name for run in runs for name in run.settings})
     if not names:
         return "<p>Not recorded (dpo_config.json is missing).</p>"
 
@@ -121,16 +154,27 @@ def configuration(runs: list[Run]) -> str:
         for name in chosen:
             values = [run.settings.get(name, "–") for run in runs]
             differs = ' class="differs"' if any(v != values[0] for v in values) else ""
-            body += f"<tr{differs}>{cells([name, *(text_of(v) for v in values), text_of(usual.get(name, '–'))])}</tr>"
+            texts = [text_of(v) for v in [*values, usual.get(name, "–")]]
+            body += f"<tr{differs}>{cells([name, *texts])}</tr>"
         head = cells(["option", *(run.name for run in runs), "default"], "th")
         return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
     special = [n for n in names if any(run.settings.get(n) != usual.get(n) for run in runs)]
-    return table(special) + f"<details><summary>all {len(names)} options</summary>{table(names)}</details>"
+    return (
+        table(special)
+        + f"<details><summary>all {len(names)} options</summary>{table(names)}</details>"
+    )
 
 
-def text_of(value) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else "unset" if value is None else str(value)
+def text_of(value: Any) -> str:
+    """Format an option's value."""
+    return (
+        " ".join(map(str, value))
+        if isinstance(value, list)
+        else "unset"
+        if value is None
+        else str(value)
+    )
 
 
 # The page
@@ -138,12 +182,18 @@ def text_of(value) -> str:
 
 def page(runs: list[Run]) -> str:
     title = "DPO: " + ", ".join(run.name for run in runs)
-    hide = "".join(f"body:has(#run{i}:not(:checked)) .run{i} {{ display: none }}\n" for i in range(len(runs)))
-    switches = "".join(
-        f'<label><input type="checkbox" id="run{i}" checked><span class="key" style="border-color:'
-        f'{COLOURS[i % len(COLOURS)]}"></span>{escape(run.name)}</label>' for i, run in enumerate(runs))
+    hide = ""  # CSS: an unchecked box hides its run, without a script
+    switches = ""
+    for i, run in enumerate(runs):
+        hide += f"body:has(#run{i}:not(:checked)) .run{i} {{ display: none }}\n"
+        key = f'<span class="key" style="border-color:{COLOURS[i % len(COLOURS)]}"></span>'
+        box = f'<input type="checkbox" id="run{i}" checked>'
+        switches += f"<label>{box}{key}{escape(run.name)}</label>"
     if len(runs) > 1:
-        switches += "<br>Dotted lines with marks are evaluations; where a chart has two metrics, the second is dashed."
+        switches += (
+            "<br>Dotted lines with marks are evaluations; where a chart has two metrics, "
+            "the second is dashed."
+        )
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{escape(title)}</title><link rel="icon" href="data:,">
@@ -153,13 +203,15 @@ def page(runs: list[Run]) -> str:
 <h2>Curves</h2><div class="charts">{"".join(figures(runs))}</div>
 <h2>Answers, before and after</h2>{answers(runs)}
 <h2>Configuration</h2>{configuration(runs)}
-<footer>Rewards are DPO's implicit ones: beta log(pi/ref), summed over an answer, in nats times beta. Made by
+<footer>Rewards are DPO's implicit ones: beta log(pi/ref), summed over an answer, in nats times \
+beta. \
+Made by
 python -m extras.report.</footer></body></html>
 """
 
 
 def write_pngs(runs: list[Run], folder: Path) -> list[Path]:
-    """A picture for each chart. Raises ValueError where matplotlib is missing."""
+    """Write a PNG for each chart. Raises ValueError where matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:
@@ -173,8 +225,13 @@ def write_pngs(runs: list[Run], folder: Path) -> list[Path]:
         if lines := lines_of(runs, keys):
             figure, axes = pyplot.subplots(figsize=(6.4, 4), dpi=120)
             for line in lines:
-                axes.plot(*zip(*line.points), label=line.name, color=line.colour, marker="o" if line.marks else None,
-                          linestyle=":" if line.marks else "--" if line.dash else "-")
+                axes.plot(
+                    *zip(*line.points),
+                    label=line.name,
+                    color=line.colour,
+                    marker="o" if line.marks else None,
+                    linestyle=":" if line.marks else "--" if line.dash else "-",
+                )
             axes.set(title=title, xlabel="step")
             axes.grid(alpha=0.3)
             axes.legend()
@@ -185,13 +242,18 @@ def write_pngs(runs: list[Run], folder: Path) -> list[Path]:
 
 
 def main(argv: list[str] | None = None, say: Callable = print) -> int:
-    """Exit status 2, with one message, where a directory holds no run."""
-    parser = argparse.ArgumentParser(prog="python -m extras.report", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Return exit status 2, with one message, where a directory holds no run."""
+    parser = argparse.ArgumentParser(
+        prog="python -m extras.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("directory", nargs="+", help="output directories of runs")
     parser.add_argument("--output", help="the page [report.html in the only directory, or here]")
     parser.add_argument("--png", help="folder for the curves as PNG")
-    parser.add_argument("--svg", help="file for the first run's loss, rewards, margin and accuracy as one picture")
+    parser.add_argument(
+        "--svg", help="file for the first run's loss, rewards, margin and accuracy as one picture"
+    )
     args = parser.parse_args(argv)
     try:
         runs = read_runs(args.directory)
@@ -200,7 +262,9 @@ def main(argv: list[str] | None = None, say: Callable = print) -> int:
         path.write_text(page(runs), encoding="utf-8")
         if args.svg:
             Path(args.svg).write_text(summary(runs[0], "Training") + "\n", encoding="utf-8")
-        for file in [path, *filter(None, [args.svg]), *(write_pngs(runs, Path(args.png)) if args.png else [])]:
+        svgs = [args.svg] if args.svg else []
+        pngs = write_pngs(runs, Path(args.png)) if args.png else []
+        for file in [path, *svgs, *pngs]:
             say(file)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Shows preference data as the trainer sees it: python data.py FILE --model_name_or_path MODEL."""
+"""Show preference data as the trainer sees it: python data.py FILE --model_name_or_path MODEL."""
 
 import argparse
 import os
@@ -15,7 +15,7 @@ from parts.store import describe
 
 
 def show_pair(store: PairStore, index: int, tokenizer: Tokenizer, color: bool) -> str:
-    """A pair decoded through its mask: what is given, what is trained towards, what is trained away from."""
+    """Decode a pair through its mask: prompt, trained towards, trained away from."""
     pair = store[index]
     parts = [("prompt", "2", pair.prompt_ids), ("chosen", "32", pair.chosen_ids)]
     if pair.rejected_prompt_ids is not None:
@@ -24,33 +24,42 @@ def show_pair(store: PairStore, index: int, tokenizer: Tokenizer, color: bool) -
         parts.append(("rejected", "31", pair.rejected_ids))
     lines = [f"--- {store.where(index)}"]
     for name, style, ids in parts:
-        text = tokenizer.decode(ids).replace("\x1b", "\\x1b")  # data must not steer the terminal
-        lines.append(f"[{name}: {len(ids)} tokens]\n" + (f"\x1b[{style}m{text}\x1b[0m" if color else text))
+        text = tokenizer.decode(ids).replace("\x1b", "\\x1b")  # data must not control the terminal
+        lines.append(
+            f"[{name}: {len(ids)} tokens]\n" + (f"\x1b[{style}m{text}\x1b[0m" if color else text)
+        )
     return "\n".join(lines)
 
 
 def summarize(store: PairStore, batch_size: int = 8) -> list[str]:
-    """Tokens of the whole file as padded sequences, as sequences, and as a stream."""
+    """Count the file's tokens as padded sequences, as sequences, and as a stream."""
     prompt, chosen, rejected = store.lengths.T.astype(np.int64)  # (n,) each
     prompts = store.prompt_lengths().astype(np.int64)  # (n, 2)
     prompts[:, 1] *= rejected > 0
     sequences = prompts + store.lengths[:, 1:]  # (n, 2)
     batches = [sequences[i : i + batch_size] for i in range(0, len(store), batch_size)]
     padded = sum(int(batch.max() * (batch > 0).sum()) for batch in batches)
-    two, stream = int(sequences.sum()), int(store.tokens.sum())
-    means = f"prompt {prompt.mean():.1f}, chosen {chosen.mean():.1f}, rejected {rejected.mean():.1f}"
+    two = int(sequences.sum())
+    stream = int(store.tokens.sum())
+    means = (
+        f"prompt {prompt.mean():.1f}, chosen {chosen.mean():.1f}, rejected {rejected.mean():.1f}"
+    )
     return [
         f"{len(store):,} pairs; mean tokens: {means}; longest sequence {sequences.max()}",
-        f"{padded:,} tokens as two padded sequences per pair (file order, {batch_size} pairs per batch)",
+        f"{padded:,} tokens as two padded sequences per pair "
+        f"(file order, {batch_size} pairs per batch)",
         f"{two:,} tokens as two sequences per pair without padding",
-        f"{stream:,} tokens as a stream: {1 - stream / two:.1%} less by sharing, {1 - stream / padded:.1%} less in all",
+        f"{stream:,} tokens as a stream: {1 - stream / two:.1%} less by sharing, "
+        f"{1 - stream / padded:.1%} less in all",
     ]
 
 
 def view(args: argparse.Namespace) -> Iterator[str]:
-    """What is printed."""
+    """Yield what is printed: pairs, token counts, the store's report."""
     tokenizer = open_tokenizer(args.model_name_or_path, args.chat_template)
-    options = DataOptions(**{name: value for name, value in vars(args).items() if name in DataOptions._fields})
+    options = DataOptions(
+        **{name: value for name, value in vars(args).items() if name in DataOptions._fields}
+    )
     with tempfile.TemporaryDirectory() as cache:
         store = build_store(find_files(args.file), tokenizer, options, cache, args.on_bad_row)
         for index in range(min(args.n, len(store))):
@@ -63,15 +72,19 @@ def length(text: str) -> int | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 2, with one message, on unusable data."""
-    parser = argparse.ArgumentParser(prog="data.py", description="Shows preference data as the trainer sees it.")
+    """Return exit status 2, with one message, for unusable data."""
+    parser = argparse.ArgumentParser(
+        prog="data.py", description="Show preference data as the trainer sees it."
+    )
     parser.add_argument("file", nargs="+", help="JSONL or JSON file, .gz of it, glob or directory")
     parser.add_argument("--model_name_or_path", required=True, help="directory with tokenizer.json")
-    parser.add_argument("-n", type=int, default=3, help="how many pairs are shown")
+    parser.add_argument("-n", type=int, default=3, help="number of pairs shown")
     parser.add_argument("--max_length", type=length, default=DataOptions().max_length)
     parser.add_argument("--max_prompt_length", type=length)
     parser.add_argument("--max_completion_length", type=length)
-    parser.add_argument("--truncation_mode", choices=["keep_start", "keep_end"], default="keep_start")
+    parser.add_argument(
+        "--truncation_mode", choices=["keep_start", "keep_end"], default="keep_start"
+    )
     parser.add_argument("--chat_template", help="a template: its file, its name or its text")
     parser.add_argument("--on_bad_row", choices=["stop", "skip"], default="stop")
     try:
@@ -80,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     except DataError as error:
         print(f"data.py: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader, `head` for one, has seen enough
+    except BrokenPipeError:  # the reader (`head`, say) closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 

@@ -46,9 +46,9 @@ def test_demo_is_under_3_megabytes():
 
 
 def test_score_is_words_of_praise_minus_words_of_blame():
-    assert show.score(" The broth was rich and clear, but the waiter was rude. Go there hungry.") == 1
-    assert show.score(" The pages were clumsy. The ENDING was flat, and the jokes were stale.") == -3
-    assert show.score(" It stays by my bed.") == 0
+    assert show.net_praise(" The broth was rich and clear, but the waiter was rude. Go there hungry.") == 1
+    assert show.net_praise(" The pages were clumsy. The ENDING was flat, and the jokes were stale.") == -3
+    assert show.net_praise(" It stays by my bed.") == 0
     assert not show.PRAISE & show.BLAME
 
 
@@ -56,14 +56,14 @@ def test_openings_reasons_and_closings_have_no_word_that_scores():
     for kind in make.KINDS:
         texts = [kind.opening, *sum(kind.reasons, []), *sum(kind.closings, [])]
         texts += [*make.WHEN, *make.WHO, *make.PLACES, *(subject for subject, _ in kind.subjects)]
-        assert [text for text in texts if show.score(text)] == []
+        assert [text for text in texts if show.net_praise(text)] == []
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "eval.jsonl"])
 def test_chosen_scores_above_rejected_in_every_pair(name):
     rows = read_rows(name)
     assert len(rows) >= 150
-    assert [row for row in rows if show.score(row["chosen"]) <= show.score(row["rejected"])] == []
+    assert [row for row in rows if show.net_praise(row["chosen"]) <= show.net_praise(row["rejected"])] == []
 
 
 def test_no_prompt_is_trained_on_and_evaluated_on():
@@ -93,8 +93,8 @@ def test_make_pairs_puts_the_higher_score_first_and_leaves_ties_out(base):
     asked = [row["prompt"] for row in read_rows("eval.jsonl")[:8]]
     rows = make.make_pairs(asked, *base)
     both = show.answers(*base, asked + asked, make.SEED)
-    scores = {prompt: sorted((show.score(a), show.score(b))) for prompt, a, b in zip(asked, both, both[8:])}
-    made = {row["prompt"]: [show.score(row["rejected"]), show.score(row["chosen"])] for row in rows}
+    scores = {prompt: sorted((show.net_praise(a), show.net_praise(b))) for prompt, a, b in zip(asked, both, both[8:])}
+    made = {row["prompt"]: [show.net_praise(row["rejected"]), show.net_praise(row["chosen"])] for row in rows}
     assert made == {prompt: pair for prompt, pair in scores.items() if pair[0] < pair[1]}
     assert 2 < len(made) <= 8
 

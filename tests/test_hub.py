@@ -191,7 +191,7 @@ def test_revisions_are_branches_tags_and_commits(server, client, tiny):
 
 REFUSED = [
     ("org/absent", "org/absent: no such path here and no such model on http://127.0.0.1"),
-    ("org/secret", "if it is a private one, log in with `hf auth login`, or set HF_TOKEN"),
+    ("org/secret", "if it is private, log in with `hf auth login`, or set HF_TOKEN"),
     ("org/gated", "org/gated: a gated model: ask for access at http://127.0.0.1"),
     ("org/pickled", "its weights are pickled (pytorch_model.bin), and pickles are never read"),
     ("org/empty", "not a model that can be loaded: config.json, model.safetensors missing among its 1 files"),

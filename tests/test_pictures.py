@@ -175,12 +175,12 @@ def test_qwen_frames_pictures_in_plain_text(tmp_path):
     ({"image": "none.png"}, "none.png: No such file"),
     ({"image": "https://example.org/cat.png"}, "nothing is fetched"),
     ({"image": "data:image/png;base64,%%%"}, "broken data URI"),
-    ({"image": 3}, "a picture is a path"),
-    ({"images": ["cat.png"], "prompt": [{"role": "user", "content": "<image><image>?"}]}, "2 places for pictures .<image>. and the row 1"),
-    ({"images": ["cat.png"], "prompt": "It is", "chosen": " a", "rejected": " b"}, "0 places for pictures .<image>. and the row 1"),
-    ({"prompt": [{"role": "user", "content": "<image>?"}]}, "1 places for pictures .<image>. and the row 0"),
-    ({"image": "cat.png", "chosen": [{"role": "assistant", "content": [{"type": "image"}]}]}, "pictures belong to the prompt"),
-    ({"image": "cat.png", "chosen": [{"role": "assistant", "content": "<image> it"}]}, "2 places for pictures"),
+    ({"image": 3}, "an image is a path"),
+    ({"images": ["cat.png"], "prompt": [{"role": "user", "content": "<image><image>?"}]}, "2 places for images .<image>. and the row 1"),
+    ({"images": ["cat.png"], "prompt": "It is", "chosen": " a", "rejected": " b"}, "0 places for images .<image>. and the row 1"),
+    ({"prompt": [{"role": "user", "content": "<image>?"}]}, "1 places for images .<image>. and the row 0"),
+    ({"image": "cat.png", "chosen": [{"role": "assistant", "content": [{"type": "image"}]}]}, "images belong to the prompt"),
+    ({"image": "cat.png", "chosen": [{"role": "assistant", "content": "<image> it"}]}, "2 places for images"),
 ])
 def test_rows_are_refused_with_file_and_line(row, words, tmp_path):
     tokenizer = load_tokenizer("llava", tmp_path)
@@ -194,7 +194,7 @@ def damaged(kind: str, path):
     if kind == "torn":
         path.write_bytes(encoded(picture(60, 60), format="JPEG")[:700])
     elif kind == "text":
-        path.write_bytes(b"not a picture")
+        path.write_bytes(b"not an image")
     elif kind == "empty":
         path.write_bytes(b"")
     elif kind == "animated":
@@ -210,8 +210,8 @@ def damaged(kind: str, path):
 
 
 @pytest.mark.parametrize("kind, words", [
-    ("torn", "not a picture that can be read"), ("text", "not a picture"), ("empty", "not a picture"),
-    ("animated", "GIF with 2 frames"), ("bomb", "too large|pixels; more than|not a picture"), ("oversized", "12000 x 9000 pixels"),
+    ("torn", "not an image that can be read"), ("text", "not an image"), ("empty", "not an image"),
+    ("animated", "GIF with 2 frames"), ("bomb", "too large|pixels; more than|not an image"), ("oversized", "12000 x 9000 pixels"),
     ("float", "floating-point pixels")])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_files_that_are_no_still_picture_are_refused_by_row_or_counted(kind, words, tmp_path):
@@ -267,13 +267,13 @@ def test_the_store_keeps_references_and_pictures_that_lay_in_the_rows(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     build = lambda: data.build_store([tmp_path / "rows.jsonl"], tokenizer, data.DataOptions(), tmp_path / "cache")
     store = data.PairStore(build().directory)
-    found = [pictures.pictures_of(store, i) for i in range(3)]
+    found = [pictures.images_of(store, i) for i in range(3)]
     assert [len(f) for f in found] == [2, 0, 1] and found[0][1] == found[2][0]
     pixels = [pictures.load_pixels(p, store.directory, tokenizer.pictures) for p in found[0]]
     assert [p.shape for p in pixels] == [(1, 3, 28, 28)] * 2
     digest = store.digest
     saved(path, picture(40, 30, 3))
-    with pytest.raises(DataError, match="cat.png: the picture has changed since the pairs were tokenized"):
+    with pytest.raises(DataError, match="cat.png: the image has changed since the pairs were tokenized"):
         pictures.load_pixels(found[0][0], store.directory, tokenizer.pictures)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + "\n")  # another file: tokenized anew
     assert build().digest != digest
@@ -290,7 +290,7 @@ def test_a_batch_holds_each_picture_once(tmp_path):
     loader = pictures.Loader(tokenizer.pictures)
     batch = data.collate([store[i] for i in range(3)], range(3))
     found = loader.collect(batch, store, range(3))
-    a, b = (pictures.pictures_of(store, 2)[i] for i in (1, 0))
+    a, b = (pictures.images_of(store, 2)[i] for i in (1, 0))
     n, m = (pictures.features(p, tokenizer.pictures) for p in (a, b))
     assert len(found.pixels) == (n + m) // 4  # 4 features a tile
     assert found.source.tolist() == [*range(n), *range(n), *range(n, n + m), *range(n)]

@@ -229,13 +229,14 @@ def test_the_padded_batch_scores_as_the_stream_does(tiny):
     sums = [part.sum() for part in out.logps.split(batch.lengths.flatten().tolist())]
     for row, (ids, mask, scored) in enumerate(zip(padded["input_ids"], padded["completion_mask"], padded["attention_mask"])):
         where = mask.nonzero()[:, 0]
-        alone = model(ids[: scored.sum()], torch.arange(int(scored.sum())),
-                      torch.tensor([[0, int(scored.sum()), 0, 0]], dtype=torch.int32), where - 1, ids[where])
+        n = int(scored.sum())
+        span = torch.tensor([[0, n, 0, 0]], dtype=torch.int32)
+        alone = model(models.Stream(ids[:n], torch.arange(n), span, where - 1, ids[where]))
         torch.testing.assert_close(alone.logps.sum(), sums[2 * (row % 3) + row // 3])
 
 
 @pytest.mark.parametrize("message, options, examples", [
-    ("keep_start or keep_end is expected", {"truncation_mode": "middle"}, EXAMPLES),
+    ("expected keep_start or keep_end", {"truncation_mode": "middle"}, EXAMPLES),
     ("only pt", {"return_tensors": "np"}, EXAMPLES),
     ("ref_chosen_logps: only 1 of 2 examples have it", {}, [EXAMPLES[0] | {"ref_chosen_logps": 1.0}, EXAMPLES[1]])])
 def test_the_collator_refuses(message, options, examples):

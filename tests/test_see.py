@@ -154,7 +154,7 @@ def test_prompts_of_a_file_are_answered_and_two_ranks_say_what_one_says(tiny, pa
             "--generate_during_eval: there are no pairs",
         ),
         (dict(report_to=["none", "wandb"]), "none goes with no other"),
-        (dict(report_to=["mlflow"]), "--report_to mlflow: one of"),
+        (dict(report_to=["mlflow"]), "--report_to mlflow: expected one of"),
         (dict(run_name="x"), "--run_name x: read only with --report_to"),
     ],
 )

@@ -1,4 +1,7 @@
-"""Pairs as TRL's padded batch, for those who train with a loop of their own. The trainer here never pads: data.collate."""
+"""Collate pairs into TRL's padded batch, for a training loop of your own.
+
+The trainer here never pads: see data.collate.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +13,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 @dataclass
 class DataCollatorForPreference:
-    """Examples with prompt_ids, chosen_ids, rejected_ids -> input_ids, attention_mask, completion_mask, (2B, L) each.
+    """Pad examples of prompt_ids, chosen_ids, rejected_ids to a batch, all chosen rows first.
 
-    All chosen rows, then all rejected; padded on the right, to a multiple of `pad_to_multiple_of`.
-    What is longer than `max_length` is cut first, at the end (keep_start) or the beginning
-    (keep_end). ref_chosen_logps and ref_rejected_logps come along, (B,) each, where the examples
-    have them. TRL 1.16's example:
+    Return input_ids, attention_mask and completion_mask, (2B, L) each, padded on the right to a
+    multiple of `pad_to_multiple_of`. Sequences longer than `max_length` are first cut, at the end
+    (keep_start) or at the beginning (keep_end). ref_chosen_logps and ref_rejected_logps, (B,)
+    each, are added where the examples have them. TRL 1.16's example:
 
         >>> DataCollatorForPreference(pad_token_id=0)([
         ...     {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]},
@@ -32,8 +35,8 @@ class DataCollatorForPreference:
                 [0, 0, 1, 1, 0]])}
 
     A log-prob of row i is the sum over positions t with completion_mask[i, t] = 1 of log
-    p(input_ids[i, t] | what stands before). Raises ValueError for an unknown truncation_mode, and
-    for examples of which only some have a reference.
+    p(input_ids[i, t] | the tokens before it). Raises ValueError for an unknown truncation_mode, and
+    for examples of which only some have reference log-probs.
     """
 
     pad_token_id: int
@@ -44,21 +47,31 @@ class DataCollatorForPreference:
 
     def __post_init__(self) -> None:
         if self.truncation_mode not in ("keep_start", "keep_end"):
-            raise ValueError(f"truncation_mode {self.truncation_mode!r}: keep_start or keep_end is expected")
+            raise ValueError(
+                f"truncation_mode {self.truncation_mode!r}: expected keep_start or keep_end"
+            )
         if self.return_tensors != "pt":
             raise ValueError(f"return_tensors {self.return_tensors!r}: only pt (torch) is made")
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        kept = slice(None, self.max_length) if self.truncation_mode == "keep_start" else slice(-(self.max_length or 0), None)
-        ids, masks = [], []
+        if self.truncation_mode == "keep_start":
+            kept = slice(None, self.max_length)
+        else:
+            kept = slice(-(self.max_length or 0), None)
+        ids = []
+        masks = []
         for name in ("chosen_ids", "rejected_ids"):
             for example in examples:
-                prompt, completion = list(example["prompt_ids"]), list(example[name])
+                prompt = list(example["prompt_ids"])
+                completion = list(example[name])
+                mask = [0] * len(prompt) + [1] * len(completion)
                 ids.append(torch.tensor((prompt + completion)[kept], dtype=torch.int64))
-                masks.append(torch.tensor(([0] * len(prompt) + [1] * len(completion))[kept], dtype=torch.int64))
-        batch = {"input_ids": self.pad(ids, self.pad_token_id),
-                 "attention_mask": self.pad([torch.ones_like(row) for row in ids], 0),
-                 "completion_mask": self.pad(masks, 0)}
+                masks.append(torch.tensor(mask[kept], dtype=torch.int64))
+        batch = {
+            "input_ids": self.pad(ids, self.pad_token_id),
+            "attention_mask": self.pad([torch.ones_like(row) for row in ids], 0),
+            "completion_mask": self.pad(masks, 0),
+        }
         for name in ("ref_chosen_logps", "ref_rejected_logps"):
             have = sum(name in example for example in examples)
             if have not in (0, len(examples)):

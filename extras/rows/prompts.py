@@ -1,4 +1,4 @@
-"""Prompts of a file: what chat and --generate_during_eval answer."""
+"""Read the prompts that chat and --generate_during_eval answer from a file."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from parts.turns import parse_turns, split_row
 
 
 def read_prompts(path: str) -> Iterator[str | list[dict]]:
-    """The prompts of a file's rows, text or messages. Raises DataError naming file and line."""
+    """Yield the prompts of a file's rows, text or messages. Raises DataError naming the line."""
     for where, row in read_rows(find_files(path)):
         try:
             if isinstance(row, DataError):

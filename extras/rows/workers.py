@@ -1,4 +1,4 @@
-"""A function over chunks of rows in several processes: --dataset_num_proc."""
+"""Map a function over chunks of rows in several processes: --dataset_num_proc."""
 
 import multiprocessing
 from collections import deque
@@ -16,7 +16,7 @@ def map_in_processes(function: Callable, chunks: Iterator[list], num_proc: int) 
     process dies.
     """
     waiting: deque = deque()
-    # spawn: a forked copy of a process with threads, as the tokenizer's, may hang
+    # spawn: the tokenizer has threads, and a forked copy of a process with threads may hang
     with ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn")) as pool:
         try:
             for chunk in chunks:
@@ -26,5 +26,5 @@ def map_in_processes(function: Callable, chunks: Iterator[list], num_proc: int) 
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
-            what = "a tokenizing process died, perhaps for want of memory"
+            what = "a tokenizing process died, perhaps out of memory"
             raise DataError(f"{what}; lower --dataset_num_proc") from None

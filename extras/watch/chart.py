@@ -1,24 +1,26 @@
-"""Line charts and histograms as SVG text: no package, no script, the same picture in a browser, a card or a README.
+"""Draw line charts and histograms as SVG text, without a package or a script.
 
-    Line("sigmoid", [(0, 0.69), (10, 0.41)])          one curve; points that are not finite break it
-    chart("loss", [Line(...), Line(...)], "step")     -> "<svg ...>"
+A browser, a model card and a README show the same picture.
+
+Line("sigmoid", [(0, 0.69), (10, 0.41)])          one curve; points that are not finite break it
+chart("loss", [Line(...), Line(...)], "step")     -> "<svg ...>"
 """
 
 import math
 from collections.abc import Sequence
 from html import escape
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 WIDTH, HEIGHT = 460, 260
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 34, 40  # pixels around the plot
-# Okabe and Ito's colours: told apart by all kinds of colour vision. Each further run also has another dash.
+# Okabe and Ito's colours, distinct to the colour-blind too. Each further run also has another dash.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
 DASHES = ("", "6 3", "2 2", "8 3 2 3")
 FONT = "Helvetica, Arial, sans-serif"
 
 
 class Line(NamedTuple):
-    """A curve of (x, y) points; `marks` draws the points too, `joined` the line; `group` is a CSS class."""
+    """A curve of (x, y) points: `joined` draws the line, `marks` the points; `group`: CSS class."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -30,7 +32,7 @@ class Line(NamedTuple):
 
 
 class Axes(NamedTuple):
-    """Where numbers lie in the picture, in pixels."""
+    """The ranges of x and y, and the picture's size in pixels."""
 
     x: tuple[float, float]
     y: tuple[float, float]
@@ -38,21 +40,26 @@ class Axes(NamedTuple):
     height: int
 
     def at(self, x: float, y: float) -> tuple[float, float]:
+        """Convert a point to pixels."""
         across = (x - self.x[0]) / (self.x[1] - self.x[0])
         up = (y - self.y[0]) / (self.y[1] - self.y[0])
-        return LEFT + across * (self.width - LEFT - RIGHT), self.height - BOTTOM - up * (self.height - TOP - BOTTOM)
+        return LEFT + across * (self.width - LEFT - RIGHT), self.height - BOTTOM - up * (
+            self.height - TOP - BOTTOM
+        )
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers between low and high: 1, 2 or 5 times a power of ten apart."""
+    """List round numbers between low and high: 1, 2 or 5 times a power of ten apart."""
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
-    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [
+        i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
 
 
 def number(value: float) -> str:
-    """An axis' number, short: 0.5, 1e-06, 12,000."""
+    """Format an axis' number, short: 0.5, 1e-6, 12,000."""
     if value == 0 or abs(value) < 1e-12:
         return "0"
     if abs(value) >= 1e5 or abs(value) < 1e-3:
@@ -61,39 +68,53 @@ def number(value: float) -> str:
 
 
 def span(values: Sequence[float]) -> tuple[float, float]:
-    """The range to draw: a little more than the values', never empty."""
-    low, high = min(values, default=0.0), max(values, default=1.0)
+    """Compute the range to draw: a little more than the values', never empty."""
+    low = min(values, default=0.0)
+    high = max(values, default=1.0)
     pad = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     return low - pad, high + pad
 
 
-def text(x: float, y: float, words: str, size: int = 11, anchor: str = "start", colour: str = "#333333",
-         more: str = "") -> str:
-    return (f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{colour}"{more}>'
-            f"{escape(words)}</text>")
+def text(
+    x: float,
+    y: float,
+    words: str,
+    size: int = 11,
+    anchor: str = "start",
+    colour: str = "#333333",
+    more: str = "",
+) -> str:
+    place = f'x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}"'
+    return f'<text {place} fill="{colour}"{more}>{escape(words)}</text>'
 
 
 def grid(axes: Axes, x_label: str, x_ticks: list[tuple[float, str]] | None = None) -> list[str]:
-    """Lines and ticks at round numbers, or at `x_ticks` (place, label); the line at 0 is darker."""
-    out, left, right = [], LEFT, axes.width - RIGHT
+    """Draw lines and ticks at round numbers or at `x_ticks` (place, label); 0 is darker."""
+    out = []
+    left = LEFT
+    right = axes.width - RIGHT
     for value in ticks(*axes.y):
         _, y = axes.at(axes.x[0], value)
-        out.append(
-            f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="{"#999" if value == 0 else "#e4e4e4"}"/>'
-        )
+        stroke = "#999" if value == 0 else "#e4e4e4"
+        place = f'x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"'
+        out.append(f'<line {place} stroke="{stroke}"/>')
         out.append(text(left - 6, y + 4, number(value), 10, "end", "#666"))
-    marks = [(value, number(value)) for value in ticks(*axes.x, about=6)] if x_ticks is None else x_ticks
-    for value, label in marks:
+    if x_ticks is None:
+        x_ticks = [(value, number(value)) for value in ticks(*axes.x, about=6)]
+    for value, label in x_ticks:
         if axes.x[0] <= value <= axes.x[1]:
             x, y = axes.at(value, axes.y[0])
-            out.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y:.1f}" y2="{y + 4:.1f}" stroke="#999"/>')
+            out.append(
+                f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y:.1f}" y2="{y + 4:.1f}" stroke="#999"/>'
+            )
             out.append(text(x, y + 16, label, 10, "middle", "#666"))
     return [*out, text((left + right) / 2, axes.height - 6, x_label, 11, "middle", "#666")]
 
 
 def curve(axes: Axes, line: Line) -> list[str]:
-    """The polyline, in pieces where values are missing, and its marks, which tell their numbers."""
-    out, pieces = [], [[]]
+    """Draw a line, in pieces where values are missing, and its marks, which show their numbers."""
+    out = []
+    pieces = [[]]
     for x, y in line.points:
         if math.isfinite(x) and math.isfinite(y):
             pieces[-1].append((x, y))
@@ -104,23 +125,27 @@ def curve(axes: Axes, line: Line) -> list[str]:
         places = [axes.at(*point) for point in piece]
         if line.joined:
             drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-            out.append(f'<polyline points="{drawn}" fill="none" stroke="{line.colour}" stroke-width="1.8" '
-                       f'stroke-linejoin="round"{dash}/>')
+            out.append(
+                f'<polyline points="{drawn}" fill="none" stroke="{line.colour}" stroke-width="1.8" '
+                f'stroke-linejoin="round"{dash}/>'
+            )
         if line.marks or len(piece) == 1:
-            out += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" fill="{line.colour}"><title>{escape(line.name)}: '
-                    f"{number(a)}, {number(b)}</title></circle>" for (x, y), (a, b) in zip(places, piece)]
+            for (x, y), (a, b) in zip(places, piece):
+                title = f"{escape(line.name)}: {number(a)}, {number(b)}"
+                circle = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" fill="{line.colour}">'
+                out.append(f"{circle}<title>{title}</title></circle>")
     return [f'<g class="{line.group}">', *out, "</g>"] if line.group else out
 
 
 def legend(lines: Sequence[Line], x: float, y: float) -> list[str]:
-    """Names with their strokes, one below the other, from (x, y) down."""
+    """Draw names with their strokes, one below the other, from (x, y) down."""
     out = []
     for i, line in enumerate(lines):
-        at, dash = y + 16 * i, f' stroke-dasharray="{line.dash}"' if line.dash else ""
+        at = y + 16 * i
+        dash = f' stroke-dasharray="{line.dash}"' if line.dash else ""
         if line.joined:
-            out.append(
-                f'<line x1="{x}" x2="{x + 20}" y1="{at}" y2="{at}" stroke="{line.colour}" stroke-width="2"{dash}/>'
-            )
+            place = f'x1="{x}" x2="{x + 20}" y1="{at}" y2="{at}"'
+            out.append(f'<line {place} stroke="{line.colour}" stroke-width="2"{dash}/>')
         if line.marks:
             out.append(f'<circle cx="{x + 10}" cy="{at}" r="3.2" fill="{line.colour}"/>')
         out.append(text(x + 26, at + 4, line.name))
@@ -128,36 +153,61 @@ def legend(lines: Sequence[Line], x: float, y: float) -> list[str]:
 
 
 def picture(width: int, height: int, title: str, parts: Sequence[str]) -> str:
-    head = (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-            f'font-family="{FONT}" role="img"><title>{escape(title)}</title>')
+    """Wrap drawn parts as one SVG."""
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        f'viewBox="0 0 {width} {height}" '
+        f'font-family="{FONT}" role="img"><title>{escape(title)}</title>'
+    )
     return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *parts, "</svg>"])
 
 
-def panel(title: str, lines: Sequence[Line], x_label: str, width: int = WIDTH, height: int = HEIGHT, y_label: str = "",
-          x_ticks: list[tuple[float, str]] | None = None) -> list[str]:
-    """A chart's parts: axes that fit all lines, the lines, a heading."""
-    finite = [(a, b) for line in lines for a, b in line.points if math.isfinite(a) and math.isfinite(b)]
+def panel(
+    title: str,
+    lines: Sequence[Line],
+    x_label: str,
+    width: int = WIDTH,
+    height: int = HEIGHT,
+    y_label: str = "",
+    x_ticks: list[tuple[float, str]] | None = None,
+) -> list[str]:
+    """Draw a chart's parts: a heading, axes that fit all lines, the lines."""
+    finite = [
+        (a, b) for line in lines for a, b in line.points if math.isfinite(a) and math.isfinite(b)
+    ]
     axes = Axes(span([a for a, _ in finite]), span([b for _, b in finite]), width, height)
     parts = [text(LEFT, 20, title, 13, more=' font-weight="bold"'), *grid(axes, x_label, x_ticks)]
     if y_label:
-        parts.append(text(14, (TOP + height - BOTTOM) / 2, y_label, 11, "middle", "#666",
-                          f' transform="rotate(-90 14 {(TOP + height - BOTTOM) / 2:.1f})"'))
+        middle = (TOP + height - BOTTOM) / 2
+        turned = f' transform="rotate(-90 14 {middle:.1f})"'
+        parts.append(text(14, middle, y_label, 11, "middle", "#666", turned))
     if not finite:
-        parts.append(text((LEFT + width - RIGHT) / 2, height / 2, "not recorded", 11, "middle", "#999"))
+        middle = (LEFT + width - RIGHT) / 2
+        parts.append(text(middle, height / 2, "not recorded", 11, "middle", "#999"))
     for line in lines:
         parts += curve(axes, line)
     return parts
 
 
-def chart(title: str, lines: Sequence[Line], x_label: str, **more) -> str:
-    """One line chart as a whole SVG."""
-    return picture(more.get("width", WIDTH), more.get("height", HEIGHT), title, panel(title, lines, x_label, **more))
+def chart(title: str, lines: Sequence[Line], x_label: str, **more: Any) -> str:
+    """Draw one line chart as an SVG of its own; `more`: panel's options."""
+    return picture(
+        more.get("width", WIDTH),
+        more.get("height", HEIGHT),
+        title,
+        panel(title, lines, x_label, **more),
+    )
 
 
 def histogram(
-    title: str, values: Sequence[float], x_label: str, bins: int = 40, width: int = 700, height: int = 260
+    title: str,
+    values: Sequence[float],
+    x_label: str,
+    bins: int = 40,
+    width: int = 700,
+    height: int = 260,
 ) -> str:
-    """Counts of values; those below 0 in another colour, since 0 is where a margin is wrong."""
+    """Draw counts of values; those below 0 in another colour, since a margin below 0 is wrong."""
     low, high = span(values)
     step = (high - low) / bins
     counts = [0] * bins
@@ -169,8 +219,8 @@ def histogram(
         left, top = axes.at(low + i * step, count)
         right, bottom = axes.at(low + (i + 1) * step, 0)
         colour = COLOURS[1] if low + (i + 0.5) * step < 0 else COLOURS[0]
-        parts.append(
-            f'<rect x="{left:.1f}" y="{top:.1f}" width="{right - left - 1:.1f}" height="{bottom - top:.1f}" '
-            f'fill="{colour}"><title>{number(low + i * step)} to {number(low + (i + 1) * step)}: {count}</title></rect>'
-        )
+        size = f'width="{right - left - 1:.1f}" height="{bottom - top:.1f}"'
+        rect = f'<rect x="{left:.1f}" y="{top:.1f}" {size} fill="{colour}">'
+        range_of_bin = f"{number(low + i * step)} to {number(low + (i + 1) * step)}"
+        parts.append(f"{rect}<title>{range_of_bin}: {count}</title></rect>")
     return picture(width, height, title, parts)

@@ -1,17 +1,19 @@
-"""What `python dpo.py` without arguments prints around training: the same prompts answered before and after.
+"""Answer the same prompts before and after the demo's training: `python dpo.py` without arguments.
 
-The rule is the reward of this demo, as a sentiment classifier is in the DPO paper's first experiment: words of praise
-minus words of blame. demo/make.py ranked the pairs by it; the model never sees it, only which answer was preferred.
+The demo's reward is a rule, words of praise minus words of blame, where the DPO paper's first
+experiment has a sentiment classifier. demo/make.py ranked the pairs by it; the model never sees it,
+only which answer was preferred.
 """
 
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# What reviews speak of, with words of praise and words of blame for it. demo/make.py writes its reviews with these.
+# What reviews speak of, with words of praise and words of blame for it; demo/make.py uses these.
 OPINIONS = {
     "broth": ("rich clear fragrant", "thin salty lukewarm"),
     "bread": ("fresh crusty warm", "stale burnt dry"),
@@ -29,36 +31,42 @@ OPINIONS = {
     "characters": ("vivid lovable believable", "shallow tiresome forgettable"),
     "pages": ("beautiful luminous graceful", "clumsy dense dull"),
 }
-PRAISE, BLAME = (frozenset(" ".join(words[side] for words in OPINIONS.values()).split()) for side in (0, 1))
+PRAISE, BLAME = (
+    frozenset(" ".join(words[side] for words in OPINIONS.values()).split()) for side in (0, 1)
+)
 
 EVAL = Path(__file__).resolve().parents[2] / "demo" / "eval.jsonl"
-SAMPLES = 64  # answers behind each mean score
+SAMPLES = 64  # answers behind each mean
 SHOWN = 4  # of them on the screen
 SEED = 7
 
 
-def score(text: str) -> float:
-    """The rule: words of praise minus words of blame."""
+def net_praise(text: str) -> float:
+    """Apply the rule: count words of praise minus words of blame."""
     words = re.findall(r"[a-z]+", text.lower())
     return float(sum(word in PRAISE for word in words) - sum(word in BLAME for word in words))
 
 
-def next_logits(model, texts: list[list[int]]) -> Tensor:  # (len(texts), V)
-    """Logits of the token that follows each text; all of them are one stream, a span each."""
+def next_logits(model: Any, texts: list[list[int]]) -> Tensor:  # (len(texts), V)
+    """Compute the logits of the token after each text, all in one stream with a span each."""
     device = next(model.parameters()).device
     lengths = torch.tensor([len(ids) for ids in texts])
     ends = lengths.cumsum(0)
-    spans = torch.stack([ends - lengths, ends, torch.zeros_like(ends), torch.zeros_like(ends)], 1).int()  # (S, 4)
+    spans = torch.stack(
+        [ends - lengths, ends, torch.zeros_like(ends), torch.zeros_like(ends)], 1
+    ).int()  # (S, 4)
     input_ids = torch.tensor([token for ids in texts for token in ids], device=device)  # (T,)
     position_ids = torch.cat([torch.arange(n) for n in lengths.tolist()]).to(device)
     return model.logits(input_ids, position_ids, spans)[ends.to(device) - 1]
 
 
 @torch.no_grad()
-def answers(model, tokenizer, prompts: list[str], seed: int, max_new_tokens: int = 96) -> list[str]:
-    """One sampled continuation of each prompt, from the model's own distribution: temperature 1, nothing cut off.
+def answers(
+    model: Any, tokenizer: Any, prompts: list[str], seed: int, max_new_tokens: int = 96
+) -> list[str]:
+    """Sample one continuation of each prompt at temperature 1, without top-k or top-p.
 
-    Each step reads the unfinished texts whole. A key/value cache would save work that texts this short do not have.
+    Each step reads all of every unfinished text: texts this short do not need a key/value cache.
     """
     generator = torch.Generator().manual_seed(seed)
     texts = [tokenizer.encode(prompt) for prompt in prompts]
@@ -66,19 +74,25 @@ def answers(model, tokenizer, prompts: list[str], seed: int, max_new_tokens: int
     unfinished = texts
     for _ in range(max_new_tokens):
         probs = next_logits(model, unfinished).float().softmax(-1).cpu()
-        for ids, token in zip(unfinished, torch.multinomial(probs, 1, generator=generator).flatten().tolist()):
+        for ids, token in zip(
+            unfinished, torch.multinomial(probs, 1, generator=generator).flatten().tolist()
+        ):
             ids.append(token)
         unfinished = [ids for ids in unfinished if ids[-1] != tokenizer.eos_token_id]
         if not unfinished:
             break
-    return [tokenizer.decode(ids[start:], skip_special_tokens=True) for ids, start in zip(texts, starts)]
+    return [
+        tokenizer.decode(ids[start:], skip_special_tokens=True) for ids, start in zip(texts, starts)
+    ]
 
 
-def sample(trainer) -> list[tuple[str, str]]:
-    """(prompt, answer) for the first prompts of demo/eval.jsonl, on rank 0; nothing on other ranks."""
+def sample(trainer: Any) -> list[tuple[str, str]]:
+    """Answer the first prompts of demo/eval.jsonl, on rank 0: (prompt, answer); else nothing."""
     if not trainer.ranks.first:
         return []
-    prompts = [json.loads(line)["prompt"] for line in EVAL.read_text("utf-8").splitlines()[:SAMPLES]]
+    prompts = [
+        json.loads(line)["prompt"] for line in EVAL.read_text("utf-8").splitlines()[:SAMPLES]
+    ]
     training = trainer.model.training
     trainer.model.eval()
     texts = answers(trainer.model, trainer.tokenizer, prompts, SEED)
@@ -86,17 +100,19 @@ def sample(trainer) -> list[tuple[str, str]]:
     return list(zip(prompts, texts))
 
 
-def mean_score(samples: list[tuple[str, str]]) -> float:
-    return sum(score(answer) for _, answer in samples) / len(samples)
+def mean_praise(samples: list[tuple[str, str]]) -> float:
+    return sum(net_praise(answer) for _, answer in samples) / len(samples)
 
 
 def compare(before: list[tuple[str, str]], after: list[tuple[str, str]]) -> None:
-    """Print both mean scores and the first few answers side by side; nothing where `sample` gave nothing."""
+    """Print the first few answers side by side, and both means; nothing where there are none."""
     for (prompt, old), (_, new) in list(zip(before, after))[:SHOWN]:
-        print(f"\n{prompt}\n  before {score(old):+.0f} {old}\n  after  {score(new):+.0f} {new}")
+        print(f"\n{prompt}\n  before {net_praise(old):+.0f} {old}")
+        print(f"  after  {net_praise(new):+.0f} {new}")
     if before:
-        print(f"\nwords of praise minus words of blame, mean of {len(before)} answers: "
-              f"before {mean_score(before):+.2f}, after {mean_score(after):+.2f}")
+        print(
+            f"\nwords of praise minus words of blame, mean of {len(before)} answers: "
+            f"before {mean_praise(before):+.2f}, after {mean_praise(after):+.2f}")
 
 
 def train(trainer) -> None:

@@ -1,14 +1,14 @@
-"""A run at a terminal: curves of loss, accuracy and margin over the whole run, speed, memory, time left.
+"""Show a run at a terminal: curves of loss, accuracy and margin, speed, memory, time left.
 
-The panel stands above the progress bar and is redrawn at each log. The cursor always rests below it,
-so an interrupted run leaves the terminal in order. Without a terminal, parts/log.py prints lines.
+The panel is above the progress bar and is redrawn at each log. The cursor always rests below it,
+so an interrupted run leaves the terminal usable. Without a terminal, parts/log.py prints lines.
 """
 
 import os
 import resource
 import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
@@ -16,27 +16,30 @@ from tqdm import tqdm
 from parts.log import Speed
 from parts.position import Position
 
+# name: (metric, ANSI colour)
 CURVES = {
     "loss": ("loss", 34),
     "accuracy": ("rewards/accuracies", 32),
     "margin": ("rewards/margins", 33),
-}  # ANSI colours
-BLOCKS, PLAIN = " ▁▂▃▄▅▆▇█", " .:-=+*#@"
-WIDE = 150  # columns from which the curves stand side by side
-ROWS = 5  # of each curve then
+}
+BLOCKS = " ▁▂▃▄▅▆▇█"
+PLAIN = " .:-=+*#@"  # for a terminal without Unicode
+WIDE = 150  # columns; from this width on, the curves are side by side
+ROWS = 5  # height of each curve then
 
 
 @dataclass
 class Panel:
-    """What is drawn, and how many lines of it stand on the screen above the bar."""
+    """The curves, and how many lines of them are on the screen above the bar."""
 
     bar: Any
     points: dict[str, list[tuple[float, float]]] = field(
-        default_factory=lambda: {name: [] for name in CURVES})
+        default_factory=lambda: {name: [] for name in CURVES}
+    )
     lines: list[str] = field(default_factory=list)
     drawn: int = 0
 
-    def write(self, line: str, file) -> None:
+    def write(self, line: str, file: TextIO) -> None:
         """Print a line above the panel."""
         erase(self)
         print(line, file=file, flush=True)
@@ -49,16 +52,21 @@ class Panel:
         left = tqdm.format_interval(speed.seconds_left(position, total))
         pairs, tokens = speed.rates(position)
         facts = [
-            f"{pairs:.1f} pairs/s", f"{tokens:,.0f} tokens/s", memory(), f"{left} left",
-            f"epoch {metrics['epoch']:.2f}", f"lr {metrics['learning_rate']:.2g}",
-            f"grad norm {metrics['grad_norm']:.3g}"]
+            f"{pairs:.1f} pairs/s",
+            f"{tokens:,.0f} tokens/s",
+            memory(),
+            f"{left} left",
+            f"epoch {metrics['epoch']:.2f}",
+            f"lr {metrics['learning_rate']:.2g}",
+            f"grad norm {metrics['grad_norm']:.3g}",
+        ]
         size = os.get_terminal_size(sys.stderr.fileno())
         self.lines = layout(self, facts, *size, unicode=speaks_unicode())
         erase(self)
         draw(self)
 
     def close(self) -> None:
-        """Take the bar away and leave the curves on the screen."""
+        """Remove the bar and leave the curves on the screen."""
         clear(self.bar)
         self.bar.disable = True
 
@@ -68,20 +76,21 @@ def speaks_unicode() -> bool:
 
 
 def memory() -> str:
-    """Peak so far: of the GPU if one is used, else of the process."""
+    """Format the peak memory so far: of the GPU if one is used, else of the process."""
     if torch.cuda.is_initialized():
         return f"{torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB GPU"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return f"{peak / (2**20 if sys.platform == 'darwin' else 2**10):,.0f} MiB"
 
 
-def clear(bar) -> None:
-    """Remove the bar; the cursor is then at the start of its line, where standard output may write."""
+def clear(bar: Any) -> None:
+    """Remove the bar, so that standard output may write at the start of its line."""
     bar.clear()
     sys.stderr.flush()
 
 
 def erase(panel: Panel) -> None:
+    """Remove the panel and the bar from the screen: move up over the lines drawn, clear below."""
     clear(panel.bar)
     if panel.drawn:
         sys.stderr.write(f"\x1b[{panel.drawn}A\x1b[J")
@@ -100,9 +109,13 @@ def draw(panel: Panel) -> None:
 
 
 def layout(panel: Panel, facts: list[str], width: int, height: int, unicode: bool) -> list[str]:
-    """Curves below one another, or side by side on a wide screen; the facts that fit; nothing on a screen too low."""
+    """Lay out the curves, below one another or on a wide screen side by side, and the facts.
+
+    Facts that do not fit the width are left out; a screen below 8 lines shows nothing.
+    """
     signs = BLOCKS if unicode else PLAIN
-    stacked, width = width < WIDE, width - 1  # a full line would wrap in some terminals
+    stacked = width < WIDE
+    width -= 1  # a full line would wrap in some terminals
     while len("  ".join(facts)) > width:
         facts = facts[:-1]
     if height < 8:
@@ -119,29 +132,40 @@ def colour(name: str, text: str) -> str:
 
 
 def row(name: str, points: list, width: int, signs: str) -> str:
-    """`accuracy  0.812  ▁▂▃▅▆▇▇         0.5 to 0.9`"""
+    """Draw a curve in one line: `accuracy  0.812  ▁▂▃▅▆▇▇         0.5 to 0.9`."""
     values = [v for _, v in points]
-    head, tail = f"{name:<8} {values[-1]:>8.4f}  ", f"  {min(values):.4g} to {max(values):.4g}"
+    head = f"{name:<8} {values[-1]:>8.4f}  "
+    tail = f"  {min(values):.4g} to {max(values):.4g}"
     room = max(1, width - len(head) - 24)
     return head + colour(name, sparkline(points, room, 1, signs)[0]) + tail
 
 
 def block(name: str, points: list, width: int, signs: str) -> list[str]:
+    """Draw a curve in ROWS lines below a title with its last value and range."""
     values = [v for _, v in points]
     title = f"{name} {values[-1]:.4f}  ({min(values):.4g} to {max(values):.4g})"
-    return [title.ljust(width)] + [colour(name, line) for line in sparkline(points, width, ROWS, signs)]
+    curve = sparkline(points, width, ROWS, signs)
+    return [title.ljust(width), *(colour(name, line) for line in curve)]
 
 
 def sparkline(points: list[tuple[float, float]], width: int, rows: int, signs: str) -> list[str]:
-    """Bars of `rows` characters' height over the whole run: a column is the mean of its logs, or the column before."""
+    """Draw bars, `rows` characters high, over the whole run, finished or not.
+
+    A column shows the mean of its logs; one without a log repeats the column before.
+    """
     values = [v for _, v in points]
-    low, high, seen = min(values), max(values), values[0]
+    low = min(values)
+    high = max(values)
+    seen = values[0]
     cells = [[] for _ in range(width)]
     for share, value in points:
         cells[min(int(share * width), width - 1)].append(value)
-    step, levels = len(signs) - 1, []
-    for cell in cells[: max(i for i, cell in enumerate(cells) if cell) + 1]:
+    step = len(signs) - 1
+    levels = []
+    last = max(i for i, cell in enumerate(cells) if cell)
+    for cell in cells[: last + 1]:
         seen = sum(cell) / len(cell) if cell else seen
         levels.append(1 + round((seen - low) / (high - low or 1) * (step * rows - 1)))
     levels += [0] * (width - len(levels))
-    return ["".join(signs[min(max(level - step * r, 0), step)] for level in levels) for r in reversed(range(rows))]
+    sign = lambda level, r: signs[min(max(level - step * r, 0), step)]
+    return ["".join(sign(level, r) for level in levels) for r in reversed(range(rows))]

@@ -1,6 +1,7 @@
-"""--report_to: the lines of metrics.jsonl to TensorBoard, Weights & Biases or Trackio, each imported where asked for.
+"""Send the lines of metrics.jsonl to TensorBoard, Weights & Biases or Trackio: --report_to.
 
-Names are those of transformers' Trainer: `train/loss`, `eval/rewards/accuracies`. Sampled answers go along as text.
+Names are those of transformers' Trainer: `train/loss`, `eval/rewards/accuracies`. Sampled answers
+are sent as text. Each package is optional, and imported only if asked for.
 """
 
 import importlib.util
@@ -14,9 +15,9 @@ PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"
 
 
 def make_loggers(c: DPOConfig) -> list[Logger]:
-    """A function for each logger; its package is started at the first metrics, on rank 0.
+    """Make a function for each logger; its package starts at the first metrics, on rank 0.
 
-    Raises ValueError, on every rank, naming what to install.
+    Raises ValueError, on every rank, naming the package to install.
     """
     names = c.report_to
     if "none" in names:
@@ -29,21 +30,24 @@ def make_loggers(c: DPOConfig) -> list[Logger]:
 
 
 def when_first_used(opener: Callable, c: DPOConfig) -> Logger:
+    """Open a logger at its first metrics. Raises OSError naming it where that fails."""
     opened = []
 
     def log(metrics: dict) -> None:
         if not opened:
             try:
                 opened.append(opener(c, metrics["step"]))
-            except Exception as error:  # no key, no network: each package has its own kinds
-                raise OSError(f"--report_to {opener.__name__}: it cannot be started ({error})") from error
+            except Exception as error:  # no key, no network: each package raises its own kinds
+                raise OSError(
+                    f"--report_to {opener.__name__}: it cannot be started ({error})"
+                ) from error
         opened[0](metrics)
 
     return log
 
 
 def named(metrics: dict) -> dict[str, float]:
-    """The numbers of a line of metrics, as transformers names them."""
+    """Name the numbers of a line of metrics as transformers does."""
     kept = {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and k not in ("step",)}
     return {f"eval/{k[5:]}" if k.startswith("eval_") else f"train/{k}": v for k, v in kept.items()}
 
@@ -61,11 +65,13 @@ def sample_rows(metrics: dict) -> list[dict]:
 
 
 def tensorboard(c: DPOConfig, step: int) -> Logger:
-    """Event files in output_dir/runs; after a resume, later steps of the interrupted run are dropped."""
+    """Write event files to output_dir/runs; a resume drops the interrupted run's later steps."""
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(Path(c.output_dir) / "runs" / run_name(c), purge_step=step)
-    writer.add_text("configuration", "\n".join(f"    {k}: {v}" for k, v in settings(c).items()), step)
+    writer.add_text(
+        "configuration", "\n".join(f"    {k}: {v}" for k, v in settings(c).items()), step
+    )
 
     def log(metrics: dict) -> None:
         for name, value in named(metrics).items():
@@ -81,8 +87,7 @@ def tensorboard(c: DPOConfig, step: int) -> Logger:
 def wandb(c: DPOConfig, step: int) -> Logger:
     import wandb
 
-    run = wandb.init(project=c.project, name=run_name(c), config=settings(c),
-                     dir=str(c.output_dir))
+    run = wandb.init(project=c.project, name=run_name(c), config=settings(c), dir=str(c.output_dir))
 
     def log(metrics: dict) -> None:
         table = {}

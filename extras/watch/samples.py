@@ -1,11 +1,12 @@
-"""--generate_during_eval: answers to the same prompts with the same draws, at each evaluation.
+"""Answer the same prompts at each evaluation, with the same random draws: --generate_during_eval.
 
-The draws come from the seed and the prompt's number, so two evaluations differ by the model alone, and
-training is the same with and without them. Answers are drawn at temperature 1.
+The draws depend on the seed and the prompt's number, so two evaluations differ by the model alone,
+and training is the same with and without them. Answers are sampled at temperature 1.
 """
 
 import contextlib
 from itertools import islice
+from typing import Any
 
 import torch
 
@@ -15,32 +16,40 @@ from model import ModelConfig
 from parts.configs import check_length
 from parts.place import eval_mode
 
-PROMPTS = 8  # of which SHOWN are printed
+PROMPTS = 8  # answered, of which SHOWN are printed
 SHOWN = 2
 MAX_NEW_TOKENS = 128
 
 
 class Samples:
-    """The prompts that are answered at each evaluation: (text, token ids) of at most PROMPTS of them."""
+    """The prompts answered at each evaluation: (text, token ids), at most PROMPTS."""
 
-    def __init__(self, trainer):
-        """Take the prompts of --generate_prompts, else of the first evaluation pairs that have one.
+    def __init__(self, trainer: Any) -> None:
+        """Take the prompts of --generate_prompts, else of the first evaluation pairs with one.
 
         Raises ValueError for rows that cannot be read and for prompts that leave the model no room.
         """
         found = given(trainer) if trainer.args.generate_prompts else held_out(trainer)
         self.prompts = [(text, ids) for text, ids in found if ids]
         if not self.prompts:
-            raise ValueError("--generate_during_eval: no prompt to answer; give --generate_prompts FILE")
+            raise ValueError(
+                "--generate_during_eval: no prompt to answer; give --generate_prompts FILE"
+            )
         longest = max(len(ids) for _, ids in self.prompts)
         ends = frozenset({trainer.tokenizer.eos_token_id} - {None})
         self.sampling = Sampling(
-            seed=trainer.args.seed, max_new_tokens=room(trainer.model.config, longest), stop_ids=ends)
+            seed=trainer.args.seed,
+            max_new_tokens=room(trainer.model.config, longest),
+            stop_ids=ends,
+        )
 
     @torch.no_grad()
-    def take(self, trainer) -> dict:
-        """Metrics of an evaluation: `eval_samples`, a list of {prompt, completion, tokens}, and its mean
-        length. Rank 0 answers; the others return nothing."""
+    def take(self, trainer: Any) -> dict:
+        """Answer the prompts on rank 0; return metrics, nothing on other ranks.
+
+        `eval_samples` is a list of {prompt, completion, tokens}, and
+        `eval_completions/mean_length` their mean length, tokens.
+        """
         if not trainer.ranks.first:
             return {}
         with eval_mode(trainer.model):
@@ -56,8 +65,8 @@ class Samples:
         return {"eval_samples": rows, "eval_completions/mean_length": mean}
 
 
-def held_out(trainer) -> list[tuple[str, list[int]]]:
-    """The prompts of the first evaluation pairs."""
+def held_out(trainer: Any) -> list[tuple[str, list[int]]]:
+    """Take the prompts of the first evaluation pairs."""
     found = []
     for index in trainer.eval_pairs[:PROMPTS]:
         ids = [int(token) for token in trainer.eval_store[int(index)].prompt_ids]
@@ -65,23 +74,24 @@ def held_out(trainer) -> list[tuple[str, list[int]]]:
     return found
 
 
-def given(trainer) -> list[tuple[str, list[int]]]:
-    """The prompts of a file: text as it stands, conversations through the chat template as in training."""
+def given(trainer: Any) -> list[tuple[str, list[int]]]:
+    """Read a file's prompts: text as it is, conversations through the chat template."""
     tokenizer = trainer.tokenizer
     found = []
     for prompt in islice(read_prompts(trainer.args.generate_prompts), PROMPTS):
         is_chat = not isinstance(prompt, str)
         text = tokenizer.render(prompt, add_generation_prompt=True) if is_chat else prompt
         ids = tokenizer.encode(text, add_special_tokens=not is_chat)
-        ends = ids[-1:] == [tokenizer.eos_token_id] and not is_chat  # some tokenizers end every text
-        found.append((text, ids[:-1] if ends else ids))
+        if not is_chat and ids[-1:] == [tokenizer.eos_token_id]:
+            ids = ids[:-1]  # some tokenizers end every text
+        found.append((text, ids))
     return found
 
 
 def room(config: ModelConfig, longest: int) -> int:
-    """New tokens after the longest prompt: MAX_NEW_TOKENS, or fewer if the model's positions end before.
+    """Count the new tokens that fit after the longest prompt, at most MAX_NEW_TOKENS.
 
-    Raises ValueError where not even one fits.
+    The model's positions are the limit. Raises ValueError where not even one fits.
     """
     for new in range(MAX_NEW_TOKENS, 1, -1):
         with contextlib.suppress(ValueError):
@@ -92,6 +102,6 @@ def room(config: ModelConfig, longest: int) -> int:
 
 
 def shown(text: str, most: int = 60) -> str:
-    """One line of at most `most` characters, from the end of a prompt or the beginning of an answer; printable."""
+    """Shorten a text to one printable line of at most `most` characters."""
     line = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
     return line if len(line) <= most else line[: most - 3] + "..."
