@@ -1,5 +1,7 @@
-"""Runs that go wrong: numbers that are not finite, too little memory, ranks that are gone. Each
-ends in a sentence."""
+"""Runs that go wrong: numbers that are not finite, too little memory, ranks that are gone.
+
+Each ends in a sentence that says what to do.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,13 +14,14 @@ from parts.checkpoints import last_checkpoint
 
 
 def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error is about memory: CUDA's, Python's, or that of torch on a CPU."""
     kinds = (torch.OutOfMemoryError, MemoryError)
     return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 @contextmanager
 def naming(batch: Any, number: int = 0, count: int = 0) -> Iterator[None]:
-    """An error inside gets a note that says which forward it was (PEP 678)."""
+    """Add a note to an error inside that says which forward it was (PEP 678)."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -30,7 +33,7 @@ def naming(batch: Any, number: int = 0, count: int = 0) -> Iterator[None]:
 def nonfinite_step(trainer: Any, metrics: dict, pairs: Any, bad: list[int]) -> None:
     """Say which pairs a skipped step was about, or raise FloatingPointError if it is one too many.
 
-    `bad` are the pairs whose own loss is not finite; there may be none if only a gradient is not.
+    `bad` are the pairs whose own loss is not finite; there are none if only a gradient is not.
     """
     c = trainer.args
     skipped = trainer.position.skipped
@@ -48,8 +51,10 @@ def nonfinite_step(trainer: Any, metrics: dict, pairs: Any, bad: list[int]) -> N
 
 
 def explained(error: Exception, trainer: Any) -> str:
-    """What to say of an error that ended the training. Raises it again if there is nothing to
-    say."""
+    """Say what ended the training.
+
+    Raises the error again if there is nothing to say of it.
+    """
     text = str(error)
     if isinstance(error, (FloatingPointError, OSError)):
         return text
@@ -66,7 +71,7 @@ def explained(error: Exception, trainer: Any) -> str:
 
 
 def out_of_memory(error: Exception, trainer: Any) -> str:
-    """Which forward it was, and the flags that help."""
+    """Say which forward it was, and name the flags that help."""
     c = trainer.args
     notes = getattr(error, "__notes__", ["the model"])
     smaller = "--per_device_train_batch_size 1 with more --gradient_accumulation_steps"

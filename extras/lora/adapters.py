@@ -74,7 +74,8 @@ def load_named(model: nn.Module, directory: str, name: str) -> nn.Module:
     if name in model.adapters:
         raise ValueError(f"the model has an adapter named {name!r} already")
     home = Path(adapter_home(directory, name))
-    settings, adapter = read_settings(home), load_beside(model, home)
+    settings = read_settings(home)
+    adapter = load_beside(model, home)
     if not model.adapters:
         swap(model, {}, adapter)
     model.adapters[name] = adapter, settings

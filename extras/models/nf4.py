@@ -339,7 +339,7 @@ class Matmul4bit(torch.autograd.Function):
         return F.linear(x, dequantize(state, x.dtype), bias)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = grad_bias = None
         with torch.autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
