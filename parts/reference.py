@@ -57,6 +57,11 @@ class PrecomputedReference:
         self.live = live
         self.tables: dict[str, np.memmap] = {}  # digest of a store -> its sums
 
+    @property
+    def model(self) -> nn.Module | None:
+        """Return the model that `live` holds besides the policy; None once it has run."""
+        return self.live.model
+
     def sums(self, batch: Any) -> Tensor:  # (B, 2, 2)
         assert batch.ref_logps is not None, "prepare() runs the reference before any batch is made"
         return batch.ref_logps
