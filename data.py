@@ -482,6 +482,16 @@ def epoch_order(n: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
     return np.argsort(words, kind="stable")
 
 
+def hold_out(n: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(pairs to train on, pairs to evaluate on) of n pairs, sorted; at least one is held out.
+
+    Which ones follows from an order that no epoch has, since no run reaches epoch 2^32.
+    """
+    order = epoch_order(n, seed, 2**32, shuffle=True)
+    count = max(1, round(fraction * n))
+    return np.sort(order[count:]), np.sort(order[:count])
+
+
 def deal(pairs: np.ndarray, tokens: np.ndarray, world: int) -> list[np.ndarray]:
     """Deal a global batch's pairs to ranks: the largest first, each to who has fewest tokens."""
     if world == 1:

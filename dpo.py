@@ -11,8 +11,8 @@ A step takes per_device_train_batch_size x ranks x gradient_accumulation_steps p
 the sum of the pairs' losses over their number, however they are cut into forwards and dealt to
 ranks: that changes the speed, never the result.
 
-Reading order: `DPOTrainer.train`, `train_step`, `pair_logps`, then losses.py; then data.py and
-model.py. """
+Reading order: `DPOTrainer.train`, `train_step`, `pair_logps`, losses.py; then data.py, model.py.
+"""
 
 import copy
 import math
@@ -33,18 +33,13 @@ from torch import Tensor, nn
 import data
 import losses
 import model as models
-from parts import faults
+from parts import checks, faults, opened
 from parts.checkpoints import Checkpoints, fingerprint, trained
-from parts.checks import (
-    check_config, check_evaluation, check_held_reference, check_model, check_pairs, check_ratings,
-    needs_reference, precomputes_reference)
 from parts.cli import ROOT, parse_config
 from parts.config import DPOConfig
 from parts.configs import check_length
 from parts.log import Log
-from parts.metrics import SUMS, Scored, Sums, length_bias, metrics_of
-from parts.opened import (
-    Opened, aux_coef, check_vocabulary, is_plain, is_sharded, loading_device, max_tokens)
+from parts.metrics import COLUMNS, SUMS, Scored, Sums, length_bias, metrics_of
 from parts.output import cache_directory, replace_model
 from parts.place import Place, eval_mode
 from parts.position import Position
@@ -103,8 +98,7 @@ class Reference:
 
     @torch.no_grad()
     def sums(self, batch: data.Batch) -> Tensor:  # (B, 2, 2)
-        """[completion, (first l_p tokens, the rest)]: kept apart so that ld_alpha may change
-        later."""
+        """[completion, (first l_p tokens, the rest)]: apart, so that ld_alpha may change later."""
         with self.active() as model, eval_mode(model):
             there = batch.to(next(model.parameters()).device)
             with self.precision.autocast(there.input_ids.device):
@@ -133,24 +127,23 @@ class Reference:
 # Opening what a run is made of
 
 
-def open_model(c: DPOConfig, ranks: Ranks, given: dict[str, Any]) -> Opened:
+def open_model(c: DPOConfig, ranks: Ranks, given: dict[str, Any]) -> opened.Opened:
     """The policy and its tokenizer: a plain checkpoint here, everything else in extras/models."""
-    if isinstance(given["model"], nn.Module) or given["peft_config"] or not is_plain(c):
+    if isinstance(given["model"], nn.Module) or given["peft_config"] or not opened.is_plain(c):
         from extras.models.policy import open_policy
 
         return open_policy(c, ranks, given)
     torch.manual_seed(c.seed)
     tokenizer = given["processing_class"] or data.Tokenizer.load(c.model_name_or_path)
-    device = str(loading_device(c, ranks))
+    device = str(opened.loading_device(c, ranks))
     model = models.load_model(
         c.model_name_or_path, getattr(torch, c.dtype), device, c.max_length)
-    check_vocabulary(c.model_name_or_path, model, tokenizer)
-    return Opened(model, tokenizer, directory=Path(c.model_name_or_path))
+    opened.check_vocabulary(c.model_name_or_path, model, tokenizer)
+    return opened.Opened(model, tokenizer, directory=Path(c.model_name_or_path))
 
 
 def find_rows(dataset: Any, split: str, c: DPOConfig) -> list[Path]:
-    """Files of pairs: those that a path or glob names, rows of Python as a file, a split on the
-    hub."""
+    """Files of pairs: those a path or glob names, rows of Python as a file, a split on the hub."""
     if not isinstance(dataset, str):
         from extras.rows.objects import rows_file
 
@@ -166,11 +159,11 @@ def find_rows(dataset: Any, split: str, c: DPOConfig) -> list[Path]:
 
 
 class DPOTrainer:
-    """Trains `model` on pairs; see DPOConfig for every option, and docs/api.md for what may be
-    given as an object.
+    """Trains `model` on pairs; see DPOConfig for every option, and docs/api.md for what is taken.
 
     Models are directories, hub ids or Decoders; data sets are paths, hub ids, PairStores or rows (a
-    list of dicts, a datasets.Dataset). What is not given here, `args` names. """
+    list of dicts, a datasets.Dataset). What is not given here, `args` names.
+    """
 
     def __init__(
         self, model: Any = None, ref_model: Any = None, args: DPOConfig | None = None,
@@ -186,7 +179,7 @@ class DPOTrainer:
             from extras.rows import objects
 
             c, given = objects.accept(c, given)
-        check_config(c)
+        checks.check_config(c)
         self.args = c
         self.ranks = start_ranks(c.use_cpu, c.ddp_timeout)
         agree(self.ranks, {name: value for name, value in vars(c).items() if name not in OWN})
@@ -194,41 +187,34 @@ class DPOTrainer:
         self.log = Log(c, self.ranks.first, panel_maker())
         self.position = Position(scaling={"scale": 2.0**16 if c.fp16 else 1.0, "since": 0})
         self.order = (-1, np.arange(0))  # an epoch, and its pairs in order
-        self.hub_id = self.open_hub()
         found = open_model(c, self.ranks, given)
         self.make_ready(found)
         self.open_data(given["train_dataset"], given["eval_dataset"])
         live = self.open_reference(found, given["ref_model"])
         self.place = self.place_models(live)
-        self.reference = PrecomputedReference(self, live) if precomputes_reference(c) else live
+        is_precomputed = checks.precomputes_reference(c)
+        self.reference = PrecomputedReference(self, live) if is_precomputed else live
         self.plan_steps()
         self.open_output()
 
     # Setting up
 
-    def open_hub(self) -> str | None:
-        """The repository of --push_to_hub, made before training: a missing token costs no run."""
-        if not self.args.push_to_hub:
-            return None
-        from extras.hub import card
-
-        return card.create_repository(self.args, self.log.directory, self.ranks)
-
-    def make_ready(self, found: Opened) -> None:
+    def make_ready(self, found: opened.Opened) -> None:
         """Take over the opened model, and set what its forwards do."""
         c = self.args
         self.tokenizer = found.tokenizer
         self.lora = found.lora  # PEFT's settings; {} where all weights are trained
         self.images = found.images
-        self.model = found.model.to(loading_device(c, self.ranks)).train(not c.disable_dropout)
+        self.model = found.model.to(opened.loading_device(c, self.ranks))
+        self.model.train(not c.disable_dropout)
         self.model.model.gradient_checkpointing = c.gradient_checkpointing
         if c.torch_compile:
             from extras.decoder.compiled import compile_blocks
 
             compile_blocks(self.model)
-        check_model(c, self.model.config)
-        self.aux_coef = aux_coef(c, self.model.config)
-        self.max_tokens = max_tokens(c, self.model.config, self.ranks.device)
+        checks.check_model(c, self.model.config)
+        self.aux_coef = opened.aux_coef(c, self.model.config)
+        self.max_tokens = opened.max_tokens(c, self.model.config, self.ranks.device)
 
     def open_data(self, train_dataset: Any, eval_dataset: Any) -> None:
         """The training and evaluation pairs: stores, and which of their pairs are meant."""
@@ -250,16 +236,13 @@ class DPOTrainer:
             self.eval_store = self.open_store(eval_dataset, c.dataset_test_split, options)
             self.eval_pairs = np.arange(len(self.eval_store))
         elif c.eval_fraction:
-            # The order of an epoch that no run reaches, so that it is no epoch's order.
-            order = data.epoch_order(len(self.train_store), c.seed, 2**32, shuffle=True)
-            held_out = max(1, round(c.eval_fraction * len(order)))
             self.eval_store = self.train_store
-            self.eval_pairs = np.sort(order[:held_out])
-            self.train_pairs = np.sort(order[held_out:])
-        check_pairs(c, self.train_pairs, self.eval_store)
+            self.train_pairs, self.eval_pairs = data.hold_out(
+                len(self.train_store), c.eval_fraction, c.seed)
+        checks.check_pairs(c, self.train_pairs, self.eval_store)
         for store in filter(None, (self.train_store, self.eval_store)):
             check_length(self.model.config, store.longest())
-            check_ratings(c, store)
+            checks.check_ratings(c, store)
 
     def open_store(self, dataset: Any, split: str, options: data.DataOptions) -> data.PairStore:
         """The tokenized pairs: made, or found in the cache, by rank 0 and opened by all."""
@@ -279,10 +262,10 @@ class DPOTrainer:
 
         return data.PairStore(self.ranks.from_first(build)["directory"])
 
-    def open_reference(self, found: Opened, ref_model: Any) -> Reference | NoReference:
+    def open_reference(self, found: opened.Opened, ref_model: Any) -> Reference | NoReference:
         """The model that the reference's log-probs come from, live."""
         c = self.args
-        if not needs_reference(c):
+        if not checks.needs_reference(c):
             return NoReference()
         reference = Reference(self.precision, swapped=lambda: nullcontext(self.model))
         named = c.ref_model_name_or_path or c.ref_adapter_name
@@ -290,14 +273,14 @@ class DPOTrainer:
             from extras.reference import choosing
 
             reference.model, reference.adapter = choosing.other_reference(self, found, ref_model)
-        elif not self.lora and not precomputes_reference(c):
+        elif not self.lora and not checks.precomputes_reference(c):
             reference.model = copy.deepcopy(self.model)
         if self.lora:
             reference.swapped = lambda: models.adapters_disabled(self.model)
-        check_held_reference(c, reference.model)
+        checks.check_held_reference(c, reference.model)
         if reference.model is not None:
             dtype = None if c.ref_model_dtype is None else getattr(torch, c.ref_model_dtype)
-            device = c.ref_model_device or loading_device(c, self.ranks)
+            device = c.ref_model_device or opened.loading_device(c, self.ranks)
             reference.model.requires_grad_(False).eval().to(device, dtype)
         if c.sync_ref_model:
             from extras.reference import choosing
@@ -313,19 +296,19 @@ class DPOTrainer:
         """Put the policy where it computes: this process, DDP, or shards (--fsdp)."""
         c = self.args
         started = fingerprint(self.model)
-        if is_sharded(c):
-            from extras.run.fsdp import Shards
-
+        if opened.is_sharded(c):  # the other ranks have no weights yet
             started = self.ranks.from_first(lambda: {"model": started})["model"]
-            place = Shards(self.model, self.ranks, c, self.precision, reference.adapter)
-            self.model = place.model
-            if reference.model is not None:
-                reference.model = place.shared(reference.model)
-        else:
-            place = Place(self.model, self.ranks)
+        self.checkpoints = Checkpoints(self, started)
         agree(self.ranks, {
             "data": self.train_store.digest, "model": started, "torch": torch.__version__})
-        self.checkpoints = Checkpoints(self, started)
+        if not opened.is_sharded(c):
+            return Place(self.model, self.ranks)
+        from extras.run.fsdp import Shards
+
+        place = Shards(self.model, self.ranks, c, self.precision, reference.adapter)
+        self.model = place.model
+        if reference.model is not None:
+            reference.model = place.shared(reference.model)
         return place
 
     def plan_steps(self, global_batch: int | None = None) -> None:
@@ -339,6 +322,11 @@ class DPOTrainer:
     def open_output(self) -> None:
         """Loggers, sampled answers, the output directory, and the checkpoint to go on from."""
         c = self.args
+        self.hub_id = None
+        if c.push_to_hub:  # before training: a missing token costs no run
+            from extras.hub import card
+
+            self.hub_id = card.create_repository(c, self.log.directory, self.ranks)
         if c.report_to != ["none"]:
             from extras.watch.loggers import make_loggers
 
@@ -348,19 +336,15 @@ class DPOTrainer:
             from extras.watch.samples import Samples
 
             self.samples = Samples(self)
-        self.ranks.from_first(self.claim_output)
+        self.ranks.from_first(self.log.claim)
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         if c.resume_from_checkpoint is not None or restarted:
             self.checkpoints.find(c.resume_from_checkpoint)
 
-    def claim_output(self) -> None:
-        self.log.claim()
-
     # Batches
 
     def pairs_of(self, step: int) -> np.ndarray:
-        """The global batch of a step: a slice of its epoch's order, a function of seed and step
-        alone."""
+        """The global batch of a step: a slice of its epoch's order, by seed and step alone."""
         epoch, within = divmod(step, self.schedule.steps_per_epoch)
         if self.order[0] != epoch:
             c = self.args
@@ -373,7 +357,8 @@ class DPOTrainer:
         """This rank's micro-batches of a global batch.
 
         Every rank gets equally many, empty ones at the end: a rank with fewer forwards than the
-        others would leave them waiting for its gradients. """
+        others would leave them waiting for its gradients.
+        """
         hands = data.deal(pairs, store.tokens, self.ranks.world)
         cuts = [data.micro_batches(hand, store.tokens, size, self.max_tokens) for hand in hands]
         mine = cuts[self.ranks.rank]
@@ -383,8 +368,7 @@ class DPOTrainer:
         return mine + [np.arange(0)] * missing
 
     def batch(self, store: data.PairStore, rows: np.ndarray) -> data.Batch:
-        """The stream of these pairs on the device, with what is known of them before their
-        forward."""
+        """The stream of these pairs on the device, with their reference sums if those are known."""
         if not len(rows):
             batch = data.empty_batch()
         else:
@@ -419,21 +403,15 @@ class DPOTrainer:
         options = vars(self.args) | {"delta": self.position.delta}
         return losses.pair_losses(x, options, scored.wpo if self.args.use_weighting else None)
 
-    def forward_loss(
-        self, x: losses.PairLogps, scored: Scored, batch: data.Batch,
-    ) -> tuple[Tensor, Tensor]:
-        """Each pair's loss (B,): the value that is reported, and what is differentiated."""
-        values = self.pair_losses(x, scored)
-        return values, values
-
     def choose_loss(self, pairs: np.ndarray, batches: list[data.Batch]) -> Callable:
-        """`forward_loss`, or its counterpart for losses that must see the whole global batch."""
+        """What gives a forward its losses (B,): `pair_losses`, or a form of it that has seen the
+        whole global batch, for losses that sort it."""
         c = self.args
         couples = c.exact_global_loss
         if couples is None:
             couples = bool(set(c.loss_type) & losses.SORTS_THE_BATCH) or c.bco_delta == "first"
         if not couples:
-            return self.forward_loss
+            return lambda x, scored, batch: self.pair_losses(x, scored)
         from extras.run.whole_batch import whole_batch_loss
 
         return whole_batch_loss(self, pairs, batches)
@@ -447,28 +425,23 @@ class DPOTrainer:
         Each rank writes its pairs' rows into a table of zeros; the sum over ranks is the whole.
         """
         order = np.argsort(pairs)
-        columns = (2, 1, 1, 6, 4)  # logps, chosen_nll, wpo, stats, reference sums
         table = torch.zeros(
-            len(pairs), sum(columns), dtype=torch.float64, device=self.ranks.exact)
+            len(pairs), sum(COLUMNS) + 4, dtype=torch.float64, device=self.ranks.exact)
         for batch in batches:
             with faults.naming(batch), self.precision.autocast(self.ranks.device):
                 scored = score(self.model, batch, self.args)
-            ref_sums = self.reference.sums(batch).flatten(1)
+            ref_sums = self.reference.sums(batch).flatten(1)  # (B, 4)
             rows = order[np.searchsorted(pairs, batch.pair_ids.cpu().numpy(), sorter=order)]
-            parts = [scored.logps, scored.chosen_nll[:, None], scored.wpo[:, None], scored.stats]
-            table[rows] = torch.cat([*parts, ref_sums], 1).to(table)
+            table[rows] = torch.cat([scored.table(), ref_sums], 1).to(table)
         table = self.ranks.sum(table).to(self.ranks.device, self.precision.sums)
-        logps, nll, wpo, stats, ref_sums = table.split(columns, 1)
-        scored = Scored(logps=logps, chosen_nll=nll[:, 0], wpo=wpo[:, 0], stats=stats)
+        scored = Scored.from_table(table[:, :-4])
+        ref_sums = table[:, -4:].reshape(-1, 2, 2)
         lengths = torch.from_numpy(store.scored_lengths(pairs)).to(table)
         ratings = torch.from_numpy(np.array(store.ratings[pairs])).to(table)
-        x = self.pair_logps(
-            scored, lengths, ratings, ref_sums.reshape(-1, 2, 2), lengths[:, 0].mean())
-        return x, scored
+        return self.pair_logps(scored, lengths, ratings, ref_sums, lengths[:, 0].mean()), scored
 
     def add_rewards(self, total: float, count: int) -> None:
-        """BCO's delta follows the mean of 1/2 (beta r_w + beta r_l) over the pairs seen in
-        training."""
+        """BCO's delta is the mean of 1/2 (beta r_w + beta r_l) over the pairs seen in training."""
         self.position.delta_sum += total
         self.position.delta_count += count
 
@@ -479,7 +452,9 @@ class DPOTrainer:
         c = self.args
         store = self.train_store
         pairs = self.pairs_of(self.position.step)
-        self.seed_dropout()
+        # Dropout is seeded by step and rank, so that a resume needs no state of the random numbers.
+        seed = c.seed * 1_000_003 + self.position.step
+        torch.manual_seed((seed * 65_537 + self.ranks.rank) % 2**63)
         rows = self.forwards(store, pairs, c.per_device_train_batch_size)
         batches = [self.batch(store, r) for r in rows]
         self.look_ahead()
@@ -493,19 +468,14 @@ class DPOTrainer:
                     scored = score(self.place.module, batch, c)
                 ref_sums = self.reference.sums(batch)
                 x = self.pair_logps(scored, batch.lengths, batch.ratings, ref_sums, tokens_per_pair)
-                values, surrogate = loss_of(x, scored, batch)
-                loss = surrogate.sum() / len(pairs)
+                values = loss_of(x, scored, batch)  # (B,)
+                loss = values.sum() / len(pairs)
                 if self.aux_coef:
                     loss = loss + self.aux_coef * scored.aux_loss * share
                 # Times the ranks: the loss is a sum over all pairs, and DDP and FSDP average.
                 self.scaler.backward(loss * self.ranks.world)
             sums.add(x, scored, values, share)
         return self.update(sums, pairs, sum(batch.num_tokens for batch in batches))
-
-    def seed_dropout(self) -> None:
-        """Seed by step and rank, so that a resume needs no state of the random numbers."""
-        step = self.args.seed * 1_000_003 + self.position.step
-        torch.manual_seed((step * 65_537 + self.ranks.rank) % 2**63)
 
     def look_ahead(self) -> None:
         """Have the next step's images decoded while this one computes."""
@@ -515,19 +485,18 @@ class DPOTrainer:
             self.forwards(self.train_store, self.pairs_of(step), size)
 
     def update(self, sums: Sums, pairs: np.ndarray, tokens: int) -> dict:
-        """Clip, step, and turn the sums over all ranks into metrics; {} for a step that is
-        skipped."""
+        """Clip, step, and turn the sums over all ranks into metrics; {} for a skipped step."""
         c = self.args
         norm = self.place.whole(self.scaler.clip(c.max_grad_norm))
         own = sums.total.new_tensor([tokens, self.checkpoints.signal > 0])
         names = (*SUMS, "num_tokens", "told_to_leave")  # one exchange, and one wait for the device
         totals = dict(zip(names, self.ranks.sum(torch.cat([sums.total, own])).tolist()))
         self.checkpoints.leaving = totals["told_to_leave"] > 0
-        rate = self.learning_rate()
+        rate = self.schedule.learning_rate(c, self.position.step)
         metrics = metrics_of(totals, len(pairs)) | {"grad_norm": float(norm), "learning_rate": rate}
         metrics["loss"] += self.aux_coef * metrics.get("aux_loss", 0.0)  # all that is minimised
         if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
-            self.apply(totals, len(pairs))
+            self.apply(totals, len(pairs), rate)
         else:
             self.skip(metrics, pairs)
             metrics = {}
@@ -538,10 +507,10 @@ class DPOTrainer:
         self.reference.moved(self.position.step)
         return metrics
 
-    def apply(self, totals: dict[str, float], count: int) -> None:
+    def apply(self, totals: dict[str, float], count: int, rate: float) -> None:
         """The optimizer's step, with what else moves with it."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate() * group["ratio"]
+            group["lr"] = rate * group["ratio"]
         self.optimizer.step()
         self.scaler.adjust(finite=True)
         if "bco_pair" in self.args.loss_type and self.args.bco_delta == "running":
@@ -561,9 +530,6 @@ class DPOTrainer:
         bad = [int(pair) for pair, value in zip(pairs, values) if not math.isfinite(value)]
         faults.nonfinite_step(self, metrics, pairs, bad)
 
-    def learning_rate(self) -> float:
-        return self.schedule.learning_rate(self.args, self.position.step)
-
     def make_optimizer(self) -> None:
         named = trained(self.model)
         self.optimizer = make_optimizer(self.args, named)
@@ -575,7 +541,8 @@ class DPOTrainer:
         """Run all steps, log, evaluate, save checkpoints and the model; return the last metrics.
 
         Raises SystemExit, 128 + the signal, if told to leave by SIGTERM or SIGUSR1: after a
-        checkpoint. """
+        checkpoint.
+        """
         c = self.args
         now = self.position
         schedule = self.schedule
@@ -597,6 +564,7 @@ class DPOTrainer:
         with self.checkpoints.noticing_signals():
             while now.step < schedule.total_steps:
                 measured = self.train_step()
+                self.log.bar.update()
                 now.pending += [measured] if measured else []
                 if now.pending and schedule.logs_at(now.step, c.logging_first_step):
                     metrics = self.log.step(now, schedule)
@@ -617,12 +585,11 @@ class DPOTrainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict:
-        """Metrics over all evaluation pairs at once, as `eval_...`; also a line of
-        metrics.jsonl."""
+        """Metrics over all evaluation pairs, as `eval_...`; also a line of metrics.jsonl."""
         started = time.perf_counter()
         store = self.eval_store
         is_merged = self.args.merge_adapter and not self.lora
-        check_evaluation(
+        checks.check_evaluation(
             self.args, store, is_merged and self.reference.needs_policy(store))
         self.reference.prepare()
         rows = self.forwards(store, self.eval_pairs, self.args.per_device_eval_batch_size)
@@ -637,19 +604,13 @@ class DPOTrainer:
         if self.samples is not None:
             metrics |= self.samples.take(self)
         metrics["eval_runtime"] = time.perf_counter() - started
-        step = self.position.step
-        self.log.write({"step": step, "epoch": self.schedule.epoch(step)} | metrics)
-        self.log.say(
-            f"step {step}: eval loss {metrics['eval_loss']:.4f}  "
-            f"accuracy {metrics['eval_rewards/accuracies']:.3f}  "
-            f"margin {metrics['eval_rewards/margins']:.4f}")
+        self.log.evaluation(metrics, self.position, self.schedule)
         return metrics
 
     # Files
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
-        """Write what was trained, with the tokenizer: a Hugging Face checkpoint, or a PEFT
-        adapter."""
+        """Write what was trained, with the tokenizer: a whole checkpoint, or a PEFT adapter."""
         directory = Path(output_dir or self.log.directory)
         merges = self.args.merge_adapter and directory == self.log.directory
         model = self.place.gathered(self.model, trained_only=bool(self.lora) and not merges)
@@ -683,7 +644,7 @@ class DPOTrainer:
     def push_to_hub(
         self, commit_message: str = "Trained with DPO", dataset_name: str | None = None,
     ) -> None:
-        """Upload output_dir with a model card; it names `dataset_name` where the rows were objects."""
+        """Upload output_dir with a model card, which names `dataset_name` for rows of Python."""
         from extras.hub import card
 
         c = self.args
@@ -707,27 +668,6 @@ def panel_maker() -> Callable | None:
     return Panel
 
 
-def refuse(error: Exception | str, status: int) -> int:
-    """Print an error once on each machine, and return the exit status."""
-    is_own = "rank" in str(error)[:5]  # what concerns one rank alone it says itself
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0 or is_own:
-        print(f"error: {error}", file=sys.stderr)
-    return status
-
-
-def train(trainer: DPOTrainer) -> None:
-    """Train; the demo also answers the same prompts before and after."""
-    c = trainer.args
-    if c.model_name_or_path != str(ROOT / "demo" / "model") or trainer.place.is_sharded:
-        trainer.train()
-        return
-    from extras.watch import demo
-
-    before = demo.sample(trainer)
-    trainer.train()
-    demo.compare(before, demo.sample(trainer))
-
-
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 trained and saved; 2 unusable arguments or data, with one message; 143
     (SIGTERM) or 138 (SIGUSR1) told to leave, after a checkpoint; 1 else."""
@@ -735,18 +675,24 @@ def main(argv: list[str] | None = None) -> int:
         try:
             c = parse_config(sys.argv[1:] if argv is None else argv, __doc__)
             trainer = DPOTrainer(args=c)
-        except (ValueError, OSError) as error:
-            return refuse(error, 2)
-        if c.dry_run:
-            from extras.run import forecast
+            if c.dry_run:
+                from extras.run import forecast
 
-            for line in forecast.describe(trainer):
-                trainer.log.say(line)
-            return 0
+                forecast.tell(trainer)
+                return 0
+        except (ValueError, OSError) as error:
+            return faults.refuse(error, 2)
+        except ModuleNotFoundError as error:
+            return faults.refuse(faults.missing_room(error), 2)
         try:
-            train(trainer)
+            if c.model_name_or_path == str(ROOT / "demo" / "model") and not c.fsdp:
+                from extras.watch import demo
+
+                demo.train(trainer)
+            else:
+                trainer.train()
         except Exception as error:
-            return refuse(faults.explained(error, trainer), 1)
+            return faults.refuse(faults.explained(error, trainer), 1)
         return 0
 
 

@@ -3,6 +3,8 @@
 Each ends in a sentence that says what to do.
 """
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +13,24 @@ import torch
 import torch.distributed as dist
 
 from parts.checkpoints import last_checkpoint
+
+
+def refuse(error: Exception | str, status: int) -> int:
+    """Print an error once on each machine, and return the exit status."""
+    is_own = "rank" in str(error)[:5]  # what concerns one rank alone it says itself
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0 or is_own:
+        print(f"error: {error}", file=sys.stderr)
+    return status
+
+
+def missing_room(error: ModuleNotFoundError) -> str:
+    """Say what to do where an option needs a room of extras/ that this copy of the program lacks.
+
+    Raises the error again if it is about something else.
+    """
+    if (error.name or "").split(".")[0] != "extras":
+        raise error
+    return "these options need the folder extras/, which this copy of the program does not have"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -62,6 +62,7 @@ class Log:
     # Files
 
     def claim(self) -> None:
+        """Lock the output directory; see parts/output.py."""
         self.lock = claim(self.directory)
 
     def begin(self, c: DPOConfig, earlier: bytes = b"") -> None:
@@ -123,6 +124,15 @@ class Log:
         self.write(metrics)
         self.show(metrics, position, schedule.total_steps)
         return metrics
+
+    def evaluation(self, metrics: dict, position: Position, schedule: Schedule) -> None:
+        """Write and show the metrics of an evaluation."""
+        step = position.step
+        self.write({"step": step, "epoch": schedule.epoch(step)} | metrics)
+        self.say(
+            f"step {step}: eval loss {metrics['eval_loss']:.4f}  "
+            f"accuracy {metrics['eval_rewards/accuracies']:.3f}  "
+            f"margin {metrics['eval_rewards/margins']:.4f}")
 
     def show(self, metrics: dict, position: Position, total: int) -> None:
         """Show metrics on the panel at a terminal, else as a line."""

@@ -32,6 +32,18 @@ class Scored(NamedTuple):
     stats: Tensor  # (B, 6) see STATS
     aux_loss: Tensor | None = None  # () load balancing of a mixture of experts, unscaled
 
+    def table(self) -> Tensor:  # (B, 10)
+        """Return all but the auxiliary loss, one row a pair: what ranks exchange."""
+        return torch.cat(
+            [self.logps, self.chosen_nll[:, None], self.wpo[:, None], self.stats], 1)
+
+    @classmethod
+    def from_table(cls, table: Tensor) -> "Scored":
+        logps, nll, wpo, stats = table.split(COLUMNS, 1)
+        return cls(logps=logps, chosen_nll=nll[:, 0], wpo=wpo[:, 0], stats=stats)
+
+
+COLUMNS = (2, 1, 1, len(STATS))  # of Scored.table: logps, chosen_nll, wpo, stats
 
 class Sums:
     """Sums of SUMS over the forwards of a step."""

@@ -16,6 +16,7 @@ import dpo
 from parts import checkpoints
 from parts.position import Position
 from parts.precision import Scaler
+from parts.schedule import Schedule
 
 root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting needs root")
 
@@ -90,7 +91,7 @@ def test_one_more_than_allowed_stops_the_run(settings, monkeypatch):
 
 
 def test_a_skipped_step_changes_nothing_but_the_count_of_steps(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(dpo.DPOTrainer, "learning_rate", lambda self: 0.0 if self.position.step == 2 else 1e-3)
+    monkeypatch.setattr(Schedule, "learning_rate", lambda self, c, step: 0.0 if step == 2 else 1e-3)
     apply = dpo.DPOTrainer.apply
     monkeypatch.setattr(dpo.DPOTrainer, "apply", lambda self, *a: None if self.position.step == 2 else apply(self, *a))
     train(settings | dict(output_dir=str(tmp_path / "a")))
@@ -268,8 +269,9 @@ def test_ranks_with_other_flags_end_in_one_message(settings, tmp_path):
 
 SLOW = """
 import time
-keep = dpo.DPOTrainer.claim_output
-dpo.DPOTrainer.claim_output = lambda self: (time.sleep(8), keep(self))[1]
+from parts.log import Log
+keep = Log.claim
+Log.claim = lambda self: (time.sleep(8), keep(self))[1]
 """
 
 

@@ -230,6 +230,12 @@ def describe(trainer: Any) -> list[str]:
         "much again"]
 
 
+def tell(trainer: Any) -> None:
+    """Print the forecast of a run."""
+    for line in describe(trainer):
+        trainer.log.say(line)
+
+
 def gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
 

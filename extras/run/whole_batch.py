@@ -15,20 +15,22 @@ from torch import Tensor
 
 
 def whole_batch_loss(trainer: Any, pairs: np.ndarray, batches: list) -> Callable:
-    """Return f(x, scored, batch) -> (values, surrogate), in the place of `DPOTrainer.pair_loss`.
+    """Return f(x, scored, batch) -> (B,), in the place of `DPOTrainer.pair_losses`.
 
-    `values` (B,) are the losses of the batch's pairs within the global batch. `surrogate` (B,) is
-    linear in their log-probs and has the gradient that the global batch gives them.
+    The values are the losses of the batch's pairs within the global batch. Their gradient is that
+    of a form that is linear in the pairs' log-probs, with the slopes that the global batch gives
+    them.
     """
     values, slopes = losses_and_slopes(trainer, pairs, batches)
     row_of = {int(pair): row for row, pair in enumerate(pairs)}
 
-    def loss_of(x: Any, scored: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    def loss_of(x: Any, scored: Any, batch: Any) -> Tensor:  # (B,)
         if not len(batch.pair_ids):
-            return scored.chosen_nll, scored.chosen_nll
+            return scored.chosen_nll
         rows = [row_of[pair] for pair in batch.pair_ids.tolist()]
         inputs = torch.cat([scored.logps, scored.chosen_nll[:, None]], 1)  # (B, 3)
-        return values[rows], (slopes[rows] * inputs).sum(1)
+        linear = (slopes[rows] * inputs).sum(1)
+        return values[rows] + (linear - linear.detach())
 
     return loss_of
 

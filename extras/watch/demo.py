@@ -97,3 +97,10 @@ def compare(before: list[tuple[str, str]], after: list[tuple[str, str]]) -> None
     if before:
         print(f"\nwords of praise minus words of blame, mean of {len(before)} answers: "
               f"before {mean_score(before):+.2f}, after {mean_score(after):+.2f}")
+
+
+def train(trainer) -> None:
+    """Train, and answer the same prompts before and after."""
+    before = sample(trainer)
+    trainer.train()
+    compare(before, sample(trainer))
