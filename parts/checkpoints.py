@@ -170,7 +170,7 @@ class Checkpoints:
         if run.get("cut") == now["cut"] and run.get("global_batch") != now["global_batch"]:
             self.trainer.plan_steps(run["global_batch"])
             self.trainer.log.say(
-                f"the run began with {run['global_batch']} pairs in a step, and goes on so")
+                f"the run began with {run['global_batch']} pairs in a step, and continues with it")
 
     def differences(self, run: dict) -> list[str]:
         """Return "beta was 0.1 there and is 0.2 now", for all that must be the same.
@@ -255,8 +255,8 @@ class Checkpoints:
     def leave(self) -> None:
         """Exit as the shell expects of a process that a signal ended: 128 + its number."""
         self.trainer.log.say(
-            f"told to leave: checkpoint-{self.trainer.position.step} is written; "
-            "--resume_from_checkpoint true goes on from it")
+            f"told to leave: checkpoint-{self.trainer.position.step} is written; resume from it "
+            "with --resume_from_checkpoint true")
         sys.exit(128 + (self.signal or signal.SIGTERM))
 
     def load_best(self) -> None:
@@ -314,7 +314,7 @@ class Checkpoints:
             what_now = "there is no checkpoint before it"
             if last:
                 what_now = (
-                    f"{last[-1].name} is whole: make room, then go on with "
+                    f"{last[-1].name} is complete: make room, then resume with "
                     "--resume_from_checkpoint true")
             raise OSError(f"{target}: cannot be written ({error}); {what_now}") from None
         self.remove_old()
@@ -448,7 +448,7 @@ def last_checkpoint(output_dir: Path) -> str:
     found = in_directory(output_dir)
     if not found:
         return ""
-    return f". {found[-1].name} is whole: --resume_from_checkpoint true goes on from there"
+    return f". {found[-1].name} is complete: resume from it with --resume_from_checkpoint true"
 
 
 def read_state(directory: Path) -> dict:

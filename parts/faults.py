@@ -17,7 +17,7 @@ from parts.checkpoints import last_checkpoint
 
 def refuse(error: Exception | str, status: int) -> int:
     """Print an error once on each machine, and return the exit status."""
-    is_own = "rank" in str(error)[:5]  # what concerns one rank alone it says itself
+    is_own = "rank" in str(error)[:5]  # an error of one rank, which alone knows of it
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 or is_own:
         print(f"error: {error}", file=sys.stderr)
     return status

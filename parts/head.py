@@ -10,7 +10,7 @@ class ChunkedLogps(torch.autograd.Function):
     """Log-probs whose (N, V) logits exist one chunk at a time.
 
     They are scored and dropped in forward, and computed again in backward: kept, they would be the
-    largest tensor of the whole step, and computing them again is one product of three.
+    largest tensor of the step, and computing them again is one product of three.
     d logp / d logits = onehot(target) - softmax(logits), so backward needs nothing else.
     """
 

@@ -55,7 +55,7 @@ class Place:
         if self.ranks.first:
             target.copy_(source)
         if self.ranks.world > 1:
-            there = target.detach().to(self.ranks.device)  # the reference may lie on the CPU
+            there = target.detach().to(self.ranks.device)  # the reference may be on the CPU
             dist.broadcast(there, 0)
             target.copy_(there)
 

@@ -35,27 +35,27 @@ REASONS = {
     (ANY, "checkpointing is never re-entrant"): "gradient_checkpointing_use_reentrant",
     (ANY, "training keeps no cache"): "use_cache",
     (ANY, "logits are never held, without Liger"): "liger_kernel_config",
-    (ANY, "that is of NVIDIA's Apex"): "fp16_opt_level fp16_backend",
+    (ANY, "only for NVIDIA's Apex"): "fp16_opt_level fp16_backend",
     (ANY, "a run is a function of its seed"): "full_determinism",
     (ANY, "metrics are sums over all pairs, never joined from batches"):
         "eval_accumulation_steps eval_do_concat_batches eval_use_gather_object batch_eval_metrics "
         "include_for_metrics include_inputs_for_metrics use_legacy_prediction_loop past_index",
     (ANY, "--eval_strategy says when"): "do_predict",
     (ANY, "always shown"): "include_tokens_per_second",
-    (ANY, "metrics.jsonl lies in --output_dir"): "logging_dir",
-    (ANY, "torchrun or accelerate launch says it"):
+    (ANY, "metrics.jsonl is in --output_dir"): "logging_dir",
+    (ANY, "torchrun or accelerate launch sets it"):
         "local_rank _n_gpu accelerator_config accelerate_config ray_scope",
-    (ANY, "that is of SageMaker"): "mp_parameters",
+    (ANY, "only for SageMaker"): "mp_parameters",
     ("false", "leave it out: rows are always read as a stream, and tokenized once, to disk"):
         "dataset_streaming streaming",
-    ("none", "--seed, which is of the order too"): "data_seed",
+    ("none", "--seed, which also sets the order"): "data_seed",
     ("false", "leave it out: an epoch's last batch may be small, and its loss is divided by its "
      "own pairs"): "dataloader_drop_last",
     ("random", "--shuffle_dataset false for file order; lengths need no grouping, as nothing is "
      "padded"): "train_sampling_strategy",
     ("none", "name the columns of a row prompt, chosen, rejected"): "label_names",
     ("none", "the rows' own \"tools\""): "tools",
-    ("false", "leave it out: a resumed run goes on with the pair it would have seen"):
+    ("false", "leave it out: a resumed run continues with the pair it would have seen"):
         "ignore_data_skip",
     ("none", "--dtype and --model_revision"): "model_init_kwargs",
     ("none", "--ref_model_dtype and --ref_model_device"): "ref_model_init_kwargs",

@@ -132,9 +132,9 @@ def split_row(row: dict, need_rejected: bool) -> tuple[Any, Any, Any]:
     prompt = parse_turns(row, key)
     if type(prompt) is type(chosen):
         return prompt, chosen, rejected
-    # A text prompt beside whole conversations repeats their start, which is then the prompt.
-    are_whole = isinstance(chosen, list) and rejected is not None and chosen[:1] == rejected[:1]
-    if not (isinstance(prompt, str) and are_whole):
+    # A text prompt beside complete conversations repeats their start, which is then the prompt.
+    are_complete = isinstance(chosen, list) and rejected is not None and chosen[:1] == rejected[:1]
+    if not (isinstance(prompt, str) and are_complete):
         what = "one of prompt and chosen is text, the other a conversation"
         raise DataError(f"{what}; make them alike")
     return extract_prompt(chosen, rejected)

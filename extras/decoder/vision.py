@@ -6,7 +6,7 @@ where config.json has a `vision_config`; image files are read and cut by extras/
 
 The features replace the embeddings of the image tokens in the stream. Each distinct image of a
 batch is encoded once, though both completions see it and rows may share it: `Pictures.source`
-says which feature stands where.
+tells which feature goes where.
 """
 
 import torch

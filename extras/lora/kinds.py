@@ -23,6 +23,17 @@ def wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def wrap(module: nn.Module, base: nn.Module, rank: int, alpha: float, dropout: float) -> None:
+    """Give `module` what a LoraLinear on `base` has, with A and B drawn as there."""
+    plain = LoraLinear(base, rank, alpha, dropout)
+    module.base_layer = base
+    module.scaling = plain.scaling
+    module.enabled = True
+    module.dropout = plain.dropout
+    module.lora_A = plain.lora_A
+    module.lora_B = plain.lora_B
+
+
 # Kinds
 
 
@@ -36,13 +47,7 @@ class DoraLinear(nn.Module):
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
         super().__init__()
-        plain = LoraLinear(base, rank, alpha, dropout)
-        self.base_layer = base
-        self.scaling = plain.scaling
-        self.enabled = True
-        self.dropout = plain.dropout
-        self.lora_A = plain.lora_A
-        self.lora_B = plain.lora_B
+        wrap(self, base, rank, alpha, dropout)
         magnitude = torch.linalg.norm(self.direction(), dim=1)  # (out,)
         self.lora_magnitude_vector = nn.Parameter(magnitude)
 
@@ -211,13 +216,7 @@ class LoraRouter(nn.Module):
 
     def __init__(self, base: Router, rank: int, alpha: float, dropout: float):
         super().__init__()
-        plain = LoraLinear(base, rank, alpha, dropout)
-        self.base_layer = base
-        self.scaling = plain.scaling
-        self.enabled = True
-        self.dropout = plain.dropout
-        self.lora_A = plain.lora_A
-        self.lora_B = plain.lora_B
+        wrap(self, base, rank, alpha, dropout)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if not self.enabled:

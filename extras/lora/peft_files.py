@@ -124,7 +124,7 @@ def find_base(settings: dict, ranks: Any = None) -> str:
 
 
 def adapter_home(directory: str, name: str | None) -> str:
-    """Return where an adapter lies: `directory`, or, as PEFT saves several, the folder of its name.
+    """Return `directory`, or, as PEFT saves several adapters, the folder of its name in it.
 
     Raises ValueError where a name is given and there is no adapter.
     """

@@ -51,7 +51,7 @@ def is_adapter(directory: str | Path) -> bool:
 
 
 def tokenizer_home(directory: str, ranks: Any = None) -> str:
-    """Return where the tokenizer lies: PEFT's adapters may leave it with their base."""
+    """Return the tokenizer's directory: PEFT's adapters may leave it with their base."""
     if (Path(directory) / "tokenizer.json").exists() or not is_adapter(directory):
         return directory
     from extras.lora import peft_files
