@@ -23,7 +23,9 @@ def wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def wrap(module: nn.Module, base: nn.Module, rank: int, alpha: float, dropout: float) -> None:
+def add_low_rank(
+    module: nn.Module, base: nn.Module, rank: int, alpha: float, dropout: float,
+) -> None:
     """Give `module` what a LoraLinear on `base` has, with A and B drawn as there."""
     plain = LoraLinear(base, rank, alpha, dropout)
     module.base_layer = base
@@ -47,7 +49,7 @@ class DoraLinear(nn.Module):
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
         super().__init__()
-        wrap(self, base, rank, alpha, dropout)
+        add_low_rank(self, base, rank, alpha, dropout)
         magnitude = torch.linalg.norm(self.direction(), dim=1)  # (out,)
         self.lora_magnitude_vector = nn.Parameter(magnitude)
 
@@ -216,7 +218,7 @@ class LoraRouter(nn.Module):
 
     def __init__(self, base: Router, rank: int, alpha: float, dropout: float):
         super().__init__()
-        wrap(self, base, rank, alpha, dropout)
+        add_low_rank(self, base, rank, alpha, dropout)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if not self.enabled:
