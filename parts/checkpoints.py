@@ -164,8 +164,7 @@ class Checkpoints:
             "cut": [c.per_device_train_batch_size, c.gradient_accumulation_steps]}
 
     def adopt_batch(self, run: dict) -> None:
-        """Keep the first run's global batch where the same command now has another number of ranks.
-        """
+        """Keep the first run's global batch if the same command now has more or fewer ranks."""
         now = self.of_run()
         if run.get("cut") == now["cut"] and run.get("global_batch") != now["global_batch"]:
             self.trainer.plan_steps(run["global_batch"])
@@ -293,6 +292,7 @@ class Checkpoints:
     def write(
         self, model: nn.Module, ref_model: nn.Module | None, moments: dict[str, Tensor],
     ) -> None:
+        """Write all files beside their place, then rename the directory; on rank 0 only."""
         trainer = self.trainer
         target = trainer.log.directory / f"checkpoint-{trainer.position.step}"
         scratch = target.with_name(f".{target.name}")
@@ -364,8 +364,7 @@ class Checkpoints:
         return metrics.read_bytes() if trainer.ranks.first and metrics.exists() else b""
 
     def read_weights(self, directory: Path) -> None:
-        """Read the policy's weights, and those of a reference that moves, from rank 0 to all ranks.
-        """
+        """Read the weights of the policy, and of a reference that moves, from rank 0 to all."""
         trainer = self.trainer
         place = trainer.place
         model = place.gathered(trainer.model, trained_only=bool(trainer.lora))
@@ -384,7 +383,9 @@ class Checkpoints:
             self.read_adapter(directory / "ref_adapter.safetensors")
 
     def read_adapter(self, path: Path) -> None:
-        """Read the LoRA of a reference that moves. Raises ValueError for a file of another adapter.
+        """Read the LoRA of a reference that moves.
+
+        Raises ValueError for a file of another adapter.
         """
         trainer = self.trainer
         ours = self.moving_adapter()

@@ -176,8 +176,7 @@ def check_ratings(c: DPOConfig, store: Any) -> None:
 
 
 def check_pairs(c: DPOConfig, train_pairs: Any, eval_store: Any) -> None:
-    """Raise ValueError if no pair is left to train on, or to evaluate on where that is asked for.
-    """
+    """Raise ValueError if there are no pairs to train on, or none to evaluate on though asked."""
     if not len(train_pairs):
         raise ValueError(f"{c.dataset_name}: no pair is left to train on; lower --eval_fraction")
     for name in ("eval_on_start", "generate_during_eval", "eval_strategy"):

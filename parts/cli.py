@@ -111,6 +111,7 @@ def add_option(group: Any, option: Field) -> None:
 
 
 def build_parser(description: str = "") -> Parser:
+    """Make the parser of the command line: a flag for each field of DPOConfig, and TRL's others."""
     parser = Parser(
         prog="dpo.py", description=description, allow_abbrev=False,
         argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -110,8 +110,7 @@ class Log:
         self.panel = None
 
     def step(self, position: Position, schedule: Schedule) -> dict:
-        """Write and show the mean of each metric since the last log; return that line of metrics.
-        """
+        """Write and show the mean of each metric since the last log; return that line."""
         pending = position.pending
         mean = {name: sum(m[name] for m in pending) / len(pending) for name in pending[0]}
         for name in ("learning_rate", "grad_norm"):

@@ -28,8 +28,7 @@ class Opened(NamedTuple):
 
 
 def is_plain(c: DPOConfig) -> bool:
-    """Tell whether the model is one local directory of safetensors and all its weights are trained.
-    """
+    """Tell whether the model is one local directory of safetensors that is trained in full."""
     options = (c.use_peft, c.merge_adapter, c.load_in_4bit, c.model_revision, c.model_adapter_name)
     if any(options) or on_hub(c.model_name_or_path):
         return False

@@ -33,8 +33,7 @@ class Place:
             self.module.broadcast_buffers = False
 
     def sync(self, last: bool) -> Any:
-        """Exchange gradients only after a step's last forward; until then they are summed locally.
-        """
+        """Exchange gradients only after a step's last forward; until then they are summed."""
         return nullcontext() if last or self.module is self.model else self.module.no_sync()
 
     def shared(self, model: nn.Module) -> nn.Module:

@@ -88,6 +88,7 @@ def read_tower(given: dict, kind: str, defaults: dict) -> dict:
 
 
 def split_llava(raw: dict) -> tuple[dict, dict]:
+    """Split LLaVA's, whose decoder is a Llama where the file names no other."""
     text = dict(raw.get("text_config") or {})
     given = dict(raw["vision_config"])
     text.setdefault("model_type", "llama")
@@ -106,6 +107,8 @@ def split_llava(raw: dict) -> tuple[dict, dict]:
 
 
 def split_idefics(raw: dict) -> tuple[dict, dict]:
+    """Split that of Idefics3 and SmolVLM, whose decoder is a Llama where the file names no other.
+    """
     text = dict(raw.get("text_config") or {})
     text.setdefault("model_type", "llama")
     vision = read_tower(dict(raw["vision_config"]), raw["model_type"], IDEFICS) | dict(

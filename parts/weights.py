@@ -58,8 +58,7 @@ def is_plain(directory: str | Path) -> bool:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """Return {tensor: file} of a sharded checkpoint. Raises ValueError for a file that is missing.
-    """
+    """Return {tensor: file} of a sharded checkpoint; ValueError for a file that is missing."""
     files = read_json(index).get("weight_map")
     plain = lambda file: isinstance(file, str) and Path(file).name == file
     if not isinstance(files, dict) or not all(map(plain, files.values())):
