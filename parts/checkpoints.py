@@ -1,8 +1,8 @@
-"""checkpoint-N: what a run resumes from: a loadable model, AdamW's moments, and the run's position.
+"""checkpoint-N, what a run resumes from: a loadable model, AdamW's moments, and the run's position.
 
-A checkpoint is written beside its place, synced to the disk and renamed, so it is whole or absent.
-What a disk damages later shows in the sha256 of each file, which trainer_state.json keeps. Rank 0
-alone reads and writes; every rank calls the methods.
+A checkpoint is written beside its place, synced to the disk and renamed, so it is complete or
+absent. Later damage on the disk shows in the sha256 of each file, which trainer_state.json keeps.
+Only rank 0 reads and writes; every rank calls the methods.
 """
 
 import hashlib
@@ -32,8 +32,8 @@ from parts.output import sync
 
 STATE = "trainer_state.json"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
-# Options that may differ between a run and its resume: they change no weight, or what they change
-# is compared by content (model, data) or by effect (global_batch, total_steps).
+# Options that may differ between a run and its resume: they change no weight, or their effect is
+# compared instead (model and data by content; global_batch, total_steps).
 MAY_DIFFER = set("""
     model_name_or_path model_revision output_dir gradient_checkpointing dataset_name dataset_config
     dataset_train_split dataset_test_split eval_dataset_name max_prompt_length max_completion_length
@@ -44,20 +44,19 @@ MAY_DIFFER = set("""
     eval_steps eval_on_start per_device_eval_batch_size save_strategy save_steps save_total_limit
     resume_from_checkpoint force_resume load_best_model_at_end metric_for_best_model
     greater_is_better early_stopping_patience early_stopping_threshold skip_nonfinite fsdp
-    push_to_hub hub_model_id hub_private_repo hub_revision hub_token dataset_revision generate_during_eval
-    generate_prompts project run_name""".split())
+    push_to_hub hub_model_id hub_private_repo hub_revision hub_token dataset_revision
+    generate_during_eval generate_prompts project run_name""".split())
 
 
 class Found(NamedTuple):
-    """A checkpoint that a run goes on from."""
+    """A checkpoint that the run resumes from."""
 
     directory: Path
     state: dict
 
 
 class Checkpoints:
-    """Finds, writes and reads a run's checkpoints, and notices when the process is told to
-    leave."""
+    """Find, write and read a run's checkpoints, and notice when the process is told to leave."""
 
     def __init__(self, trainer: Any, fingerprint: str):
         self.trainer = trainer
@@ -66,15 +65,15 @@ class Checkpoints:
         self.signal = 0  # SIGTERM or SIGUSR1, if this process was sent one
         self.leaving = False  # whether any rank was: agreed on once a step, with the metrics
 
-    # What of the reference a checkpoint must hold: what moves (TR-DPO), as the flags do not bring
-    # it back
+    # A reference that moves (TR-DPO) does not follow from the flags: a checkpoint must hold it
 
     def moving_model(self) -> nn.Module | None:
+        """Return the reference if it is a model of its own that moves."""
         c = self.trainer.args
         return self.trainer.reference.model if c.sync_ref_model and not self.trainer.lora else None
 
     def moving_adapter(self) -> dict[str, Tensor]:
-        """{name: tensor} of the reference's LoRA, if it moves."""
+        """Return {name: tensor} of the reference's LoRA, if it moves."""
         if not (self.trainer.args.sync_ref_model and self.trainer.lora):
             return {}
         state = {}
@@ -90,7 +89,7 @@ class Checkpoints:
         """Find the checkpoint that `--resume_from_checkpoint asked` means.
 
         A worker that torchrun restarted resumes without being asked. Raises ValueError if there is
-        none, if none is whole, and if it belongs to another run.
+        none, if all are damaged, and if it belongs to another run.
         """
         trainer = self.trainer
         name = str(asked).lower()
@@ -123,8 +122,10 @@ class Checkpoints:
         self.found = Found(directory, state)
 
     def choose(self, asked: str | None, newest: bool, is_asked: bool) -> dict | None:
-        """The newest whole checkpoint of output_dir, or the directory asked for; damaged ones are
-        named."""
+        """Return the newest undamaged checkpoint of output_dir, or the directory asked for.
+
+        Damaged ones are named on the screen.
+        """
         home = self.trainer.log.directory
         say = self.trainer.log.say
         damage: list[str] = []
@@ -147,8 +148,10 @@ class Checkpoints:
         return None
 
     def of_run(self) -> dict[str, Any]:
-        """What a checkpoint must share with the run that resumes from it, and (`cut`) how its
-        global batch is made up."""
+        """Return what a checkpoint must share with the run that resumes from it.
+
+        `cut` says how its global batch is made up, and may differ.
+        """
         trainer = self.trainer
         c = trainer.args
         same = {name: v for name, v in sorted(vars(c).items()) if name not in MAY_DIFFER}
@@ -161,16 +164,15 @@ class Checkpoints:
             "cut": [c.per_device_train_batch_size, c.gradient_accumulation_steps]}
 
     def adopt_batch(self, run: dict) -> None:
-        """On another number of ranks, the same command goes on with the global batch of the first
-        run."""
+        """Keep the first run's global batch if the same command now has more or fewer ranks."""
         now = self.of_run()
         if run.get("cut") == now["cut"] and run.get("global_batch") != now["global_batch"]:
             self.trainer.plan_steps(run["global_batch"])
             self.trainer.log.say(
-                f"the run began with {run['global_batch']} pairs in a step, and goes on so")
+                f"the run began with {run['global_batch']} pairs in a step, and continues with it")
 
     def differences(self, run: dict) -> list[str]:
-        """"beta was 0.1 there and is 0.2 now", for all that must be the same.
+        """Return "beta was 0.1 there and is 0.2 now", for all that must be the same.
 
         An option that `run` lacks had its default.
         """
@@ -185,7 +187,7 @@ class Checkpoints:
 
     @contextmanager
     def noticing_signals(self) -> Iterator[None]:
-        """SIGTERM and SIGUSR1 are only noted inside; the run leaves after the step it is in."""
+        """Only note SIGTERM and SIGUSR1 inside; the run leaves after the step it is in."""
 
         def notice(number: int, frame: Any) -> None:
             self.signal = number
@@ -201,8 +203,11 @@ class Checkpoints:
                 signal.signal(number, handler)
 
     def after(self, evaluated: dict) -> bool:
-        """Save if a checkpoint is due: by --save_steps, because `evaluated` is the best so far, or
-        because the process was told to leave. Return whether to stop training now."""
+        """Save if a checkpoint is due; return whether to stop training now.
+
+        It is due by --save_steps, because `evaluated` is the best so far, or because the process
+        was told to leave.
+        """
         trainer = self.trainer
         every = trainer.schedule.save_every
         if not every:
@@ -222,7 +227,7 @@ class Checkpoints:
         return True
 
     def judge(self, evaluated: dict) -> bool:
-        """Whether an evaluation is the best so far; counts those since the best.
+        """Tell whether an evaluation is the best so far, and count those since the best.
 
         As in transformers, an improvement of at most early_stopping_threshold counts as none,
         though it is the new best.
@@ -249,8 +254,8 @@ class Checkpoints:
     def leave(self) -> None:
         """Exit as the shell expects of a process that a signal ended: 128 + its number."""
         self.trainer.log.say(
-            f"told to leave: checkpoint-{self.trainer.position.step} is written; "
-            "--resume_from_checkpoint true goes on from it")
+            f"told to leave: checkpoint-{self.trainer.position.step} is written; resume from it "
+            "with --resume_from_checkpoint true")
         sys.exit(128 + (self.signal or signal.SIGTERM))
 
     def load_best(self) -> None:
@@ -267,8 +272,8 @@ class Checkpoints:
     def save(self) -> None:
         """Write checkpoint-N of the last step; then remove the oldest beyond --save_total_limit.
 
-        Raises OSError, on every rank, if it cannot be written; the checkpoints before it stay
-        whole.
+        Raises OSError, on every rank, if it cannot be written; earlier checkpoints stay as they
+        are.
         """
         trainer = self.trainer
         place = trainer.place
@@ -287,6 +292,7 @@ class Checkpoints:
     def write(
         self, model: nn.Module, ref_model: nn.Module | None, moments: dict[str, Tensor],
     ) -> None:
+        """Write all files beside their place, then rename the directory; on rank 0 only."""
         trainer = self.trainer
         target = trainer.log.directory / f"checkpoint-{trainer.position.step}"
         scratch = target.with_name(f".{target.name}")
@@ -309,13 +315,13 @@ class Checkpoints:
             what_now = "there is no checkpoint before it"
             if last:
                 what_now = (
-                    f"{last[-1].name} is whole: make room, then go on with "
+                    f"{last[-1].name} is complete: make room, then resume with "
                     "--resume_from_checkpoint true")
             raise OSError(f"{target}: cannot be written ({error}); {what_now}") from None
         self.remove_old()
 
     def write_state(self, scratch: Path) -> None:
-        """Write what is not weights, and see all files to the disk."""
+        """Write what is not weights, and sync all files to the disk."""
         metrics = self.trainer.log.directory / "metrics.jsonl"
         if metrics.exists():
             shutil.copyfile(metrics, scratch / metrics.name)
@@ -328,7 +334,7 @@ class Checkpoints:
             sync(path)
 
     def remove_old(self) -> None:
-        """Keep --save_total_limit checkpoints; the best one and the newest in any case."""
+        """Keep at most --save_total_limit checkpoints, and always the best one and the newest."""
         trainer = self.trainer
         limit = trainer.args.save_total_limit
         found = in_directory(trainer.log.directory)
@@ -359,7 +365,7 @@ class Checkpoints:
         return metrics.read_bytes() if trainer.ranks.first and metrics.exists() else b""
 
     def read_weights(self, directory: Path) -> None:
-        """The policy's weights, and those of a reference that moves, from rank 0 to all."""
+        """Read the weights of the policy, and of a reference that moves, from rank 0 to all."""
         trainer = self.trainer
         place = trainer.place
         model = place.gathered(trainer.model, trained_only=bool(trainer.lora))
@@ -378,7 +384,10 @@ class Checkpoints:
             self.read_adapter(directory / "ref_adapter.safetensors")
 
     def read_adapter(self, path: Path) -> None:
-        """The reference's LoRA that moves. Raises ValueError for a file of another adapter."""
+        """Read the LoRA of a reference that moves.
+
+        Raises ValueError for a file of another adapter.
+        """
         trainer = self.trainer
         ours = self.moving_adapter()
         found = load_file(path) if trainer.ranks.first else dict.fromkeys(ours)
@@ -389,7 +398,10 @@ class Checkpoints:
             trainer.place.fill(tensor, found[name])
 
     def read_moments(self, path: Path) -> None:
-        """AdamW's state; a fused AdamW counts its steps where the parameters are."""
+        """Read AdamW's state.
+
+        Each tensor goes where its parameter is: a fused AdamW counts its steps there.
+        """
         trainer = self.trainer
         found = load_file(path) if trainer.ranks.first else {}
         for name, p in trained(trainer.model):
@@ -400,19 +412,21 @@ class Checkpoints:
 
 
 def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The parameters that learn, with their names, in the model's order."""
+    """Return the parameters that learn, with their names, in the model's order."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def no_moments(p: Tensor) -> dict[str, Tensor]:
-    """AdamW's state before a parameter's first step."""
+    """Return AdamW's state before a parameter's first step."""
     zeros = {key: torch.zeros_like(p) for key in MOMENTS[1:]}
     return {"step": torch.zeros((), device=p.device), **zeros}
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Tell models apart without reading all of them: a hash of each tensor's name, shape and first
-    thousand values."""
+    """Hash each tensor's name, shape and first thousand values.
+
+    This tells models apart without reading all of them.
+    """
     h = hashlib.sha256()
     for name, p in chain(model.named_parameters(), model.named_buffers()):  # buffers: 4-bit weights
         if p.is_meta:  # FSDP: rank 0 has the weights
@@ -426,23 +440,24 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def in_directory(output_dir: Path) -> list[Path]:
-    """Its checkpoint-N directories, oldest first."""
+    """Return the checkpoint-N directories, oldest first."""
     found = [p for p in output_dir.glob("checkpoint-*") if p.name[11:].isdigit()]
     return sorted(found, key=lambda p: int(p.name[11:]))
 
 
 def last_checkpoint(output_dir: Path) -> str:
-    """A sentence for messages about a run that ended: what to go on from; "" if there is
-    nothing."""
+    """Say, in messages about a run that ended, what to resume from; "" if there is nothing."""
     found = in_directory(output_dir)
     if not found:
         return ""
-    return f". {found[-1].name} is whole: --resume_from_checkpoint true goes on from there"
+    return f". {found[-1].name} is complete: resume from it with --resume_from_checkpoint true"
 
 
 def read_state(directory: Path) -> dict:
-    """trainer_state.json of a whole checkpoint; ValueError names the first file that was
-    changed."""
+    """Read trainer_state.json of a complete checkpoint.
+
+    Raises ValueError naming the first file that is missing or was changed.
+    """
     state = read_json(directory / STATE)
     if state.pop("sha256", None) != digest_of(state):
         raise ValueError(f"{directory / STATE}: its checksum differs")
@@ -460,7 +475,7 @@ def digest_of(state: dict) -> str:
 
 
 def hash_files(directory: Path, names: Iterable[str]) -> dict[str, str]:
-    """sha256 of each file, several at a time."""
+    """Return the sha256 of each file; several are read at a time."""
 
     def hashed(name: str) -> str:
         with open(directory / name, "rb") as f:

@@ -1,4 +1,4 @@
-"""Refuse what cannot be run, by name and with the reason, before anything is read."""
+"""Refuse options that cannot be run, by name and with the reason, before anything is read."""
 
 import math
 from dataclasses import Field, fields
@@ -15,7 +15,7 @@ FSDP_WORDS = {"true", "full_shard", "shard_grad_op", "auto_wrap", "offload"}  # 
 
 
 def check_config(c: DPOConfig) -> None:
-    """Raise ValueError for the first thing that has no meaning."""
+    """Raise ValueError for the first option without a meaning."""
     options = vars(c)
     defaults = vars(DPOConfig())
     for option in fields(DPOConfig):
@@ -27,16 +27,17 @@ def check_config(c: DPOConfig) -> None:
     check_best_model(c)
     if c.sync_ref_model and c.precompute_ref_log_probs:
         raise ValueError(
-            "--sync_ref_model moves the reference; --precompute_ref_log_probs needs one that stays")
+            "--sync_ref_model moves the reference; --precompute_ref_log_probs needs one that does "
+            "not move")
     if c.load_in_8bit:
         raise ValueError(
-            "--load_in_8bit: LLM.int8 rounds activations too, and which columns it spares depends "
-            "on all tokens of a forward: a pair's log-probs would depend on what it is batched "
-            "with; use --load_in_4bit, which is also smaller")
+            "--load_in_8bit: LLM.int8 rounds activations too, and which columns it leaves exact "
+            "depends on all tokens of a forward: a pair's log-probs would depend on the other "
+            "pairs in its batch; use --load_in_4bit, which is also smaller")
 
 
 def check_field(option: Field, value: Any) -> None:
-    """Raise ValueError for a value that is none of the choices, below the least, or infinite."""
+    """Raise ValueError for a value that is not among the choices, too small, or infinite."""
     choices = option.metadata["choices"]
     least = option.metadata["least"]
     for one in value if isinstance(value, list) else [value]:
@@ -70,12 +71,12 @@ def check_values(c: DPOConfig, options: dict[str, Any]) -> None:
 
 
 def needs_reference(c: DPOConfig) -> bool:
-    """Whether any of the losses reads a reference's log-probs."""
+    """Tell whether any of the losses reads a reference's log-probs."""
     return not (c.reference_free or set(c.loss_type) <= NO_REFERENCE)
 
 
 def precomputes_reference(c: DPOConfig) -> bool:
-    """Whether the reference runs once, before training. By default it does, unless it moves."""
+    """Tell whether the reference runs once, before training: by default, unless it moves."""
     if not needs_reference(c):
         return False
     if c.precompute_ref_log_probs is None:
@@ -84,7 +85,7 @@ def precomputes_reference(c: DPOConfig) -> bool:
 
 
 def check_readers(c: DPOConfig, options: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """Raise ValueError for a value that is not the default and that nothing reads in this run."""
+    """Raise ValueError for a value that is not the default and that nothing in this run reads."""
     readers = {  # what reads the flags: (whether it is on, the flags)
         "--use_peft": (
             c.use_peft, "lora_r lora_alpha lora_dropout lora_target_modules use_rslora use_dora "
@@ -117,9 +118,9 @@ def check_readers(c: DPOConfig, options: dict[str, Any], defaults: dict[str, Any
 
 
 def fsdp_words(fsdp: str | None) -> set[str]:
-    """The words of --fsdp; none where it is off. Blocks are always wrapped one by one.
+    """Return the words of --fsdp; none where it is off. Blocks are always wrapped one by one.
 
-    Raises ValueError for a word that is not known.
+    Raises ValueError for an unknown word.
     """
     found = set(str(fsdp or "").lower().split()) - {"false"}
     unknown = sorted(found - FSDP_WORDS)
@@ -155,8 +156,10 @@ def check_best_model(c: DPOConfig) -> None:
 
 
 def check_ratings(c: DPOConfig, store: Any) -> None:
-    """Raise ValueError for a pair without the scores that a loss reads, or, as odpo takes the log
-    of their gap, with chosen not above rejected."""
+    """Raise ValueError for a pair without the scores that a loss reads.
+
+    odpo takes the log of their gap, so there chosen must be above rejected.
+    """
     reading = sorted(set(c.loss_type) & READS_RATINGS)
     if not reading:
         return
@@ -164,17 +167,16 @@ def check_ratings(c: DPOConfig, store: Any) -> None:
     gap = store.ratings[:, 0] - store.ratings[:, 1]
     bad = np.flatnonzero(np.isnan(gap) | (gap <= 0) if takes_log else np.isnan(gap))
     if len(bad):
-        is_missing = np.isnan(gap[bad[0]])
-        found = "no chosen_score and rejected_score" if is_missing else "chosen_score <= "
-        "rejected_score"
+        found = "chosen_score <= rejected_score"
+        if np.isnan(gap[bad[0]]):
+            found = "no chosen_score and rejected_score"
         raise ValueError(
             f"{store.where(int(bad[0]))}: {found}, which --loss_type {reading[0]} reads "
             f"({len(bad)} such rows)")
 
 
 def check_pairs(c: DPOConfig, train_pairs: Any, eval_store: Any) -> None:
-    """Raise ValueError if there is nothing to train on, or nothing to evaluate on though asked
-    to."""
+    """Raise ValueError if there are no pairs to train on, or none to evaluate on though asked."""
     if not len(train_pairs):
         raise ValueError(f"{c.dataset_name}: no pair is left to train on; lower --eval_fraction")
     for name in ("eval_on_start", "generate_during_eval", "eval_strategy"):
@@ -197,12 +199,12 @@ def check_held_reference(c: DPOConfig, model: Any) -> None:
     if model is None and (c.ref_model_dtype or c.ref_model_device):
         raise ValueError(
             "--ref_model_dtype and --ref_model_device: the reference is no model of its own here, "
-            "so there is nothing to hold (--no_precompute_ref_log_probs keeps a copy, where all "
-            "weights are trained)")
+            "so they have no effect (--no_precompute_ref_log_probs keeps a copy, where all weights "
+            "are trained)")
 
 
 def check_evaluation(c: DPOConfig, store: Any, is_reference_gone: bool) -> None:
-    """Raise ValueError for an evaluation without pairs, or without the reference it had."""
+    """Raise ValueError for an evaluation without pairs, or whose reference no longer exists."""
     if store is None:
         raise ValueError(
             "there are no pairs to evaluate on; give eval_dataset, --eval_dataset_name or "

@@ -1,4 +1,4 @@
-"""The command line: flags and --config files to a DPOConfig. parts/checks.py then checks the
+"""The command line: flags and --config files become a DPOConfig. parts/checks.py then checks the
 combination."""
 
 import argparse
@@ -8,7 +8,7 @@ import os
 import sys
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from parts import trl_flags
 from parts.config import DPOConfig
@@ -31,7 +31,7 @@ NO_EFFECT = set("""
 class Parser(argparse.ArgumentParser):
     """argparse that raises ValueError instead of exiting."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
 
@@ -67,7 +67,7 @@ PARSERS = {
 
 
 def parse_value(name: str, value: Any) -> Any:
-    """`value` (a string, or from a config file) as the type of DPOConfig's field `name`.
+    """Convert `value` (a string, or from a config file) to the type of DPOConfig's field `name`.
 
     Raises ValueError.
     """
@@ -111,6 +111,7 @@ def add_option(group: Any, option: Field) -> None:
 
 
 def build_parser(description: str = "") -> Parser:
+    """Make the parser of the command line: a flag for each field of DPOConfig, and TRL's others."""
     parser = Parser(
         prog="dpo.py", description=description, allow_abbrev=False,
         argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -128,7 +129,7 @@ def build_parser(description: str = "") -> Parser:
 
 
 def parse_text(path: str, text: str) -> Any:
-    """The content of a toml, json or yaml file."""
+    """Return the content of a toml, json or yaml file."""
     if path.endswith(".toml"):
         import tomllib
 
@@ -141,7 +142,7 @@ def parse_text(path: str, text: str) -> Any:
 
 
 def read_config_file(path: str) -> dict[str, Any]:
-    """The options in a toml, json or yaml file. Raises ValueError naming the file."""
+    """Return the options in a toml, json or yaml file. Raises ValueError naming the file."""
     try:
         settings = parse_text(path, Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -156,15 +157,18 @@ def read_config_file(path: str) -> dict[str, Any]:
 
 
 def demo_settings() -> dict[str, Any]:
-    """demo/config.toml with its paths made absolute."""
+    """Return the settings of demo/config.toml, with absolute paths."""
     settings = read_config_file(str(ROOT / "demo" / "config.toml"))
     is_path = lambda name: name.endswith(("_path", "dataset_name"))
     return {k: str(ROOT / v) if is_path(k) else v for k, v in settings.items()}
 
 
 def parse_config(argv: list[str], description: str = "") -> DPOConfig:
-    """DPOConfig from a command line. With neither a model nor a data set named, the demo's settings
-    lie under it. Raises ValueError."""
+    """Return the DPOConfig of a command line.
+
+    With neither a model nor a data set named, the demo's settings are the defaults. Raises
+    ValueError.
+    """
     parsed, words = build_parser(description).parse_known_args(argv)
     given = vars(parsed)
     path = given.pop("config", None)

@@ -46,7 +46,7 @@ class DPOConfig:
     model_revision: str | None = flag(
         None, "branch, tag or commit of a model on the hub (also --revision)")
     dtype: str = flag("float32", "type of the weights", choices=DTYPES)
-    disable_dropout: bool = flag(True, "turn off all dropout, that of LoRA too")
+    disable_dropout: bool = flag(True, "turn off all dropout, including LoRA's")
     fsdp: str | None = flag(
         None, "split parameters, gradients, optimizer state and reference across the ranks; also "
         "takes transformers' words: full_shard, shard_grad_op, auto_wrap, offload (to the CPU)",
@@ -105,9 +105,9 @@ class DPOConfig:
         None, "LD-DPO: weight of the tokens beyond the shorter completion's length")
     ld_apply_to_ref: bool = flag(True, "LD-DPO: weight the reference's log-probs too")
     use_weighting: bool = flag(
-        False, "WPO: weight pairs by how likely the policy is to have written them")
+        False, "WPO: weight pairs by how likely the policy is to write them itself")
     wpo_clamp: bool = flag(
-        True, "WPO: weights are at most 1, as the authors have it (TRL does not clamp)")
+        True, "WPO: clamp weights to at most 1, as the authors do (TRL does not)")
     rpo_alpha: float | None = flag(
         None, "RPO: weight of the chosen completion's negative log-likelihood", least=0)
     rpo_average: str = flag(
@@ -134,8 +134,8 @@ class DPOConfig:
         "running", "bco_pair's delta: the running mean reward of earlier steps, this step's own "
         "first (as TRL 0.18), or zero (as TRL 1.16)", choices=("running", "first", "zero"))
     exact_global_loss: bool | None = flag(
-        None, "compute the loss over the whole global batch at once, for the price of one more "
-        "forward; unset does so where a loss sorts the batch")
+        None, "compute the loss over the global batch at once, at the price of one more forward; "
+        "unset does so where a loss sorts the batch")
 
     # The reference
 
@@ -165,7 +165,7 @@ class DPOConfig:
     loraplus_lr_ratio: float | None = flag(
         None, "LoRA+: learning rate of B divided by that of A")
     merge_adapter: bool = flag(
-        False, "at the end, add the LoRA to the weights and save the whole model; over 4 bits, to "
+        False, "at the end, add the LoRA to the weights and save the full model; over 4 bits, to "
         "the dequantized weights, in bfloat16")
     lora_target_modules: list[str] | None = flag(
         None, "names such as q_proj v_proj lm_head embed_tokens, or all-linear; unset is q_proj "
@@ -174,13 +174,13 @@ class DPOConfig:
         None, "stacks of experts and routers: mlp.experts.gate_up_proj mlp.experts.down_proj "
         "gate.weight")
     lora_modules_to_save: list[str] | None = flag(
-        None, "modules that are trained whole beside the LoRA, such as lm_head norm")
+        None, "modules that are fully trained beside the LoRA, such as lm_head norm")
     use_dora: bool = flag(
-        False, "DoRA: learn the length of each row of the weights apart from its direction")
+        False, "DoRA: learn the length of each row of the weights separately from its direction")
     model_adapter_name: str | None = flag(
         None, "train the adapter of this name, in its folder of model_name_or_path")
     load_in_4bit: bool = flag(
-        False, "QLoRA: hold the base, and a reference of its own, in 4 bits; files that are in "
+        False, "QLoRA: load the base, and a reference that is another model, in 4 bits; files in "
         "bitsandbytes' 4 bits need no flag")
     bnb_4bit_quant_type: str = flag(
         "nf4", "which 16 levels a weight may have", choices=("nf4", "fp4"))
@@ -197,9 +197,9 @@ class DPOConfig:
     max_tokens_per_forward: int | None = flag(
         None, "cut forwards further, to at most this many tokens: bounds memory; unset is 2048 on "
         "a CPU, where longer ones are no faster", least=1)
-    num_train_epochs: float = flag(3.0, "passes over the pairs", least=0)
+    num_train_epochs: float = flag(3.0, "passes over the training pairs", least=0)
     max_steps: int = flag(
-        -1, "stop after this many optimizer steps; -1 leaves it to num_train_epochs")
+        -1, "stop after this many optimizer steps; -1: num_train_epochs decides")
     optim: str = flag(
         "adamw_torch_fused", "the optimizer; both are the same",
         choices=("adamw_torch_fused", "adamw_torch"))
@@ -208,9 +208,9 @@ class DPOConfig:
         "linear", "how the learning rate falls",
         choices=("linear", "cosine", "constant", "constant_with_warmup"))
     warmup_steps: float = flag(0, "steps of linear warm-up; below 1, a share of all steps", least=0)
-    warmup_ratio: float = flag(0.0, "the older name of that share", least=0)
+    warmup_ratio: float = flag(0.0, "older name of warmup_steps as a share", least=0)
     weight_decay: float = flag(
-        0.0, "decoupled decay of matrices (norms and biases are left alone)", least=0)
+        0.0, "decoupled weight decay, of matrices only (not norms and biases)", least=0)
     adam_beta1: float = flag(0.9, "decay of AdamW's first moment", least=0)
     adam_beta2: float = flag(0.999, "decay of AdamW's second moment", least=0)
     adam_epsilon: float = flag(1e-8, "AdamW's epsilon", least=0)
@@ -221,7 +221,7 @@ class DPOConfig:
         False, "float16 autocast with loss scaling, for GPUs without bfloat16")
     skip_nonfinite: int = flag(
         0, "skip at most N steps whose loss or gradient is not finite", least=0)
-    seed: int = flag(42, "seed of shuffling, LoRA's start and dropout")
+    seed: int = flag(42, "seed of shuffling, the LoRA's random start and dropout")
     use_cpu: bool = flag(False, "train on the CPU even if there is a GPU")
     ddp_timeout: int = flag(1800, "collective timeout, seconds", least=1)
 
@@ -235,8 +235,8 @@ class DPOConfig:
     report_to: list[str] = flag(
         ["none"], "loggers besides metrics.jsonl",
         choices=("none", "tensorboard", "wandb", "trackio"))
-    run_name: str | None = flag(None, "name of the run there; unset is output_dir's name")
-    project: str = flag("huggingface", "project there (wandb, trackio)")
+    run_name: str | None = flag(None, "name of the run in the loggers; unset is output_dir's name")
+    project: str = flag("huggingface", "project in the loggers (wandb, trackio)")
     eval_strategy: str = flag(
         "no", "when to evaluate; no is once, at the end, if there are pairs to evaluate on",
         choices=("no", "steps", "epoch"))
@@ -246,7 +246,7 @@ class DPOConfig:
     generate_during_eval: bool = flag(
         False, "answer a few prompts at each evaluation, and before the first step")
     generate_prompts: str | None = flag(
-        None, "file of rows with these prompts; unset is the first evaluation pairs'")
+        None, "file of rows with these prompts; unset takes those of the first evaluation pairs")
     per_device_eval_batch_size: int = flag(
         8, "pairs in one forward of evaluation and of the reference pass", least=1)
     save_strategy: str = flag(
@@ -256,7 +256,7 @@ class DPOConfig:
         500, "steps between checkpoints; below 1, a share of all steps", least=0)
     save_total_limit: int | None = flag(None, "keep at most N checkpoints", least=1)
     load_best_model_at_end: bool = flag(
-        False, "keep the checkpoint of the best evaluation, and end with it")
+        False, "keep the checkpoint of the best evaluation, and load it at the end")
     metric_for_best_model: str | None = flag(
         None, "the metric that decides which is best; unset is loss")
     greater_is_better: bool | None = flag(
@@ -270,7 +270,7 @@ class DPOConfig:
     force_resume: bool = flag(
         False, "resume even if data or settings are not those of the checkpoint")
     dry_run: bool = flag(
-        False, "set up, print how many steps and tokens, how much memory and time, and exit")
+        False, "set up, print steps, tokens, memory and time, and exit")
 
     # The hub
 
@@ -279,7 +279,7 @@ class DPOConfig:
     hub_model_id: str | None = flag(
         None, "owner/name of the repository; unset is output_dir's name, in your own account")
     hub_private_repo: bool | None = flag(
-        None, "make it private; unset is its owner's default")
+        None, "make the repository private; unset is its owner's default")
     hub_revision: str | None = flag(None, "branch to push to")
     hub_token: str | None = flag(
         None, "token to write with; unset is that of `hf auth login` or HF_TOKEN")

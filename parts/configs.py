@@ -1,14 +1,18 @@
-"""config.json -> the fields of ModelConfig, checked."""
+"""Read config.json into the fields of ModelConfig, checked."""
+
+from typing import Any
 
 from parts.families import COMMON, HARMLESS, REQUIRED, Family, find_family
 from parts.kernels import ACTIVATIONS
 from parts.ropes import Rope, read_ropes
 from parts.vision_configs import split_config
 
+# The largest value that is taken for a size; more is a damaged file.
 SIZES = dict(
     vocab_size=2**24, hidden_size=2**20, intermediate_size=2**24, num_hidden_layers=2**12,
     head_dim=2**16, num_attention_heads=2**16, num_key_value_heads=2**16, num_experts=2**16,
     num_local_experts=2**16)
+# Keys that ModelConfig has under the same name.
 SAME = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
         "num_attention_heads", "max_position_embeddings", "hidden_act")
 
@@ -48,10 +52,10 @@ def text_fields(raw: dict, max_length: int | None) -> dict:
 
 
 def read_keys(raw: dict, keys: dict) -> dict:
-    """Return the keys that a family reads: its defaults, and what the file says (null is a value).
+    """Return the keys that a family reads: those in the file (null is a value), else its defaults.
 
-    Raises ValueError for a missing one, and for a key that is neither read nor known to be
-    harmless and has a value that could mean something.
+    Raises ValueError for a missing one, and for a key that is neither read nor known to be harmless
+    and has a value that could mean something.
     """
     known = COMMON | keys
     odd = [f"{k} = {v!r}" for k, v in raw.items() if k not in known
@@ -69,7 +73,7 @@ def read_keys(raw: dict, keys: dict) -> dict:
     return c
 
 
-def check_value(key: str, value, default) -> None:
+def check_value(key: str, value: Any, default: Any) -> None:
     """Raise ValueError for a size that no model has, and for a value not of its default's type.
 
     null is accepted where the key is not required.
@@ -114,8 +118,8 @@ def read_layers(c: dict, family: Family, ropes: dict[str, Rope]) -> dict:
                 rope_layers=tuple(rope_layers))
 
 
-def check_length(config, length: int) -> None:
-    """Raise ValueError where `length` tokens are more than the positions of the model reach."""
+def check_length(config: Any, length: int) -> None:
+    """Raise ValueError where `length` tokens are more than the model's positions reach."""
     limits = [rope.limit for rope in config.ropes.values() if rope.limit]
     if config.learned_positions:
         limits.append(config.max_position_embeddings)

@@ -1,4 +1,5 @@
-"""A row as text: as it stands, or as the tokenizer's chat template renders its conversations.
+"""Turn a row into text: as it stands, or as the tokenizer's chat template renders its
+conversations.
 
 Templates are programs written by strangers. They run in a process of their own (parts/template.py),
 which is stopped when it takes too long or too much memory.
@@ -27,7 +28,7 @@ RESERVED_KWARGS = (
 )
 PROGRAM = Path(__file__).with_name("template.py")
 SECONDS = 10  # of processor time for one row's conversations
-PATIENCE = 3  # stops after which a template is not tried again
+MAX_STOPS = 3  # stops after which a template is not tried again
 
 
 # Which templates a tokenizer has
@@ -79,7 +80,7 @@ def template_message(message: dict) -> dict:
 
 
 class Renderer:
-    """The process that renders, started at the first conversation, and again after a stop."""
+    """The process that renders; started at the first conversation, restarted after a stop."""
 
     def __init__(self, templates: dict[str, str], directory: Path):
         self.templates = templates
@@ -106,8 +107,8 @@ class Renderer:
             for messages, prompted in conversations
         ]
         with self.lock:
-            if self.stops >= PATIENCE:
-                what = f"the chat template had to be stopped {PATIENCE} times before"
+            if self.stops >= MAX_STOPS:
+                what = f"the chat template had to be stopped {MAX_STOPS} times before"
                 raise DataError(f"{what}; it is not tried again")
             if self.process is None:
                 self.start()
@@ -143,6 +144,7 @@ class Renderer:
 
 
 def why_stopped(process: subprocess.Popen) -> str:
+    """Stop the process, and say what it died of."""
     stop(process)
     if process.returncode == -signal.SIGPROF:
         what = f"the chat template ran for more than {SECONDS} s on this conversation"
@@ -165,14 +167,14 @@ def stop(process: subprocess.Popen) -> None:
 
 
 class RowTexts(NamedTuple):
-    """What is tokenized of a row."""
+    """The texts of a row that are tokenized."""
 
     texts: list[str]  # the prompt alone, then the prompt with each completion
     add_special_tokens: bool  # to text; a chat template writes its own
     ratings: tuple[float, float]  # of chosen and rejected, nan where absent
 
 
-def row_texts(row: dict, tokenizer, need_rejected: bool = True) -> RowTexts:
+def row_texts(row: dict, tokenizer: Any, need_rejected: bool = True) -> RowTexts:
     """Check a row and render it. Raises DataError saying what was found and what to do.
 
     Of the tokenizer (data.Tokenizer) it reads eos_token and render_all.
@@ -196,7 +198,7 @@ def row_texts(row: dict, tokenizer, need_rejected: bool = True) -> RowTexts:
     return RowTexts(texts, add_special_tokens=is_plain, ratings=parse_ratings(row))
 
 
-def plain_texts(row: dict, prompt: str, completions: list[str], tokenizer) -> list[str]:
+def plain_texts(row: dict, prompt: str, completions: list[str], tokenizer: Any) -> list[str]:
     """Return the prompt, then prompt + completion, each ending with EOS."""
     for key in ("system", "tools"):
         if row.get(key):
@@ -210,7 +212,7 @@ def plain_texts(row: dict, prompt: str, completions: list[str], tokenizer) -> li
     return [prompt, *(prompt + text for text in ended)]
 
 
-def chat_texts(row: dict, prompt: list, completions: list[list], tokenizer) -> list[str]:
+def chat_texts(row: dict, prompt: list, completions: list[list], tokenizer: Any) -> list[str]:
     """Render the prompt with the header of an answer, then each whole conversation."""
     system = row.get("system")
     if not isinstance(system, str | None):

@@ -1,9 +1,11 @@
-"""Options of the data that can be refused before any row is read."""
+"""Refuse options of the data before any row is read."""
+
+from typing import Any
 
 from parts.rows import DataError
 
 
-def check_options(options) -> None:
+def check_options(options: Any) -> None:
     """Raise DataError unless the lengths of data.DataOptions are positive and its mode is known."""
     for name, length in options._asdict().items():
         if name.endswith("_length") and length is not None and length < 1:

@@ -1,4 +1,4 @@
-"""Model families: a `Family` names what is unlike Llama, and the modules branch on that.
+"""Model families: a `Family` names what differs from Llama, and the modules branch on that.
 
 To add one: an entry with its features and with the keys of its config.json that Llama's lacks;
 where its files name parameters otherwise, an entry of parts/names.py as well.
@@ -9,13 +9,13 @@ from typing import Callable, NamedTuple
 
 
 class Family(NamedTuple):
-    """What is unlike Llama in a family: enough to read its config.json.
+    """What differs from Llama in a family: enough to read its config.json.
 
     In the functions `c` is a dict of the keys that the family reads.
     """
 
     features: dict  # fields of ModelConfig that config.json does not say
-    keys: dict  # keys of config.json it reads besides COMMON, with what a file without them means
+    keys: dict  # keys of config.json it reads besides COMMON, with their defaults
     # whether layer i has the window, where the file has no layer_types
     slides: Callable = lambda i, c: False
     turns: Callable = lambda i, c: True  # whether layer i has rotary embeddings
@@ -23,7 +23,7 @@ class Family(NamedTuple):
     rename: Callable = lambda raw: raw  # config.json with Llama's keys
 
 
-REQUIRED = object()
+REQUIRED = object()  # in place of a default
 COMMON = dict(
     vocab_size=REQUIRED, hidden_size=REQUIRED, intermediate_size=REQUIRED,
     num_hidden_layers=REQUIRED, num_attention_heads=REQUIRED, max_position_embeddings=REQUIRED,

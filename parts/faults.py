@@ -1,5 +1,7 @@
-"""Runs that go wrong: numbers that are not finite, too little memory, ranks that are gone. Each
-ends in a sentence."""
+"""Runs that go wrong: numbers that are not finite, too little memory, ranks that are gone.
+
+Each ends in a sentence that says what to do.
+"""
 
 import os
 import sys
@@ -15,14 +17,14 @@ from parts.checkpoints import last_checkpoint
 
 def refuse(error: Exception | str, status: int) -> int:
     """Print an error once on each machine, and return the exit status."""
-    is_own = "rank" in str(error)[:5]  # what concerns one rank alone it says itself
+    is_own = "rank" in str(error)[:5]  # an error of one rank, which alone knows of it
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 or is_own:
         print(f"error: {error}", file=sys.stderr)
     return status
 
 
 def missing_room(error: ModuleNotFoundError) -> str:
-    """What to say where an option needs a room of extras/ that this copy of the program lacks.
+    """Say what to do where an option needs a room of extras/ that this copy of the program lacks.
 
     Raises the error again if it is about something else.
     """
@@ -32,13 +34,14 @@ def missing_room(error: ModuleNotFoundError) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error is about memory: CUDA's, Python's, or that of torch on a CPU."""
     kinds = (torch.OutOfMemoryError, MemoryError)
     return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 @contextmanager
 def naming(batch: Any, number: int = 0, count: int = 0) -> Iterator[None]:
-    """An error inside gets a note that says which forward it was (PEP 678)."""
+    """Add a note to an error inside that says which forward it was (PEP 678)."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -50,7 +53,7 @@ def naming(batch: Any, number: int = 0, count: int = 0) -> Iterator[None]:
 def nonfinite_step(trainer: Any, metrics: dict, pairs: Any, bad: list[int]) -> None:
     """Say which pairs a skipped step was about, or raise FloatingPointError if it is one too many.
 
-    `bad` are the pairs whose own loss is not finite; there may be none if only a gradient is not.
+    `bad` are the pairs whose own loss is not finite; there are none if only a gradient is not.
     """
     c = trainer.args
     skipped = trainer.position.skipped
@@ -68,8 +71,10 @@ def nonfinite_step(trainer: Any, metrics: dict, pairs: Any, bad: list[int]) -> N
 
 
 def explained(error: Exception, trainer: Any) -> str:
-    """What to say of an error that ended the training. Raises it again if there is nothing to
-    say."""
+    """Say what ended the training.
+
+    Raises the error again if there is nothing to say of it.
+    """
     text = str(error)
     if isinstance(error, (FloatingPointError, OSError)):
         return text
@@ -86,7 +91,7 @@ def explained(error: Exception, trainer: Any) -> str:
 
 
 def out_of_memory(error: Exception, trainer: Any) -> str:
-    """Which forward it was, and the flags that help."""
+    """Say which forward it was, and name the flags that help."""
     c = trainer.args
     notes = getattr(error, "__notes__", ["the model"])
     smaller = "--per_device_train_batch_size 1 with more --gradient_accumulation_steps"

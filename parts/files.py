@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -26,15 +27,15 @@ def write_json(path: Path, value: dict) -> None:
     path.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
-def open_safetensors(path: Path):
-    """Open a file for reading tensors one by one. Raises ValueError naming one that is damaged."""
+def open_safetensors(path: Path) -> Any:
+    """Open a file to read its tensors one by one. Raises ValueError naming one that is damaged."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        message = f"{path}: not a whole safetensors file ({error}); download it again"
+        message = f"{path}: not a complete safetensors file ({error}); download it again"
         raise ValueError(message) from None
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Gather a sharded tensor (every rank must call this); return any other as it is."""
+    """Return a sharded tensor unsharded (every rank must call this); any other as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -1,6 +1,6 @@
 """The head's log-probs, in chunks: forward and backward."""
 
-from typing import Iterator
+from typing import Any, Iterator
 
 import torch
 from torch import Tensor
@@ -10,13 +10,13 @@ class ChunkedLogps(torch.autograd.Function):
     """Log-probs whose (N, V) logits exist one chunk at a time.
 
     They are scored and dropped in forward, and computed again in backward: kept, they would be the
-    largest tensor of the whole step, and computing them again is one product of three.
+    largest tensor of the step, and computing them again is one product of three.
     d logp / d logits = onehot(target) - softmax(logits), so backward needs nothing else.
     """
 
     @staticmethod
     def forward(ctx, targets: Tensor, softcap: float | None, compute: torch.dtype, budget: int,
-                *tensors: Tensor):
+                *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.budget = budget
         ctx.softcap = softcap
         ctx.compute = compute
@@ -35,7 +35,7 @@ class ChunkedLogps(torch.autograd.Function):
         return tuple(out)
 
     @staticmethod
-    def backward(ctx, grad: Tensor, *_):
+    def backward(ctx, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         targets, *tensors = ctx.saved_tensors
         terms = list(zip(tensors[0::2], tensors[1::2]))
         # gradients are summed in float32 at least, or the number of chunks would show in bfloat16
@@ -95,9 +95,9 @@ def chunk_logits(terms: list[tuple[Tensor, Tensor]], rows: slice,
 
 
 def few_rows(budget: int, logits: Tensor, *more: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Cut a chunk into as many rows as are gone over many times in float32.
+    """Cut a chunk into groups of rows, since scoring passes over them several times in float32.
 
-    On a CPU what its caches hold, on a GPU `budget` values.
+    A group is what a CPU's caches hold, on a GPU `budget` values.
     """
     size = 32 if logits.device.type == "cpu" else max(16, budget // logits.shape[1])
     return zip(*(t.split(size) for t in (logits, *more)))

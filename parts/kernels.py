@@ -13,7 +13,7 @@ from torch import Tensor
 tanh_gelu = partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {
     "silu": F.silu, "gelu": F.gelu, "gelu_new": tanh_gelu, "gelu_pytorch_tanh": tanh_gelu}
-# those of picture encoders
+# those of image encoders
 TOWER_ACTIVATIONS = ACTIVATIONS | {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
 
 
@@ -37,7 +37,7 @@ class RMSNorm(torch.autograd.Function):
         return (wide * r).mul_(weight).to(dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, r = ctx.saved_tensors
         grad = grad.to(weight.dtype)
         n = x * r
@@ -59,7 +59,7 @@ class SwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
@@ -77,7 +77,7 @@ class Rotation(torch.autograd.Function):
         return turn(x, cos, sin)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         return turn(grad, cos, -sin).to(ctx.dtype), None, None
 

@@ -1,5 +1,7 @@
-"""What a run says: lines on the screen, metrics.jsonl, loggers, a panel at a terminal. Rank 0 alone
-speaks."""
+"""Everything a run reports: lines on the screen, metrics.jsonl, loggers, a panel at a terminal.
+
+Only rank 0 reports.
+"""
 
 import json
 import sys
@@ -31,7 +33,7 @@ class Speed:
         return time.perf_counter() - self.began
 
     def rates(self, position: Position) -> tuple[float, float]:
-        """(pairs, tokens) per second."""
+        """Return (pairs, tokens) per second."""
         seconds = self.seconds()
         pairs = position.pairs_done - self.pairs
         tokens = position.num_tokens - self.tokens
@@ -43,7 +45,7 @@ class Speed:
 
 
 class Log:
-    """The run's voice. `loggers` get every line of metrics; `make_panel` draws at a terminal."""
+    """Report a run. `loggers` get every line of metrics; `make_panel` draws at a terminal."""
 
     def __init__(self, c: DPOConfig, first: bool, make_panel: Callable[..., Any] | None = None):
         self.directory = Path(c.output_dir)
@@ -52,7 +54,7 @@ class Log:
         self.hide_bars = hidden or not first
         self.loggers: list[Logger] = []
         self.make_panel = make_panel
-        self.panel = None  # drawn once training has begun
+        self.panel: Any = None  # drawn once training has begun
         self.bar: Any = None
         self.speed: Any = None
         self.lock: Any = None  # on the output directory, while this object lives
@@ -64,8 +66,10 @@ class Log:
         self.lock = claim(self.directory)
 
     def begin(self, c: DPOConfig, earlier: bytes = b"") -> None:
-        """Write dpo_config.json (for report, score and --config), and begin metrics.jsonl with the
-        lines of the run that is resumed."""
+        """Write dpo_config.json (for report, score and --config), and begin metrics.jsonl.
+
+        `earlier` are the lines of the run that is resumed.
+        """
         if not self.first:
             return
         write_atomically(self.directory / "metrics.jsonl", earlier)
@@ -87,12 +91,12 @@ class Log:
     def say(self, line: str) -> None:
         if self.first:
             write = tqdm.write if self.panel is None else self.panel.write
-            sys.stderr.flush()  # a bar that has ended
+            sys.stderr.flush()  # so that the line comes after a bar that has ended
             write(line, file=sys.stdout)
             sys.stdout.flush()
 
     def progress(self, items: Any, label: str, **more: Any) -> tqdm:
-        """`items` behind a progress bar, shown by rank 0 at a terminal."""
+        """Show a progress bar over `items`, by rank 0 at a terminal."""
         return tqdm(
             items, desc=label, disable=self.hide_bars, dynamic_ncols=True, leave=False, **more)
 
@@ -106,8 +110,7 @@ class Log:
         self.panel = None
 
     def step(self, position: Position, schedule: Schedule) -> dict:
-        """Write and show the mean of each metric since the last log; return that line of
-        metrics."""
+        """Write and show the mean of each metric since the last log; return that line."""
         pending = position.pending
         mean = {name: sum(m[name] for m in pending) / len(pending) for name in pending[0]}
         for name in ("learning_rate", "grad_norm"):
@@ -131,7 +134,7 @@ class Log:
             f"margin {metrics['eval_rewards/margins']:.4f}")
 
     def show(self, metrics: dict, position: Position, total: int) -> None:
-        """On the panel at a terminal, else as a line."""
+        """Show metrics on the panel at a terminal, else as a line."""
         if self.bar.disable or self.make_panel is None:
             pairs, tokens = self.speed.rates(position)
             self.say(

@@ -1,4 +1,4 @@
-"""Which loss options have a meaning: what has none is refused by name, with the reason."""
+"""Check which loss options have a meaning; what has none is refused by name, with the reason."""
 
 from losses import (
     F_DIVERGENCES,
@@ -12,10 +12,10 @@ from losses import (
 
 
 def check_losses(options: dict, defaults: dict) -> None:
-    """Refuse unknown losses, flags that no chosen loss reads, values out of range, and options that
-    the losses cannot be combined with. `defaults` are the flags' default values.
+    """Refuse loss options without a meaning.
 
-    Raises ValueError.
+    These are unknown losses, flags that no chosen loss reads, values out of range, and options that
+    the losses cannot be combined with. `defaults` are the flags' default values. Raises ValueError.
     """
     names = options["loss_type"]
     for name in names:

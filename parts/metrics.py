@@ -1,8 +1,7 @@
 """TRL's metrics, from sums over the pairs of a global batch.
 
-Every rank adds up its own pairs in float64; the sums of all ranks are the whole. What is a mean in
-the end is divided once, by all pairs or by all tokens, so no metric depends on ranks or
-micro-batches.
+Every rank adds up its own pairs in float64, and the sums of all ranks are added. A mean is divided
+once, by all pairs or by all tokens, so no metric depends on ranks or micro-batches.
 """
 
 from typing import Any, NamedTuple
@@ -22,8 +21,10 @@ SUMS = ("loss", *PAIR_METRICS, *STATS, "aux_loss")
 
 
 class Scored(NamedTuple):
-    """What one forward says of B pairs, in their order. Only `logps`, `chosen_nll`, `aux_loss`
-    carry gradients."""
+    """What one forward says of B pairs, in their order.
+
+    Only `logps`, `chosen_nll`, `aux_loss` carry gradients.
+    """
 
     logps: Tensor  # (B, 2) chosen, rejected: sums over the completion, by LD-DPO if ld_alpha is set
     chosen_nll: Tensor  # (B,) -log pi(chosen), always the plain sum
@@ -32,7 +33,7 @@ class Scored(NamedTuple):
     aux_loss: Tensor | None = None  # () load balancing of a mixture of experts, unscaled
 
     def table(self) -> Tensor:  # (B, 10)
-        """All but the auxiliary loss as one row a pair: what ranks exchange."""
+        """Return all but the auxiliary loss, one row a pair: what ranks exchange."""
         return torch.cat(
             [self.logps, self.chosen_nll[:, None], self.wpo[:, None], self.stats], 1)
 
@@ -44,7 +45,6 @@ class Scored(NamedTuple):
 
 COLUMNS = (2, 1, 1, len(STATS))  # of Scored.table: logps, chosen_nll, wpo, stats
 
-
 class Sums:
     """Sums of SUMS over the forwards of a step."""
 
@@ -54,8 +54,10 @@ class Sums:
 
     @torch.no_grad()
     def add(self, x: losses.PairLogps, scored: Scored, values: Tensor, share: float) -> None:
-        """Add one forward; `share` is its part of the global batch, by which the auxiliary loss
-        counts."""
+        """Add one forward.
+
+        `share` is its part of the global batch, by which the auxiliary loss counts.
+        """
         pair = losses.pair_metrics(x, self.beta)
         columns = [values, *(pair[name] for name in PAIR_METRICS), *scored.stats.unbind(1)]
         sums = [column.detach().to(self.total).sum() for column in columns]
@@ -66,9 +68,10 @@ class Sums:
 
 
 def metrics_of(sums: dict[str, float], pairs: int) -> dict[str, Any]:
-    """Means over pairs, or over the tokens they are about, from sums over a global batch."""
+    """Divide sums over a global batch by its pairs, or by the tokens they are about."""
     per_token = lambda name, tokens: sums[name] / tokens if tokens else 0.0
-    chosen, rejected = sums["chosen_tokens"], sums["rejected_tokens"]
+    chosen = sums["chosen_tokens"]
+    rejected = sums["rejected_tokens"]
     metrics = {"loss": sums["loss"] / pairs}
     metrics |= {name: sums[name] / pairs for name in PAIR_METRICS}
     metrics["logits/chosen"] = per_token("chosen_logits", chosen)

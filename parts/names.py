@@ -1,12 +1,12 @@
 """Hugging Face's names and layouts of parameters, where they differ from ours.
 
 GPT-2 and GPT-NeoX have names of their own; mixtures of experts come as one tensor per expert or
-stacked; text models cut out of larger ones keep a prefix; models that read pictures have several.
-The map made on loading is the one that saving follows backwards.
+stacked; text models cut out of larger ones keep a prefix; models that read images have several.
+Loading makes a map, and saving follows the same map backwards.
 """
 
 import re
-from typing import Iterable, NamedTuple
+from typing import Any, Iterable, NamedTuple
 
 from torch import Tensor
 
@@ -42,7 +42,7 @@ UPS = ("w3", "up_proj")
 DOWNS = ("w2", "down_proj")
 QUANTIZED = (".SCB", ".qweight", ".weight_scale", ".weight_scale_inv", ".absmax")
 
-# Of models that read pictures: ours -> transformers', by the first prefix that fits ...
+# Of models that read images: ours -> transformers', by the first prefix that fits ...
 VISION = {
     "llava": {"model.vision.tower.": "model.vision_tower.",
               "model.vision.projector.": "model.multi_modal_projector.",
@@ -76,7 +76,7 @@ class Place(NamedTuple):
         return part.T if self.transposed else part
 
 
-def file_name(name: str, config) -> str:
+def file_name(name: str, config: Any) -> str:
     """Return Hugging Face's name of a module or parameter of ours."""
     if not config.other_names:
         return name
@@ -88,7 +88,7 @@ def file_name(name: str, config) -> str:
     return name
 
 
-def find_places(names: Iterable[str], config) -> dict[str, Place]:
+def find_places(names: Iterable[str], config: Any) -> dict[str, Place]:
     """Return {tensor name in the files: Place}. Raises ValueError for leftovers of quantization."""
     quantized = [n for n in names if n.endswith(QUANTIZED)]
     if quantized:
@@ -109,7 +109,7 @@ def find_places(names: Iterable[str], config) -> dict[str, Place]:
 
 
 def vision_name(name: str) -> str:
-    """Return our name of a tensor of a model that reads pictures."""
+    """Return our name of a tensor of a model that reads images."""
     for pattern, ours in VISION_OURS:
         if re.match(pattern, name):
             return re.sub(pattern, ours, name)

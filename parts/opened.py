@@ -1,5 +1,5 @@
-"""What opening a model gives, whether the plain way (model.load_model) is enough, and limits that
-follow from it."""
+"""What opening a model gives, when the plain way (model.load_model) is enough, and limits of the
+model."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ class Opened(NamedTuple):
 
 
 def is_plain(c: DPOConfig) -> bool:
-    """Whether the model is one local directory of safetensors, all of whose weights are trained."""
+    """Tell whether the model is one local directory of safetensors that is trained in full."""
     options = (c.use_peft, c.merge_adapter, c.load_in_4bit, c.model_revision, c.model_adapter_name)
     if any(options) or on_hub(c.model_name_or_path):
         return False
@@ -41,8 +41,10 @@ def is_sharded(c: DPOConfig) -> bool:
 
 
 def loading_device(c: DPOConfig, ranks: Ranks) -> torch.device:
-    """Where the weights lie before training. FSDP hands out shards from rank 0's memory; the other
-    ranks need none."""
+    """Return where the weights are before training.
+
+    FSDP hands out shards from rank 0's memory; the other ranks need none.
+    """
     if not is_sharded(c):
         return ranks.device
     return torch.device("cpu" if ranks.first else "meta")
@@ -57,17 +59,17 @@ def check_vocabulary(name: str, model: nn.Module, tokenizer: Any) -> None:
 
 
 def aux_coef(c: DPOConfig, config: Any) -> float:
-    """Weight of the load-balancing loss; 0 without experts."""
+    """Return the weight of the load-balancing loss; 0 without experts."""
     if c.router_aux_loss_coef is not None:
         return c.router_aux_loss_coef
     return config.moe["router_aux_loss_coef"] if config.moe else 0.0
 
 
 def max_tokens(c: DPOConfig, config: Any, device: torch.device) -> int | None:
-    """Tokens of one forward, at most; None for no limit.
+    """Return how many tokens one forward may have; None for no limit.
 
     On a CPU longer forwards are no faster. Cutting one changes no result, except for losses that
-    mix what lies in one forward: those are cut only if asked.
+    mix what is in one forward: those are cut only if asked.
     """
     mixes = config.moe is not None or bool(set(c.loss_type) & SORTS_THE_BATCH)
     default = 2048 if device.type == "cpu" and not mixes else None

@@ -1,5 +1,7 @@
-"""Directories a run writes to: output_dir, claimed by one run, its files old or new, never half;
-the cache."""
+"""Directories a run writes to: output_dir, claimed by one run, and the cache.
+
+A file has its old content or its new, never half of it.
+"""
 
 import os
 import platform
@@ -52,15 +54,17 @@ def write_atomically(path: Path, content: bytes) -> None:
     os.replace(scratch, path)
 
 
-# What a reader of a directory takes for its model, in this order.
+# Files that a reader of a directory takes for its model.
 MODEL_FILES = {
     "adapter_config.json", "adapter_model.safetensors", "model.safetensors",
     "model.safetensors.index.json"}
 
 
 def replace_model(directory: Path, *writers: Callable[[Path], None]) -> None:
-    """Have `write` write a model's files beside `directory`'s, and move them to their places one by
-    one."""
+    """Replace a directory's model files by those that `writers` write.
+
+    They are written beside the old ones, and then moved to their places one by one.
+    """
     scratch = directory / f".model.{os.getpid()}"
     for write in writers:
         write(scratch)
@@ -76,7 +80,7 @@ def replace_model(directory: Path, *writers: Callable[[Path], None]) -> None:
 
 
 def cache_directory(named: str | None) -> Path:
-    """Where tokenized pairs and reference log-probs are kept."""
+    """Return where tokenized pairs and reference log-probs are cached."""
     return Path(named) if named else Path.home() / ".cache" / "dpo"
 
 

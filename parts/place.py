@@ -1,4 +1,4 @@
-"""Where the policy computes: in one process, or under DDP in several. --fsdp has
+"""Where the policy computes: in one process, or in several under DDP. For --fsdp see
 extras/run/fsdp.py."""
 
 from collections.abc import Iterator
@@ -29,24 +29,23 @@ class Place:
         if ranks.world > 1:
             # Without device_ids: with them DDP would move the spans, which stay on the CPU.
             self.module = DistributedDataParallel(model)
-            # Buffers never change. An attribute, since torch 2.13 warns of the argument of this
-            # name.
+            # Buffers never change. Set here, since torch 2.13 warns of the argument.
             self.module.broadcast_buffers = False
 
     def sync(self, last: bool) -> Any:
-        """Exchange gradients after the last forward of a step only: they are sums until then."""
+        """Exchange gradients only after a step's last forward; until then they are summed."""
         return nullcontext() if last or self.module is self.model else self.module.no_sync()
 
     def shared(self, model: nn.Module) -> nn.Module:
-        """Another model, held as the policy is: here whole, on every rank."""
+        """Return another model, distributed as the policy is: here unsharded, on every rank."""
         return model
 
     def gathered(self, model: nn.Module, trained_only: bool = False) -> nn.Module:
-        """The whole model, in rank 0's memory at least; every rank calls this."""
+        """Return the model unsharded, at least in rank 0's memory; every rank calls this."""
         return model
 
     def whole(self, tensor: Tensor) -> Tensor:
-        """The whole of a parameter, gradient norm or moment; every rank calls this."""
+        """Return a parameter, gradient norm or moment unsharded; every rank calls this."""
         return tensor
 
     @torch.no_grad()
@@ -55,14 +54,14 @@ class Place:
         if self.ranks.first:
             target.copy_(source)
         if self.ranks.world > 1:
-            there = target.detach().to(self.ranks.device)  # the reference may lie on the CPU
+            there = target.detach().to(self.ranks.device)  # the reference may be on the CPU
             dist.broadcast(there, 0)
             target.copy_(there)
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; the previous mode is restored after."""
+    """Run in eval mode inside; the previous mode is restored after."""
     training = model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Where a run stands: everything that moves during training but the weights and AdamW's moments."""
+"""Where a run stands: everything that changes in training except weights and AdamW's moments."""
 
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -14,7 +14,7 @@ def no_scaling() -> dict[str, float]:
 
 @dataclass
 class Position:
-    """Everything that changes during training. A checkpoint saves it whole and loads it whole."""
+    """Everything that changes during training. A checkpoint saves and loads all of it."""
 
     step: int = 0  # optimizer steps done
     num_tokens: int = 0  # seen, counted as TRL does: a prompt twice, padding never
@@ -28,13 +28,13 @@ class Position:
 
     @property
     def delta(self) -> float:
-        """BCO's delta: the mean reward of all pairs seen so far; 0 before the first."""
+        """Return BCO's delta: the mean reward of all pairs seen so far; 0 before the first."""
         return self.delta_sum / self.delta_count if self.delta_count else 0.0
 
     def saved(self) -> dict[str, Any]:
         return asdict(self)
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Go on from what `saved` gave."""
+        """Set everything to what `saved` returned."""
         for one in fields(self):
             setattr(self, one.name, saved[one.name])

@@ -21,22 +21,26 @@ class Precision(NamedTuple):
     sums: torch.dtype  # of log-probs over a completion: float32 at least
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        """Matrix products inside run in `half`, if there is one."""
+        """Return a context in which matrix products run in `half`, if there is one."""
         half = self.half or torch.bfloat16
         return torch.autocast(device.type, half, enabled=self.half is not None)
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware, faster than float32 (of CPUs, those with
-    AMX or AVX512-BF16)."""
+    """Tell whether the device multiplies bfloat16 in hardware, faster than float32.
+
+    Of CPUs, those with AMX or AVX512-BF16 do.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def choose_precision(c: DPOConfig, device: torch.device) -> Precision:
-    """What --dtype, --bf16 and --fp16 say; bfloat16 is on by default where the device computes
-    it."""
+    """Return the types that --dtype, --bf16 and --fp16 ask for.
+
+    bfloat16 is on by default where the device computes it.
+    """
     weights = getattr(torch, c.dtype)
     bf16 = c.bf16
     if bf16 is None:
@@ -50,7 +54,7 @@ class Scaler:
 
     Small gradients vanish in float16, so the loss is multiplied by a scale, and the gradients are
     divided by it before they are used. A step that overflows halves the scale and is skipped: that
-    is part of the method. The scale is part of the run's position, so a resumed run goes on with
+    is part of the method. The scale is part of the run's position, so a resumed run continues with
     it.
     """
 
@@ -61,7 +65,7 @@ class Scaler:
 
     @property
     def state(self) -> dict[str, float]:
-        """`scale` is the factor on the loss, `since` counts steps without overflow."""
+        """Return {`scale`: the factor on the loss, `since`: steps without overflow}."""
         return self.position.scaling
 
     def backward(self, loss: Tensor) -> None:
@@ -76,13 +80,12 @@ class Scaler:
                 p.grad.mul_(1 / self.state["scale"])
 
     def clip(self, max_norm: float) -> Tensor:
-        """Unscale the gradients, clip them to `max_norm` (0: do not), and return their norm
-        before."""
+        """Unscale the gradients, clip them to `max_norm` (0: do not), return their norm before."""
         self.unscale()
         return nn.utils.clip_grad_norm_(self.parameters, max_norm or math.inf)
 
     def overflowed(self, loss: float) -> bool:
-        """Whether a step that is not finite only overflowed float16; its scale is then halved."""
+        """Tell whether a step that is not finite only overflowed float16; then halve the scale."""
         if not self.enabled or not math.isfinite(loss) or self.state["scale"] <= 1:
             return False
         self.adjust(finite=False)

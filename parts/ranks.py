@@ -1,5 +1,4 @@
-"""The processes that train one model together: joining them, sums over them, and what they tell one
-another.
+"""The processes that train one model together: joining them, sums over them, and broadcasts.
 
 A rank is one process with one device. Ranks agree on flags, data and model before the first step,
 since ranks that differ would wait for one another forever, or train on wrong averages.
@@ -20,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-# Options that may differ between ranks: paths on their own hosts (what lies there is compared
+# Options that may differ between ranks: paths on their own hosts (their content is compared
 # instead).
 OWN = ("cache_dir", "output_dir", "model_name_or_path", "ref_model_name_or_path", "dataset_name",
        "eval_dataset_name", "disable_tqdm", "hub_token")
@@ -32,7 +31,7 @@ class Ranks(NamedTuple):
     rank: int
     world: int
     device: torch.device
-    timeout: int = 1800  # seconds after which a collective gives up on a silent rank
+    timeout: int = 1800  # of a collective, seconds
 
     @property
     def first(self) -> bool:
@@ -40,7 +39,7 @@ class Ranks(NamedTuple):
 
     @property
     def exact(self) -> torch.device:
-        """Where float64 sums are kept: Apple's GPUs have no float64."""
+        """Return where float64 sums are kept: Apple's GPUs have no float64."""
         return torch.device("cpu") if self.device.type == "mps" else self.device
 
     def sum(self, x: Tensor) -> Tensor:
@@ -97,8 +96,7 @@ def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory.
 
     By default it returns freed tensors to the kernel, which then clears every page anew: 8 % of a
-    CPU step.
-    """
+    CPU step. """
     try:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
@@ -118,12 +116,14 @@ def ending_ranks() -> Iterator[None]:
             dist.destroy_process_group()
 
 
-# What ranks tell one another
+# Agreeing, gathering, broadcasting
 
 
 def agree(ranks: Ranks, what: dict[str, Any]) -> None:
-    """Raise ValueError on every rank, naming the first difference, unless `what` is equal on
-    all."""
+    """Raise ValueError on every rank unless `what` is equal on all.
+
+    The message names the first difference.
+    """
     if ranks.world == 1:
         return
     text = json.dumps(what, sort_keys=True, default=str).encode()
@@ -142,7 +142,7 @@ def agree(ranks: Ranks, what: dict[str, Any]) -> None:
 
 
 def first_difference(found: list[dict]) -> tuple[int, str]:
-    """(rank, name) of the first entry that is not what rank 0 has."""
+    """Return (rank, name) of the first entry that differs from rank 0's."""
     for rank, other in enumerate(found):
         for name in sorted(found[0].keys() | other.keys()):
             if other.get(name) != found[0].get(name):
@@ -151,7 +151,7 @@ def first_difference(found: list[dict]) -> tuple[int, str]:
 
 
 def gathered(ranks: Ranks, tensor: Tensor) -> list[Tensor]:
-    """Every rank's tensor, on every rank."""
+    """Return every rank's tensor, on every rank."""
     out = [torch.empty_like(tensor) for _ in range(ranks.world)]
     dist.all_gather(out, tensor)
     return out
@@ -162,7 +162,7 @@ def keeping_others_waiting(zero: Tensor, timeout: float) -> Iterator[None]:
     """Broadcast `zero` again and again while rank 0 works, so that waiting ranks do not time out.
 
     Tokenizing may take longer than --ddp_timeout. A rank 0 that died or hangs does not broadcast,
-    and is given up on as it should be.
+    so the others still time out.
     """
     done = threading.Event()
 
@@ -183,16 +183,19 @@ def keeping_others_waiting(zero: Tensor, timeout: float) -> Iterator[None]:
 
 
 def answer_of(make: Callable[[], dict]) -> bytes:
-    """`make()`'s object or its ValueError or OSError, as JSON."""
+    """Return the object that `make()` returns, or its ValueError or OSError, as JSON."""
     try:
-        answer = {"value": make()}
+        answer: dict[str, Any] = {"value": make()}
     except (ValueError, OSError) as error:
         answer = {"error": str(error), "is_os_error": isinstance(error, OSError)}
     return json.dumps(answer).encode()
 
 
 def broadcast_object(ranks: Ranks, make: Callable[[], dict]) -> dict:
-    """`Ranks.from_first` over several processes: the length of rank 0's JSON, then the JSON."""
+    """Do `Ranks.from_first` over several processes.
+
+    The length of rank 0's JSON is broadcast first, then the JSON.
+    """
     size = torch.zeros(1, dtype=torch.int64, device=ranks.device)
     answer = b""
     if ranks.first:

@@ -1,6 +1,6 @@
 """A reference that runs once, before training, and is then read from a file; and none at all.
 
-The reference never changes (but for TR-DPO), so its log-probs are constants of the pairs: running
+The reference never changes (except in TR-DPO), so its log-probs are constants of the pairs: running
 it once saves a forward in every later epoch, and the memory of a second model in every step.
 dpo.Reference is the live one.
 """
@@ -43,8 +43,7 @@ class NoReference:
 
 
 class PrecomputedReference:
-    """Runs `live` over the pairs that a run visits and no earlier run did, and keeps the sums on
-    disk.
+    """Run `live` once over the pairs that no earlier run visited, and keep the sums on disk.
 
     The file is found again by what the reference says of given tokens: its weights, to the bit, and
     how it computes. It does not depend on the loss, beta, the batch size or the ranks. The pass is
@@ -58,12 +57,17 @@ class PrecomputedReference:
         self.live = live
         self.tables: dict[str, np.memmap] = {}  # digest of a store -> its sums
 
+    @property
+    def model(self) -> nn.Module | None:
+        """Return the model that `live` holds besides the policy; None once it has run."""
+        return self.live.model
+
     def sums(self, batch: Any) -> Tensor:  # (B, 2, 2)
         assert batch.ref_logps is not None, "prepare() runs the reference before any batch is made"
         return batch.ref_logps
 
     def attach(self, batch: Any, store: Any) -> Any:
-        """The batch with its pairs' sums; as it is while they are still being computed."""
+        """Return the batch with its pairs' sums; unchanged while they are still being computed."""
         if store.digest not in self.tables:
             return batch
         sums = ref_cache.take_sums(self.tables[store.digest], batch.pair_ids.numpy())
@@ -93,7 +97,7 @@ class PrecomputedReference:
         self.live.model = None  # no longer needed; free its memory
 
     def visited(self) -> np.ndarray:
-        """The training pairs that the run's steps touch, sorted."""
+        """Return the training pairs that the run's steps touch, sorted."""
         trainer = self.trainer
         if trainer.schedule.total_steps >= trainer.schedule.steps_per_epoch:
             return trainer.train_pairs
@@ -101,7 +105,7 @@ class PrecomputedReference:
         return np.sort(np.concatenate([np.arange(0), *pairs]))
 
     def fill_table(self, store: Any, pairs: np.ndarray, digest: str) -> np.memmap:
-        """The table of a store, complete for `pairs`."""
+        """Return the table of a store, complete for `pairs`."""
         trainer = self.trainer
         name = hashlib.sha256(f"{store.digest} {digest}".encode()).hexdigest()[:32]
         path = cache_directory(trainer.args.cache_dir) / f"ref-{name}.bin"
@@ -118,7 +122,7 @@ class PrecomputedReference:
         return table
 
     def missing(self, path: Path, table: np.memmap, pairs: np.ndarray) -> np.ndarray:  # (P,) bool
-        """Which pairs' sums rank 0 does not find in the cache."""
+        """Return which pairs' sums rank 0 does not find in the cache."""
         trainer = self.trainer
         missing = np.zeros(len(pairs), bool)
         if trainer.ranks.first:
@@ -130,7 +134,7 @@ class PrecomputedReference:
         return trainer.ranks.sum(shared).cpu().numpy() > 0
 
     def run(self, store: Any, pairs: np.ndarray, bar: Any) -> np.ndarray:  # (P, 2, 2)
-        """The reference's sums of `pairs`, sorted, dealt to the ranks."""
+        """Run the reference over `pairs`, sorted, divided among the ranks; return their sums."""
         trainer = self.trainer
         sums = torch.zeros(len(pairs), 2, 2, dtype=torch.float64, device=trainer.ranks.exact)
         for rows in trainer.forwards(store, pairs, trainer.args.per_device_eval_batch_size):
@@ -141,9 +145,10 @@ class PrecomputedReference:
         return trainer.ranks.sum(sums).to(trainer.precision.sums).cpu().numpy()
 
     def digest(self, held: nn.Module) -> str:
-        """A hash of all that changes what the reference says of given tokens.
+        """Hash all that changes what the reference says of given tokens.
 
-        `held` is the reference's model, whole. A fresh LoRA on it, which is off, does not count.
+        `held` is the reference's model, unsharded. A fresh LoRA on it, which is off, does not
+        count.
         """
         trainer = self.trainer
         c = trainer.args

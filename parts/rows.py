@@ -40,7 +40,7 @@ class DroppedPair(DataError):
     """A sound row of which truncation leaves nothing to score. Counted and printed, never fatal."""
 
 
-def attempt(function: Callable, *arguments) -> Any:
+def attempt(function: Callable, *arguments: Any) -> Any:
     """Return what the function returns, or the DataError that it raises."""
     try:
         return function(*arguments)

@@ -1,4 +1,4 @@
-"""How many steps a run has, what happens at which of them, and how fast the weights move."""
+"""How many steps a run has, what happens at which of them, and the learning rate of each."""
 
 import math
 from typing import NamedTuple
@@ -31,8 +31,10 @@ class Schedule(NamedTuple):
         return step == self.total_steps or (self.eval_every > 0 and step % self.eval_every == 0)
 
     def learning_rate(self, c: DPOConfig, step: int) -> float:
-        """Linear warm-up, then the schedule: a function of the step alone, so a resume needs no
-        state."""
+        """Return the learning rate of a step: linear warm-up, then the schedule.
+
+        It depends on the step alone, so a resume needs no state.
+        """
         if step < self.warmup and c.lr_scheduler_type != "constant":
             return c.learning_rate * step / max(1, self.warmup)
         done = (step - self.warmup) / max(1, self.total_steps - self.warmup)
@@ -44,8 +46,10 @@ class Schedule(NamedTuple):
 
 
 def make_schedule(c: DPOConfig, pairs: int, global_batch: int) -> Schedule:
-    """Count the steps over `pairs` pairs. Options that count steps are shares of all steps below
-    1."""
+    """Count the steps over `pairs` pairs.
+
+    Options that count steps are shares of all steps where they are below 1.
+    """
     per_epoch = math.ceil(pairs / global_batch)
     total = c.max_steps if c.max_steps > 0 else math.ceil(c.num_train_epochs * per_epoch)
 
@@ -67,9 +71,10 @@ def make_schedule(c: DPOConfig, pairs: int, global_batch: int) -> Schedule:
 
 
 def make_optimizer(c: DPOConfig, named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices only; LoRA+ (arXiv:2402.12354) gives B its own learning rate.
+    """Make AdamW, with weight decay on matrices only.
 
-    Each group has a `ratio`, which its learning rate is multiplied by.
+    LoRA+ (arXiv:2402.12354) gives B its own learning rate: each group has a `ratio`, by which its
+    learning rate is multiplied.
     """
 
     def ratio_of(name: str) -> float:

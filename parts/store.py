@@ -56,7 +56,7 @@ def read_store(directory: Path) -> tuple[dict, dict[str, np.ndarray]]:
             raise ValueError("arrays of unequal length")
     except (OSError, ValueError) as error:
         what = f"damaged token store ({error})"
-        raise DataError(f"{directory}: {what}; remove it, it will be made again") from None
+        raise DataError(f"{directory}: {what}; remove it, and it will be made again") from None
     return meta, arrays
 
 
@@ -84,12 +84,12 @@ def find_or_write(
     recipe: tuple,
     outcomes: Iterable[tuple],
     stop: bool,
-    pictures=None,
+    pictures: Any = None,
 ) -> Path:
     """Return the store's directory, writing it from `outcomes` where it does not exist yet.
 
-    `recipe` is all that the arrays depend on beside the files. `outcomes` are (place, Pair or
-    DataError) of every row, read lazily: never, where the store is found. `pictures` is the
+    `recipe` is all that the arrays depend on besides the files. `outcomes` are (place, Pair or
+    DataError) of every row, read lazily: not at all where the store is found. `pictures` is the
     tokenizer's. Raises DataError: at the first bad row if `stop`, when no pair is left, and when a
     file changed meanwhile.
     """
@@ -109,7 +109,7 @@ def find_or_write(
 
 
 def counted(chunks: Iterable[list], progress: Callable[[int], None] | None) -> Iterator[tuple]:
-    """Yield what the chunks hold; after each, tell `progress` how many there were so far."""
+    """Yield the chunks' items; after each chunk, tell `progress` how many there were so far."""
     done = 0
     for outcomes in chunks:
         yield from outcomes
@@ -131,13 +131,13 @@ def write_pairs(
     outcomes: Iterable[tuple],
     files: list[Path],
     stop: bool,
-    pictures,
+    pictures: Any,
 ) -> None:
     """Write the arrays and meta.json. Raises DataError for a bad row if `stop`, and for no pair."""
     report: dict[str, Any] = {"rows": 0, "counts": {}, "first": {}, "bad_rows": []}
     numbers = {str(path): number for number, path in enumerate(files)}
     hashes = [hashlib.sha256() for _ in ARRAYS]
-    kept: dict = {}  # of the pictures
+    kept: dict = {}  # of the images
     end = 0  # of the tokens written
     with ExitStack() as stack:
         opened = (open(directory / f"{name}.bin", "wb") for name in ARRAYS)
@@ -175,8 +175,11 @@ def write_pairs(
     (directory / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
 
 
-def pair_pieces(pair, place: tuple[int, int], begin: int) -> tuple[np.ndarray, ...]:
-    """Return a data.Pair as written to the arrays, in their order; its tokens begin at `begin`."""
+def pair_pieces(pair: Any, place: tuple[int, int], begin: int) -> tuple[np.ndarray, ...]:
+    """Return a data.Pair as written to the arrays, in their order.
+
+    Its tokens begin at `begin`.
+    """
     shared = pair.rejected_prompt_ids is None
     own_prompt = pair.prompt_ids[:0] if shared else pair.rejected_prompt_ids
     stream = np.concatenate([pair.prompt_ids, pair.chosen_ids, own_prompt, pair.rejected_ids])
@@ -191,7 +194,7 @@ def pair_pieces(pair, place: tuple[int, int], begin: int) -> tuple[np.ndarray, .
 # The report
 
 
-def count_outcome(report: dict, place: str, outcome) -> None:
+def count_outcome(report: dict, place: str, outcome: Any) -> None:
     """Add one row to the report, which keeps each kind's first place and the first bad rows."""
     report["rows"] += 1
     if isinstance(outcome, DroppedPair):
@@ -208,7 +211,7 @@ def count_outcome(report: dict, place: str, outcome) -> None:
 
 
 def describe(report: dict) -> list[str]:
-    """Say what happened to the rows, in lines: each kind with its count and one place."""
+    """Return lines about the rows: each kind with its count and one place."""
     explained = {
         "bad": "skipped, as unusable",
         "unclean_prefix": "the prompt's last tokens change when a completion follows, "
@@ -238,7 +241,7 @@ def check_any_left(report: dict, files: list[str]) -> None:
 # The name
 
 
-def store_key(files: list[Path], cache_dir: Path, *recipe) -> str:
+def store_key(files: list[Path], cache_dir: Path, *recipe: Any) -> str:
     """Hash all that a store depends on: files (name, content), tokenizing library, `recipe`."""
     parts = (STORE_VERSION, tokenizers.__version__, *recipe)
     sha = hashlib.sha256(repr(parts).encode())

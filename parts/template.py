@@ -13,7 +13,7 @@ import resource
 import signal
 import sys
 from datetime import datetime
-from typing import BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import jinja2
 import jinja2.debug  # otherwise imported at the first error, when no file can be opened any more
@@ -29,7 +29,7 @@ class GenerationTag(jinja2.ext.Extension):
 
     tags = frozenset({"generation"})
 
-    def parse(self, parser):
+    def parse(self, parser: Any) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.Scope(body, lineno=line)
@@ -43,17 +43,20 @@ class TemplateNamespace(jinja2.utils.Namespace):
         for name, value in dict(*args[1:], **kwargs).items():
             args[0][name] = value
 
-    def __setitem__(self, name, value):
+    def __setitem__(self, name: Any, value: Any) -> None:
         if str(name).startswith("_"):
             raise jinja2.sandbox.SecurityError(f"a chat template may not set the name {name!r}")
         super().__setitem__(name, value)
 
 
-def raise_exception(message):
+def raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+def to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
     """Write JSON as it is: jinja's own `tojson` escapes HTML, which a prompt must not."""
     return json.dumps(
         value,

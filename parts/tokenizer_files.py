@@ -45,7 +45,7 @@ def read_json(path: Path) -> dict:
 
 @contextmanager
 def explained_types(directory: str | Path) -> Iterator[None]:
-    """Raise DataError for a value of the wrong type, wherever it fails, in Python or in Rust."""
+    """Raise DataError for a value of the wrong type in the files, wherever inside it shows."""
     try:
         yield
     except (DataError, OSError):
@@ -56,18 +56,18 @@ def explained_types(directory: str | Path) -> Iterator[None]:
 
 
 def reads_pictures(directory: str | Path) -> bool:
-    """Tell whether a picture processor's files lie beside the tokenizer."""
+    """Tell whether an image processor's files are beside the tokenizer."""
     return any((Path(directory).expanduser() / name).is_file() for name in PROCESSOR_FILES)
 
 
 def tokenizer_files(directory: Path) -> list[Path]:
-    """List the tokenizer's files that exist, in a fixed order."""
+    """Return the tokenizer's files that exist, in a fixed order."""
     found = (path for name in TOKENIZER_FILES for path in sorted(directory.glob(name)))
     return [path for path in found if path.is_file()]
 
 
 def files_digest(directory: Path, templates: dict[str, str] | None) -> str:
-    """Hash the tokenizer's files, and the templates that replace its own where there are any."""
+    """Hash the tokenizer's files, and the templates that replace its own, if any."""
     chosen = b"" if templates is None else json.dumps(sorted(templates.items())).encode()
     digest = hashlib.sha256(chosen)
     for path in tokenizer_files(directory):
@@ -77,7 +77,7 @@ def files_digest(directory: Path, templates: dict[str, str] | None) -> str:
 
 
 def copy_files(source: Path, target: Path, templates: dict[str, str] | None) -> None:
-    """Copy a tokenizer's files byte for byte; `templates` by name, where any, replace its own."""
+    """Copy a tokenizer's files byte for byte; `templates`, by name, replace its own, if any."""
     for path in tokenizer_files(source):
         copy = target / path.relative_to(source)
         replaced = templates and path.suffix == ".jinja"
@@ -91,7 +91,7 @@ def copy_files(source: Path, target: Path, templates: dict[str, str] | None) -> 
         file.write_text(text, "utf-8", newline="")
 
 
-# What they say of the tokens
+# Their tokens
 
 
 def token_text(token: Any) -> Any:
@@ -111,7 +111,7 @@ def named_tokens(config: dict) -> dict[str, str]:
 def tokens_to_add(
     config: dict, known: list[tokenizers.AddedToken]
 ) -> list[tokenizers.AddedToken]:
-    """List the tokens that the configuration adds or changes, by transformers' rules."""
+    """Return the tokens that the configuration adds or changes, by transformers' rules."""
     same = set(map(repr, known))
     named = list(named_tokens(config).values())
     listed = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
@@ -129,7 +129,7 @@ def tokens_to_add(
 def load_backend(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     """Load tokenizer.json with the configuration's additions, and the named tokens."""
     config = read_json(directory / "tokenizer_config.json")
-    if "added_tokens_decoder" not in config:  # of the older kind, which the other file overrides
+    if "added_tokens_decoder" not in config:  # an older tokenizer, whose other file wins
         config |= read_json(directory / "special_tokens_map.json")
     path = directory / "tokenizer.json"
     if not path.is_file():

@@ -1,8 +1,8 @@
-"""Options of TRL and its older versions that DPOConfig does not have: without effect at a value
-that changes nothing here, else refused with what to use instead; older names of our own options;
-and what only TRL's --config files have.
+"""Options of TRL and its older versions that DPOConfig does not have.
 
-Entered where a command line or a file names an option that is not ours.
+An option at a value that changes nothing here has no effect; at any other value it is refused,
+with what to use instead. Also here: older names of our own options, and what only TRL's --config
+files have. Used where a command line or a file names an option that is not ours.
 """
 
 import difflib
@@ -15,12 +15,17 @@ ANY = "*"  # whatever the value
 
 # Older, or other, names of an option.
 RENAMED = {
-    "revision": "model_revision", "torch_dtype": "dtype", "evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu",
-    "per_gpu_train_batch_size": "per_device_train_batch_size", "per_gpu_eval_batch_size": "per_device_eval_batch_size",
-    "push_to_hub_model_id": "hub_model_id", "push_to_hub_token": "hub_token", "test_split_size": "eval_fraction"}
+    "revision": "model_revision",
+    "torch_dtype": "dtype",
+    "evaluation_strategy": "eval_strategy",
+    "no_cuda": "use_cpu",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "push_to_hub_model_id": "hub_model_id",
+    "push_to_hub_token": "hub_token",
+    "test_split_size": "eval_fraction"}
 
-# What is not an option here: (the value that changes nothing, why or what to use instead): the
-# names.
+# Options that are not ours: (the value that changes nothing, why, or what to use instead): names.
 REASONS = {
     (ANY, "nothing is padded"): "padding_value group_by_length length_column_name",
     (ANY, "prompts are left out by index"): "label_pad_token_id",
@@ -30,36 +35,40 @@ REASONS = {
     (ANY, "checkpointing is never re-entrant"): "gradient_checkpointing_use_reentrant",
     (ANY, "training keeps no cache"): "use_cache",
     (ANY, "logits are never held, without Liger"): "liger_kernel_config",
-    (ANY, "that is of NVIDIA's Apex"): "fp16_opt_level fp16_backend",
+    (ANY, "only for NVIDIA's Apex"): "fp16_opt_level fp16_backend",
     (ANY, "a run is a function of its seed"): "full_determinism",
     (ANY, "metrics are sums over all pairs, never joined from batches"):
-        "eval_accumulation_steps eval_do_concat_batches eval_use_gather_object batch_eval_metrics include_for_metrics "
-        "include_inputs_for_metrics use_legacy_prediction_loop past_index",
+        "eval_accumulation_steps eval_do_concat_batches eval_use_gather_object batch_eval_metrics "
+        "include_for_metrics include_inputs_for_metrics use_legacy_prediction_loop past_index",
     (ANY, "--eval_strategy says when"): "do_predict",
     (ANY, "always shown"): "include_tokens_per_second",
-    (ANY, "metrics.jsonl lies in --output_dir"): "logging_dir",
-    (ANY, "torchrun or accelerate launch says it"): "local_rank _n_gpu accelerator_config accelerate_config ray_scope",
-    (ANY, "that is of SageMaker"): "mp_parameters",
+    (ANY, "metrics.jsonl is in --output_dir"): "logging_dir",
+    (ANY, "torchrun or accelerate launch sets it"):
+        "local_rank _n_gpu accelerator_config accelerate_config ray_scope",
+    (ANY, "only for SageMaker"): "mp_parameters",
     ("false", "leave it out: rows are always read as a stream, and tokenized once, to disk"):
         "dataset_streaming streaming",
-    ("none", "--seed, which is of the order too"): "data_seed",
-    ("false", "leave it out: an epoch's last batch may be small, and its loss is divided by its own pairs"):
-        "dataloader_drop_last",
-    ("random", "--shuffle_dataset false for file order; lengths need no grouping, as nothing is padded"):
-        "train_sampling_strategy",
+    ("none", "--seed, which also sets the order"): "data_seed",
+    ("false", "leave it out: an epoch's last batch may be small, and its loss is divided by its "
+     "own pairs"): "dataloader_drop_last",
+    ("random", "--shuffle_dataset false for file order; lengths need no grouping, as nothing is "
+     "padded"): "train_sampling_strategy",
     ("none", "name the columns of a row prompt, chosen, rejected"): "label_names",
     ("none", "the rows' own \"tools\""): "tools",
-    ("false", "leave it out: a resumed run goes on with the pair it would have seen"): "ignore_data_skip",
+    ("false", "leave it out: a resumed run continues with the pair it would have seen"):
+        "ignore_data_skip",
     ("none", "--dtype and --model_revision"): "model_init_kwargs",
     ("none", "--ref_model_dtype and --ref_model_device"): "ref_model_init_kwargs",
     ("false", "--ref_model_name_or_path"): "force_use_ref_model",
     ("none", "--lora_target_modules, which may also name lm_head and embed_tokens"):
         "optim_target_modules",
-    ("none", "--gradient_checkpointing"): "activation_checkpointing activation_checkpointing_kwargs",
-    ("false", "--gradient_checkpointing, --max_tokens_per_forward or --ref_model_device cpu, to bound memory"):
-        "activation_offloading auto_find_batch_size",
+    ("none", "--gradient_checkpointing"):
+        "activation_checkpointing activation_checkpointing_kwargs",
+    ("false", "--gradient_checkpointing, --max_tokens_per_forward or --ref_model_device cpu, to "
+     "bound memory"): "activation_offloading auto_find_batch_size",
     ("false", "leave it out: nothing is compiled"): "jit_mode_eval use_ipex",
-    ("none", "leave it out: nothing is compiled"): "torch_compile_backend torch_compile_mode torchdynamo",
+    ("none", "leave it out: nothing is compiled"):
+        "torch_compile_backend torch_compile_mode torchdynamo",
     ("none", "--disable_dropout false with --lora_dropout, as noise"): "neftune_noise_alpha",
     ("false", "--bf16: evaluation computes in the type of training"): "fp16_full_eval",
     ("false", "--dtype bfloat16"): "bf16_full_eval",
@@ -72,12 +81,13 @@ REASONS = {
     ("none", "leave it out: nccl on GPUs, gloo elsewhere"): "ddp_backend",
     ("none", "torchrun --nproc_per_node=N dpo.py --fsdp"):
         "fsdp_config deepspeed parallelism_config fsdp_transformer_layer_cls_to_wrap",
-    ("0", "--fsdp, which shares out every block"): "fsdp_min_num_params",
+    ("0", "--fsdp, which shards every block"): "fsdp_min_num_params",
     ("none", "TORCH_DISTRIBUTED_DEBUG=DETAIL"): "debug",
     (os.environ.get("WORLD_SIZE", "1"), "torchrun --nproc_per_node=N dpo.py"): "num_processes",
     ("1", "torchrun --nnodes"): "num_machines",
     ("0", "--eval_steps"): "eval_delay",
-    ("none", "metrics.jsonl in --output_dir"): "trackio_space_id trackio_bucket_id trackio_static_space_id",
+    ("none", "metrics.jsonl in --output_dir"):
+        "trackio_space_id trackio_bucket_id trackio_static_space_id",
     ("false", "--save_strategy no: only the model is written, at the end"): "save_only_model",
     ("false", "an --output_dir that all machines see; one process writes"): "save_on_each_node",
     ("false", "--save_steps"): "enable_jit_checkpoint",
@@ -85,12 +95,14 @@ REASONS = {
 OTHERS = {name: reason for reason, names in REASONS.items() for name in names.split()}
 
 
-def settle(settings: dict[str, Any], words: list[str], known: Collection[str], path: str | None) -> dict[str, Any]:
-    """`settings` (of a file and the command line) in our names alone. `words` are what the parser
-    did not know.
+def settle(
+    settings: dict[str, Any], words: list[str], known: Collection[str], path: str | None,
+) -> dict[str, Any]:
+    """Return `settings` (of a file and the command line) in our own names.
 
-    An option of TRL that changes nothing is named on the screen and left out; one that would is a
-    ValueError with what to use instead, and so is a name that nobody has.
+    `words` are what the parser did not know. An option of TRL that changes nothing is named on the
+    screen and left out. Raises ValueError for one that would change something, with what to use
+    instead, and for a name that nobody has.
     """
     foreign = {name: value for name, value in settings.items() if name not in known}
     ours = {name: value for name, value in settings.items() if name in known}
@@ -102,19 +114,22 @@ def settle(settings: dict[str, Any], words: list[str], known: Collection[str], p
             if name in RENAMED:
                 if RENAMED[name] not in settings and text_of(value) != "none":
                     ours[RENAMED[name]] = value
-            elif name not in OTHERS:
+                continue
+            if name not in OTHERS:
                 raise ValueError(where + no_such(name, known, flag=where == "--"))
-            elif OTHERS[name][0] in (ANY, text_of(value)):
-                silent.append(f"--{name} " + (f"({OTHERS[name][1]})" if OTHERS[name][0] == ANY else text_of(value)))
-            else:
-                raise ValueError(f"{where}{name} {text_of(value)}: not an option here; instead: {OTHERS[name][1]}")
+            neutral, reason = OTHERS[name]
+            if neutral not in (ANY, text_of(value)):
+                raise ValueError(
+                    f"{where}{name} {text_of(value)}: not an option here; instead: {reason}")
+            why = f"({reason})" if neutral == ANY else text_of(value)
+            silent.append(f"--{name} {why}")
     if silent and int(os.environ.get("RANK", 0)) == 0:
         print(f"without effect here: {', '.join(silent)}", file=sys.stderr)
     return ours
 
 
 def text_of(value: Any) -> str:
-    """A value as the table has it: none and empty containers are none; 0.0 is 0."""
+    """Return a value as the table has it: none and empty containers are none; 0.0 is 0."""
     if value is None or value in ([], {}, "", "null"):
         return "none"
     if isinstance(value, list):
@@ -123,23 +138,27 @@ def text_of(value: Any) -> str:
 
 
 def no_such(name: str, known: Collection[str], flag: bool) -> str:
-    names = [*known, *RENAMED, *OTHERS]
-    near = difflib.get_close_matches(name, names, 1)
-    hint = f"; did you mean {'--' if flag else ''}{near[0]}?" if near else "; see --help" if flag else ""
+    """Say that there is no option of this name, and which comes nearest."""
+    near = difflib.get_close_matches(name, [*known, *RENAMED, *OTHERS], 1)
+    hint = "; see --help" if flag else ""
+    if near:
+        hint = f"; did you mean {'--' if flag else ''}{near[0]}?"
     return f"{name}: no such {'flag' if flag else 'option'}{hint}"
 
 
 def pairs_of(words: list[str]) -> dict[str, Any]:
-    """{name: value} of flags the parser did not know: `--x`, `--x 1`, `--x=1`, `--no_x`, `--x a
-    b`."""
+    """Return {name: value} of flags the parser did not know.
+
+    They come as `--x`, `--x 1`, `--x=1`, `--no_x` or `--x a b`.
+    """
     found: dict[str, Any] = {}
     name = ""
     for word in words:
         if word.startswith("--"):
             name, _, value = word[2:].replace("-", "_").partition("=")
-            negated = name.startswith("no_") and name[3:] in OTHERS
-            name = name[3:] if negated else name
-            found[name] = value or ("false" if negated else True)
+            is_negated = name.startswith("no_") and name[3:] in OTHERS
+            name = name[3:] if is_negated else name
+            found[name] = value or ("false" if is_negated else True)
         elif not name:
             raise ValueError(f"{word}: each option is --name value; see --help")
         else:
@@ -148,30 +167,38 @@ def pairs_of(words: list[str]) -> dict[str, Any]:
 
 
 def set_environment(variables: Any, path: str | None) -> None:
-    """TRL's `env:` of a file. Those that torch reads on import (OMP_NUM_THREADS) come too late, as
-    they do in TRL."""
+    """Set the variables under `env:` in a file of TRL's.
+
+    Those that torch reads on import (OMP_NUM_THREADS) come too late, as they do in TRL.
+    """
     if variables is None:
         return
     if not isinstance(variables, dict):
-        raise ValueError(f"--config {path}: env: found a {type(variables).__name__}; give NAME: value")
+        kind = type(variables).__name__
+        raise ValueError(f"--config {path}: env: found a {kind}; give NAME: value")
     os.environ.update({str(name): str(value) for name, value in variables.items()})
 
 
 def one_data_set(entries: Any, path: str | None) -> dict[str, Any]:
-    """TRL's `datasets:` of a file, where it has one entry, in our options."""
+    """Return `datasets:` of a file of TRL's, where it has one entry, in our options."""
     if not entries:
         return {}
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "path" in entry for entry in entries):
-        raise ValueError(f"--config {path}: datasets: give a list of entries with path, name, split")
+    where = f"--config {path}: datasets"
+    has_path = lambda entry: isinstance(entry, dict) and "path" in entry
+    if not isinstance(entries, list) or not all(map(has_path, entries)):
+        raise ValueError(f"{where}: give a list of entries with path, name, split")
     if len(entries) > 1:
-        raise ValueError(f"--config {path}: datasets: {len(entries)} of them; put their files into one directory, or "
-                         "under one glob, and give that as dataset_name")
+        raise ValueError(
+            f"{where}: {len(entries)} of them; put their files into one directory, or under one "
+            "glob, and give that as dataset_name")
     entry = entries[0]
     if entry.get("data_dir") is not None:
-        raise ValueError(f"--config {path}: datasets: data_dir; give dataset_config, or the path of the files")
+        raise ValueError(f"{where}: data_dir; give dataset_config, or the path of the files")
     files = entry.get("data_files")
     if files is not None and not isinstance(files, str):
-        raise ValueError(f"--config {path}: datasets: data_files; give one path or glob of files that lie here")
-    found = {"dataset_name": files or entry["path"], "dataset_config": entry.get("name"),
-             "dataset_train_split": entry.get("split")}
+        raise ValueError(f"{where}: data_files; give one path or glob of files on this machine")
+    found = {
+        "dataset_name": files or entry["path"],
+        "dataset_config": entry.get("name"),
+        "dataset_train_split": entry.get("split")}
     return {name: value for name, value in found.items() if value is not None}

@@ -1,4 +1,4 @@
-"""A row's prompt, chosen and rejected: found under their names, checked, and told apart.
+"""Find a row's prompt, chosen and rejected under their names, check them, and tell them apart.
 
     text            {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}
     conversations   lists of {"role": ..., "content": ...}, or of {"from": ..., "value": ...}
@@ -88,7 +88,7 @@ def parse_turns(row: dict, key: str) -> str | list[dict]:
 # Prompt and completions
 
 
-def common_prefix_length(left, right) -> int:
+def common_prefix_length(left: Any, right: Any) -> int:
     """Count the first tokens, characters or messages that are equal."""
     shortest = min(len(left), len(right))
     if left[:shortest] == right[:shortest]:  # the usual case, at C's speed
@@ -96,7 +96,7 @@ def common_prefix_length(left, right) -> int:
     return next(i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
 
 
-def extract_prompt(chosen, rejected):
+def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     """Split texts or conversations that begin alike into (prompt, chosen, rejected): TRL's rule.
 
     The completions begin at the first character (or message) that differs, or at the space before
@@ -110,7 +110,7 @@ def extract_prompt(chosen, rejected):
     return chosen[:at], chosen[at:], rejected[at:]
 
 
-def split_row(row: dict, need_rejected: bool):
+def split_row(row: dict, need_rejected: bool) -> tuple[Any, Any, Any]:
     """Return (prompt, chosen, rejected) as texts or lists of messages.
 
     rejected is None where it is neither there nor needed. Raises DataError for what does not fit
@@ -132,9 +132,9 @@ def split_row(row: dict, need_rejected: bool):
     prompt = parse_turns(row, key)
     if type(prompt) is type(chosen):
         return prompt, chosen, rejected
-    # A text prompt beside whole conversations repeats their start, which is then the prompt.
-    are_whole = isinstance(chosen, list) and rejected is not None and chosen[:1] == rejected[:1]
-    if not (isinstance(prompt, str) and are_whole):
+    # A text prompt beside complete conversations repeats their start, which is then the prompt.
+    are_complete = isinstance(chosen, list) and rejected is not None and chosen[:1] == rejected[:1]
+    if not (isinstance(prompt, str) and are_complete):
         what = "one of prompt and chosen is text, the other a conversation"
         raise DataError(f"{what}; make them alike")
     return extract_prompt(chosen, rejected)

@@ -1,6 +1,6 @@
 """Attention over spans in one call of PyTorch's flash kernel, on CUDA in bfloat16 or float16."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +30,13 @@ class VarlenPlan(NamedTuple):
             scale=self.scale, window_size=(left, 0), enable_gqa=True)
 
 
-def plan_varlen(config, spans: Tensor, device: torch.device,
-                queries: Tensor | None = None) -> dict[int | None, VarlenPlan]:
-    """Return {window: plan}. Of each span the last `queries` (S,) tokens ask, by default all."""
+def plan_varlen(
+    config: Any, spans: Tensor, device: torch.device, queries: Tensor | None = None,
+) -> dict[int | None, VarlenPlan]:
+    """Return {window: plan}.
+
+    The queries are the last `queries` (S,) tokens of each span, by default all.
+    """
     start, end, prefix_start, prefix_end = spans.long().unbind(1)
     keys = end - start + prefix_end - prefix_start
     queries = end - start if queries is None else queries
@@ -49,7 +53,7 @@ def plan_varlen(config, spans: Tensor, device: torch.device,
 
 def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int,
               softcap: float | None = None) -> bool:
-    """Tell whether the flash kernel computes such attention."""
+    """Tell whether the flash kernel can compute attention of this kind on this device."""
     return (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
             and head_dim % 8 == 0 and head_dim <= 256
             and dtype in (torch.bfloat16, torch.float16) and softcap is None)

@@ -1,4 +1,5 @@
-"""config.json of models that read pictures -> that of their decoder, and the tower's settings.
+"""Split the config.json of models that read images into that of their decoder and the tower's
+settings.
 
 LLaVA (CLIP or SigLIP tower), Idefics3 and SmolVLM (SigLIP), Qwen2-VL and Qwen2.5-VL. The modules
 are in extras/decoder/vision.py and extras/decoder/qwen_vl.py.
@@ -46,7 +47,10 @@ TOP = re.compile(
 
 
 def split_config(raw: dict) -> tuple[dict, dict]:
-    """Return (config.json of the decoder, the tower's settings). ValueError for other families."""
+    """Return (config.json of the decoder, the tower's settings).
+
+    Raises ValueError for other families.
+    """
     kind = raw.get("model_type")
     splits = {"llava": split_llava, "idefics3": split_idefics, "smolvlm": split_idefics,
               "qwen2_vl": split_qwen, "qwen2_5_vl": split_qwen}
@@ -64,6 +68,7 @@ def split_config(raw: dict) -> tuple[dict, dict]:
 
 
 def refuse_unknown(raw: dict, kind: str) -> None:
+    """Raise ValueError for keys that are not understood and have a value that says something."""
     odd = [f"{k} = {v!r}" for k, v in raw.items()
            if not HARMLESS.match(k) and not UNREAD.match(k) and v not in (None, False, 0)]
     if odd:
@@ -72,7 +77,7 @@ def refuse_unknown(raw: dict, kind: str) -> None:
 
 
 def read_tower(given: dict, kind: str, defaults: dict) -> dict:
-    """Return the tower's keys, checked; what config.json leaves out is transformers' default."""
+    """Return the tower's keys, checked, with transformers' defaults for those left out."""
     unknown = {k: v for k, v in given.items() if k not in defaults}
     refuse_unknown(unknown, f"the tower of {kind}")
     tower = defaults | {k: v for k, v in given.items() if k in defaults and v is not None}
@@ -83,6 +88,7 @@ def read_tower(given: dict, kind: str, defaults: dict) -> dict:
 
 
 def split_llava(raw: dict) -> tuple[dict, dict]:
+    """Split LLaVA's, whose decoder is a Llama where the file names no other."""
     text = dict(raw.get("text_config") or {})
     given = dict(raw["vision_config"])
     text.setdefault("model_type", "llama")
@@ -101,6 +107,8 @@ def split_llava(raw: dict) -> tuple[dict, dict]:
 
 
 def split_idefics(raw: dict) -> tuple[dict, dict]:
+    """Split that of Idefics3 and SmolVLM, whose decoder is a Llama where the file names no other.
+    """
     text = dict(raw.get("text_config") or {})
     text.setdefault("model_type", "llama")
     vision = read_tower(dict(raw["vision_config"]), raw["model_type"], IDEFICS) | dict(
@@ -110,7 +118,7 @@ def split_idefics(raw: dict) -> tuple[dict, dict]:
 
 
 def split_qwen(raw: dict) -> tuple[dict, dict]:
-    """Split Qwen's, whose decoder is a Qwen2; older files hold its keys at the top."""
+    """Split Qwen's, whose decoder is a Qwen2; older files have its keys at the top level."""
     older = {k: v for k, v in raw.items() if k not in QWEN_OUTER}
     text = dict(raw.get("text_config") or older) | {"model_type": "qwen2"}
     rope = dict(text.pop("rope_scaling", None) or {})

@@ -1,7 +1,7 @@
-"""Directories of safetensors: found, checked against the model's parameters, read, written."""
+"""Find, check, read and write directories of safetensors."""
 
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import Any, Iterator, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -14,7 +14,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Checkpoint(NamedTuple):
-    """A Hugging Face directory: its configuration, and where each tensor lies."""
+    """A Hugging Face directory: its configuration, and which file has each tensor."""
 
     directory: Path
     files: dict[str, str]  # tensor name in the file -> file name
@@ -43,9 +43,9 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
 
 
 def is_plain(directory: str | Path) -> bool:
-    """Tell whether model.load_model opens it: no adapter, not quantized, reads text alone.
+    """Tell whether model.load_model opens it: no adapter, not quantized, reads only text.
 
-    What cannot be read counts as plain: load_model says what is wrong with it.
+    A directory that cannot be read counts as plain: load_model says what is wrong with it.
     """
     directory = Path(directory)
     if (directory / "adapter_config.json").exists():
@@ -58,7 +58,7 @@ def is_plain(directory: str | Path) -> bool:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """Return {tensor: file} of a sharded checkpoint, all of whose files are there."""
+    """Return {tensor: file} of a sharded checkpoint; ValueError for a file that is missing."""
     files = read_json(index).get("weight_map")
     plain = lambda file: isinstance(file, str) and Path(file).name == file
     if not isinstance(files, dict) or not all(map(plain, files.values())):
@@ -72,7 +72,7 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def each_tensor(checkpoint: Checkpoint, layout: dict[str, Place]) -> Iterator[tuple]:
-    """Yield (name, Place, file, opened file) of every tensor there, in the order of the disk."""
+    """Yield (name, Place, file, opened file) of every tensor, in their order on disk."""
     for file in sorted(set(checkpoint.files.values())):
         opened = open_safetensors(checkpoint.directory / file)
         for name in opened.offset_keys():
@@ -80,9 +80,10 @@ def each_tensor(checkpoint: Checkpoint, layout: dict[str, Place]) -> Iterator[tu
                 yield name, layout[name], file, opened
 
 
-def check_tensors(checkpoint: Checkpoint, layout: dict[str, Place], parameters: dict,
-                  config) -> None:
-    """Raise ValueError listing missing, unexpected and misshaped tensors; reads headers alone."""
+def check_tensors(
+    checkpoint: Checkpoint, layout: dict[str, Place], parameters: dict, config: Any,
+) -> None:
+    """Raise ValueError listing missing, unexpected and misshaped tensors; reads only headers."""
     problems = []
     found = dict.fromkeys(parameters, 0)  # values of each parameter that the files have
     absent = dict(layout)
@@ -115,7 +116,7 @@ def read_tensors(checkpoint: Checkpoint, layout: dict[str, Place], parameters: d
                  dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     """Copy the weights out of the memory-mapped files one by one.
 
-    They are cast on the way, so that no second copy of the model is ever held.
+    They are cast on the way, so that memory never holds a second copy of the model.
     """
     state = {}
     for name, place, file, opened in each_tensor(checkpoint, layout):

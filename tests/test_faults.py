@@ -70,7 +70,7 @@ def test_a_loss_that_is_not_finite_names_its_pair_and_the_checkpoint_before_it(s
     poisoned(monkeypatch, {3: 5})
     trainer = dpo.DPOTrainer(args=dpo.DPOConfig(**settings))
     place = re.escape(trainer.train_store.where(int(trainer.pairs_of(3)[5])))
-    with pytest.raises(FloatingPointError, match=rf"step 4: loss nan.* not finite are the pairs {place}; .*checkpoint-2 is whole"):
+    with pytest.raises(FloatingPointError, match=rf"step 4: loss nan.* not finite are the pairs {place}; .*checkpoint-2 is complete"):
         trainer.train()
 
 
@@ -180,7 +180,7 @@ def test_out_of_memory_names_the_forward_its_tokens_and_what_helps(settings, cap
     assert dpo.main(flags(settings | more)) == 1
     said = capsys.readouterr().err
     assert f"step 3 (micro-batch 2 of 2, {len(seen[-1].pair_ids)} pairs, {len(seen[-1].input_ids):,} tokens; " in said
-    assert "--gradient_checkpointing" in said and "checkpoint-2 is whole" in said and "Traceback" not in said
+    assert "--gradient_checkpointing" in said and "checkpoint-2 is complete" in said and "Traceback" not in said
 
 
 def test_an_error_that_is_none_of_these_keeps_its_traceback(settings, monkeypatch):
@@ -210,7 +210,7 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_stays_whole(settings, tmp_
         assert "No space left" in said and "make room" in said and "Traceback" not in said
         found = checkpoints.in_directory(disk / "out")
         assert found and all(checkpoints.read_state(c)["step"] for c in found)
-        assert f"checkpoint-{len(found) + 1}: cannot be written" in said and f"{found[-1].name} is whole" in said
+        assert f"checkpoint-{len(found) + 1}: cannot be written" in said and f"{found[-1].name} is complete" in said
         assert not list((disk / "out").glob(".checkpoint-*"))
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
@@ -308,4 +308,4 @@ def test_a_rank_that_dies_or_falls_silent_ends_the_run_in_bounded_time(settings,
     """A stopped process answers nothing, as one on a host that is cut off."""
     status, said, seconds = two_ranks(settings | dict(ddp_timeout=15), tmp_path, DIES.format(signal=name))
     assert status != 0 and seconds < within
-    assert name == "SIGKILL" or "rank 0 has lost the others at step 4" in said and "checkpoint-2 is whole" in said, said
+    assert name == "SIGKILL" or "rank 0 has lost the others at step 4" in said and "checkpoint-2 is complete" in said, said

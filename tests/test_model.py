@@ -398,7 +398,7 @@ def test_broken_directories_are_refused_by_file(tmp_path, monkeypatch):
 
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-100])
-    refused(f"{shard.name}: not a whole safetensors file")
+    refused(f"{shard.name}: not a complete safetensors file")
     shard.unlink()
     refused(f"names {shard.name}, which the directory lacks")
     index = tmp_path / "b/model.safetensors.index.json"

@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT, read_metrics
 
 import dpo
+from parts.checks import check_config
 from extras import score
 
 TEXT = (ROOT / "docs" / "questions.md").read_text("utf-8")
@@ -20,7 +21,7 @@ def test_every_command_is_one():
     assert len(RUNS) >= 8 and len(COMMANDS) >= 11
     for words in RUNS:
         c = dpo.parse_config(words)
-        dpo.check_config(c)
+        check_config(c)
         assert c.output_dir in words and c.model_name_or_path == "demo/model"
 
 

@@ -239,7 +239,7 @@ NOBODY = "neither an adapter .* nor a folder with one named 'nobody'"
     (LORA | dict(ref_model_dtype="bfloat16"), NOTHING_TO_HOLD), (dict(ref_model_device="cpu"), NOTHING_TO_HOLD),
     (dict(model_name_or_path="{pair}", model_adapter_name="nobody"), NOBODY),
     (LORA | dict(ref_adapter_name="nobody"), NOBODY),
-    (dict(model_name_or_path="{first}", model_adapter_name="../first"), "is no plain name"),
+    (dict(model_name_or_path="{first}", model_adapter_name="../first"), "is not a plain name"),
     (dict(use_dora=True), "read only with --use_peft"),
     (dict(lora_modules_to_save=["norm"]), "read only with --use_peft"),
     (dict(ref_adapter_name="x", reference_free=True), "read only with a loss that has a reference")])

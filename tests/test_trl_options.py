@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 import dpo
+from parts.checks import check_config
 from parts import cli, trl_flags
 
 FIELDS = set(dpo.DPOConfig.__annotations__)
@@ -70,7 +71,7 @@ def test_trls_whole_configuration_at_its_defaults_loads(tmp_path):
     named = {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "o"}
     (tmp_path / "trl.yaml").write_text(yaml.safe_dump(plain | named))
     c = dpo.parse_config(["--config", str(tmp_path / "trl.yaml")])
-    dpo.check_config(c)
+    check_config(c)
     for name in plain.keys() & FIELDS - named.keys():
         ours = getattr(c, name)
         assert ours == plain[name] or [ours] == plain[name] or ours == [plain[name]] or plain[name] is None, name

@@ -1,7 +1,8 @@
-"""Norms and MLPs through torch.compile, for --torch_compile: what lies between the matrix products becomes one kernel.
+"""Norms and MLPs through torch.compile, for --torch_compile: fuse what lies between the products.
 
-Attention stays as it is: its calls differ from stream to stream, and each new plan would be a new graph. A layer is
-compiled once for all lengths and all layers alike, with gradients and without. On a CPU it needs a C++ compiler.
+Attention is left alone: its calls differ from stream to stream, and each new plan would be a new
+graph. A layer is compiled once for all lengths and all layers, with and without gradients. On a
+CPU this needs a C++ compiler.
 """
 
 from torch import nn
@@ -10,7 +11,7 @@ from model import MLP, Decoder, Norm
 
 
 def compile_blocks(model: Decoder, backend: str = "inductor") -> None:
-    """In place; names of modules and parameters stay."""
+    """Compile in place; names of modules and parameters do not change."""
     for module in model.model.layers.modules():
         if isinstance(module, (Norm, MLP)):
             nn.Module.compile(module, backend=backend, dynamic=True)

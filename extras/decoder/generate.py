@@ -1,8 +1,9 @@
-"""Completions: the stream of training goes on, a token per sequence at a time, with keys and values kept.
+"""Completions: the stream of training goes on, one token per sequence at a time, with a cache.
 
-A sequence being written is a span, as in training, of which only the last token is new; the rest of it, and the prompt
-that is its prefix, lie in a cache. Samples of one prompt share it as the two completions of a pair do. What a sequence
-draws depends on the seed and on its own number, not on what is written beside it (but for rounding).
+A sequence being written is a span, as in training, of which only the last token is new; the keys
+and values of the rest, and of the prompt that is its prefix, are cached. Samples of one prompt
+share it as the two completions of a pair do. What a sequence draws depends on the seed and on its
+own number, not on what is written beside it (up to rounding).
 
 Sizes: S sequences, V vocabulary, T new tokens, K kv heads, D head dim.
 """
@@ -23,8 +24,8 @@ from parts.varlen import has_flash, plan_varlen
 class Sampling(NamedTuple):
     """How tokens are chosen and when to stop, with transformers' meaning of each name.
 
-    temperature 0 is greedy; top_k 0 and top_p 1 leave out nothing. The order is repetition penalty, temperature, top_k,
-    top_p. `stop_ids` end a sequence and are its last token.
+    temperature 0 is greedy; top_k 0 and top_p 1 leave out nothing. They are applied in the order
+    repetition penalty, temperature, top_k, top_p. `stop_ids` end a sequence and are its last token.
     """
 
     temperature: float = 1.0
@@ -37,13 +38,16 @@ class Sampling(NamedTuple):
 
 
 def check_sampling(o: Sampling) -> None:
-    """Raises ValueError for what means nothing."""
-    rules = {"temperature": (o.temperature >= 0, "0 (greedy) or more"), "top_k": (o.top_k >= 0, "0 (all) or more"),
-             "top_p": (0 < o.top_p <= 1, "above 0, at most 1"), "seed": (o.seed >= 0, "0 or more"),
-             "repetition_penalty": (o.repetition_penalty > 0, "above 0 (1 is none)"),
-             "max_new_tokens": (o.max_new_tokens >= 1, "at least 1")}
-    for name, (good, rule) in rules.items():
-        if not good:
+    """Raise ValueError for an option out of its range."""
+    rules = {
+        "temperature": (o.temperature >= 0, "0 (greedy) or more"),
+        "top_k": (o.top_k >= 0, "0 (all) or more"),
+        "top_p": (0 < o.top_p <= 1, "above 0, at most 1"),
+        "seed": (o.seed >= 0, "0 or more"),
+        "repetition_penalty": (o.repetition_penalty > 0, "above 0 (1 is none)"),
+        "max_new_tokens": (o.max_new_tokens >= 1, "at least 1")}
+    for name, (is_allowed, rule) in rules.items():
+        if not is_allowed:
             raise ValueError(f"--{name} {getattr(o, name)}: it must be {rule}")
 
 
@@ -51,14 +55,20 @@ def check_sampling(o: Sampling) -> None:
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:  # (S, V)
-    """Logits of the tokens a sequence has seen are divided by the penalty, or multiplied where negative
-    (arXiv:1909.05858 section 4.1, in the form for logits of either sign)."""
-    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+    """Divide the logits of tokens a sequence has seen by the penalty; multiply negative ones.
+
+    (arXiv:1909.05858 section 4.1, in the form for logits of either sign.)
+    """
+    penalized = torch.where(logits < 0, logits * penalty, logits / penalty)
+    return torch.where(seen, penalized, logits)
 
 
 def distribution(logits: Tensor, o: Sampling) -> Tensor:  # (S, V)
-    """Probabilities after temperature, top_k (ties with the k-th stay) and top_p (arXiv:1904.09751: the fewest of the
-    likeliest tokens that hold that much; always one)."""
+    """Return probabilities after temperature, top_k and top_p.
+
+    Ties with the k-th token stay. top_p (arXiv:1904.09751) keeps the fewest of the likeliest
+    tokens that together have that probability, and always one.
+    """
     logits = logits / o.temperature
     if o.top_k:
         least = logits.topk(min(o.top_k, logits.shape[-1])).values[:, -1:]
@@ -72,17 +82,18 @@ def distribution(logits: Tensor, o: Sampling) -> Tensor:  # (S, V)
 
 
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:  # (S,)
-    """One token per row of probs (S, V), by inversion at uniform (S,) in [0, 1)."""
+    """Draw one token per row of probs (S, V), by inversion at uniform (S,) in [0, 1)."""
     cumulative = probs.double().cumsum(-1)
     at = (uniform * cumulative[:, -1])[:, None]
-    return torch.searchsorted(cumulative, at, right=True).squeeze(1).clamp(max=probs.shape[-1] - 1)
+    drawn = torch.searchsorted(cumulative, at, right=True).squeeze(1)
+    return drawn.clamp(max=probs.shape[-1] - 1)  # rounding may put `at` beyond the last sum
 
 
 # Sequences and their places in the stream
 
 
 class CachedPlan(NamedTuple):
-    """A plan over keys and values of a layer that are kept; the stream's own are added first."""
+    """A plan over the cached keys and values of a layer; the stream's own are added first."""
 
     plan: Callable
     keys: Tensor  # (places, K, D)
@@ -111,33 +122,40 @@ class Sequence:
 class Cache:
     """Keys and values of all layers for a stream of `size` places.
 
-    Spans are rows (start, end, prefix_start, prefix_end, new): only the last `new` tokens of a span are in the input.
-    `ids` are the tokens that lie in it where it holds one sequence from place 0 on.
+    Spans are rows (start, end, prefix_start, prefix_end, new): only the last `new` tokens of a
+    span are in the input. `ids` are the cached tokens, where there is one sequence that starts at
+    place 0.
     """
 
     def __init__(self, size: int):
-        self.size, self.ids, self.layers = size, [], []
+        self.size = size
+        self.ids: list[int] = []
+        self.layers: list[tuple[Tensor, Tensor]] = []
 
     def allocate(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         shape = (self.size, config.num_key_value_heads, config.head_dim)
-        self.layers = [tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in "kv") for _ in config.windows]
+        empty = lambda: torch.zeros(shape, dtype=dtype, device=device)
+        self.layers = [(empty(), empty()) for _ in config.windows]
         self.position_ids = torch.zeros(self.size, dtype=torch.int64, device=device)
 
     def grow(self, size: int) -> None:
-        """Room for `size` places; what is kept stays."""
+        """Make room for `size` places; what is cached stays."""
         if size > self.size:
             pad = lambda x: torch.cat([x, x.new_zeros(size - self.size, *x.shape[1:])])
             self.layers = [(pad(k), pad(v)) for k, v in self.layers]
             self.position_ids = pad(self.position_ids) if self.layers else None
             self.size = size
 
-    def plan(self, config: ModelConfig, spans: Tensor, position_ids: Tensor, dtype: torch.dtype) -> list[dict]:
-        """{window: plan} of each layer; called by `model.Stack` with the spans (S, 5) of what is new."""
+    def plan(
+        self, config: ModelConfig, spans: Tensor, position_ids: Tensor, dtype: torch.dtype,
+    ) -> list[dict]:
+        """Return {window: plan} of each layer; model.Stack calls it with the new spans (S, 5)."""
         device = position_ids.device
         if not self.layers:
             self.allocate(config, dtype, device)
         rows = spans.tolist()
-        places = torch.cat([torch.arange(row[1] - row[4], row[1]) for row in rows]).to(device)  # (T,)
+        places = torch.cat([torch.arange(row[1] - row[4], row[1]) for row in rows])
+        places = places.to(device)  # (T,)
         self.position_ids[places] = position_ids
         if has_flash(device, dtype, config.head_dim, config.attn_softcap):
             plans = plan_varlen(config, spans[:, :4], device, spans[:, 4])
@@ -149,10 +167,16 @@ class Cache:
                 for window, (keys, values) in zip(config.windows, self.layers)]
 
     def calls(self, rows: list[list[int]], window: int | None) -> list[Call]:
-        calls, at = [], 0
+        """Return the attention calls of the new tokens, for a path without varlen attention."""
+        calls = []
+        at = 0
         for start, end, prefix_start, prefix_end, new in rows:
-            keys = ((prefix_start, prefix_end), (start, end)) if prefix_end > prefix_start else ((start, end),)
-            length, mask = sum(b - a for a, b in keys), None
+            keys = ((start, end),)
+            if prefix_end > prefix_start:
+                keys = ((prefix_start, prefix_end), (start, end))
+            length = sum(b - a for a, b in keys)
+            mask = None
+            # causal attention needs no mask for one token or for all; anything else does
             if new not in (1, length) or (window is not None and length > window):
                 key_positions = torch.cat([self.position_ids[a:b] for a, b in keys])
                 mask = span_mask(self.position_ids[end - new:end], key_positions, window)
@@ -161,16 +185,26 @@ class Cache:
         return calls
 
 
-def place(prompts: list[list[int]], o: Sampling, samples: int, first: int) -> tuple[list[Sequence], int]:
-    """Sequences with room for their tokens, and the stream's size. A prompt with one sample is part of its span."""
-    sequences, at = [], 0
+def place(
+    prompts: list[list[int]], o: Sampling, samples: int, first: int,
+) -> tuple[list[Sequence], int]:
+    """Lay out sequences with room for their tokens; return them and the stream's size.
+
+    With one sample, the prompt is part of the sequence's span; with several, it is their prefix.
+    """
+    sequences = []
+    at = 0
     for i, prompt in enumerate(prompts):
         end = at + len(prompt)
         for sample in range(samples):
-            own, number = end + sample * o.max_new_tokens, i * samples + sample
-            random = np.random.Generator(np.random.Philox(key=np.array([o.seed, first + number], np.uint64)))
-            start, prefix = (at, (0, 0)) if samples == 1 else (own, (at, end))
-            sequences.append(Sequence(number, start, own, prefix, len(prompt), random))
+            number = i * samples + sample
+            own = end + sample * o.max_new_tokens
+            key = np.array([o.seed, first + number], np.uint64)
+            is_alone = samples == 1
+            sequences.append(Sequence(
+                number=number, start=at if is_alone else own, end=own,
+                prefix=(0, 0) if is_alone else (at, end), position=len(prompt),
+                random=np.random.Generator(np.random.Philox(key=key))))
         at = end + samples * o.max_new_tokens
     return sequences, at
 
@@ -178,18 +212,28 @@ def place(prompts: list[list[int]], o: Sampling, samples: int, first: int) -> tu
 # Writing
 
 
-def forward(model: Decoder, ids: list[int], positions: list[int], spans: list[tuple], cache: Cache) -> Tensor:
-    """Logits (S, V), float32, after the last new token of every span."""
+def forward(
+    model: Decoder, ids: list[int], positions: list[int], spans: list[tuple], cache: Cache,
+) -> Tensor:  # (S, V)
+    """Return the logits after the last new token of every span, in float32."""
     device = next(model.parameters()).device
-    spans = torch.tensor(spans, dtype=torch.int32)  # (S, 5)
-    last = (spans[:, 4].cumsum(0) - 1).to(device)
-    ids, positions = (torch.tensor(x, device=device) for x in (ids, positions))
-    return model.logits(ids, positions, spans, last, cache).float()
+    table = torch.tensor(spans, dtype=torch.int32)  # (S, 5)
+    last = (table[:, 4].cumsum(0) - 1).to(device)
+    input_ids = torch.tensor(ids, device=device)
+    position_ids = torch.tensor(positions, device=device)
+    return model.logits(input_ids, position_ids, table, last, cache).float()
 
 
-def read_prompts(model: Decoder, prompts: list[list[int]], sequences: list[Sequence], cache: Cache) -> Tensor:
-    """Logits (S, V) at the end of every sequence's prompt. Of a single one, what the cache has is not read again."""
-    ids, positions, spans = [], [], []
+def read_prompts(
+    model: Decoder, prompts: list[list[int]], sequences: list[Sequence], cache: Cache,
+) -> Tensor:  # (S, V)
+    """Return the logits at the end of every sequence's prompt.
+
+    For a single sequence, the beginning that is cached already is not read again.
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    spans = []
     samples = len(sequences) // len(prompts)
     for prompt, sequence in zip(prompts, sequences[::samples]):
         known = 0
@@ -204,24 +248,30 @@ def read_prompts(model: Decoder, prompts: list[list[int]], sequences: list[Seque
     return forward(model, ids, positions, spans, cache).repeat_interleave(samples, 0)
 
 
-def read_tokens(model: Decoder, sequences: list[Sequence], cache: Cache) -> Tensor:
-    """Logits (S, V) after the last token of every sequence, which is read."""
+def read_tokens(model: Decoder, sequences: list[Sequence], cache: Cache) -> Tensor:  # (S, V)
+    """Read the last token of every sequence; return the logits after it."""
+    positions = [s.position for s in sequences]
     for s in sequences:
-        s.end, s.position = s.end + 1, s.position + 1
-    ids, spans = [s.tokens[-1] for s in sequences], [(s.start, s.end, *s.prefix, 1) for s in sequences]
+        s.end += 1
+        s.position += 1
+    ids = [s.tokens[-1] for s in sequences]
+    spans = [(s.start, s.end, *s.prefix, 1) for s in sequences]
     if cache.ids:
         cache.ids += ids
-    return forward(model, ids, [s.position - 1 for s in sequences], spans, cache)
+    return forward(model, ids, positions, spans, cache)
 
 
 @torch.no_grad()
-def generate(model: Decoder, prompts: list[list[int]], o: Sampling, samples: int = 1, cache: Cache | None = None,
-             first: int = 0) -> Iterator[dict[int, int]]:
-    """Yields {number of the sequence: its next token} until all have stopped; numbers are prompt x samples + sample.
+def generate(
+    model: Decoder, prompts: list[list[int]], o: Sampling, samples: int = 1,
+    cache: Cache | None = None, first: int = 0,
+) -> Iterator[dict[int, int]]:
+    """Yield {number of the sequence: its next token} until all have stopped.
 
-    `first` is added to the number for the random draws, so that a list of prompts may come in pieces. A `cache` is kept
-    by the caller between the turns of one conversation (one prompt, one sample). Raises ValueError for a prompt without
-    tokens, and where prompt and completion are longer than the model's positions reach.
+    A sequence's number is prompt x samples + sample. `first` is added to it for the random draws,
+    so that a list of prompts may come in pieces. The caller keeps `cache` between the turns of one
+    conversation (one prompt, one sample). Raises ValueError for a prompt without tokens, and where
+    prompt and completion are longer than the model's positions reach.
     """
     check_sampling(o)
     if not all(prompts):
@@ -238,27 +288,33 @@ def generate(model: Decoder, prompts: list[list[int]], o: Sampling, samples: int
             seen[s.number, prompts[s.number // samples]] = True
     while sequences:
         rows = [s.number for s in sequences]
-        tokens = choose(logits if seen is None else penalize(logits, seen[rows], o.repetition_penalty), sequences, o)
+        if seen is not None:
+            logits = penalize(logits, seen[rows], o.repetition_penalty)
+        tokens = choose(logits, sequences, o)
         if seen is not None:
             seen[rows, tokens] = True
         for s, token in zip(sequences, tokens):
             s.tokens.append(token)
         yield dict(zip(rows, tokens))
-        sequences = [s for s in sequences if s.tokens[-1] not in o.stop_ids and len(s.tokens) < o.max_new_tokens]
+        sequences = [s for s in sequences
+                     if s.tokens[-1] not in o.stop_ids and len(s.tokens) < o.max_new_tokens]
         logits = read_tokens(model, sequences, cache) if sequences else None
 
 
 def choose(logits: Tensor, sequences: list[Sequence], o: Sampling) -> list[int]:
+    """Choose one token for each sequence, from logits (S, V)."""
     if o.temperature == 0:
         return logits.argmax(-1).tolist()
-    uniform = torch.tensor([s.random.random() for s in sequences], dtype=torch.float64, device=logits.device)
+    numbers = [s.random.random() for s in sequences]
+    uniform = torch.tensor(numbers, dtype=torch.float64, device=logits.device)
     return draw(distribution(logits, o), uniform).tolist()
 
 
-def complete(model: Decoder, prompts: list[list[int]], o: Sampling, samples: int = 1,
-             first: int = 0) -> list[list[int]]:
-    """The tokens of every sequence: prompt 0's samples, then prompt 1's, and so on."""
-    written = [[] for _ in range(len(prompts) * samples)]
+def complete(
+    model: Decoder, prompts: list[list[int]], o: Sampling, samples: int = 1, first: int = 0,
+) -> list[list[int]]:
+    """Return the tokens of every sequence: prompt 0's samples, then prompt 1's, and so on."""
+    written: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
     for step in generate(model, prompts, o, samples, first=first):
         for number, token in step.items():
             written[number].append(token)

@@ -1,7 +1,8 @@
-"""Mixtures of experts: a router sends every token to a few of many MLPs (Switch Transformer, arXiv:2101.03961).
+"""Mixtures of experts: a router sends every token to a few of many MLPs (Switch Transformer,
+arXiv:2101.03961).
 
-Tokens are sorted by expert, so that each expert multiplies its own rows once; no expert sees a token that was not
-sent to it.
+Tokens are sorted by expert, so that each expert multiplies its own rows once and sees no token
+that was not sent to it.
 """
 
 from typing import Callable
@@ -12,16 +13,18 @@ from torch import Tensor, nn
 
 
 class Router(nn.Module):
-    """Which `per_token` experts a token goes to, and with what weight."""
+    """Choose `per_token` experts for each token, and their weights."""
 
     def __init__(self, hidden_size: int, moe: dict):
         super().__init__()
-        self.per_token, self.normalize = moe["per_token"], moe["normalize"]
-        self.in_features, self.out_features = hidden_size, moe["experts"]
+        self.per_token = moe["per_token"]
+        self.normalize = moe["normalize"]
+        self.in_features = hidden_size
+        self.out_features = moe["experts"]
         self.weight = nn.Parameter(torch.zeros(moe["experts"], hidden_size))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (T, experts); weights and numbers of the chosen experts, both (T, per_token)."""
+        """Return logits (T, experts); weights and numbers of the chosen, (T, per_token) each."""
         return self.route(F.linear(x, self.weight))
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,36 +39,43 @@ def probabilities(logits: Tensor) -> Tensor:
 
 
 class Experts(nn.Module):
-    """down(act(gate(x)) * up(x)) of each expert; the experts' matrices are stacked, as transformers 5 has them."""
+    """down(act(gate(x)) * up(x)) of each expert, with matrices stacked as in transformers 5."""
 
     def __init__(self, hidden_size: int, moe: dict, act: Callable):
         super().__init__()
         self.act = act
-        self.gate_up_proj = nn.Parameter(torch.zeros(moe["experts"], 2 * moe["size"], hidden_size))
-        self.down_proj = nn.Parameter(torch.zeros(moe["experts"], hidden_size, moe["size"]))
+        count = moe["experts"]
+        self.gate_up_proj = nn.Parameter(torch.zeros(count, 2 * moe["size"], hidden_size))
+        self.down_proj = nn.Parameter(torch.zeros(count, hidden_size, moe["size"]))
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        """Rows of x, sorted by expert, the first counts[0] for expert 0 and so on."""
+        """Apply each expert to its rows of x: the first counts[0] are expert 0's, and so on."""
         gate, up = grouped_linear(x, self.gate_up_proj, counts).chunk(2, -1)
         return grouped_linear(self.act(gate) * up, self.down_proj, counts)
 
 
-def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """x (n, in) times weight[e]^T for the rows of each expert e; weight (experts, out, in), counts (experts,)."""
+def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:  # (n, out)
+    """Multiply the rows of each expert e by weight[e]^T.
+
+    x (n, in), sorted by expert; weight (experts, out, in); counts (experts,) rows of each.
+    """
     device = x.device.type
     if torch.is_autocast_enabled(device):
         x, weight = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight))
-    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])  # the kernel's demand
-    if x.dtype == torch.bfloat16 and aligned and len(x):
+    # grouped_mm accepts only rows of a multiple of 16 bytes
+    is_aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
+    if x.dtype == torch.bfloat16 and is_aligned and len(x):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0).int())
     parts = [part @ w.T for part, w in zip(x.split(counts.tolist()), weight)]
     return torch.cat(parts)
 
 
 class SparseMLP(nn.Module):
-    """Router and experts, and Qwen2-MoE's shared expert that sees every token, through a gate of its own."""
+    """Router and experts, and Qwen2-MoE's shared expert, which sees every token through a gate."""
 
-    def __init__(self, hidden_size: int, moe: dict, act: Callable, shared_expert: nn.Module | None):
+    def __init__(
+        self, hidden_size: int, moe: dict, act: Callable, shared_expert: nn.Module | None,
+    ):
         super().__init__()
         self.gate = Router(hidden_size, moe)
         self.experts = Experts(hidden_size, moe, act)
@@ -74,29 +84,37 @@ class SparseMLP(nn.Module):
             self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states (T, C), and the router's logits (T, experts)."""
+        """Return hidden states (T, C), and the router's logits (T, experts)."""
         logits, weights, chosen = self.gate(x)
         order = chosen.flatten().argsort(stable=True)  # (T * per_token,) sorted by expert
         counts = torch.bincount(chosen.flatten(), minlength=logits.shape[1])
         out = self.experts(x[order // chosen.shape[1]], counts)
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        out = (out[back].unflatten(0, chosen.shape) * weights.to(out.dtype)[..., None]).sum(1)  # (T, C)
+        numbers = torch.arange(len(order), device=order.device)
+        back = torch.empty_like(order).scatter_(0, order, numbers)
+        out = out[back].unflatten(0, chosen.shape)  # (T, per_token, C)
+        out = (out * weights.to(out.dtype)[..., None]).sum(1)  # (T, C)
         if self.shared_expert is not None:
             out = out + self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
         return out, logits
 
 
-def load_balancing_loss(router_logits: list[Tensor], spans: Tensor, per_token: int) -> Tensor:  # ()
-    """experts * sum_e f_e P_e (arXiv:2101.03961 eq. 4): f the share of tokens sent to e times per_token, P its mean
-    probability, both over the tokens of all layers of this forward together, as transformers computes it.
+def load_balancing_loss(
+    router_logits: list[Tensor], spans: Tensor, per_token: int,
+) -> Tensor:  # ()
+    """experts * sum_e f_e P_e (arXiv:2101.03961 eq. 4).
 
-    A token counts once for every completion whose sequence holds it: a shared prompt twice, as in two padded
-    sequences. The loss of a batch is therefore not the mean of its parts' losses; it is computed per forward.
+    f_e is the share of tokens sent to e, times per_token; P_e is its mean probability. Both are
+    over the tokens of all layers of this forward together, as transformers computes it.
+
+    A token counts once for every completion whose sequence holds it: a shared prompt counts
+    twice, as in two padded sequences. The loss of a batch is therefore not the mean of its parts'
+    losses; it is computed per forward.
     """
     if not router_logits:
         return torch.zeros((), device=spans.device)
     weight = token_weights(spans).to(router_logits[0].device)  # (T,)
-    sent, probability = torch.zeros((), device=weight.device), torch.zeros((), device=weight.device)
+    sent = torch.zeros((), device=weight.device)
+    probability = torch.zeros((), device=weight.device)
     for logits in router_logits:
         p = probabilities(logits)  # (T, experts)
         chosen = torch.zeros_like(p).scatter_(1, p.topk(per_token, dim=-1).indices, 1.0)
@@ -107,8 +125,11 @@ def load_balancing_loss(router_logits: list[Tensor], spans: Tensor, per_token: i
 
 
 def token_weights(spans: Tensor) -> Tensor:  # (T,)
-    """How many completions' sequences hold each token: of a prompt, the spans that it is a prefix of, else 1."""
+    """Count the completions whose sequence holds each token.
+
+    For a prompt these are the spans that it is a prefix of; for any other token, 1.
+    """
     start, end, prefix_start, prefix_end = spans.cpu().unbind(1)
-    holds = (prefix_start[None] <= start[:, None]) & (end[:, None] <= prefix_end[None])  # (S, S) span i within prefix j
-    holds &= prefix_end[None] > prefix_start[None]
+    holds = (prefix_start[None] <= start[:, None]) & (end[:, None] <= prefix_end[None])
+    holds &= prefix_end[None] > prefix_start[None]  # (S, S) whether span i lies in prefix j
     return holds.sum(1).clamp(min=1).repeat_interleave(end - start)

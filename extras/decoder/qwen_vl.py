@@ -1,8 +1,9 @@
-"""Qwen2-VL and Qwen2.5-VL: pictures of any size, attention within windows, positions on three axes.
+"""Qwen2-VL and Qwen2.5-VL: images of any size, attention within windows, positions on three axes.
 
-A picture of h x w patches (both even) comes as h w rows of pixels, four neighbours at a time: the merger makes one
-feature of each four. In the decoder a token has a time, a height and a width; those of text are equal, a picture's are
-its rows and columns from where the text stopped, and the text goes on after the highest of them.
+An image of h x w patches (both even) comes as h w rows of pixels, four neighbours at a time, and
+the merger makes one feature of each four. In the decoder a token has a time, a height and a width.
+Those of text are equal; those of an image are its rows and columns, counted from where the text
+stopped; the text goes on after the highest of them.
 """
 
 from types import SimpleNamespace
@@ -23,9 +24,13 @@ from parts.kernels import ACTIVATIONS
 class Attention(nn.Module):
     def __init__(self, size: int, heads: int):
         super().__init__()
-        self.heads, self.qkv, self.proj = heads, nn.Linear(size, 3 * size), nn.Linear(size, size)
+        self.heads = heads
+        self.qkv = nn.Linear(size, 3 * size)
+        self.proj = nn.Linear(size, size)
 
-    def forward(self, x: Tensor, lengths: list[int], tables: tuple[Tensor, Tensor]) -> Tensor:  # (P, C)
+    def forward(
+        self, x: Tensor, lengths: list[int], tables: tuple[Tensor, Tensor],
+    ) -> Tensor:  # (P, C)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
         wide = torch.promote_types(q.dtype, torch.float32)
         q, k = (rotate(part.to(wide), *tables).to(v.dtype) for part in (q, k))
@@ -35,7 +40,9 @@ class Attention(nn.Module):
 class GatedMLP(nn.Module):
     def __init__(self, size: int, inner: int, act: str):
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(size, inner), nn.Linear(size, inner), nn.Linear(inner, size)
+        self.gate_proj = nn.Linear(size, inner)
+        self.up_proj = nn.Linear(size, inner)
+        self.down_proj = nn.Linear(inner, size)
         self.act = ACTIVATIONS[act]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,25 +50,31 @@ class GatedMLP(nn.Module):
 
 
 def make_norm(size: int, c: dict) -> Norm:
-    return Norm(size, SimpleNamespace(norm_eps=1e-6, norm_offset=False, norm="rms" if c["newer"] else "layer"))
+    kind = "rms" if c["newer"] else "layer"
+    return Norm(size, SimpleNamespace(norm_eps=1e-6, norm_offset=False, norm=kind))
 
 
 class Block(nn.Module):
     def __init__(self, c: dict):
         super().__init__()
         size = c["size"]
-        self.norm1, self.norm2 = make_norm(size, c), make_norm(size, c)
+        self.norm1 = make_norm(size, c)
+        self.norm2 = make_norm(size, c)
         self.attn = Attention(size, c["num_heads"])
-        self.mlp = (GatedMLP(size, c["intermediate_size"], c["hidden_act"]) if c["newer"] else
-                    TowerMLP(size, int(size * c["mlp_ratio"]), c["hidden_act"]))
+        if c["newer"]:
+            self.mlp = GatedMLP(size, c["intermediate_size"], c["hidden_act"])
+        else:
+            self.mlp = TowerMLP(size, int(size * c["mlp_ratio"]), c["hidden_act"])
 
-    def forward(self, x: Tensor, lengths: list[int], tables: tuple[Tensor, Tensor]) -> Tensor:  # (P, C)
+    def forward(
+        self, x: Tensor, lengths: list[int], tables: tuple[Tensor, Tensor],
+    ) -> Tensor:  # (P, C)
         x = x + self.attn(self.norm1(x), lengths, tables)
         return x + self.mlp(self.norm2(x))
 
 
 class Tower(nn.Module):
-    """Patches of all pictures as one stream; most layers of Qwen2.5-VL look within windows only."""
+    """Patches of all images as one stream; most layers of Qwen2.5-VL attend within windows only."""
 
     def __init__(self, c: dict):
         super().__init__()
@@ -75,46 +88,56 @@ class Tower(nn.Module):
         return []
 
     def forward(self, pixels: Tensor, grids: Tensor, run: Callable) -> Tensor:  # (P, C)
-        c, grids = self.config, grids.tolist()
+        c = self.config
+        sizes = grids.tolist()
         weight = self.patch_embed.proj.weight
-        x = F.linear(pixels.to(weight.dtype), weight.flatten(1))  # a patch is a row: the convolution is a product
-        tables = [table.to(x.device) for table in self.tables(grids)]
-        whole, windows = [h * w for h, w in grids], []
+        x = F.linear(pixels.to(weight.dtype), weight.flatten(1))  # a patch is a row: no convolution
+        tables = [table.to(x.device) for table in self.tables(sizes)]
+        images = [h * w for h, w in sizes]
+        windows: list[int] = []
         if c["newer"]:
-            order, windows = window_order(grids, c["window_size"] // c["patch_size"] // c["spatial_merge_size"],
-                                          c["spatial_merge_size"])
+            merge = c["spatial_merge_size"]
+            window = c["window_size"] // c["patch_size"] // merge
+            order, windows = window_order(sizes, window, merge)
             order = order.to(x.device)
-            x, tables = x[order], [table[order] for table in tables]
+            x = x[order]
+            tables = [table[order] for table in tables]
         for i, block in enumerate(self.blocks):
-            is_whole = not c["newer"] or i in c["fullatt_block_indexes"]
-            x = run(block, x, whole if is_whole else windows, tables)
+            is_full = not c["newer"] or i in c["fullatt_block_indexes"]
+            x = run(block, x, images if is_full else windows, tables)
         return x[order.argsort()] if c["newer"] else x
 
     def tables(self, grids: list) -> tuple[Tensor, Tensor]:  # (P, 1, D)
-        """cos and sin: half of the dims turn with the row, half with the column of a patch."""
+        """Return cos and sin: half of the dims turn with a patch's row, half with its column."""
         dim = self.config["size"] // self.config["num_heads"] // 2
         freq = 1.0 / 10000.0 ** (torch.arange(0, dim, 2).float() / dim)  # (dim/2,)
-        angles = (patch_places(grids, self.config["spatial_merge_size"])[..., None] * freq).flatten(1)  # (P, dim)
+        places = patch_places(grids, self.config["spatial_merge_size"])
+        angles = (places[..., None] * freq).flatten(1)  # (P, dim)
         angles = torch.cat([angles, angles], -1)[:, None]
         return angles.cos(), angles.sin()
 
 
 def patch_places(grids: list, merge: int) -> Tensor:  # (P, 2)
-    """Row and column of each patch, in the order of the stream: squares of merge x merge, row by row."""
+    """Return row and column of each patch, in stream order: squares of merge x merge patches."""
     places = []
     for h, w in grids:
-        rows, columns = (x.view(h // merge, merge, w // merge, merge).transpose(1, 2).flatten()
-                         for x in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
-        places.append(torch.stack([rows, columns], 1))
+        axes = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        squares = [x.view(h // merge, merge, w // merge, merge).transpose(1, 2) for x in axes]
+        places.append(torch.stack([x.flatten() for x in squares], 1))
     return torch.cat(places)
 
 
 def window_order(grids: list, window: int, merge: int) -> tuple[Tensor, list[int]]:
-    """(P,) the patches window by window, and how many each window has; windows count merged squares, the last ones of a
-    row or column are smaller."""
-    order, lengths, begin = [], [], 0
+    """Return (P,) the patches window by window, and the number of patches of each window.
+
+    `window` counts merged squares; the last windows of a row or column may be smaller.
+    """
+    order = []
+    lengths = []
+    begin = 0
     for h, w in grids:
-        down, across = h // merge, w // merge
+        down = h // merge
+        across = w // merge
         index = torch.arange(down * across).view(down, across)
         for band in index.split(window, 0):
             for part in band.split(window, 1):
@@ -126,13 +149,14 @@ def window_order(grids: list, window: int, merge: int) -> tuple[Tensor, list[int
 
 
 class Merger(nn.Module):
-    """Each merge x merge patches become one feature."""
+    """Make one feature of each merge x merge patches."""
 
     def __init__(self, c: dict):
         super().__init__()
-        inner = c["size"] * c["spatial_merge_size"] ** 2
-        self.inner, self.ln_q = inner, make_norm(c["size"], c)
-        self.mlp = nn.Sequential(nn.Linear(inner, inner), nn.GELU(), nn.Linear(inner, c["out"]))
+        self.inner = c["size"] * c["spatial_merge_size"] ** 2
+        self.ln_q = make_norm(c["size"], c)
+        self.mlp = nn.Sequential(
+            nn.Linear(self.inner, self.inner), nn.GELU(), nn.Linear(self.inner, c["out"]))
 
     def forward(self, x: Tensor) -> Tensor:  # (F, C) of the decoder
         return self.mlp(self.ln_q(x).view(-1, self.inner))
@@ -142,9 +166,17 @@ class Merger(nn.Module):
 
 
 def axes_tables(ropes: dict, axes: Tensor, sections: tuple, dtype: torch.dtype) -> dict:
-    """Rotary tables of a stream with axes (3, T): which axis turns a pair of dims is told by `sections`."""
+    """Return the rotary tables of a stream with axes (3, T).
+
+    `sections` gives the numbers of pairs of dims that turn with time, height and width.
+    """
     per_axis = [rotary_tables(ropes, axis, dtype) for axis in axes]
-    pick = lambda parts: torch.cat([part[..., a:b] for part, (a, b) in zip(parts * 2, cuts)], -1)
     ends = np.cumsum(sections * 2).tolist()
     cuts = list(zip([0, *ends], ends))
-    return {name: tuple(pick([tables[name][i] for tables in per_axis]) for i in (0, 1)) for name in ropes}
+
+    def pick(parts: list[Tensor]) -> Tensor:
+        """Take each section of dims from the table of its own axis."""
+        return torch.cat([part[..., a:b] for part, (a, b) in zip(parts * 2, cuts)], -1)
+
+    return {name: tuple(pick([tables[name][i] for tables in per_axis]) for i in (0, 1))
+            for name in ropes}

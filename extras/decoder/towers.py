@@ -1,4 +1,4 @@
-"""Picture encoders of LLaVA (CLIP, SigLIP), Idefics3 and SmolVLM (SigLIP)."""
+"""Image encoders of LLaVA (CLIP, SigLIP), Idefics3 and SmolVLM (SigLIP)."""
 
 from typing import Callable
 
@@ -13,7 +13,8 @@ from parts.varlen import has_flash
 def attend_within(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:  # (P, H, D)
     """softmax(q k^T / sqrt(D)) v within each stretch of the packed stream, in both directions.
 
-    (The decoder's plans are causal within a span.) Stretches of equal length go as one batch.
+    The decoder's plans are causal within a span, so they cannot be used here. Stretches of equal
+    length go as one batch.
     """
     if has_flash(q.device, v.dtype, head_dim=q.shape[-1]):
         from torch.nn.attention.varlen import varlen_attn
@@ -21,12 +22,15 @@ def attend_within(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor
         ends = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int().to(q.device)
         return varlen_attn(q, k, v, ends, ends, max(lengths), max(lengths))
     sizes = torch.tensor(lengths)
-    starts, rows, out = sizes.cumsum(0) - sizes, [], []
+    starts = sizes.cumsum(0) - sizes
+    rows = []
+    out = []
     for length in sorted(set(lengths)):
         index = (starts[sizes == length][:, None] + torch.arange(length)).flatten().to(q.device)
-        whole = len(index) == len(q)
-        part = [(x if whole else x[index]).unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v)]  # (n, H, length, D)
-        out.append(F.scaled_dot_product_attention(*part).transpose(1, 2).flatten(0, 1))
+        is_all = len(index) == len(q)  # nothing to pick, so no copy
+        picked = [x if is_all else x[index] for x in (q, k, v)]
+        batch = [x.unflatten(0, (-1, length)).transpose(1, 2) for x in picked]  # (n, H, length, D)
+        out.append(F.scaled_dot_product_attention(*batch).transpose(1, 2).flatten(0, 1))
         rows.append(index)
     return out[0] if len(out) == 1 else torch.cat(out)[torch.cat(rows).argsort()]
 
@@ -35,17 +39,23 @@ class TowerAttention(nn.Module):
     def __init__(self, size: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(size, size) for _ in range(4))
+        self.q_proj = nn.Linear(size, size)
+        self.k_proj = nn.Linear(size, size)
+        self.v_proj = nn.Linear(size, size)
+        self.out_proj = nn.Linear(size, size)
 
     def forward(self, x: Tensor, lengths: list[int]) -> Tensor:  # (P, C)
-        q, k, v = (f(x).unflatten(-1, (self.heads, -1)) for f in (self.q_proj, self.k_proj, self.v_proj))
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)) for f in projections)
         return self.out_proj(attend_within(q, k, v, lengths).flatten(1))
 
 
 class TowerMLP(nn.Module):
     def __init__(self, size: int, inner: int, act: str):
         super().__init__()
-        self.fc1, self.fc2, self.act = nn.Linear(size, inner), nn.Linear(inner, size), TOWER_ACTIVATIONS[act]
+        self.fc1 = nn.Linear(size, inner)
+        self.fc2 = nn.Linear(inner, size)
+        self.act = TOWER_ACTIVATIONS[act]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
@@ -54,8 +64,9 @@ class TowerMLP(nn.Module):
 class TowerBlock(nn.Module):
     def __init__(self, c: dict):
         super().__init__()
-        size, eps = c["hidden_size"], c["layer_norm_eps"]
-        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(size, eps), nn.LayerNorm(size, eps)
+        size = c["hidden_size"]
+        self.layer_norm1 = nn.LayerNorm(size, c["layer_norm_eps"])
+        self.layer_norm2 = nn.LayerNorm(size, c["layer_norm_eps"])
         self.self_attn = TowerAttention(size, c["num_attention_heads"])
         self.mlp = TowerMLP(size, c["intermediate_size"], c["hidden_act"])
 
@@ -65,12 +76,15 @@ class TowerBlock(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """A linear map of each patch, its place in the picture, and for CLIP a token for the whole."""
+    """A linear map of each patch, plus its place in the image; CLIP adds a class token."""
 
     def __init__(self, c: dict):
         super().__init__()
-        size, patch, side = c["hidden_size"], c["patch_size"], c["image_size"] // c["patch_size"]
-        self.patch_embedding = nn.Conv2d(c["num_channels"], size, patch, patch, bias=not c["is_clip"])
+        size = c["hidden_size"]
+        patch = c["patch_size"]
+        side = c["image_size"] // patch
+        channels = c["num_channels"]
+        self.patch_embedding = nn.Conv2d(channels, size, patch, patch, bias=not c["is_clip"])
         self.position_embedding = nn.Embedding(side * side + c["is_clip"], size)
         if c["is_clip"]:
             self.class_embedding = nn.Parameter(torch.zeros(size))
@@ -84,7 +98,7 @@ class Embeddings(nn.Module):
 
 
 class Tower(nn.Module):
-    """CLIP's or SigLIP's picture encoder, over all tiles as one stream."""
+    """CLIP's or SigLIP's image encoder, over all tiles as one stream."""
 
     def __init__(self, c: dict):
         super().__init__()
@@ -97,26 +111,30 @@ class Tower(nn.Module):
         self.post_layernorm = nn.LayerNorm(c["hidden_size"], c["layer_norm_eps"])
 
     def wanted(self) -> list[int]:
-        """After how many layers features are taken."""
+        """Return after how many layers features are taken."""
         n = self.config["num_hidden_layers"]
         return [i if i >= 0 else n + 1 + i for i in self.config["layers"]]
 
     def unreached(self) -> list[nn.Module]:
-        """Modules that the files hold and no feature comes through."""
+        """Return the modules that the files hold but no feature passes through."""
         layers = list(self.encoder.layers)[max(self.wanted()) :]
         return layers + ([] if self.config["kind"] == "idefics3" else [self.post_layernorm])
 
-    def forward(self, pixels: Tensor, grids: Tensor, run: Callable) -> Tensor:  # (tiles, features, C)
+    def forward(
+        self, pixels: Tensor, grids: Tensor, run: Callable,
+    ) -> Tensor:  # (tiles, features, C)
         x = self.embeddings(pixels)
         x = self.pre_layrnorm(x) if self.config["is_clip"] else x
         tiles, length, _ = x.shape
-        x, kept, wanted = x.flatten(0, 1), [], self.wanted()
+        x = x.flatten(0, 1)
+        wanted = self.wanted()
+        kept = {}
         for i in range(max(wanted) + 1):
             if i in wanted:
-                kept.append(x)
+                kept[i] = x
             if i < max(wanted):
                 x = run(self.encoder.layers[i], x, [length] * tiles)
         if self.config["kind"] == "idefics3":
-            kept = [self.post_layernorm(x)]
-        x = torch.cat([kept[sorted(set(wanted)).index(i)] for i in wanted], -1).unflatten(0, (tiles, length))
+            kept = {i: self.post_layernorm(x) for i in wanted}
+        x = torch.cat([kept[i] for i in wanted], -1).unflatten(0, (tiles, length))
         return x[:, 1:] if self.config["drop_first"] else x

@@ -1,10 +1,11 @@
 """Several adapters on one base, and the moving reference of TR-DPO.
 
-An adapter, here, is {module name: wrapper}. One is active in a model; `swapped_in` puts another in
-its place for a while: how an adapter is the reference of another without a second model.
+An adapter here is {module name: wrapper}. One is active in a model; `swapped_in` swaps another in
+for a while. So one adapter can be the reference of another without a second model.
 """
 
 import copy
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from extras.lora import kinds
 from extras.lora.peft_files import adapter_home, load_adapter, read_settings
 from extras.lora.targets import add_lora
 from model import lora_modules, replace_module
+from parts.config import DPOConfig
 
 
 @contextmanager
-def swapped_in(model: nn.Module, adapter: dict[str, nn.Module]):
-    """Swap `adapter` in for the model's own; swap it out again after."""
+def swapped_in(model: nn.Module, adapter: dict[str, nn.Module]) -> Iterator[nn.Module]:
+    """Swap `adapter` in for the model's own; the model's own is swapped in again after."""
     own = lora_modules(model)
     swap(model, own, adapter)
     try:
@@ -37,15 +39,19 @@ def swap(model: nn.Module, out: dict[str, nn.Module], into: dict[str, nn.Module]
 
 
 def copy_adapter(adapter: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """A frozen copy on the same base."""
-    copies = {name: copy.deepcopy(w, {id(w.base_layer): w.base_layer}) for name, w in adapter.items()}
-    return {name: w.requires_grad_(False).eval() for name, w in copies.items()}
+    """Return a frozen copy on the same base."""
+    copies = {}
+    for name, wrapper in adapter.items():
+        base = wrapper.base_layer
+        twin = copy.deepcopy(wrapper, {id(base): base})  # the base itself is not copied
+        copies[name] = twin.requires_grad_(False).eval()
+    return copies
 
 
 def load_beside(model: nn.Module, directory: Path) -> dict[str, nn.Module]:
-    """Load another adapter on the same base, frozen: {module name: wrapper}, for `swapped_in`.
+    """Load another adapter on the same base, frozen, for `swapped_in`.
 
-    The model keeps its own, its draws and its trainable parameters.
+    The model's own adapter, random draws and trainable parameters stay as they are.
     """
     own = lora_modules(model)
     swap(model, own, {})
@@ -68,25 +74,35 @@ def load_named(model: nn.Module, directory: str, name: str) -> nn.Module:
     if name in model.adapters:
         raise ValueError(f"the model has an adapter named {name!r} already")
     home = Path(adapter_home(directory, name))
-    settings, adapter = read_settings(home), load_beside(model, home)
+    settings = read_settings(home)
+    adapter = load_beside(model, home)
     if not model.adapters:
         swap(model, {}, adapter)
     model.adapters[name] = adapter, settings
     return model
 
 
-def fresh_settings(c, more: dict) -> dict:
-    """PEFT's settings of a new LoRA: those that flags name, and `more` that have none (rank_pattern ...)."""
-    named = "lora_alpha lora_dropout use_rslora use_dora".split()
-    return more | {name: getattr(c, name) for name in named} | {
-        "r": c.lora_r, "target_modules": c.lora_target_modules, "target_parameters": c.lora_target_parameters,
-        "modules_to_save": c.lora_modules_to_save, "base_model_name_or_path": c.model_name_or_path}
+def fresh_settings(c: DPOConfig, more: dict) -> dict:
+    """Return PEFT's settings of a new LoRA.
+
+    `more` are those without a flag (rank_pattern ...); flags win over them.
+    """
+    return more | {
+        "lora_alpha": c.lora_alpha,
+        "lora_dropout": c.lora_dropout,
+        "use_rslora": c.use_rslora,
+        "use_dora": c.use_dora,
+        "r": c.lora_r,
+        "target_modules": c.lora_target_modules,
+        "target_parameters": c.lora_target_parameters,
+        "modules_to_save": c.lora_modules_to_save,
+        "base_model_name_or_path": c.model_name_or_path}
 
 
 def activate_named(model: nn.Module, name: str | None) -> dict:
-    """Make the adapter of that name, or the one that is active, the one to be trained.
+    """Activate the adapter of that name (without a name, keep the active one) and train it.
 
-    Returns its settings.
+    Returns its settings. Raises ValueError for a name that was not loaded.
     """
     if name is not None and name not in model.adapters:
         raise ValueError(f"--model_adapter_name {name}: the model has {', '.join(model.adapters)}")
@@ -104,31 +120,44 @@ def activate_named(model: nn.Module, name: str | None) -> dict:
 
 
 @torch.no_grad()
-def dense_adapter(policy: dict[str, nn.Module], start: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """`start` with every update written out, on the modules of the policy too: what can move towards the policy.
+def dense_adapter(
+    policy: dict[str, nn.Module], start: dict[str, nn.Module],
+) -> dict[str, nn.Module]:
+    """Return `start` with every update as a dense matrix, also on the policy's other modules.
 
-    Mixing A and B is not mixing weights: (a B + b B') (a A + b A') is not a B A + b B' A'.
+    Only this can move towards the policy: mixing A and B is not mixing weights, since
+    (a B + b B') (a A + b A') is not a B A + b B' A'.
     """
     dense = {}
     for name in [*policy, *(n for n in start if n not in policy)]:
-        one, other = start.get(name), policy.get(name)
+        one = start.get(name)
+        other = policy.get(name)
         if isinstance(one, kinds.SavedModule) or isinstance(other, kinds.SavedModule):
             if one is not None and type(one) is not type(other):
-                raise ValueError(f"--sync_ref_model: {name} is trained whole in one adapter and not in the other")
-            start_of = copy_adapter({name: one})[name] if one else kinds.SavedModule(other.base_layer)
-            dense[name] = start_of.requires_grad_(False)
+                raise ValueError(
+                    f"--sync_ref_model: {name} is fully trained in one adapter and not in the "
+                    "other")
+            saved = copy_adapter({name: one})[name] if one else kinds.SavedModule(other.base_layer)
+            dense[name] = saved.requires_grad_(False)
             continue
-        zeros = {n: torch.zeros_like(d) for w in (one, other) if w is not None for n, d in kinds.deltas(w).items()}
-        dense[name] = kinds.DenseDelta((one or other).base_layer, zeros | (kinds.deltas(one) if one else {}))
+        zeros = {}
+        for wrapper in (one, other):
+            if wrapper is not None:
+                zeros |= {n: torch.zeros_like(d) for n, d in kinds.deltas(wrapper).items()}
+        deltas = zeros | (kinds.deltas(one) if one else {})
+        dense[name] = kinds.DenseDelta((one or other).base_layer, deltas)
     return dense
 
 
 @torch.no_grad()
-def move_towards(ref: dict[str, nn.Module], policy: dict[str, nn.Module], alpha: float) -> None:
-    """delta <- alpha (policy's delta) + (1 - alpha) delta, so that the weights are mixed so."""
+def move_towards(
+    ref: dict[str, nn.Module], policy: dict[str, nn.Module], alpha: float,
+) -> None:
+    """delta <- alpha (policy's delta) + (1 - alpha) delta, which mixes the weights likewise."""
     for name, module in ref.items():
         if isinstance(module, kinds.SavedModule):
-            for p, q in zip(module.lora_saved.parameters(), policy[name].lora_saved.parameters()):
+            learned = policy[name].lora_saved
+            for p, q in zip(module.lora_saved.parameters(), learned.parameters()):
                 p.lerp_(q, alpha)
             continue
         towards = kinds.deltas(policy[name]) if name in policy else {}

@@ -1,13 +1,14 @@
-"""LoRA beyond model.py's LoraLinear: DoRA, on embeddings, experts and routers; modules trained whole.
+"""LoRA beyond model.py's LoraLinear: DoRA; LoRA on embeddings, experts and routers; modules that
+are fully trained.
 
-Every kind wraps a module as its `base_layer`, is that module where `enabled` is False, and has "lora_" in the names of
-its own parameters, so that the base's are those without.
+Every kind wraps a module as its `base_layer`, computes what that module does where `enabled` is
+False, and has "lora_" in the names of its own parameters, so that the base's are those without.
 """
 
 import copy
 import math
 from itertools import chain
-from typing import Callable
+from typing import Any, Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,24 +19,39 @@ from model import LoraLinear
 
 
 def wide(x: Tensor) -> torch.dtype:
-    """Adapters are at least float32 whatever their base is."""
+    """Return the type of an adapter on x: at least float32, whatever its base is."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def add_low_rank(
+    module: nn.Module, base: nn.Module, rank: int, alpha: float, dropout: float,
+) -> None:
+    """Give `module` what a LoraLinear on `base` has, with A and B drawn as there."""
+    plain = LoraLinear(base, rank, alpha, dropout)
+    module.base_layer = base
+    module.scaling = plain.scaling
+    module.enabled = True
+    module.dropout = plain.dropout
+    module.lora_A = plain.lora_A
+    module.lora_B = plain.lora_B
 
 
 # Kinds
 
 
 class DoraLinear(nn.Module):
-    """m / |W + s B A| (W + s B A) x, the norm over each row (arXiv:2402.09353 eq. 5), which carries no gradient (its
-    section 4.3). m starts at |W|, so training starts at the base. With dropout the base's part of the update sees the
-    dropped input too, as PEFT has it."""
+    """m / |W + s B A| (W + s B A) x (arXiv:2402.09353 eq. 5).
+
+    The norm is over each row and carries no gradient (its section 4.3). m starts at |W|, so
+    training starts at the base. With dropout the base's part of the update sees the dropped input
+    too, as in PEFT.
+    """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
         super().__init__()
-        plain = LoraLinear(base, rank, alpha, dropout)
-        self.base_layer, self.scaling, self.enabled = base, plain.scaling, True
-        self.dropout, self.lora_A, self.lora_B = plain.dropout, plain.lora_A, plain.lora_B
-        self.lora_magnitude_vector = nn.Parameter(torch.linalg.norm(self.direction(), dim=1))  # (out,)
+        add_low_rank(self, base, rank, alpha, dropout)
+        magnitude = torch.linalg.norm(self.direction(), dim=1)  # (out,)
+        self.lora_magnitude_vector = nn.Parameter(magnitude)
 
     @property
     def weight(self) -> Tensor:
@@ -55,13 +71,14 @@ class DoraLinear(nn.Module):
             return out
         dropped = self.dropout(x)
         plain = self.base_layer(dropped) if self.training and self.dropout.p else out
-        plain = plain if self.base_layer.bias is None else plain - self.base_layer.bias
+        if self.base_layer.bias is not None:
+            plain = plain - self.base_layer.bias
         low_rank = self.lora_B(self.lora_A(dropped.to(self.lora_A.weight.dtype))) * self.scaling
         scale = self.scale()
         return out + ((scale - 1) * plain + scale * low_rank).to(out.dtype)
 
     def terms(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """On the head the rows of W are scaled, at the price of a second matrix of its size."""
+        """Return the head's products; scaling the rows of W takes a second matrix of its size."""
         if not self.enabled:
             return [(x, self.weight)]
         scale = self.scale()[:, None]
@@ -69,19 +86,26 @@ class DoraLinear(nn.Module):
         return [(x, scale * self.weight), (low_rank, scale * self.lora_B.weight)]
 
     def delta(self) -> Tensor:
+        """Return what merging adds to the weight."""
         return self.scale()[:, None] * self.direction() - self.weight
 
 
 class LoraEmbedding(nn.Module):
-    """base(ids) + scaling * (A[:, ids])^T B^T, with PEFT's parameter names; A starts at zero, B is normal. With `dora`
-    each column of the sum is scaled to the length m, over the vocabulary."""
+    """base(ids) + scaling * (A[:, ids])^T B^T, with PEFT's parameter names.
+
+    A starts at zero, B is drawn from a normal distribution. With `dora` each column of the sum is
+    scaled to the length m, over the vocabulary.
+    """
 
     def __init__(self, base: nn.Embedding, rank: int, alpha: float, dora: bool = False):
         super().__init__()
-        self.base_layer, self.scaling, self.enabled, self.dora = base, alpha / rank, True, dora
-        place = dict(device=base.weight.device, dtype=wide(base.weight))
-        self.lora_embedding_A = nn.Parameter(torch.zeros(rank, base.num_embeddings, **place))
-        self.lora_embedding_B = nn.Parameter(torch.randn(base.embedding_dim, rank, **place))
+        self.base_layer = base
+        self.scaling = alpha / rank
+        self.enabled = True
+        self.dora = dora
+        options = {"device": base.weight.device, "dtype": wide(base.weight)}
+        self.lora_embedding_A = nn.Parameter(torch.zeros(rank, base.num_embeddings, **options))
+        self.lora_embedding_B = nn.Parameter(torch.randn(base.embedding_dim, rank, **options))
         if dora:
             self.lora_magnitude_vector = nn.Parameter(self.norm())  # (C,)
 
@@ -106,60 +130,83 @@ class LoraEmbedding(nn.Module):
         return (self.lora_magnitude_vector / self.norm() * (out + update)).to(out.dtype)
 
     def delta(self) -> Tensor:
-        """What merging adds to the weight."""
+        """Return what merging adds to the weight."""
         if not self.dora:
             return self.low_rank()
-        return self.lora_magnitude_vector / self.norm() * (self.weight + self.low_rank()) - self.weight
+        scaled = self.lora_magnitude_vector / self.norm() * (self.weight + self.low_rank())
+        return scaled - self.weight
 
 
 class LoraExperts(nn.Module):
-    """LoRA on stacks of experts (extras/decoder/moe.py): x_e W_e^T + s (x_e A_e^T) B_e^T. Parameters lie as in PEFT's files:
-    A (experts * rank, in), B (out, rank * experts). `stacks` is {stack: (rank, alpha)}."""
+    """LoRA on stacks of experts (extras/decoder/moe.py): x_e W_e^T + s (x_e A_e^T) B_e^T.
+
+    Parameters are laid out as in PEFT's files: A (experts * rank, in), B (out, rank * experts).
+    `stacks` is {stack: (rank, alpha)}.
+    """
 
     def __init__(self, base: nn.Module, stacks: dict[str, tuple[int, float]], dropout: float):
         super().__init__()
-        self.base_layer, self.enabled, self.dropout = base, True, nn.Dropout(dropout)
+        self.base_layer = base
+        self.enabled = True
+        self.dropout = nn.Dropout(dropout)
         self.scaling = {name: alpha / rank for name, (rank, alpha) in stacks.items()}
-        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        self.lora_A = nn.ParameterDict()
+        self.lora_B = nn.ParameterDict()
         like = next(chain(base.parameters(), base.buffers()))
+        # experts in 4 bits have only buffers of integers
+        dtype = wide(like) if like.is_floating_point() else torch.float32
+        options = {"device": like.device, "dtype": dtype}
         for name, (rank, _) in stacks.items():
             count, rows, columns = stack_shape(base, name)
-            place = dict(device=like.device, dtype=wide(like) if like.is_floating_point() else torch.float32)
-            self.lora_A[name] = nn.Parameter(torch.empty(count * rank, columns, **place))
-            self.lora_B[name] = nn.Parameter(torch.zeros(rows, rank * count, **place))
+            self.lora_A[name] = nn.Parameter(torch.empty(count * rank, columns, **options))
+            self.lora_B[name] = nn.Parameter(torch.zeros(rows, rank * count, **options))
             nn.init.kaiming_uniform_(self.lora_A[name], a=math.sqrt(5))
 
-    def factors(self, name: str) -> tuple[Tensor, Tensor]:  # (experts, rank, in), (experts, out, rank)
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return A (experts, rank, in) and B (experts, out, rank) of a stack."""
         experts = stack_shape(self.base_layer, name)[0]
-        a, b = self.lora_A[name].unflatten(0, (experts, -1)), self.lora_B[name].unflatten(1, (-1, experts))
+        a = self.lora_A[name].unflatten(0, (experts, -1))
+        b = self.lora_B[name].unflatten(1, (-1, experts))
         return a, b.permute(2, 0, 1)
 
     def update(self, name: str, x: Tensor, counts: Tensor) -> Tensor:
         a, b = self.factors(name)
-        return grouped_linear(grouped_linear(self.dropout(x.to(a.dtype)), a, counts) * self.scaling[name], b, counts)
+        low_rank = grouped_linear(self.dropout(x.to(a.dtype)), a, counts) * self.scaling[name]
+        return grouped_linear(low_rank, b, counts)
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         names = self.lora_A if self.enabled else ()
         return run_experts(self.base_layer, x, counts, {name: self.update for name in names})
 
     def deltas(self) -> dict[str, Tensor]:
-        return {name: self.scaling[name] * torch.bmm(*reversed(self.factors(name))) for name in self.lora_A}
+        """Return {stack: what merging adds to it}."""
+        found = {}
+        for name in self.lora_A:
+            a, b = self.factors(name)
+            found[name] = self.scaling[name] * torch.bmm(b, a)
+        return found
 
 
 def stack_shape(experts: nn.Module, name: str) -> tuple[int, int, int]:
-    """(experts, out, in) of a stack, be it in 4 bits."""
+    """Return (experts, out, in) of a stack, which may be in 4 bits."""
     if hasattr(experts, name):
         return tuple(getattr(experts, name).shape)
     size, hidden = experts.gate_up[0].shape
-    return (len(experts.down), 2 * size, hidden) if name == "gate_up_proj" else (len(experts.down), hidden, size)
+    count = len(experts.down)
+    return (count, 2 * size, hidden) if name == "gate_up_proj" else (count, hidden, size)
 
 
-def run_experts(base: nn.Module, x: Tensor, counts: Tensor, updates: dict[str, Callable]) -> Tensor:
-    """The experts, with something added to each stack's product."""
+def run_experts(
+    base: nn.Module, x: Tensor, counts: Tensor, updates: dict[str, Callable],
+) -> Tensor:
+    """Run the experts, with `updates[stack](stack, x, counts)` added to a stack's product."""
 
     def project(name: str, x: Tensor) -> Tensor:
         stack = getattr(base, name, None)
-        out = base.project(name, x, counts) if stack is None else grouped_linear(x, stack, counts)
+        if stack is None:  # in 4 bits
+            out = base.project(name, x, counts)
+        else:
+            out = grouped_linear(x, stack, counts)
         return out + updates[name](name, x, counts).to(out.dtype) if name in updates else out
 
     gate, up = project("gate_up_proj", x).chunk(2, -1)
@@ -171,14 +218,13 @@ class LoraRouter(nn.Module):
 
     def __init__(self, base: Router, rank: int, alpha: float, dropout: float):
         super().__init__()
-        plain = LoraLinear(base, rank, alpha, dropout)
-        self.base_layer, self.scaling, self.enabled = base, plain.scaling, True
-        self.dropout, self.lora_A, self.lora_B = plain.dropout, plain.lora_A, plain.lora_B
+        add_low_rank(self, base, rank, alpha, dropout)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if not self.enabled:
             return self.base_layer(x)
-        update = self.lora_B(self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype)))) * self.scaling
+        dropped = self.dropout(x.to(self.lora_A.weight.dtype))
+        update = self.lora_B(self.lora_A(dropped)) * self.scaling
         return self.base_layer.route(F.linear(x, self.base_layer.weight) + update.to(x.dtype))
 
     def delta(self) -> Tensor:
@@ -186,22 +232,27 @@ class LoraRouter(nn.Module):
 
 
 class SavedModule(nn.Module):
-    """A module trained whole beside the LoRA (PEFT's modules_to_save); `base_layer` is as it was."""
+    """A module that is fully trained beside the LoRA (PEFT's modules_to_save).
+
+    `base_layer` stays as it was.
+    """
 
     def __init__(self, base: nn.Module):
         super().__init__()
-        kind = next(base.parameters()).dtype
-        self.base_layer, self.enabled = base, True
-        self.lora_saved = copy.deepcopy(base).to(torch.promote_types(kind, torch.float32)).requires_grad_(True)
+        self.base_layer = base
+        self.enabled = True
+        dtype = wide(next(base.parameters()))
+        self.lora_saved = copy.deepcopy(base).to(dtype).requires_grad_(True)
 
     @property
     def weight(self) -> Tensor:
         return (self.lora_saved if self.enabled else self.base_layer).weight
 
-    def forward(self, x: Tensor, *more):
+    def forward(self, x: Tensor, *more: Tensor) -> Any:
         if not self.enabled:
             return self.base_layer(x, *more)
-        theirs, own = (next(m.parameters()).dtype for m in (self.base_layer, self.lora_saved))
+        theirs = next(self.base_layer.parameters()).dtype
+        own = next(self.lora_saved.parameters()).dtype
         if theirs == own:
             return self.lora_saved(x, *more)
         out = self.lora_saved(x.to(own) if x.is_floating_point() else x, *more)
@@ -209,29 +260,36 @@ class SavedModule(nn.Module):
 
 
 class DenseDelta(nn.Module):
-    """A module with dense updates of its weights: the moving reference of TR-DPO, where the policy is a LoRA."""
+    """A module with dense updates of its weights: TR-DPO's moving reference of a LoRA policy."""
 
     def __init__(self, base: nn.Module, deltas: dict[str, Tensor]):
         super().__init__()
-        self.base_layer, self.enabled = base, True
-        self.lora_delta = nn.ParameterDict({n: nn.Parameter(d.detach().clone(), False) for n, d in deltas.items()})
+        self.base_layer = base
+        self.enabled = True
+        self.lora_delta = nn.ParameterDict()
+        for name, delta in deltas.items():
+            self.lora_delta[name] = nn.Parameter(delta.detach().clone(), False)
 
     @property
     def weight(self) -> Tensor:
         return self.base_layer.weight
 
-    def forward(self, x: Tensor, *counts: Tensor):
-        base, delta = self.base_layer, self.lora_delta
-        if "weight" not in delta:
-            grouped = lambda name, x, counts: grouped_linear(x.to(delta[name].dtype), delta[name], counts)
-            return run_experts(base, x, *counts, dict.fromkeys(delta, grouped))
-        delta = delta["weight"]
+    def forward(self, x: Tensor, *counts: Tensor) -> Any:
+        base = self.base_layer
+        if "weight" not in self.lora_delta:
+            return run_experts(base, x, *counts, dict.fromkeys(self.lora_delta, self.grouped))
+        delta = self.lora_delta["weight"]
         if isinstance(base, nn.Embedding):
             return (base(x) + F.embedding(x, delta)).to(base.weight.dtype)
         if isinstance(base, Router):
-            return base.route(F.linear(x, base.weight) + F.linear(x.to(delta.dtype), delta).to(x.dtype))
+            update = F.linear(x.to(delta.dtype), delta)
+            return base.route(F.linear(x, base.weight) + update.to(x.dtype))
         out = base(x)
         return out + F.linear(x.to(delta.dtype), delta).to(out.dtype)
+
+    def grouped(self, name: str, x: Tensor, counts: Tensor) -> Tensor:
+        delta = self.lora_delta[name]
+        return grouped_linear(x.to(delta.dtype), delta, counts)
 
     def terms(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
         return [(x, self.weight), (x, self.lora_delta["weight"])]
@@ -241,5 +299,5 @@ class DenseDelta(nn.Module):
 
 
 def deltas(wrapper: nn.Module) -> dict[str, Tensor]:
-    """{parameter of the base: what merging adds to it}."""
+    """Return {parameter of the base: what merging adds to it}."""
     return wrapper.deltas() if hasattr(wrapper, "deltas") else {"weight": wrapper.delta()}

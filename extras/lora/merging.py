@@ -1,21 +1,29 @@
-"""Merging: the weights with what an adapter learned added to them, of a model in 4 bits too."""
+"""Merging: add what an adapter learned to the weights, also of a model in 4 bits."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from extras.lora import kinds
-from extras.models.nf4 import Experts4bit, Linear4bit, dequantize_linears, requantize, wide_module
+from extras.models.nf4 import (
+    Experts4bit,
+    Linear4bit,
+    Quantized,
+    dequantize_linears,
+    requantize,
+    wide_module,
+)
 from model import lora_modules, replace_module
 from parts.names import Place
 
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """Add each update to its weight and remove the wrapper: the same model, to rounding.
+    """Add each update to its weight and remove the wrapper: the same model, up to rounding.
 
-    A head and an embedding that were one matrix become two.
+    A head and an embedding that were one matrix become two if either has an adapter.
     """
     if model.four_bit:
         return merge_4bit(model)
@@ -26,7 +34,7 @@ def merge_lora(model: nn.Module) -> None:
 
 
 def merged(wrapper: nn.Module) -> nn.Module:
-    """The module below, with the update in its weights."""
+    """Return the wrapped module, with the update added to its weights."""
     base = wrapper.base_layer
     if isinstance(wrapper, kinds.SavedModule):
         base.load_state_dict(wrapper.lora_saved.state_dict())
@@ -38,8 +46,13 @@ def merged(wrapper: nn.Module) -> nn.Module:
 
 
 def untie(model: nn.Module) -> None:
-    """One matrix cannot become two: the head gets a copy, and config.json and the files say so."""
-    if not (model.config.tie_word_embeddings and lora_modules(model).keys() & {"lm_head", "model.embed_tokens"}):
+    """Give the head a copy of its own where it or the embedding has an adapter.
+
+    Updates of the two differ, so they can no longer be one matrix; config.json and the names in
+    the files follow.
+    """
+    adapted = lora_modules(model).keys() & {"lm_head", "model.embed_tokens"}
+    if not (model.config.tie_word_embeddings and adapted):
         return
     head = getattr(model.lm_head, "base_layer", model.lm_head)
     head.weight = nn.Parameter(head.weight.detach().clone())
@@ -50,13 +63,16 @@ def untie(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def merge_4bit(model: nn.Module, again: bool = False, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Merge the LoRA of a model in 4 bits: weights are dequantized, added to in float32, and rounded to `dtype` once.
+def merge_4bit(
+    model: nn.Module, again: bool = False, dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Merge the LoRA of a model in 4 bits: dequantize, add in float32, round to `dtype` once.
 
-    An adapter that was trained over 4 bits belongs on the dequantized weights, not on those from before: the two differ
-    by far more than what it learned. The merged model takes the memory of `dtype`; on a GPU that may be more than there
-    is, so it is put on the CPU. With `again` the merged weights are quantized again, which rounds what was learned a
-    second time, and the others stay the 4 bits they are.
+    An adapter that was trained over 4 bits belongs on the dequantized weights, not on the original
+    ones: the two differ by far more than what it learned. The merged model takes the memory of
+    `dtype`, which may be more than a GPU has, so it is moved to the CPU. With `again` the merged
+    weights are quantized again, which rounds what was learned a second time; the others keep
+    their 4 bits.
     """
     if not again:
         model.cpu()
@@ -72,12 +88,16 @@ def merge_4bit(model: nn.Module, again: bool = False, dtype: torch.dtype = torch
 
 
 def requantized(narrow: nn.Module, wide: nn.Module) -> nn.Module:
-    """`wide` in the format of `narrow`, which may not have been in 4 bits either."""
+    """Return `wide` in the format of `narrow`, which may not have been in 4 bits either."""
     if isinstance(narrow, Linear4bit):
         return Linear4bit(requantize(narrow.state, wide.weight), narrow.bias, narrow.compute_dtype)
     if not isinstance(narrow, Experts4bit):
         return wide
-    gate_up = [matrix for expert in wide.gate_up_proj for matrix in expert.chunk(2)]
-    stacks = [[requantize(old, new) for old, new in zip(olds, news)]
-              for olds, news in ((narrow.gate_up, gate_up), (narrow.down, wide.down_proj))]
-    return Experts4bit(*stacks, narrow.act, narrow.compute_dtype)
+
+    def each(states: Iterable[Quantized], weights: Iterable[Tensor]) -> list[Quantized]:
+        return [requantize(state, weight) for state, weight in zip(states, weights)]
+
+    halves = [matrix for expert in wide.gate_up_proj for matrix in expert.chunk(2)]
+    gate_up = each(narrow.gate_up, halves)
+    down = each(narrow.down, wide.down_proj)
+    return Experts4bit(gate_up, down, narrow.act, narrow.compute_dtype)

@@ -10,22 +10,36 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from extras.lora import kinds, targets
-from model import lora_modules
+from model import ModelConfig, lora_modules
 from parts.files import open_safetensors, read_json, write_json
 from parts.names import TRANSPOSED, file_name
 from parts.rows import on_hub
 
 # Settings of adapter_config.json that are read, with the types they may have.
-PATTERN, NAMES = (dict, type(None)), (list, str, type(None))
-READ = dict(
-    r=int, lora_alpha=(int, float), lora_dropout=(int, float), use_rslora=bool, use_dora=bool, rank_pattern=PATTERN,
-    alpha_pattern=PATTERN, target_modules=NAMES, target_parameters=(list, type(None)), exclude_modules=NAMES,
-    modules_to_save=(list, type(None)), layers_to_transform=(list, int, type(None)), layers_pattern=NAMES)
-# Those that change no number of an adapter that is there.
-HARMLESS = {"peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
-            "peft_version", "fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config"}
+PATTERN = (dict, type(None))
+NAMES = (list, str, type(None))
+READ: dict[str, Any] = {
+    "r": int,
+    "lora_alpha": (int, float),
+    "lora_dropout": (int, float),
+    "use_rslora": bool,
+    "use_dora": bool,
+    "rank_pattern": PATTERN,
+    "alpha_pattern": PATTERN,
+    "target_modules": NAMES,
+    "target_parameters": (list, type(None)),
+    "exclude_modules": NAMES,
+    "modules_to_save": (list, type(None)),
+    "layers_to_transform": (list, int, type(None)),
+    "layers_pattern": NAMES}
+# Settings that change no number of an adapter that is already trained.
+HARMLESS = {
+    "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
+    "inference_mode", "peft_version", "fan_in_fan_out", "megatron_core", "qalora_group_size",
+    "runtime_config"}
 NOTHING = (None, False, 0, "", [], {})
-# How A and B were first drawn; the others (PiSSA, OLoRA, CorDA, LoftQ ...) change the base or the method.
+# How A and B were first drawn. Others (PiSSA, OLoRA, CorDA, LoftQ ...) change the base or the
+# method.
 DRAWN = (True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -33,36 +47,35 @@ DRAWN = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def read_settings(directory: Path) -> dict:
-    """The settings of an adapter's directory, targets.DEFAULTS where the file has none, and its base.
+    """Read the settings of an adapter's directory and the name of its base.
 
-    The base may be a path relative to the adapter. Raises ValueError, by name, for what is not understood.
+    targets.DEFAULTS fill in what the file lacks. The base may be a path relative to the adapter.
+    Raises ValueError naming what is not understood.
     """
-    config = read_json(directory / "adapter_config.json")
-    settings, base = check_settings(config, directory / "adapter_config.json"), config.get("base_model_name_or_path")
+    path = directory / "adapter_config.json"
+    config = read_json(path)
+    settings = check_settings(config, path)
+    base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise ValueError(f"{directory / 'adapter_config.json'}: base_model_name_or_path is missing")
+        raise ValueError(f"{path}: base_model_name_or_path is missing")
     if not Path(base).exists() and (directory / base).exists():
         base = str(directory / base)
     return settings | {"base_model_name_or_path": base, "revision": config.get("revision")}
 
 
-def check_settings(config: dict, where) -> dict:
-    """The settings that `add_lora` reads; ValueError, by name, for others that could change a number."""
-    odd = {k: v for k, v in config.items() if k not in READ and k not in HARMLESS and v not in NOTHING}
-    if odd.get("bias") == "none":
-        del odd["bias"]
-    if odd.get("init_lora_weights") in DRAWN:
-        del odd["init_lora_weights"]
-    if odd or config.get("peft_type", "LORA") != "LORA":
-        odd = odd or {"peft_type": config["peft_type"]}
-        named = ", ".join(f"{k} = {v!r}" for k, v in odd.items())
-        raise ValueError(f"{where}: {named}: not understood, and it may change the adapter's numbers")
+def check_settings(config: dict, where: Path) -> dict:
+    """Return the settings that `add_lora` reads.
+
+    Raises ValueError naming others that could change a number.
+    """
+    check_known(config, where)
     settings = targets.DEFAULTS | {k: v for k, v in config.items() if k in READ}
     for name, kind in READ.items():
         value = settings.get(name)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            missing = name not in settings or value is None
-            raise ValueError(f"{where}: {name}: missing" if missing else f"{where}: {name} = {value!r} has no meaning")
+            is_missing = name not in settings or value is None
+            what = ": missing" if is_missing else f" = {value!r} has no meaning"
+            raise ValueError(f"{where}: {name}{what}")
     numbers = [settings["r"], *(settings["rank_pattern"] or {}).values()]
     if not all(isinstance(r, int) and r > 0 for r in numbers):
         raise ValueError(f"{where}: ranks are whole numbers above 0, found {numbers}")
@@ -70,10 +83,25 @@ def check_settings(config: dict, where) -> dict:
     return settings
 
 
-def check_patterns(settings: dict, where) -> None:
-    """Raise ValueError for a name that is none, or a pattern that does not compile."""
-    for name in ("target_modules", "target_parameters", "modules_to_save", "exclude_modules", "layers_pattern",
-                 "rank_pattern", "alpha_pattern"):
+def check_known(config: dict, where: Path) -> None:
+    """Raise ValueError for settings that are not understood and say something."""
+    odd = {k: v for k, v in config.items()
+           if k not in READ and k not in HARMLESS and v not in NOTHING}
+    if odd.get("bias") == "none":
+        del odd["bias"]
+    if odd.get("init_lora_weights") in DRAWN:
+        del odd["init_lora_weights"]
+    if odd or config.get("peft_type", "LORA") != "LORA":
+        odd = odd or {"peft_type": config["peft_type"]}
+        named = ", ".join(f"{k} = {v!r}" for k, v in odd.items())
+        raise ValueError(
+            f"{where}: {named}: not understood, and it may change the adapter's numbers")
+
+
+def check_patterns(settings: dict, where: Path) -> None:
+    """Raise ValueError for a name that is not a string, or a pattern that does not compile."""
+    for name in ("target_modules", "target_parameters", "modules_to_save", "exclude_modules",
+                 "layers_pattern", "rank_pattern", "alpha_pattern"):
         value = settings[name]
         for pattern in [value] if isinstance(value, str) else value or ():
             try:
@@ -83,7 +111,10 @@ def check_patterns(settings: dict, where) -> None:
 
 
 def find_base(settings: dict, ranks: Any = None) -> str:
-    """The directory of an adapter's base; the revision that the adapter names is one on the hub."""
+    """Return the directory of an adapter's base.
+
+    A base on the hub is fetched, at the revision that the adapter names.
+    """
     base = settings["base_model_name_or_path"]
     if not on_hub(base):
         return base
@@ -93,25 +124,27 @@ def find_base(settings: dict, ranks: Any = None) -> str:
 
 
 def adapter_home(directory: str, name: str | None) -> str:
-    """Where an adapter lies: in `directory`, or as PEFT saves several, in the folder of its name.
+    """Return `directory`, or, as PEFT saves several adapters, the folder of its name in it.
 
     Raises ValueError where a name is given and there is no adapter.
     """
     if name is None:
         return directory
     if Path(name).name != name:
-        raise ValueError(f"the adapter name {name!r} is no plain name")
+        raise ValueError(f"the adapter name {name!r} is not a plain name")
     for home in (Path(directory) / name, Path(directory)):
         if (home / "adapter_config.json").exists():
             return str(home)
-    raise ValueError(f"{directory}: neither an adapter (no adapter_config.json) nor a folder with one named {name!r}")
+    raise ValueError(
+        f"{directory}: neither an adapter (no adapter_config.json) nor a folder with one named "
+        f"{name!r}")
 
 
 # Tensors
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """{PEFT's name: parameter, or a view of it} of everything that the adapter holds."""
+    """Return {PEFT's name: parameter, or a view of it} of everything that the adapter holds."""
     tensors = {}
     for name, wrapper in lora_modules(model).items():
         for n, p in wrapper_tensors(name, wrapper, model.config).items():
@@ -119,19 +152,26 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def wrapper_tensors(name: str, wrapper: nn.Module, config) -> dict[str, Tensor]:
+def wrapper_tensors(name: str, wrapper: nn.Module, config: ModelConfig) -> dict[str, Tensor]:
+    """Return the same for one wrapped module, without PEFT's common prefix."""
+    found = {}
     if isinstance(wrapper, kinds.SavedModule):
-        files = {file_name(f"{name}.{n}", config): p for n, p in wrapper.lora_saved.named_parameters()}
-        return {n: p.T if transposed(n, config) else p for n, p in files.items()}
+        for n, p in wrapper.lora_saved.named_parameters():
+            theirs = file_name(f"{name}.{n}", config)
+            found[theirs] = p.T if transposed(theirs, config) else p
+        return found
     theirs = file_name(name, config)
-    if isinstance(wrapper, kinds.LoraExperts):  # PEFT nests: the last of the stacks is the outermost
-        depth = {stack: ".base_layer" * i for i, stack in enumerate(reversed(wrapper.lora_A))}
-        return {f"{theirs}{inner}.{n}.weight": getattr(wrapper, n)[stack]
-                for stack, inner in depth.items() for n in ("lora_A", "lora_B")}
+    if isinstance(wrapper, kinds.LoraExperts):
+        # PEFT nests one wrapper per stack; the last of the stacks is the outermost
+        for depth, stack in enumerate(reversed(wrapper.lora_A)):
+            inner = theirs + ".base_layer" * depth
+            found[f"{inner}.lora_A.weight"] = wrapper.lora_A[stack]
+            found[f"{inner}.lora_B.weight"] = wrapper.lora_B[stack]
+        return found
     return {f"{theirs}.{n}": p for n, p in wrapper.named_parameters() if n.startswith("lora_")}
 
 
-def transposed(name: str, config) -> bool:
+def transposed(name: str, config: ModelConfig) -> bool:
     if not config.other_names or config.model_type != "gpt2":
         return False
     return bool(TRANSPOSED.search(name))
@@ -140,45 +180,59 @@ def transposed(name: str, config) -> bool:
 def load_adapter(model: nn.Module, directory: str | Path) -> None:
     """Fill the adapter of `model`.
 
-    Raises ValueError where the files have other modules, rank or scaling, or a tensor that is not understood. Copies of
-    base weights, which PEFT stores beside a LoRA on the embedding or the head, must be those of the base.
+    Raises ValueError where the files have other modules, rank or scaling, or a tensor that is not
+    understood. Copies of base weights, which PEFT stores beside a LoRA on the embedding or the
+    head, must equal those of the base.
     """
     directory = Path(directory)
     path = directory / "adapter_model.safetensors"
-    check_scaling(check_settings(read_json(directory / "adapter_config.json"), directory), model, directory)
-    opened, ours = open_safetensors(path), adapter_tensors(model)
+    settings = check_settings(read_json(directory / "adapter_config.json"), directory)
+    check_scaling(settings, model, directory)
+    opened = open_safetensors(path)
+    ours = adapter_tensors(model)
     found = {n: opened.get_tensor(n) for n in opened.keys()}
     if model.config.moe:
         found = stack_experts(found, model.config.moe["experts"], path)
     bases = {n: found.pop(n) for n in [*found] if n.endswith(".base_layer.weight")}
     odd = ours.keys() ^ found.keys()
     if odd:
-        raise ValueError(f"{path}: its tensors are not those of this LoRA; first difference: {min(odd)}")
+        raise ValueError(
+            f"{path}: its tensors are not those of this LoRA; first difference: {min(odd)}")
     for name, parameter in ours.items():
         tensor = found[name]
         if tensor.shape != parameter.shape:
-            raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, this LoRA has {tuple(parameter.shape)}")
+            raise ValueError(
+                f"{path}: {name} is {tuple(tensor.shape)}, this LoRA has {tuple(parameter.shape)}")
         parameter.data.copy_(tensor)
     check_bases(bases, model, path)
 
 
 def check_bases(bases: dict[str, Tensor], model: nn.Module, path: Path) -> None:
-    """Raise ValueError where a copy of a base weight is not what the base has: the adapter belongs on another."""
+    """Raise ValueError where a copy of a base weight differs from the base.
+
+    The adapter then belongs on another base. The two are compared in the narrower of their types.
+    """
     wrapped = {f"base_model.model.{file_name(n, model.config)}.base_layer.weight": w
                for n, w in lora_modules(model).items()}
     for name, tensor in bases.items():
         own = wrapped[name].weight if name in wrapped else None
-        narrow = tensor.dtype if own is None or tensor.dtype.itemsize < own.dtype.itemsize else own.dtype
-        if own is None or own.shape != tensor.shape or not torch.equal(own.to(narrow).cpu(), tensor.to(narrow)):
-            raise ValueError(f"{path}: {name} is not the base's: the adapter was trained on other weights, or with a "
-                             "vocabulary that had been resized")
+        is_same = own is not None and own.shape == tensor.shape
+        if is_same:
+            narrow = min(own.dtype, tensor.dtype, key=lambda dtype: dtype.itemsize)
+            is_same = torch.equal(own.to(narrow).cpu(), tensor.to(narrow))
+        if not is_same:
+            raise ValueError(
+                f"{path}: {name} is not the base's: the adapter was trained on other weights, or "
+                "with a vocabulary that had been resized")
 
 
 def check_scaling(settings: dict, model: nn.Module, directory: Path) -> None:
+    """Raise ValueError where the settings scale a module otherwise than its wrapper does."""
     settings = targets.named_experts(settings, model.config)
     for name, wrapper in lora_modules(model).items():
-        own = getattr(wrapper, "scaling", {})
-        parts = own if isinstance(own, dict) else {"weight" if isinstance(wrapper, kinds.LoraRouter) else None: own}
+        parts: Any = getattr(wrapper, "scaling", {})
+        if not isinstance(parts, dict):
+            parts = {"weight" if isinstance(wrapper, kinds.LoraRouter) else None: parts}
         for part, scaling in parts.items():
             key = file_name(name, model.config) + (f".{part}" if part else "")
             rank, alpha = targets.rank_and_alpha(key, settings)
@@ -187,14 +241,20 @@ def check_scaling(settings: dict, model: nn.Module, directory: Path) -> None:
                                  f"this one by {scaling:g}")
 
 
-EXPERT = re.compile(r"(.*\.layers\.\d+\.)(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.(lora_[AB])\.weight$")
-HALVES, DOWN = (("w1", "w3"), ("gate_proj", "up_proj")), ("w2", "down_proj")
+# The LoRA of one expert's matrix, as files from before transformers 5 have it.
+EXPERT = re.compile(
+    r"(.*\.layers\.\d+\.)(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.(lora_[AB])\.weight$")
+HALVES = (("w1", "w3"), ("gate_proj", "up_proj"))
+DOWN = ("w2", "down_proj")
 
 
 def stack_experts(found: dict[str, Tensor], experts: int, path: Path) -> dict[str, Tensor]:
-    """`found` with every expert's own LoRA, as files from before transformers 5 have them, stacked as PEFT does:
-    A of gate and up one above the other, B block by block on the diagonal."""
-    parts, rest = {}, {}
+    """Return `found` with the LoRAs of single experts stacked.
+
+    Raises ValueError where experts differ in what they have.
+    """
+    parts: dict[str, dict] = {}  # layer -> {(expert, matrix, "lora_A" or "lora_B"): tensor}
+    rest = {}
     for name, tensor in found.items():
         expert = EXPERT.match(name)
         if expert:
@@ -203,55 +263,111 @@ def stack_experts(found: dict[str, Tensor], experts: int, path: Path) -> dict[st
         else:
             rest[name.replace(".block_sparse_moe.", ".mlp.")] = tensor
     for layer, tensors in parts.items():
-        halves = next((h for h in HALVES if (0, h[0], "lora_A") in tensors), None)
-        down = next((d for d in DOWN if (0, d, "lora_A") in tensors), None)
-        places = {".base_layer" if halves and down else "": halves} if halves else {}
-        for depth, matrices in (places | ({"": (down,)} if down else {})).items():
+        for depth, matrices in stacks_of(tensors).items():
             try:
-                a = [torch.cat([tensors.pop((e, m, "lora_A")) for m in matrices]) for e in range(experts)]
-                b = [torch.block_diag(*(tensors.pop((e, m, "lora_B")) for m in matrices)) for e in range(experts)]
+                a, b = stack_matrices(tensors, matrices, experts)
             except (KeyError, RuntimeError):
-                raise ValueError(f"{path}: {layer}mlp.experts: some experts have a LoRA that others lack") from None
-            rest[f"{layer}mlp.experts{depth}.lora_A.weight"] = torch.cat(a)
-            rest[f"{layer}mlp.experts{depth}.lora_B.weight"] = torch.stack(b, -1).flatten(1)
+                raise ValueError(
+                    f"{path}: {layer}mlp.experts: some experts have a LoRA that others lack"
+                ) from None
+            rest[f"{layer}mlp.experts{depth}.lora_A.weight"] = a
+            rest[f"{layer}mlp.experts{depth}.lora_B.weight"] = b
         if tensors:
             raise ValueError(f"{path}: {layer}mlp.experts: {min(tensors)} is not understood")
     return rest
+
+
+def stacks_of(tensors: dict) -> dict[str, tuple[str, ...]]:
+    """Return {where PEFT nests the stack: the matrices that go into it} of one layer."""
+    halves = next((h for h in HALVES if (0, h[0], "lora_A") in tensors), None)
+    down = next((d for d in DOWN if (0, d, "lora_A") in tensors), None)
+    stacks: dict[str, tuple[str, ...]] = {}
+    if halves:
+        stacks[".base_layer" if down else ""] = halves
+    if down:
+        stacks[""] = (down,)
+    return stacks
+
+
+def stack_matrices(
+    tensors: dict, matrices: tuple[str, ...], experts: int,
+) -> tuple[Tensor, Tensor]:
+    """Take A and B of all experts out of `tensors`, and stack them as PEFT does.
+
+    The A of gate and up go one above the other, their B block by block on the diagonal.
+    """
+    a = []
+    b = []
+    for expert in range(experts):
+        a.append(torch.cat([tensors.pop((expert, m, "lora_A")) for m in matrices]))
+    for expert in range(experts):
+        b.append(torch.block_diag(*[tensors.pop((expert, m, "lora_B")) for m in matrices]))
+    return torch.cat(a), torch.stack(b, -1).flatten(1)
 
 
 # Writing
 
 
 def save_adapter(model: nn.Module, directory: str | Path, settings: dict) -> None:
-    """Write both files; what is wrapped is said so that PEFT wraps the same."""
+    """Write both files, with targets by which PEFT wraps the same modules."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     state = {n: p.detach().cpu().contiguous() for n, p in adapter_tensors(model).items()}
     save_file(state, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    experts = any(isinstance(w, (kinds.LoraExperts, kinds.LoraRouter)) for w in lora_modules(model).values())
-    settings = targets_of(model, targets.named_experts(targets.DEFAULTS | settings, model.config))
-    write_json(directory / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True,
-        "fan_in_fan_out": model.config.model_type == "gpt2", **settings,
-        **({"lora_dropout": 0.0} if experts else {})})  # PEFT refuses dropout there
+    settings = targets.named_experts(targets.DEFAULTS | settings, model.config)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "bias": "none",
+        "inference_mode": True,
+        "fan_in_fan_out": model.config.model_type == "gpt2"}
+    config |= targets_of(model, settings)
+    if any(map(is_stack, lora_modules(model).values())):
+        config["lora_dropout"] = 0.0  # PEFT refuses dropout on experts
+    write_json(directory / "adapter_config.json", config)
+
+
+def is_stack(wrapper: nn.Module) -> bool:
+    return isinstance(wrapper, (kinds.LoraExperts, kinds.LoraRouter))
 
 
 def targets_of(model: nn.Module, settings: dict) -> dict:
-    """`settings` with target_modules and target_parameters as short as PEFT finds the wrapped ones and no others by."""
-    adapter, config = lora_modules(model), model.config
-    is_stack = lambda w: isinstance(w, (kinds.LoraExperts, kinds.LoraRouter))
-    wrapped = {file_name(n, config) for n, w in adapter.items()
-               if not is_stack(w) and not isinstance(w, kinds.SavedModule)}
-    stacks = {f"{n}.{p}" for n, w in adapter.items() if is_stack(w)
-              for p in (w.lora_A if isinstance(w, kinds.LoraExperts) else ["weight"])}
-    last = lambda name: name.rpartition(".")[2]
-    plain = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding)) and "lora_" not in n}
-    theirs = {file_name(n.replace(".base_layer", ""), config): m for n, m in plain.items()}
-    short = settings | {"target_modules": sorted({last(n) for n in wrapped})}
-    found = {n for n, m in theirs.items() if targets.is_target(n, n, m, short)}
-    if found != wrapped or config.moe:  # in a mixture of experts PEFT takes short names for those of experts
-        short = settings | {"target_modules": sorted(wrapped), "layers_to_transform": None, "layers_pattern": None}
-    ends = sorted({".".join(s.rsplit(".", 2)[1:]) for s in stacks})
-    every = {f"{n.replace('.base_layer', '')}.{p}" for n, m in model.named_modules() for p in targets.own_parameters(m)}
-    ends = ends if {s for s in every if targets.named(s, ends)} == stacks else sorted(stacks)
-    return short | {"target_parameters": ends or None}
+    """Return `settings` with the shortest targets that choose the wrapped modules and no others."""
+    config = model.config
+    wrapped = set()
+    stacks = set()
+    for name, wrapper in lora_modules(model).items():
+        if isinstance(wrapper, kinds.LoraExperts):
+            stacks |= {f"{name}.{stack}" for stack in wrapper.lora_A}
+        elif isinstance(wrapper, kinds.LoraRouter):
+            stacks.add(f"{name}.weight")
+        elif not isinstance(wrapper, kinds.SavedModule):
+            wrapped.add(file_name(name, config))
+    short = settings | {"target_modules": sorted({n.rpartition(".")[2] for n in wrapped})}
+    # in a mixture of experts PEFT takes short names for those of experts
+    if config.moe or modules_chosen(model, short) != wrapped:
+        short |= {
+            "target_modules": sorted(wrapped), "layers_to_transform": None, "layers_pattern": None}
+    return short | {"target_parameters": shortest_names(model, stacks) or None}
+
+
+def modules_chosen(model: nn.Module, settings: dict) -> set[str]:
+    """Return the names, in the files, of the modules that PEFT would wrap."""
+    found = set()
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)) and "lora_" not in name:
+            theirs = file_name(name.replace(".base_layer", ""), model.config)
+            if targets.is_target(theirs, theirs, module, settings):
+                found.add(theirs)
+    return found
+
+
+def shortest_names(model: nn.Module, stacks: set[str]) -> list[str]:
+    """Return the ends of the stacks' names if no other parameter has them, else the full names."""
+    ends = sorted({".".join(stack.rsplit(".", 2)[1:]) for stack in stacks})
+    found = set()
+    for name, module in model.named_modules():
+        plain = name.replace(".base_layer", "")
+        parameters = [f"{plain}.{p}" for p in targets.own_parameters(module)]
+        found |= {p for p in parameters if targets.named(p, ends)}
+    return ends if found == stacks else sorted(stacks)

@@ -1,23 +1,26 @@
-"""QLoRA's base model (arXiv:2305.14314): weights in 4 bits, made wide again for one multiplication at a time.
+"""QLoRA's base model (arXiv:2305.14314): weights in 4 bits, dequantized for one product at a time.
 
-A block of 64 values shares its largest magnitude, absmax; a value is kept as the number of the nearest of 16 levels
-times absmax. NF4's levels are quantiles of a normal distribution, FP4's those of a 4-bit float. Nested ("double")
-quantization keeps the absmax themselves, less their mean, in 8 bits: 4.13 instead of 4.5 bits a weight.
+A block of 64 values shares its largest magnitude, absmax. A value is stored as the number of the
+nearest of 16 levels times absmax. NF4's levels are quantiles of a normal distribution, FP4's those
+of a 4-bit float. Nested ("double") quantization stores the absmax values themselves, less their
+mean, in 8 bits: 4.13 instead of 4.5 bits a weight.
 
-Bit for bit the CPU build of bitsandbytes 0.50, from float32, float16 and bfloat16 weights. Its CUDA kernels round
-otherwise in a matrix's last block where that is incomplete, in FP4 (thresholds of 6 digits; the sign of a zero), in
-blocks of zeros, and in nested codes: CUDA takes the nearest of 256 levels, the CPU build that of one of 65536 equal
-bins, so 1 code in 600 is one off. Reading files is exact, whichever wrote them.
+Quantizing float32, float16 and bfloat16 weights equals the CPU build of bitsandbytes 0.50 bit for
+bit. Its CUDA kernels round otherwise in a matrix's last block where that is incomplete, in FP4
+(thresholds of 6 digits; the sign of a zero), in blocks of zeros, and in nested codes: CUDA takes
+the nearest of 256 levels, the CPU build that of one of 65536 equal bins, so 1 code in 600 differs
+by one. Reading files is exact, whichever wrote them.
 
-Making a weight wide costs memory traffic that does not depend on the number of tokens: on one CPU core as much as the
-multiplication itself with some 50 tokens (a weight of 1536 x 576) to 200 (4096 x 4096). Long streams hide it.
+Dequantizing a weight costs memory traffic that does not depend on the number of tokens: on one CPU
+core as much as the product itself with some 50 tokens (a weight of 1536 x 576) to 200 (4096 x
+4096). Long streams hide it.
 """
 
 import json
 import re
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterable, NamedTuple
+from typing import Any, Callable, Iterable, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,15 +34,22 @@ from parts.kernels import compute_dtype as usual_dtype
 from parts.names import find_places
 from parts.weights import Checkpoint, check_tensors, read_tensors
 
-NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-       -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-       0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
-FP4 = (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3)  # of 12; bits are sign, exponent, mantissa
-# code numbers in the order of their levels; of FP4's two zeros, number 0 takes what is not above zero
-ORDER = {"nf4": tuple(range(16)), "fp4": (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)}
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0)
+# In units of 1/12; the bits are sign, exponent, mantissa.
+FP4 = (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3)
+# Code numbers in the order of their levels; of FP4's two zeros, number 0 takes what is not above 0.
+ORDER = {
+    "nf4": tuple(range(16)),
+    "fp4": (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)}
 NESTED_BLOCK = 256
 TINY = 1e-38  # the smallest absmax that is divided by
-CPU_CHUNK, GPU_CHUNK = 2**18, 2**24  # values made wide at once: what a cache holds; few kernel launches
+# Values dequantized at once: what a CPU's cache holds; on a GPU more, for few kernel launches.
+CPU_CHUNK = 2**18
+GPU_CHUNK = 2**24
 
 
 class Quantized(NamedTuple):
@@ -49,7 +59,7 @@ class Quantized(NamedTuple):
     absmax: Tensor  # (blocks,) float32; nested: uint8
     code: Tensor  # (16,) float32: the levels
     shape: tuple[int, ...]
-    dtype: torch.dtype  # what the weight was before
+    dtype: torch.dtype  # of the weight before it was quantized
     quant_type: str
     block_size: int
     nested_absmax: Tensor | None = None  # (ceil(blocks / 256),) float32
@@ -63,28 +73,42 @@ TENSORS = ("packed", "absmax", "code", "nested_absmax", "nested_code", "nested_o
 # Quantization
 
 
-def quantize(tensor: Tensor, quant_type: str = "nf4", block_size: int = 64, nested: bool = False) -> Quantized:
-    """Each value as the nearest level times its block's absmax; blocks run through the flattened tensor.
+def quantize(
+    tensor: Tensor, quant_type: str = "nf4", block_size: int = 64, nested: bool = False,
+) -> Quantized:
+    """Store each value as the nearest level times the absmax of its block.
 
-    A value half-way between two levels takes the lower. Raises ValueError for infinite and not-a-number values.
+    Blocks run through the flattened tensor. A value half-way between two levels takes the lower.
+    Raises ValueError for infinite and not-a-number values.
     """
     if quant_type not in ORDER:
         raise ValueError(f"quantization type {quant_type!r}; known are nf4 and fp4")
     device = tensor.device
-    code = torch.tensor(NF4, device=device) if quant_type == "nf4" else torch.tensor(FP4, device=device) / 12
+    if quant_type == "nf4":
+        code = torch.tensor(NF4, device=device)
+    else:
+        code = torch.tensor(FP4, device=device) / 12
     order = torch.tensor(ORDER[quant_type], device=device)
     chunk = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK  # multiples of every block size
-    parts = [quantize_blocks(part, code, order, block_size) for part in tensor.detach().reshape(-1).split(chunk)]
+    values = tensor.detach().reshape(-1)
+    parts = [quantize_blocks(part, code, order, block_size) for part in values.split(chunk)]
     packed, absmax = (torch.cat(column) for column in zip(*parts))
     if not torch.isfinite(absmax.mean() if nested else absmax.amax()):
         raise ValueError("a weight to be quantized has infinite, not-a-number or huge values")
-    state = Quantized(packed, absmax, code, tuple(tensor.shape), tensor.dtype, quant_type, block_size)
+    state = Quantized(
+        packed=packed, absmax=absmax, code=code, shape=tuple(tensor.shape), dtype=tensor.dtype,
+        quant_type=quant_type, block_size=block_size)
     return nest(state) if nested else state
 
 
-def quantize_blocks(values: Tensor, code: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """packed and absmax of values (n,). An incomplete last block is divided by its absmax, the others are multiplied by
-    the reciprocal, as in bitsandbytes."""
+def quantize_blocks(
+    values: Tensor, code: Tensor, order: Tensor, block_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Return packed and absmax of values (n,).
+
+    As in bitsandbytes, an incomplete last block is divided by its absmax, while the others are
+    multiplied by the reciprocal.
+    """
     short = -len(values) % block_size
     blocks = F.pad(values.float(), (0, short)).view(-1, block_size)
     absmax = blocks.abs().amax(1)
@@ -93,35 +117,42 @@ def quantize_blocks(values: Tensor, code: Tensor, order: Tensor, block_size: int
     scaled = blocks * (1 / absmax.clamp(min=TINY))[:, None]
     if short:
         scaled[-1] = blocks[-1] / absmax[-1]
+    # what is not finite is reported later, but must not become an index here
+    scaled = scaled.clamp_(-1, 1).nan_to_num_(0).view(-1)
     levels = code[order]
-    # what is not finite, and raised about later, must not be an index
-    index = count_below(scaled.clamp_(-1, 1).nan_to_num_(0).view(-1), (levels[1:] + levels[:-1]) / 2)
+    index = count_below(scaled, (levels[1:] + levels[:-1]) / 2)
     number = order.to(torch.uint8).index_select(0, index)[: len(values) + len(values) % 2]
     return number[0::2] << 4 | number[1::2], absmax
 
 
 def count_below(x: Tensor, thresholds: Tensor) -> Tensor:  # (n,) int32
-    """How many of the sorted thresholds lie below each x in [-1, 1]: torch.bucketize, many times as fast on a CPU.
+    """Count the sorted thresholds below each x in [-1, 1].
 
-    Of 2049 bins each holds at most one threshold, and rounding keeps order: a value in an earlier bin than one
-    is below it, in a later one above, and in the same one compared.
+    Equals torch.bucketize, and is many times as fast on a CPU. Of 2049 bins each holds at most one
+    threshold, and rounding keeps order: a value in an earlier bin than a threshold is below it, in
+    a later bin above it, and only in the same bin are the two compared.
     """
     bins, place = (((t + 1) * 1024).int() for t in (x, thresholds))
-    earlier = torch.bucketize(torch.arange(2049, device=x.device, dtype=torch.int32), place, out_int32=True)
+    numbers = torch.arange(2049, device=x.device, dtype=torch.int32)
+    earlier = torch.bucketize(numbers, place, out_int32=True)
     at = torch.full((2049,), torch.inf, device=x.device).scatter(0, place.long(), thresholds)
     return earlier.index_select(0, bins) + (x > at.index_select(0, bins))
 
 
 def nest(state: Quantized) -> Quantized:
-    """The same with absmax - mean(absmax) in 8 bits."""
+    """Return the same with absmax - mean(absmax) in 8 bits."""
     offset = state.absmax.mean()
     code = dynamic_levels().to(offset.device)
     absmax, nested_absmax = quantize_8bit(state.absmax - offset, code)
-    return state._replace(absmax=absmax, nested_absmax=nested_absmax, nested_code=code, nested_offset=offset)
+    return state._replace(
+        absmax=absmax, nested_absmax=nested_absmax, nested_code=code, nested_offset=offset)
 
 
 def dynamic_levels() -> Tensor:  # (256,)
-    """The 8-bit "dynamic" type (arXiv:1511.04561): a sign, zeros that count the power of ten, a linear fraction."""
+    """Return the levels of the 8-bit "dynamic" type (arXiv:1511.04561).
+
+    A sign, zeros that count the power of ten, then a linear fraction.
+    """
     found = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1)
@@ -131,14 +162,19 @@ def dynamic_levels() -> Tensor:  # (256,)
 
 
 def quantize_8bit(values: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (n,) uint8 and absmax of blocks of 256: the level nearest to the middle of the bin that a value lies in."""
+    """Return codes (n,) uint8 and the absmax of blocks of 256.
+
+    A value takes the level nearest to the middle of its bin, one of 65536, as in bitsandbytes.
+    """
     blocks = F.pad(values, (0, -len(values) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     absmax = blocks.abs().amax(1)
     scaled = (blocks * (1 / absmax)[:, None]).clamp(-1, 1)
-    bins = ((1 + scaled).double() * 0.5 * 65535 + 0.5).float()  # rounded once, as by a fused multiply-add
+    # in float64, so that it is rounded once, as by a fused multiply-add
+    bins = ((1 + scaled).double() * 0.5 * 65535 + 0.5).float()
     middles = -1 + 2 * torch.arange(65536, device=values.device, dtype=torch.float32) / 65535
-    nearest = torch.bucketize(middles, 0.5 * (code[1:] + code[:-1]), out_int32=True).to(torch.uint8)
-    codes = nearest[bins.nan_to_num(0).long()]  # 0/0, where all absmax are equal: code 0, of absmax 0
+    nearest = torch.bucketize(middles, 0.5 * (code[1:] + code[:-1]), out_int32=True)
+    # 0/0, where all absmax are equal: code 0, of absmax 0
+    codes = nearest.to(torch.uint8)[bins.nan_to_num(0).long()]
     return codes.view(-1)[: len(values)], absmax
 
 
@@ -148,47 +184,64 @@ def quantize_8bit(values: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
 def block_scales(state: Quantized) -> Tensor:  # (blocks,) float32
     if state.nested_absmax is None:
         return state.absmax
-    wide = state.nested_code[state.absmax.int()]
-    blocks = F.pad(wide, (0, -len(wide) % NESTED_BLOCK)).view(-1, NESTED_BLOCK) * state.nested_absmax[:, None]
-    return blocks.view(-1)[: len(wide)] + state.nested_offset
+    codes = state.nested_code[state.absmax.int()]
+    blocks = F.pad(codes, (0, -len(codes) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    scales = blocks * state.nested_absmax[:, None]
+    return scales.view(-1)[: len(codes)] + state.nested_offset
 
 
 def dequantize(state: Quantized, dtype: torch.dtype | None = None) -> Tensor:
-    """level * absmax in float32, rounded to `dtype`, by default the one the weight had before it was quantized."""
-    size, device = state.block_size, state.packed.device
-    # a byte is the number of a pair of levels, which is moved as one 64-bit word
+    """level * absmax in float32, rounded to `dtype`, by default that of the original weight."""
+    size = state.block_size
+    device = state.packed.device
+    # a byte is the number of a pair of levels, which is copied as one 64-bit word
     pairs = torch.cartesian_prod(state.code, state.code).view(torch.int64).squeeze(1)  # (256,)
     scales = block_scales(state)
     packed = F.pad(state.packed, (0, len(scales) * size // 2 - len(state.packed)))
     wide = torch.empty(len(scales), size, dtype=dtype or state.dtype, device=device)
     count = (CPU_CHUNK if device.type == "cpu" else GPU_CHUNK) // size
-    for rows, numbers, scale in zip(wide.split(count), packed.split(count * size // 2), scales.split(count)):
+    chunks = zip(wide.split(count), packed.split(count * size // 2), scales.split(count))
+    for rows, numbers, scale in chunks:
         values = pairs.index_select(0, numbers.int()).view(torch.float32).view(-1, size)
         rows.copy_(values.mul_(scale[:, None]))
     return wide.view(-1)[: torch.Size(state.shape).numel()].view(state.shape)
 
 
 def requantize(state: Quantized, weight: Tensor) -> Quantized:
-    """`weight` in the format of `state`."""
-    return quantize(weight.to(state.dtype), state.quant_type, state.block_size, state.nested_absmax is not None)
+    """Quantize `weight` in the format of `state`."""
+    is_nested = state.nested_absmax is not None
+    return quantize(weight.to(state.dtype), state.quant_type, state.block_size, is_nested)
 
 
-# bitsandbytes' tensors: `weight`, and beside it weight.absmax, weight.quant_map, weight.quant_state.bitsandbytes__nf4 …
+# bitsandbytes' tensors: `weight`, and beside it weight.absmax, weight.quant_map,
+# weight.quant_state.bitsandbytes__nf4 ...
 
-FILE_NAMES = dict(absmax="absmax", code="quant_map", nested_absmax="nested_absmax", nested_code="nested_quant_map")
-BESIDE = re.compile(r"(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__(?:nf4|fp4))$")
+FILE_NAMES = {
+    "absmax": "absmax",
+    "code": "quant_map",
+    "nested_absmax": "nested_absmax",
+    "nested_code": "nested_quant_map"}
+BESIDE = re.compile(
+    r"(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|"
+    r"quant_state\.bitsandbytes__(?:nf4|fp4))$")
 
 
 def to_bnb_tensors(name: str, state: Quantized) -> dict[str, Tensor]:
-    """The tensors of a file for the weight `name` ("model.layers.0.self_attn.q_proj.weight")."""
-    settings = dict(quant_type=state.quant_type, blocksize=state.block_size, dtype=dtype_name(state.dtype),
-                    shape=list(state.shape))
+    """Return a file's tensors for the weight `name` ("model.layers.0.self_attn.q_proj.weight")."""
+    settings: dict[str, Any] = {
+        "quant_type": state.quant_type,
+        "blocksize": state.block_size,
+        "dtype": dtype_name(state.dtype),
+        "shape": list(state.shape)}
     if state.nested_absmax is not None:
-        settings |= dict(nested_blocksize=NESTED_BLOCK, nested_dtype="float32",
-                         nested_offset=state.nested_offset.item())
+        settings |= {
+            "nested_blocksize": NESTED_BLOCK,
+            "nested_dtype": "float32",
+            "nested_offset": state.nested_offset.item()}
     tensors = {f"{name}.{theirs}": getattr(state, ours) for ours, theirs in FILE_NAMES.items()}
     encoded = torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
-    tensors |= {name: state.packed[:, None], f"{name}.quant_state.bitsandbytes__{state.quant_type}": encoded}
+    tensors[name] = state.packed[:, None]
+    tensors[f"{name}.quant_state.bitsandbytes__{state.quant_type}"] = encoded
     return {n: t for n, t in tensors.items() if t is not None}
 
 
@@ -197,34 +250,50 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def from_bnb_tensors(name: str, tensors: dict[str, Tensor]) -> Quantized:
-    """The weight `name` from it and what is beside it. Raises ValueError where that is incomplete or does not fit."""
+    """Make the weight `name` from its tensor and those beside it.
+
+    Raises ValueError where these are incomplete or do not fit together.
+    """
     needed = {"absmax", "quant_map"}
     beside = {BESIDE.match(n)[2] for n in tensors if n != name}
     key = next((b for b in beside if b.startswith("quant_state")), None)
     s = {} if key is None else json.loads(bytes(tensors[f"{name}.{key}"].tolist()))
     if "nested_offset" in s:
         needed |= {"nested_absmax", "nested_quant_map"}
-    if beside != needed | {key} or s.get("quant_type") not in ORDER or s.get("nested_blocksize", 256) != NESTED_BLOCK:
-        raise ValueError(f"{name}: not a 4-bit weight that is understood: beside it {sorted(beside)}, settings {s}")
-    packed = tensors[name].contiguous().view(torch.uint8).reshape(-1)  # another bnb_4bit_quant_storage is only a view
+    is_known = s.get("quant_type") in ORDER and s.get("nested_blocksize", 256) == NESTED_BLOCK
+    if beside != needed | {key} or not is_known:
+        raise ValueError(
+            f"{name}: not a 4-bit weight that is understood: beside it {sorted(beside)}, settings "
+            f"{s}")
+    # another bnb_4bit_quant_storage is only a view of the same bytes
+    packed = tensors[name].contiguous().view(torch.uint8).reshape(-1)
     given = {ours: tensors.get(f"{name}.{theirs}") for ours, theirs in FILE_NAMES.items()}
-    offset = torch.tensor(s["nested_offset"], device=packed.device) if "nested_offset" in s else None
-    state = Quantized(packed, shape=tuple(s["shape"]), dtype=getattr(torch, s["dtype"]), quant_type=s["quant_type"],
-                      block_size=s["blocksize"], nested_offset=offset, **given)
+    offset = None
+    if "nested_offset" in s:
+        offset = torch.tensor(s["nested_offset"], device=packed.device)
+    state = Quantized(
+        packed=packed, shape=tuple(s["shape"]), dtype=getattr(torch, s["dtype"]),
+        quant_type=s["quant_type"], block_size=s["blocksize"], nested_offset=offset, **given)
     check_sizes(name, state)
     return state
 
 
 def check_sizes(name: str, state: Quantized) -> None:
+    """Raise ValueError for a tensor of `state` whose size does not follow from the shape."""
     count = torch.Size(state.shape).numel()
     blocks = -(-count // state.block_size)
-    sizes = dict(packed=-(-count // 2), absmax=blocks, code=16, nested_absmax=-(-blocks // NESTED_BLOCK),
-                 nested_code=256)
+    sizes = {
+        "packed": -(-count // 2),
+        "absmax": blocks,
+        "code": 16,
+        "nested_absmax": -(-blocks // NESTED_BLOCK),
+        "nested_code": 256}
     for field, size in sizes.items():
         tensor = getattr(state, field)
         if tensor is not None and tensor.numel() != size:
-            raise ValueError(f"{name}: {field} has {tensor.numel()} values; a weight of shape {state.shape} in blocks "
-                             f"of {state.block_size} needs {size}")
+            raise ValueError(
+                f"{name}: {field} has {tensor.numel()} values; a weight of shape {state.shape} in "
+                f"blocks of {state.block_size} needs {size}")
 
 
 # Modules
@@ -233,29 +302,36 @@ def check_sizes(name: str, state: Quantized) -> None:
 class Stack4bit(nn.Module):
     """Quantized weights of one shape, in buffers that move with the module.
 
-    Floats lie there as the integers of the same bits: `module.to(torch.bfloat16)` must not round an absmax.
+    Floats are stored as the integers of the same bits: `module.to(torch.bfloat16)` must not round
+    an absmax.
     """
 
     def __init__(self, states: list[Quantized]):
         super().__init__()
         self.kind = states[0]._replace(**dict.fromkeys(TENSORS))
         for field in TENSORS:
-            rows = [getattr(s, field) for s in states]
-            stacked = None if rows[0] is None else torch.stack(rows)
-            self.register_buffer(field, stacked if rows[0] is None or stacked.dtype == torch.uint8
-                                 else stacked.float().view(torch.int32))
+            stacked = None
+            if getattr(states[0], field) is not None:
+                stacked = torch.stack([getattr(s, field) for s in states])
+                if stacked.dtype != torch.uint8:
+                    stacked = stacked.float().view(torch.int32)
+            self.register_buffer(field, stacked)
 
     def __len__(self) -> int:
         return len(self.packed)
 
     def __getitem__(self, i: int) -> Quantized:
-        rows = {field: getattr(self, field) for field in TENSORS}
-        return self.kind._replace(**{f: t[i] if t.dtype == torch.uint8 else t[i].view(torch.float32)
-                                     for f, t in rows.items() if t is not None})
+        fields = {}
+        for field in TENSORS:
+            rows = getattr(self, field)
+            if rows is not None:
+                row = rows[i]
+                fields[field] = row if row.dtype == torch.uint8 else row.view(torch.float32)
+        return self.kind._replace(**fields)
 
 
 class Matmul4bit(torch.autograd.Function):
-    """x W^T + b. W is made wide in forward and again in backward; the graph keeps the 4 bits alone."""
+    """x W^T + b. W is dequantized in forward and again in backward; the graph keeps only 4 bits."""
 
     @staticmethod
     def forward(ctx, x: Tensor, bias: Tensor | None, state: Quantized) -> Tensor:
@@ -263,7 +339,7 @@ class Matmul4bit(torch.autograd.Function):
         return F.linear(x, dequantize(state, x.dtype), bias)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = grad_bias = None
         with torch.autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
@@ -273,22 +349,34 @@ class Matmul4bit(torch.autograd.Function):
         return grad_x, grad_bias, None
 
 
-def linear4bit(x: Tensor, state: Quantized, bias: Tensor | None, compute_dtype: torch.dtype | None) -> Tensor:
-    """x W^T + b in `compute_dtype`, by default the type nn.Linear would compute in; the result is in that type."""
+def linear4bit(
+    x: Tensor, state: Quantized, bias: Tensor | None, compute_dtype: torch.dtype | None,
+) -> Tensor:
+    """x W^T + b in `compute_dtype`, by default the type nn.Linear would compute in.
+
+    The result is in nn.Linear's type.
+    """
     usual = usual_dtype(x)
     dtype = compute_dtype or usual
     with torch.autocast(x.device.type, enabled=False):
-        return Matmul4bit.apply(x.to(dtype), None if bias is None else bias.to(dtype), state).to(usual)
+        bias = None if bias is None else bias.to(dtype)
+        return Matmul4bit.apply(x.to(dtype), bias, state).to(usual)
 
 
 class Linear4bit(nn.Linear):
-    """A frozen nn.Linear with its weight in 4 bits; LoRA wraps it like any other. `weight` is made wide when asked."""
+    """A frozen nn.Linear with its weight in 4 bits, which LoRA wraps like any other.
 
-    def __init__(self, state: Quantized, bias: nn.Parameter | None = None,
-                 compute_dtype: torch.dtype | None = None):
-        nn.Module.__init__(self)  # nn.Linear's own would make a wide weight
+    `weight` is dequantized on every access.
+    """
+
+    def __init__(
+        self, state: Quantized, bias: nn.Parameter | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ):
+        nn.Module.__init__(self)  # nn.Linear's own would allocate a weight in full
         self.out_features, self.in_features = state.shape
-        self.stored, self.compute_dtype = Stack4bit([state]), compute_dtype
+        self.stored = Stack4bit([state])
+        self.compute_dtype = compute_dtype
         self.register_parameter("bias", bias)
 
     @property
@@ -304,107 +392,157 @@ class Linear4bit(nn.Linear):
 
 
 class Experts4bit(nn.Module):
-    """Experts of extras/decoder/moe.py, every matrix quantized by itself; one expert at a time is made wide."""
+    """Experts of extras/decoder/moe.py, with every matrix quantized by itself.
 
-    def __init__(self, gate_up: list[Quantized], down: list[Quantized], act: Callable,
-                 compute_dtype: torch.dtype | None = None):
+    One expert at a time is dequantized.
+    """
+
+    def __init__(
+        self, gate_up: list[Quantized], down: list[Quantized], act: Callable,
+        compute_dtype: torch.dtype | None = None,
+    ):
         super().__init__()
-        self.gate_up, self.down = Stack4bit(gate_up), Stack4bit(down)  # gate 0, up 0, gate 1, up 1 …
-        self.act, self.compute_dtype = act, compute_dtype
+        self.gate_up = Stack4bit(gate_up)  # gate 0, up 0, gate 1, up 1 ...
+        self.down = Stack4bit(down)
+        self.act = act
+        self.compute_dtype = compute_dtype
+
+    def linear(self, x: Tensor, state: Quantized) -> Tensor:
+        return linear4bit(x, state, None, self.compute_dtype)
 
     def expert(self, number: int, x: Tensor) -> Tensor:
-        gate, up = (linear4bit(x, self.gate_up[2 * number + i], None, self.compute_dtype) for i in (0, 1))
-        return linear4bit(self.act(gate) * up, self.down[number], None, self.compute_dtype)
+        gate = self.linear(x, self.gate_up[2 * number])
+        up = self.linear(x, self.gate_up[2 * number + 1])
+        return self.linear(self.act(gate) * up, self.down[number])
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        """Rows of x, sorted by expert, the first counts[0] for expert 0 and so on."""
-        parts = [self.expert(e, rows) for e, rows in enumerate(x.split(counts.tolist())) if len(rows)]
+        """Apply each expert to its rows of x: the first counts[0] are expert 0's, and so on."""
+        rows_of = enumerate(x.split(counts.tolist()))
+        parts = [self.expert(number, rows) for number, rows in rows_of if len(rows)]
         return torch.cat(parts) if parts else x
 
     def project(self, name: str, x: Tensor, counts: Tensor) -> Tensor:
-        """The product with one stack, "gate_up_proj" or "down_proj", to which a LoRA adds (extras/lora/kinds.py's run_experts)."""
-        stack, each = (self.down, 1) if name == "down_proj" else (self.gate_up, 2)
-        parts = [torch.cat([linear4bit(rows, stack[each * e + i], None, self.compute_dtype) for i in range(each)], -1)
-                 for e, rows in enumerate(x.split(counts.tolist())) if len(rows)]
+        """Return the product with one stack, "gate_up_proj" or "down_proj".
+
+        A LoRA adds to it: `run_experts` of extras/lora/kinds.py.
+        """
+        stack = self.down if name == "down_proj" else self.gate_up
+        each = 1 if name == "down_proj" else 2  # matrices of an expert
+        parts = []
+        for number, rows in enumerate(x.split(counts.tolist())):
+            if len(rows):
+                own = range(each * number, each * (number + 1))
+                parts.append(torch.cat([self.linear(rows, stack[i]) for i in own], -1))
         return torch.cat(parts) if parts else x.new_zeros(0, each * stack[0].shape[0])
 
 
-def quantize_stack(weight: Tensor, parts: int, quant_type: str = "nf4", nested: bool = False) -> list[Quantized]:
-    """Every matrix of a stack (experts, parts * out, in) by itself, in the order in which they lie."""
-    return [quantize(matrix, quant_type, nested=nested) for expert in weight for matrix in expert.chunk(parts)]
+def quantize_stack(
+    weight: Tensor, parts: int, quant_type: str = "nf4", nested: bool = False,
+) -> list[Quantized]:
+    """Quantize every matrix of a stack (experts, parts * out, in) by itself, in stored order."""
+    matrices = [matrix for expert in weight for matrix in expert.chunk(parts)]
+    return [quantize(matrix, quant_type, nested=nested) for matrix in matrices]
 
 
 # Models
 
 
-def quantize_linears(model: nn.Module, quant_type: str | None = "nf4", nested: bool = False,
-                     compute_dtype: torch.dtype | None = None, skip: Iterable[str] = ("lm_head",),
-                     read: Callable[[list[str]], dict] | None = None) -> list[str]:
-    """Put the linear layers and the experts of `model` in 4 bits, in place; returns their names.
+def quantize_linears(
+    model: nn.Module, quant_type: str | None = "nf4", nested: bool = False,
+    compute_dtype: torch.dtype | None = None, skip: Iterable[str] = ("lm_head",),
+    read: Callable[[list[str]], dict] | None = None,
+) -> list[str]:
+    """Put the linear layers and the experts of `model` in 4 bits, in place; return their names.
 
-    Embeddings stay, and so do modules whose dotted name has a part in `skip`. It goes block by block, so that a model
-    on the meta device is loaded without ever being there in full: `read(names)` then gives the parameters of one block
-    by name, as tensors or as what a file had quantized (Quantized; for a stack of experts a list of them). With
-    quant_type None only the latter are in 4 bits.
+    Embeddings stay as they are, and so do modules whose dotted name has a part in `skip`. It goes
+    block by block, so a model on the meta device is loaded without ever being in memory in full:
+    `read(names)` then gives the parameters of one block by name, as tensors or as what a file has
+    in 4 bits (Quantized; for a stack of experts a list of them). With quant_type None only the
+    latter are in 4 bits.
     """
     done = []
     for block in parameter_blocks(model):
-        values = read([n for own in block.values() for n in own]) if read else None
+        values = None
+        if read:
+            values = read([n for own in block.values() for n in own])
         for name, names in block.items():
             module = model.get_submodule(name)
-            own = {n.rpartition(".")[2]: values.pop(n) if read else model.get_parameter(n).detach() for n in names}
-            stored = any(not torch.is_tensor(v) for v in own.values())
-            wanted = quant_type is not None and not any(f".{s}." in f".{name}." for s in skip)
-            if (stored or wanted) and (isinstance(module, nn.Linear) or is_experts(module)):
-                model.set_submodule(name, in_4bit(name, module, own, quant_type, nested, compute_dtype))
+            own = {}
+            for n in names:
+                child = n.rpartition(".")[2]
+                own[child] = values.pop(n) if read else model.get_parameter(n).detach()
+            is_stored = any(not torch.is_tensor(v) for v in own.values())
+            is_skipped = any(f".{s}." in f".{name}." for s in skip)
+            is_wanted = is_stored or (quant_type is not None and not is_skipped)
+            if is_wanted and (isinstance(module, nn.Linear) or is_experts(module)):
+                narrow = in_4bit(name, module, own, quant_type, nested, compute_dtype)
+                model.set_submodule(name, narrow)
                 done.append(name)
             elif read:
                 for child, value in own.items():
-                    setattr(module, child, nn.Parameter(value, getattr(module, child).requires_grad))
-    model.four_bit = dict(quant_type=quant_type, nested=nested, compute_dtype=compute_dtype)
+                    learns = getattr(module, child).requires_grad
+                    setattr(module, child, nn.Parameter(value, learns))
+    model.four_bit = {
+        "quant_type": quant_type, "nested": nested, "compute_dtype": compute_dtype}
     model.writer = partial(save_4bit, compute_dtype=compute_dtype)
     return done
 
 
 def parameter_blocks(model: nn.Module) -> list[dict[str, list[str]]]:
-    """{module: names of its parameters} of each numbered block, and of each module outside of them."""
-    groups = {}
+    """Return {module: its parameters' names} of each numbered block and of each module outside."""
+    groups: dict[str, dict[str, list[str]]] = {}
     for name, _ in model.named_parameters():  # a tied head is not listed twice
         module = name.rpartition(".")[0]
         block = re.match(r".*?\.\d+(?=\.)", name)
-        groups.setdefault(block[0] if block else module, {}).setdefault(module, []).append(name)
+        group = groups.setdefault(block[0] if block else module, {})
+        group.setdefault(module, []).append(name)
     return list(groups.values())
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Stacked matrices and an activation, as extras/decoder/moe.py has them."""
-    return all(getattr(getattr(module, n, None), "ndim", 0) == 3 for n in ("gate_up_proj", "down_proj"))
+    """Tell whether a module has stacked matrices, as extras/decoder/moe.py has them."""
+    stacks = (getattr(module, n, None) for n in ("gate_up_proj", "down_proj"))
+    return all(getattr(stack, "ndim", 0) == 3 for stack in stacks)
 
 
-def in_4bit(name: str, module: nn.Module, own: dict, quant_type: str, nested: bool, compute_dtype) -> nn.Module:
-    """The counterpart of a linear layer or of experts, from their parameters `own`."""
-    states = {child: as_states(f"{name}.{child}", value, getattr(module, child).shape, quant_type, nested)
-              for child, value in own.items() if child != "bias"}
+def in_4bit(
+    name: str, module: nn.Module, own: dict, quant_type: str | None, nested: bool,
+    compute_dtype: torch.dtype | None,
+) -> nn.Module:
+    """Make the counterpart of a linear layer or of experts, from their parameters `own`."""
+    states = {}
+    for child, value in own.items():
+        if child != "bias":
+            shape = getattr(module, child).shape
+            states[child] = as_states(f"{name}.{child}", value, shape, quant_type, nested)
     if is_experts(module):
-        return Experts4bit(states["gate_up_proj"], states["down_proj"], module.act, compute_dtype)
+        gate_up = states["gate_up_proj"]
+        return Experts4bit(gate_up, states["down_proj"], module.act, compute_dtype)
     bias = None if module.bias is None else nn.Parameter(own["bias"], requires_grad=False)
     return Linear4bit(states["weight"][0], bias, compute_dtype)
 
 
-def as_states(name: str, value, shape: torch.Size, quant_type: str, nested: bool) -> list[Quantized]:
-    """A parameter of this shape, or what a file had of it, as matrices. Raises ValueError where these do not fit."""
+def as_states(
+    name: str, value: Any, shape: torch.Size, quant_type: str | None, nested: bool,
+) -> list[Quantized]:
+    """Return a parameter of this shape, or what a file has of it, as quantized matrices.
+
+    Raises ValueError where those of a file do not make up the shape.
+    """
     if torch.is_tensor(value):
         parts = 2 if name.endswith("gate_up_proj") else 1
-        return quantize_stack(value if value.ndim == 3 else value[None], parts, quant_type, nested)
+        stack = value if value.ndim == 3 else value[None]
+        return quantize_stack(stack, parts, quant_type, nested)
     states = [value] if isinstance(value, Quantized) else value
     rows = sum(s.shape[0] for s in states)
     if {s.shape[1:] for s in states} != {shape[-1:]} or rows * shape[-1] != shape.numel():
-        raise ValueError(f"{name}: {len(states)} x {states[0].shape}; config.json says {tuple(shape)}")
+        raise ValueError(
+            f"{name}: {len(states)} x {states[0].shape}; config.json says {tuple(shape)}")
     return states
 
 
 def dequantize_linears(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
-    """The reverse, in place: before writing a model that is no longer quantized."""
+    """Undo `quantize_linears`, in place, before writing a model that is no longer quantized."""
     for name, module in list(model.named_modules()):
         if isinstance(module, (Linear4bit, Experts4bit)):
             model.set_submodule(name, wide_module(module, dtype))
@@ -413,9 +551,10 @@ def dequantize_linears(model: nn.Module, dtype: torch.dtype = torch.bfloat16) ->
 
 
 def wide_module(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The layer or the experts that one in 4 bits stands for; another module as it is."""
-    make = wide_linear if isinstance(module, Linear4bit) else wide_experts if isinstance(module, Experts4bit) else None
-    return module if make is None else make(module, dtype)
+    """Return a dequantized layer or experts; any other module as it is."""
+    if isinstance(module, Linear4bit):
+        return wide_linear(module, dtype)
+    return wide_experts(module, dtype) if isinstance(module, Experts4bit) else module
 
 
 def wide_linear(module: Linear4bit, dtype: torch.dtype) -> nn.Linear:
@@ -430,10 +569,11 @@ def wide_linear(module: Linear4bit, dtype: torch.dtype) -> nn.Linear:
 def wide_experts(module: Experts4bit, dtype: torch.dtype) -> nn.Module:
     size, hidden = module.gate_up[0].shape
     with torch.device("meta"):
-        wide = Experts(hidden, dict(experts=len(module.down), size=size), module.act)
+        wide = Experts(hidden, {"experts": len(module.down), "size": size}, module.act)
     for child, stack in (("gate_up_proj", module.gate_up), ("down_proj", module.down)):
         matrices = torch.stack([dequantize(stack[i], dtype) for i in range(len(stack))])
-        setattr(wide, child, nn.Parameter(matrices.view(getattr(wide, child).shape), requires_grad=False))
+        shape = getattr(wide, child).shape
+        setattr(wide, child, nn.Parameter(matrices.view(shape), requires_grad=False))
     return wide
 
 
@@ -441,56 +581,74 @@ def wide_experts(module: Experts4bit, dtype: torch.dtype) -> nn.Module:
 
 
 def read_bnb_config(config: dict, asked: dict) -> torch.dtype:
-    """compute_dtype of a config.json's "quantization_config"; ValueError unless it is bitsandbytes' in 4 bits.
+    """Return compute_dtype of a config.json's "quantization_config".
 
-    What is quantized, and how, each weight says for itself; ValueError where another kind is asked for.
+    Which weights are quantized, and how, is told by the weights themselves. Raises ValueError
+    unless the method is bitsandbytes' in 4 bits, and where `asked` wants another kind.
     """
     if not isinstance(config, dict):
-        raise ValueError(f"config.json: quantization_config is {config!r:.60}; an object is expected")
-    if config.get("quant_method", "bitsandbytes") != "bitsandbytes" or not config.get("load_in_4bit"):
-        raise ValueError(f"the checkpoint is quantized ({config.get('quant_method', 'method unknown')}"
-                         f"{', 8 bits' if config.get('load_in_8bit') else ''}); of those only bitsandbytes' with 4 "
-                         "bits are read; use the original one in bf16, fp16 or float32")
+        raise ValueError(
+            f"config.json: quantization_config is {config!r:.60}; expected an object")
+    method = config.get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes" or not config.get("load_in_4bit"):
+        raise ValueError(
+            f"the checkpoint is quantized ({config.get('quant_method', 'method unknown')}"
+            f"{', 8 bits' if config.get('load_in_8bit') else ''}); of those only bitsandbytes' "
+            "with 4 bits are read; use the original one in bf16, fp16 or float32")
     is_nested = bool(config.get("bnb_4bit_use_double_quant"))
-    other = asked.get("quant_type", "nf4") not in ("nf4", config.get("bnb_4bit_quant_type"))
-    if other or asked.get("nested", False) > is_nested:
-        raise ValueError(f"the checkpoint is in 4 bits already ({config.get('bnb_4bit_quant_type')}"
-                         f"{', nested' if is_nested else ''}); of other kinds are --bnb_4bit_quant_type and "
-                         "--use_bnb_nested_quant for the original one in bf16, fp16 or float32")
+    is_other = asked.get("quant_type", "nf4") not in ("nf4", config.get("bnb_4bit_quant_type"))
+    if is_other or asked.get("nested", False) > is_nested:
+        raise ValueError(
+            f"the checkpoint is in 4 bits already ({config.get('bnb_4bit_quant_type')}"
+            f"{', nested' if is_nested else ''}); for another --bnb_4bit_quant_type or "
+            "--use_bnb_nested_quant, start from the original one in bf16, fp16 or float32")
     return getattr(torch, config.get("bnb_4bit_compute_dtype") or "float32")
 
 
 def write_bnb_config(state: Quantized, compute_dtype: torch.dtype | None) -> dict:
-    """The "quantization_config" with which transformers reads such weights."""
-    return dict(quant_method="bitsandbytes", load_in_4bit=True, load_in_8bit=False, bnb_4bit_quant_storage="uint8",
-                bnb_4bit_quant_type=state.quant_type, bnb_4bit_use_double_quant=state.nested_absmax is not None,
-                bnb_4bit_compute_dtype=dtype_name(compute_dtype or torch.float32))
+    """Return the "quantization_config" with which transformers reads such weights."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": state.quant_type,
+        "bnb_4bit_use_double_quant": state.nested_absmax is not None,
+        "bnb_4bit_compute_dtype": dtype_name(compute_dtype or torch.float32)}
 
 
-def load_4bit(checkpoint: Checkpoint, settings: dict | None, dtype: torch.dtype, device: str,
-              max_length: int | None = None, build: Callable = Decoder) -> Decoder:
-    """model.load_model in 4 bits: `checkpoint` is an opened one, `settings` are those of `quantize_linears`.
+def load_4bit(
+    checkpoint: Checkpoint, settings: dict | None, dtype: torch.dtype, device: str,
+    max_length: int | None = None, build: Callable = Decoder,
+) -> Decoder:
+    """Load an opened checkpoint as model.load_model does, but in 4 bits.
 
-    What a file has in 4 bits stays as it is, and then nothing else is quantized; of `settings` only compute_dtype
-    counts. The result's raw_config does not say that it is quantized. Raises ValueError as model.load_model does.
+    `settings` are those of `quantize_linears`. What a file has in 4 bits stays as it is, and then
+    nothing else is quantized; of `settings` only compute_dtype counts. The result's raw_config
+    does not say that it is quantized. Raises ValueError as model.load_model does.
     """
-    raw, settings, beside = dict(checkpoint.raw_config), dict(settings or {}), {}
+    raw = dict(checkpoint.raw_config)
+    settings = dict(settings or {})
+    beside: dict[str, list[str]] = {}  # a weight in 4 bits -> the tensors beside it
     stored = raw.pop("quantization_config", None)
     try:
         if stored:
             compute_dtype = read_bnb_config(stored, settings)
-            settings = dict(quant_type=None, compute_dtype=settings.get("compute_dtype") or compute_dtype)
+            compute_dtype = settings.get("compute_dtype") or compute_dtype
+            settings = {"quant_type": None, "compute_dtype": compute_dtype}
             for match in filter(None, map(BESIDE.match, checkpoint.files)):
                 beside.setdefault(match[1], []).append(match[0])
         config = read_config(raw, max_length)
-        layout = find_places(checkpoint.files.keys() - {n for names in beside.values() for n in names}, config)
+        not_weights = {n for names in beside.values() for n in names}
+        layout = find_places(checkpoint.files.keys() - not_weights, config)
     except ValueError as error:
         raise ValueError(f"{checkpoint.directory}: {error}") from None
     with torch.device("meta"):
         model = build(config)
-    parameters, in_bits = dict(model.named_parameters()), {layout[theirs].name for theirs in beside}
-    check_tensors(checkpoint, {n: place for n, place in layout.items() if n not in beside},
-                  {n: p for n, p in parameters.items() if n not in in_bits}, config)
+    in_bits = {layout[theirs].name for theirs in beside}
+    plain = {n: place for n, place in layout.items() if n not in beside}
+    parameters = {n: p for n, p in model.named_parameters() if n not in in_bits}
+    check_tensors(checkpoint, plain, parameters, config)
     read = partial(read_block, checkpoint, layout, beside, model, dtype, device)
     quantize_linears(model, **settings, read=read)
     model.tie()
@@ -500,43 +658,58 @@ def load_4bit(checkpoint: Checkpoint, settings: dict | None, dtype: torch.dtype,
     return model.requires_grad_(True)
 
 
-def read_block(checkpoint: Checkpoint, layout: dict, beside: dict[str, list[str]], model: nn.Module, dtype: torch.dtype,
-               device: str, names: list[str]) -> dict:
-    """These parameters, read from the files: cast to `dtype`, or Quantized where they lie in 4 bits."""
+def read_block(
+    checkpoint: Checkpoint, layout: dict, beside: dict[str, list[str]], model: nn.Module,
+    dtype: torch.dtype, device: str, names: list[str],
+) -> dict:
+    """Read these parameters: cast to `dtype`, or as Quantized where the files have 4 bits."""
     layout = {theirs: place for theirs, place in layout.items() if place.name in names}
-    files = {n: checkpoint.files[n] for theirs in layout for n in (theirs, *beside.get(theirs, ()))}
+    files = {}
+    for theirs in layout:
+        for n in (theirs, *beside.get(theirs, ())):
+            files[n] = checkpoint.files[n]
     plain = {theirs: place for theirs, place in layout.items() if theirs not in beside}
     parameters = {n: model.get_parameter(n) for n in names}
     values = read_tensors(checkpoint._replace(files=files), plain, parameters, dtype, device)
-    opened, pieces = {f: open_safetensors(checkpoint.directory / f) for f in set(files.values())}, {}
+    opened = {f: open_safetensors(checkpoint.directory / f) for f in set(files.values())}
+    pieces: dict[str, list[tuple]] = {}  # parameter -> [(which part of it, its state)]
     for theirs in layout.keys() - plain.keys():
-        tensors = {n: opened[files[n]].get_tensor(n).to(device) for n in (theirs, *beside[theirs])}
-        pieces.setdefault(layout[theirs].name, []).append((layout[theirs].index, from_bnb_tensors(theirs, tensors)))
+        tensors = {}
+        for n in (theirs, *beside[theirs]):
+            tensors[n] = opened[files[n]].get_tensor(n).to(device)
+        place = layout[theirs]
+        pieces.setdefault(place.name, []).append((place.index, from_bnb_tensors(theirs, tensors)))
     for name, found in pieces.items():
         found.sort(key=lambda piece: [i.start if isinstance(i, slice) else i for i in piece[0]])
         states = [state for _, state in found]
         module = model.get_submodule(name.rpartition(".")[0])
-        keep = isinstance(module, nn.Linear) or is_experts(module)
-        # a router, say, which other code has as a linear layer
-        values[name] = states if keep else dequantize(states[0], dtype)
+        # else a router, say, which other code has as a linear layer
+        is_kept = isinstance(module, nn.Linear) or is_experts(module)
+        values[name] = states if is_kept else dequantize(states[0], dtype)
     return values
 
 
-def save_4bit(model: nn.Module, directory: Path, compute_dtype: torch.dtype | None = None) -> None:
-    """Write a model in 4 bits as transformers does, in one file, without its LoRA; what is not in 4 bits as it is.
+def save_4bit(
+    model: nn.Module, directory: Path, compute_dtype: torch.dtype | None = None,
+) -> None:
+    """Write a model in 4 bits as transformers does, in one file, without its LoRA.
 
-    transformers computes in `compute_dtype`, by default in float32.
-
-    Raises ValueError for experts that the model's own files hold stacked: bitsandbytes' files have them one by one.
+    What is not in 4 bits is written as it is. transformers computes in `compute_dtype`, by default
+    in float32. Raises ValueError for experts that the model's own files hold stacked:
+    bitsandbytes' files have them one by one.
     """
     modules = {n.replace(".base_layer", ""): m for n, m in model.named_modules()}
-    tensors, last = {}, None
+    tensors: dict[str, Tensor] = {}
+    last = None
     for theirs, place in model.layout.items():
         name, _, child = place.name.rpartition(".")
         state = stored_state(modules[name], child, place.index, theirs)
-        last = state or last
-        value = to_bnb_tensors(theirs, state) if state else {theirs: place.view(getattr(modules[name], child).detach())}
-        tensors |= {n: t.cpu().contiguous() for n, t in value.items()}
+        if state:
+            last = state
+            found = to_bnb_tensors(theirs, state)
+        else:
+            found = {theirs: place.view(getattr(modules[name], child).detach())}
+        tensors |= {n: t.cpu().contiguous() for n, t in found.items()}
     assert last is not None, "nothing in this model is in 4 bits"
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
@@ -547,7 +720,7 @@ def save_4bit(model: nn.Module, directory: Path, compute_dtype: torch.dtype | No
 
 
 def stored_state(module: nn.Module, child: str, index: tuple, name: str) -> Quantized | None:
-    """What a module keeps in 4 bits of a parameter, or of the part of it that `index` says."""
+    """Return what a module has in 4 bits of a parameter, or of the part of it at `index`."""
     if isinstance(module, Linear4bit) and child == "weight":
         return module.state
     if not isinstance(module, Experts4bit):

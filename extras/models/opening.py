@@ -1,8 +1,11 @@
-"""The one place that opens any model: from the hub, adapters, 4 bits, pictures.
+"""The one place that opens any model: from the hub, with adapters, in 4 bits, with images.
 
     directory = model_directory("Qwen/Qwen2-0.5B-Instruct")
-    model = load_model(directory, torch.bfloat16)                   plain, with pictures, or in 4 bits
-    model, settings = load_adapted(directory, torch.float32)        or an adapter on its base
+
+    # plain, with images, or in 4 bits
+    model = load_model(directory, torch.bfloat16)
+    # the same, or an adapter on its base
+    model, settings = load_adapted(directory, torch.float32)
 
 A plain model needs none of this: model.load_model opens it.
 """
@@ -22,8 +25,9 @@ from parts.weights import open_checkpoint
 # Where
 
 
-def model_directory(name: str, ranks: Any = None, revision: str | None = None,
-                    adapter: str | None = None) -> str:
+def model_directory(
+    name: str, ranks: Any = None, revision: str | None = None, adapter: str | None = None,
+) -> str:
     """Return the directory of a model, or of the adapter named `adapter` in it.
 
     `name` is a path, else an id on the hub, from which it is fetched; with `ranks`, all of them
@@ -47,7 +51,7 @@ def is_adapter(directory: str | Path) -> bool:
 
 
 def tokenizer_home(directory: str, ranks: Any = None) -> str:
-    """Return where the tokenizer lies: PEFT's adapters may leave it with their base."""
+    """Return the tokenizer's directory: PEFT's adapters may leave it with their base."""
     if (Path(directory) / "tokenizer.json").exists() or not is_adapter(directory):
         return directory
     from extras.lora import peft_files
@@ -59,7 +63,7 @@ def tokenizer_home(directory: str, ranks: Any = None) -> str:
 
 
 def build(config: ModelConfig) -> Decoder:
-    """Make a Decoder, with what puts pictures into the stream where the model reads them."""
+    """Make a Decoder; one that reads images gets the module that puts them into the stream."""
     if config.vision is None:
         return Decoder(config)
     from extras.decoder.vision import Vision
@@ -67,12 +71,14 @@ def build(config: ModelConfig) -> Decoder:
     return Decoder(config, Vision)
 
 
-def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu",
-               max_length: int | None = None, four_bit: dict | None = None) -> Decoder:
-    """Return a Decoder with the directory's weights; as model.load_model, for every checkpoint.
+def load_model(
+    directory: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu",
+    max_length: int | None = None, four_bit: dict | None = None,
+) -> Decoder:
+    """Return a Decoder with the directory's weights: model.load_model for every checkpoint.
 
-    With `four_bit`, the settings of nf4.quantize_linears, or where the files are quantized so, its
-    linear layers are in 4 bits.
+    Its linear layers are in 4 bits where the files have them so, or with `four_bit`, the settings
+    of nf4.quantize_linears.
     """
     opened = open_checkpoint(directory)
     if four_bit is None and not opened.raw_config.get("quantization_config"):
@@ -82,12 +88,13 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device
     return load_4bit(opened, four_bit, dtype, device, max_length, build)
 
 
-def load_adapted(directory: str | Path, dtype: torch.dtype, max_length: int | None = None,
-                 ranks: Any = None, four_bit: dict | None = None,
-                 device: str = "cpu") -> tuple[Decoder, dict]:
+def load_adapted(
+    directory: str | Path, dtype: torch.dtype, max_length: int | None = None, ranks: Any = None,
+    four_bit: dict | None = None, device: str = "cpu",
+) -> tuple[Decoder, dict]:
     """Return a model and, where `directory` is a PEFT adapter, its LoRA's settings (else {}).
 
-    The model is then the adapter's base with it active.
+    The model of an adapter is its base, with the adapter active.
     """
     if not is_adapter(directory):
         return load_model(directory, dtype, device, max_length, four_bit), {}
@@ -114,10 +121,11 @@ def load_adapter(model: Decoder, directory: str, adapter_name: str = "default") 
     return load_named(model, directory, adapter_name)
 
 
-def open_pictures(model: nn.Module, tokenizer, freeze_tower: bool):
-    """Freeze what a model that reads pictures does not train.
+def open_pictures(model: nn.Module, tokenizer: Any, freeze_tower: bool) -> Any:
+    """Freeze what a model that reads images does not train.
 
-    Returns what decodes pictures in the background, None where the directory lacks the processor.
+    Returns a Loader that decodes images in the background, or None where the directory lacks the
+    processor's files.
     """
     from extras.decoder.vision import freeze
 

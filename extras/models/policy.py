@@ -1,4 +1,4 @@
-"""Opening a policy that is more than a plain checkpoint: from the hub, with a LoRA, in 4 bits, with
+"""Open a policy that is more than a plain checkpoint: from the hub, with a LoRA, in 4 bits, with
 images."""
 
 from pathlib import Path
@@ -17,8 +17,10 @@ from parts.ranks import Ranks
 
 
 def open_policy(c: DPOConfig, ranks: Ranks, given: dict[str, Any]) -> Opened:
-    """The policy, its tokenizer and the LoRA that is trained: a checkpoint, one with a fresh LoRA
-    on it, or an adapter's directory, whose LoRA is trained further.
+    """Open the policy, its tokenizer and the LoRA that is trained.
+
+    The policy is a checkpoint, one with a fresh LoRA on it, or an adapter's directory, whose LoRA
+    is trained further.
 
     `given` are the trainer's arguments: a Decoder as `model`, PEFT settings without a flag
     (rank_pattern, layers_to_transform ...) as `peft_config`. Raises ValueError.
@@ -31,7 +33,7 @@ def open_policy(c: DPOConfig, ranks: Ranks, given: dict[str, Any]) -> Opened:
     tokenizer = given["processing_class"]
     if tokenizer is None:
         tokenizer = open_tokenizer(tokenizer_home(directory or c.model_name_or_path, ranks))
-    torch.manual_seed(c.seed)  # of the LoRA's draws
+    torch.manual_seed(c.seed)  # for the LoRA's random start
     lora: dict = {}
     if directory is not None:
         model, lora = load_adapted(directory, **loading_options(c, ranks))
@@ -70,8 +72,10 @@ def check_adapter(c: DPOConfig, model: Decoder, continues: bool) -> None:
 
 
 def loading_options(c: DPOConfig, ranks: Ranks) -> dict[str, Any]:
-    """The arguments of `load_adapted` that the flags give: for the policy and for another
-    reference."""
+    """Return the arguments of `load_adapted` that the flags give.
+
+    They serve for the policy and for a reference that is another model.
+    """
     compute_dtype = None
     if c.bnb_4bit_compute_dtype is not None:
         compute_dtype = getattr(torch, c.bnb_4bit_compute_dtype)

@@ -1,4 +1,4 @@
-"""A model with all that it needs to answer: weights, adapter, tokenizer, and how it is to be sampled."""
+"""A model with all that it needs to answer: weights, adapter, tokenizer, and sampling options."""
 
 import argparse
 from collections.abc import Iterable, Iterator
@@ -13,12 +13,18 @@ from extras.rows.pictures import open_tokenizer
 from model import Decoder
 
 FROM_CONFIG = ("temperature", "top_k", "top_p", "repetition_penalty")
-# Options of generation_config.json that would change the text and are not known here, with what leaves it alone.
+# Options of generation_config.json that would change the text and are not supported, each with the
+# value at which it does nothing.
 UNKNOWN = {
-    **dict.fromkeys("min_p epsilon_cutoff eta_cutoff no_repeat_ngram_size min_length min_new_tokens".split(), 0),
-    **dict.fromkeys("typical_p num_beams encoder_repetition_penalty guidance_scale".split(), 1),
-    **dict.fromkeys("bad_words_ids suppress_tokens begin_suppress_tokens sequence_bias top_h penalty_alpha "
-                    "forced_bos_token_id forced_eos_token_id force_words_ids constraints".split(), None)}
+    **dict.fromkeys(
+        ("min_p", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size", "min_length",
+         "min_new_tokens"), 0),
+    **dict.fromkeys(
+        ("typical_p", "num_beams", "encoder_repetition_penalty", "guidance_scale"), 1),
+    **dict.fromkeys(
+        ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "top_h",
+         "penalty_alpha", "forced_bos_token_id", "forced_eos_token_id", "force_words_ids",
+         "constraints"), None)}
 
 
 class Speaker(NamedTuple):
@@ -35,31 +41,45 @@ class Speaker(NamedTuple):
 
 
 def load(name: str, args: argparse.Namespace) -> Speaker:
-    """A checkpoint, or an adapter on the base that it names. Raises ValueError for what cannot be loaded."""
+    """Load a checkpoint, or an adapter on the base that it names. Raises ValueError."""
     directory = model_directory(name)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, args.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
-    model, _ = load_adapted(directory, dtype, args.max_length, device=device)
+    dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    model, _ = load_adapted(directory, getattr(torch, dtype), args.max_length, device=device)
     tokenizer = open_tokenizer(tokenizer_home(directory), args.chat_template)
     raw = args.raw or not tokenizer.templates
     if raw and args.system is not None:
-        raise ValueError(f"--system: {name} is not asked through a chat template, which alone could place it")
-    return Speaker(name, model.eval(), tokenizer, read_sampling(model, tokenizer, args), raw)
+        raise ValueError(
+            f"--system: {name} is not asked through a chat template, which alone could place it")
+    sampling = read_sampling(model, tokenizer, args)
+    return Speaker(name, model=model.eval(), tokenizer=tokenizer, sampling=sampling, raw=raw)
 
 
 def read_sampling(model: Decoder, tokenizer: Tokenizer, args: argparse.Namespace) -> Sampling:
-    """The command line over generation_config.json. Raises ValueError for an option of the file that is not known."""
-    given: dict = {} if args.no_generation_config else dict(model.generation_config or {})
-    odd = [f"{k} = {given[k]!r}" for k, neutral in UNKNOWN.items() if given.get(k) not in (None, neutral)]
+    """Read generation_config.json; the command line wins.
+
+    Raises ValueError for an option of the file that is not supported.
+    """
+    file: dict[str, Any] = model.generation_config or {}
+    given = {} if args.no_generation_config else file
+    odd = [f"{k} = {given[k]!r}" for k, neutral in UNKNOWN.items()
+           if given.get(k) not in (None, neutral)]
     if odd:
-        raise ValueError(f"generation_config.json: {', '.join(odd)}: not supported here; --no_generation_config reads "
-                         "nothing of that file but the end tokens")
-    chosen = {k: getattr(args, k) if getattr(args, k) is not None else given.get(k) for k in FROM_CONFIG}
-    chosen |= {"temperature": 0.0} if args.greedy else {}
-    ends = (model.generation_config or dict[str, Any]()).get("eos_token_id", model.raw_config.get("eos_token_id"))
+        raise ValueError(
+            f"generation_config.json: {', '.join(odd)}: not supported here; with "
+            "--no_generation_config only the end tokens of that file are read")
+    chosen = {}
+    for name in FROM_CONFIG:
+        asked = getattr(args, name)
+        value = given.get(name) if asked is None else asked
+        if value is not None:
+            chosen[name] = value
+    if args.greedy:
+        chosen["temperature"] = 0.0
+    ends = file.get("eos_token_id", model.raw_config.get("eos_token_id"))
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-    sampling = Sampling(**{k: v for k, v in chosen.items() if v is not None}, seed=args.seed,
-                        max_new_tokens=args.max_new_tokens, stop_ids=frozenset(ends))
+    sampling = Sampling(
+        **chosen, seed=args.seed, max_new_tokens=args.max_new_tokens, stop_ids=frozenset(ends))
     check_sampling(sampling)
     return sampling
 
@@ -67,16 +87,20 @@ def read_sampling(model: Decoder, tokenizer: Tokenizer, args: argparse.Namespace
 # Prompts and answers
 
 
-def encode_prompt(speaker: Speaker, prompt: str | list[dict], system: str | None = None) -> list[int]:
-    """Token ids of a conversation up to where the assistant speaks, or of a text to continue."""
+def encode_prompt(
+    speaker: Speaker, prompt: str | list[dict], system: str | None = None,
+) -> list[int]:
+    """Return the tokens of a conversation up to the assistant's turn, or of a text to continue."""
     tokenizer = speaker.tokenizer
     if isinstance(prompt, str) and speaker.raw:
         ids = tokenizer.encode(prompt)
-        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers end every text
+        # some tokenizers end every text with EOS, and nothing would follow that
+        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
-    return tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True), add_special_tokens=False)
+    text = tokenizer.render(messages, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def decode(speaker: Speaker, tokens: list[int]) -> str:
@@ -84,8 +108,10 @@ def decode(speaker: Speaker, tokens: list[int]) -> str:
 
 
 def pieces(speaker: Speaker, tokens: Iterable[int]) -> Iterator[str]:
-    """The text as it grows. A character whose bytes have not all come waits for the rest."""
-    so_far, text, shown = [], "", ""
+    """Yield the text piece by piece; a character waits until all of its bytes have come."""
+    so_far = []
+    text = ""
+    shown = ""
     for token in tokens:
         so_far.append(token)
         text = decode(speaker, so_far)

@@ -1,7 +1,7 @@
-"""References other than the policy's own start: another model, another adapter, one that moves
-(TR-DPO).
+"""References other than the policy's own start: another model, another adapter, one that moves (TR-
+DPO).
 
-DPOTrainer handles the plain ones itself: a copy of the policy, or the policy with its LoRA off.
+dpo.py handles the plain ones itself: a copy of the policy, or the policy with its LoRA off.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ from parts.opened import check_vocabulary
 def other_reference(
     trainer: Any, opened: Any, ref_model: Decoder | None,
 ) -> tuple[nn.Module | None, dict]:
-    """(a model of its own or None, an adapter that is swapped in for the policy's, {} for none).
+    """Return (a model of its own or None, the adapter that is swapped in for the policy's or {}).
 
     Raises ValueError for an adapter that is not there.
     """
@@ -47,19 +47,20 @@ def other_reference(
 
 
 def base_directory(directory: Path, ranks: Any) -> Path:
-    """The directory of an adapter's base; of what is no adapter, its own."""
+    """Return the directory of an adapter's base; for anything else, the directory itself."""
     base = find_base(read_settings(directory), ranks) if is_adapter(directory) else directory
     return Path(base).resolve()
 
 
 def find_reference(trainer: Any) -> str:
+    """Return the directory of the reference that the flags name."""
     c = trainer.args
     name = c.ref_model_name_or_path or c.model_name_or_path
     return model_directory(name, trainer.ranks, adapter=c.ref_adapter_name)
 
 
 def load_reference(trainer: Any) -> Decoder:
-    """The model that the flags name, as the policy is loaded."""
+    """Load the reference that the flags name, with the same options as the policy."""
     c = trainer.args
     model, _ = load_adapted(find_reference(trainer), **loading_options(c, trainer.ranks))
     check_vocabulary(c.model_name_or_path, model, trainer.tokenizer)
@@ -70,7 +71,10 @@ def load_reference(trainer: Any) -> Decoder:
 
 
 def make_moving(trainer: Any, reference: Any) -> None:
-    """Give `reference` its `move`: towards the policy, by ref_model_mixup_alpha."""
+    """Give `reference` its `move`: towards the policy, by ref_model_mixup_alpha.
+
+    Raises ValueError where the policy is a LoRA and the reference a model of its own.
+    """
     alpha = trainer.args.ref_model_mixup_alpha
     reference.move_every = trainer.args.ref_model_sync_steps
     if not trainer.lora:
@@ -88,5 +92,6 @@ def make_moving(trainer: Any, reference: Any) -> None:
 
 @torch.no_grad()
 def move_model(ref: nn.Module, policy: nn.Module, alpha: float) -> None:
+    """Move every weight: ref <- alpha policy + (1 - alpha) ref."""
     for p, q in zip(ref.parameters(), policy.parameters()):
         p.lerp_(q.to(p.dtype), alpha)

@@ -1,15 +1,16 @@
 """How much memory a rank needs, and how long a run takes, before it is started (--dry_run,
 extras.plan).
 
-Memory is that of tensors, in bytes per rank: what is held between steps (weights, moments, a live
-reference) and what a step adds (gradients, activations, the head's chunk). Parameters are counted,
-on a model without storage; activations are a formula, `PER_TOKEN`, whose coefficients were counted
-on the CPU's paths and for gated MLPs. Not in it: what the allocator wastes, the CUDA context (about
-0.5 GiB), buffers of NCCL, and the program itself.
+Memory is that of tensors, in bytes per rank: what stays between steps (weights, moments, a live
+reference) and what a step adds (gradients, activations, the head's chunk). Parameters are counted
+on a model without storage. Activations follow a formula, `PER_TOKEN`, whose coefficients were
+counted on the CPU's paths and for gated MLPs. Not included: what the allocator wastes, the CUDA
+context (about 0.5 GiB), NCCL's buffers, and the program itself.
 """
 
 import time
-from typing import NamedTuple, Optional
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,14 +24,15 @@ from parts.head import chunk_rows
 # heads, MLP). float32: x and its norm, twice; q, q rotated, the heads' output; k, k rotated, v;
 # gate, up and their product.
 PER_TOKEN = {"float32": (16, 12, 12, 12), "bf16": (12, 11, 11, 6)}
-FROZEN = {"float32": (4, 4, 0, 4), "bf16": (4, 2, 0, 2)}  # less, where linear layers learn nothing: their inputs
+# What a frozen linear layer saves less: its input.
+FROZEN = {"float32": (4, 4, 0, 4), "bf16": (4, 2, 0, 2)}
 
 
 class Run(NamedTuple):
-    """What memory depends on, beside the model."""
+    """What memory depends on, besides the model."""
 
     tokens: int  # of the longest stream of one forward
-    scored: int  # of them predicted
+    scored: int  # tokens of it that are predicted
     forwards: int = 1  # in one step
     world: int = 1
     fsdp: bool = False  # weights, gradients, moments and reference are cut into `world` parts
@@ -40,98 +42,132 @@ class Run(NamedTuple):
     live_ref: bool = False  # a copy of the weights
     rank: int = 0  # of a LoRA; 0 trains all weights
     targets: tuple[str, ...] = ("q_proj", "v_proj")
-    four_bit: Optional[str] = None  # "plain" or "nested" absmax
+    four_bit: str | None = None  # "plain" or "nested" absmax
     device: str = "cpu"
 
 
 def bits_of(run: Run, name: str, module: torch.nn.Module) -> float:
-    """Bits of one weight of a frozen module: linear layers but the head are quantized."""
-    if run.four_bit and isinstance(module, torch.nn.Linear) and "lora_" not in name and name != "lm_head":
+    """Return the bits of one weight of a frozen module."""
+    is_linear = isinstance(module, torch.nn.Linear) and "lora_" not in name and name != "lm_head"
+    if run.four_bit and is_linear:
         return 4 + (32 / 64 if run.four_bit == "plain" else 8 / 64 + 32 / (64 * 256))
     return 8 * getattr(torch, run.weights).itemsize
 
 
 def count(config: models.ModelConfig, run: Run) -> dict[str, int]:
-    """Bytes of all weights, of those that learn, and of the largest block; elements of what
-    multiplies each token."""
+    """Return the bytes of all weights, of those that learn, and of the largest block.
+
+    "matrices" are the elements of what multiplies each token.
+    """
     with torch.device("meta"):
         model = build(config)
         if run.rank:
-            add_lora(model, dict(r=run.rank, lora_alpha=run.rank, target_modules=list(run.targets)))
-    held, seen = 0, set()
+            targets = list(run.targets)
+            add_lora(model, {"r": run.rank, "lora_alpha": run.rank, "target_modules": targets})
+    held = 0
+    seen = set()  # a tied weight is counted once
     for name, module in model.named_modules():
+        bits = 32 if "lora_" in name else bits_of(run, name, module)
         for p in module.parameters(recurse=False):
             if id(p) not in seen:
                 seen.add(id(p))
-                held += int(p.numel() * (32 if "lora_" in name else bits_of(run, name, module)) / 8)
+                held += int(p.numel() * bits / 8)
     width = 4 if run.rank else getattr(torch, run.weights).itemsize
     learns = width * sum(p.numel() for p in model.parameters() if p.requires_grad)
     block = sum(p.numel() for p in model.model.layers[0].parameters())
-    return {"weights": held, "learns": learns, "block": block, "matrices": block * config.num_hidden_layers}
+    return {
+        "weights": held, "learns": learns, "block": block,
+        "matrices": block * config.num_hidden_layers}
 
 
-def block_activations(config: models.ModelConfig, run: Run, block: int) -> int:
-    """Bytes that one block's forward on `run.tokens` leaves for its backward."""
-    c, kind = config, "bf16" if run.bf16 else "float32"
-    sizes = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.intermediate_size
-    less = (0, 0, 0, 0) if not run.rank or "all-linear" in run.targets else FROZEN[kind]
-    per_token = sum(size * (whole - frozen) for size, whole, frozen in zip(sizes, PER_TOKEN[kind], less, strict=True))
+def block_activations(c: models.ModelConfig, run: Run, block: int) -> int:
+    """Return the bytes that one block's forward on `run.tokens` keeps for its backward."""
+    kind = "bf16" if run.bf16 else "float32"
+    sizes = (
+        c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim,
+        c.intermediate_size)
+    learns_all = not run.rank or "all-linear" in run.targets
+    less = (0, 0, 0, 0) if learns_all else FROZEN[kind]
+    per_token = 0
+    for size, saved, frozen in zip(sizes, PER_TOKEN[kind], less, strict=True):
+        per_token += size * (saved - frozen)
+    per_token += 16 * run.rank * len(run.targets)
     casts = 2 * block if run.bf16 else 0  # autocast keeps the weights that it cast
-    return run.tokens * (per_token + 16 * run.rank * len(run.targets)) + casts
+    return run.tokens * per_token + casts
 
 
-def activations(config: models.ModelConfig, run: Run, block: int) -> tuple[int, int]:
-    """Bytes held for the backward, and the most that comes and goes meanwhile: the head's chunk of
-    logits with its gradients, or a block's gradients (with checkpointing, also what it saves when
-    it is run again)."""
-    c, wide = config, 8 if run.weights == "float64" else 4
+def activations(c: models.ModelConfig, run: Run, block: int) -> tuple[int, int]:
+    """Return the bytes held for the backward, and the most that comes and goes meanwhile.
+
+    The latter is the head's chunk of logits with its gradients, or a block's gradients (with
+    checkpointing also what the block saves when it is run again).
+    """
+    wide = 8 if run.weights == "float64" else 4
     ends = wide * (c.hidden_size * (run.tokens + run.scored) + 2 * c.head_dim * run.tokens)
-    saved = block_activations(config, run, block)
+    saved = block_activations(c, run, block)
     rows = min(run.scored, chunk_rows(c.vocab_size, run.device, models.HEAD_CHUNK))
     few = min(rows, 32 if run.device == "cpu" else max(16, models.HEAD_CHUNK // c.vocab_size))
-    logits = c.vocab_size * ((2 if run.bf16 else wide) * rows + 8 * few)  # a few rows in float32, twice
+    narrow = 2 if run.bf16 else wide
+    logits = c.vocab_size * (narrow * rows + 8 * few)  # a few rows in float32, twice
     head = logits + 4 * c.hidden_size * (run.scored + (0 if run.rank else c.vocab_size))
     mlp = (5 if run.bf16 else 10) * run.tokens * c.intermediate_size
     if run.checkpointing:
-        return ends + c.num_hidden_layers * wide * c.hidden_size * run.tokens, max(head, saved + mlp)
+        inputs = c.num_hidden_layers * wide * c.hidden_size * run.tokens
+        return ends + inputs, max(head, saved + mlp)
     return ends + c.num_hidden_layers * saved, max(head, mlp)
 
 
 def memory(config: models.ModelConfig, run: Run) -> dict[str, int]:
-    """Bytes per rank by what they are for, and their "total" at the highest point of a step."""
-    counted, parts = count(config, run), run.world if run.fsdp else 1
-    m = {"weights": counted["weights"] // parts, "moments": 2 * counted["learns"] // parts,
-         "reference": (counted["weights"] // parts) if run.live_ref and not run.rank else 0,
-         "gradients": counted["learns"] // parts}
+    """Return the bytes per rank by purpose, and "total" at the highest point of a step."""
+    counted = count(config, run)
+    parts = run.world if run.fsdp else 1
+    has_own_reference = run.live_ref and not run.rank
+    m = {
+        "weights": counted["weights"] // parts,
+        "moments": 2 * counted["learns"] // parts,
+        "reference": counted["weights"] // parts if has_own_reference else 0,
+        "gradients": counted["learns"] // parts}
     m["activations"], m["passing"] = activations(config, run, counted["block"])
-    if run.world > 1 and not run.fsdp:
+    is_ddp = run.world > 1 and not run.fsdp
+    if is_ddp:
         m["exchange"] = counted["learns"]  # DDP's buckets
     if run.fsdp:
-        # two blocks whole: weights, and gradients where they learn
+        # two unsharded blocks: weights, and gradients where they learn
         m["exchange"] = 2 * counted["block"] * (2 if run.bf16 else 4) * (1 if run.rank else 2)
     at_most = sum(m.values())
     first = at_most - m["gradients"]  # with one forward in a step, gradients come as activations go
     last = at_most - m["activations"] - m["passing"]
-    buckets = run.world > 1 and not run.fsdp  # of DDP, which hold all gradients throughout
-    return m | {"total": at_most if run.forwards > 1 or buckets else max(first, last)}
+    # DDP's buckets hold all gradients throughout
+    return m | {"total": at_most if run.forwards > 1 or is_ddp else max(first, last)}
 
 
-def flops(config: models.ModelConfig, run: Run, tokens: int, scored: int, length: float, references: int) -> float:
-    """Of training on `tokens`: 2 per weight and token forward, twice that backward, less where
-    weights are frozen."""
+def flops(
+    config: models.ModelConfig, run: Run, tokens: int, scored: int, length: float,
+    references: float,
+) -> float:
+    """Count the operations of training on `tokens`.
+
+    2 per weight and token forward, and twice that backward, less where weights are frozen.
+    """
     passes = (2 if run.rank else 3) + (1 if run.checkpointing else 0) + references
-    attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
+    attention = (
+        2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length)
     per_token = 2 * count(config, run)["matrices"] + attention
     return passes * (per_token * tokens + 2 * config.vocab_size * config.hidden_size * scored)
 
 
-def matmul_rate(config: models.ModelConfig, device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """Floating-point operations per second of the MLP's product, the best of those that fit in
-    `seconds`."""
+def matmul_rate(
+    config: models.ModelConfig, device: torch.device, dtype: torch.dtype, seconds: float = 0.3,
+) -> float:
+    """Measure the floating-point operations per second of the MLP's product.
+
+    The best of the products that fit in `seconds` counts.
+    """
     x = torch.randn(1024, config.hidden_size, device=device, dtype=dtype)
     w = torch.randn(config.hidden_size, config.intermediate_size, device=device, dtype=dtype)
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    best, until = float("inf"), time.perf_counter() + seconds
+    sync: Callable = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    best = float("inf")
+    until = time.perf_counter() + seconds
     while time.perf_counter() < until:
         began = time.perf_counter()
         x @ w
@@ -140,51 +176,53 @@ def matmul_rate(config: models.ModelConfig, device: torch.device, dtype: torch.d
     return 2 * x.numel() * w.shape[1] / best
 
 
-def run_of(trainer) -> Run:
-    """A trainer's Run, by the largest forward of its first hundred steps."""
+def run_of(trainer: Any) -> Run:
+    """Return a trainer's Run, by the largest forward of its first hundred steps."""
     c = trainer.args
     store = trainer.train_store
     sizes = []
     most = 0
     for step in range(min(100, trainer.schedule.total_steps)):
-        rows = trainer.forwards(store, trainer.pairs_of(step), c.per_device_train_batch_size)
-        sizes += [(int(store.tokens[r].sum()), int(store.lengths[r, 1:].sum())) for r in rows]
-        most = max(most, len(rows))
+        forwards = trainer.forwards(store, trainer.pairs_of(step), c.per_device_train_batch_size)
+        for rows in forwards:
+            sizes.append((int(store.tokens[rows].sum()), int(store.lengths[rows, 1:].sum())))
+        most = max(most, len(forwards))
     tokens, scored = max(sizes)
-    four_bit = ("nested" if c.use_bnb_nested_quant else "plain") if c.load_in_4bit else None
+    four_bit = None
+    if c.load_in_4bit:
+        four_bit = "nested" if c.use_bnb_nested_quant else "plain"
+    targets = trainer.lora.get("target_modules") or ("q_proj", "v_proj")
     return Run(
         tokens=tokens, scored=scored, forwards=most, world=trainer.ranks.world,
-        fsdp=trainer.place.is_sharded, weights=c.dtype, bf16=trainer.precision.half is torch.bfloat16,
-        checkpointing=c.gradient_checkpointing, live_ref=trainer.reference.model is not None,
-        rank=trainer.lora.get("r", 0),
-        targets=tuple(trainer.lora.get("target_modules") or ("q_proj", "v_proj")),
-        four_bit=four_bit, device=trainer.ranks.device.type)
+        fsdp=trainer.place.is_sharded, weights=c.dtype,
+        bf16=trainer.precision.half is torch.bfloat16, checkpointing=c.gradient_checkpointing,
+        live_ref=trainer.reference.model is not None, rank=trainer.lora.get("r", 0),
+        targets=tuple(targets), four_bit=four_bit, device=trainer.ranks.device.type)
 
 
-def describe(trainer) -> list[str]:
-    """Pairs, steps, tokens, memory per rank and time of a run, as lines."""
+def describe(trainer: Any) -> list[str]:
+    """Return lines about a run: pairs, steps, tokens, memory per rank and time."""
     c = trainer.args
     store = trainer.train_store
     run = run_of(trainer)
     config = trainer.model.config
-    world = trainer.ranks.world
     schedule = trainer.schedule
     pairs = len(trainer.train_pairs)
     epochs = schedule.epoch(schedule.total_steps)
     tokens = int(store.tokens[trainer.train_pairs].sum())
     scored = int(store.lengths[trainer.train_pairs, 1:].sum())
     m = memory(config, run)
-    references = 0.0
+    references = 0.0  # passes of the reference per epoch
     if needs_reference(c):
         references = min(1.0, 1 / epochs) if precomputes_reference(c) else 1.0
     work = epochs * flops(config, run, tokens, scored, tokens / pairs / 2, references)
     dtype = torch.bfloat16 if run.bf16 else getattr(torch, c.dtype)
     rate = matmul_rate(config, trainer.ranks.device, dtype)
-    minutes = work / rate / world / 60
+    minutes = work / rate / run.world / 60
     return [
         f"{pairs:,} pairs of {tokens:,} tokens ({scored:,} scored); {schedule.total_steps:,} steps "
-        f"of {schedule.global_batch} pairs, {epochs:.3g} epochs, on {world} "
-        f"rank{'s' if world > 1 else ''}",
+        f"of {schedule.global_batch} pairs, {epochs:.3g} epochs, on {run.world} "
+        f"rank{'s' if run.world > 1 else ''}",
         f"memory per rank: at most {gib(m['total'])}: {table(m)} (forwards of {run.tokens:,} "
         "tokens)",
         f"time: {minutes:,.1f} minutes or more: {work:.3g} operations at {rate / 1e9:,.0f} GFLOP/s "
@@ -192,7 +230,8 @@ def describe(trainer) -> list[str]:
         "much again"]
 
 
-def tell(trainer) -> None:
+def tell(trainer: Any) -> None:
+    """Print the forecast of a run."""
     for line in describe(trainer):
         trainer.log.say(line)
 

@@ -4,8 +4,8 @@
 This is torch's own fully_shard, block by block: a block's weights are gathered for its forward,
 dropped, gathered again for its backward, and its gradients are reduced to their shards. With bf16
 the blocks are gathered in bfloat16. The shards and the reduction stay in float32, and so do
-embedding and head, so that the residual stream is what it is without FSDP. Rank 0 alone loads the
-model; the other ranks begin on the meta device and receive their shards from it.
+embedding and head, so that the residual stream is what it is without FSDP. Only rank 0 loads the
+model; the other ranks start on the meta device and receive their shards from it.
 """
 
 import copy
@@ -39,8 +39,11 @@ class Shards:
     def __init__(
         self, model: nn.Module, ranks: Ranks, c: DPOConfig, precision: Precision, ref_adapter: dict,
     ):
-        """`ref_adapter` is the reference's own LoRA on the policy's base. Raises ValueError if it
-        has one."""
+        """Shard the policy.
+
+        `ref_adapter` is the reference's own LoRA on the policy's base. Raises ValueError if there
+        is one.
+        """
         if ref_adapter:
             raise ValueError(
                 "--fsdp: the reference is a LoRA on the policy's own base (one that is continued, "
@@ -63,12 +66,14 @@ class Shards:
         self.module = self.model
 
     def sync(self, last: bool) -> Any:
-        """Gradients are reduced to their shards after every forward."""
+        """Do nothing: gradients are reduced to their shards after every forward."""
         return nullcontext()
 
     def shared(self, model: nn.Module) -> nn.Module:
-        """A sharded copy of rank 0's model, which lies on the CPU (elsewhere on the meta
-        device)."""
+        """Return a sharded copy of rank 0's model.
+
+        That is on the CPU; on the other ranks it is on the meta device.
+        """
         is_narrow = next(model.parameters()).dtype.itemsize < 4 or self.half is not None
         reduce = torch.float32 if is_narrow else None
         wide = MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
@@ -77,8 +82,8 @@ class Shards:
         sharded = meta_copy(model)
         for block in sharded.model.layers:
             fully_shard(block, mp_policy=narrow, **self.options)
-        # The root would stay gathered after a forward without backward, and the next would see old
-        # weights: it is always resharded.
+        # The root is always resharded: else it would stay gathered after a forward without
+        # backward, and the next forward would see old weights.
         fully_shard(sharded, mp_policy=wide, **self.options | {"reshard_after_forward": True})
         offloads = isinstance(self.options["offload_policy"], CPUOffloadPolicy)
         sharded.to_empty(device="cpu" if offloads else self.ranks.device)
@@ -91,8 +96,10 @@ class Shards:
 
     @torch.no_grad()
     def scatter(self, sharded: nn.Module, source: nn.Module) -> None:
-        """Everyone's shards from rank 0's whole parameters; those on the meta device there stay as
-        they are."""
+        """Fill every rank's shards from rank 0's parameters.
+
+        Parameters that are on the meta device there are skipped.
+        """
         given = dict(source.named_parameters())
         for name, p in sharded.named_parameters():
             is_there = self.ranks.from_first(lambda name=name: {"there": not given[name].is_meta})
@@ -101,7 +108,7 @@ class Shards:
 
     @torch.no_grad()
     def fill(self, target: Any, source: Tensor | None) -> None:
-        """`target`'s shard of rank 0's whole `source`; every rank calls this."""
+        """Fill `target`'s shards from rank 0's unsharded `source`; every rank calls this."""
         if not hasattr(target, "full_tensor"):  # AdamW's count of steps
             if self.ranks.first:
                 target.copy_(source)
@@ -118,13 +125,16 @@ class Shards:
         target.to_local().detach().copy_(shard.to_local())
 
     def whole(self, tensor: Any) -> Tensor:
-        """All of a sharded tensor; every rank calls this."""
+        """Return a sharded tensor unsharded; every rank calls this."""
         return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
     @torch.no_grad()
     def gathered(self, sharded: nn.Module, trained_only: bool = False) -> Decoder:
-        """A whole copy in rank 0's memory; on the other ranks, and for weights that do not learn
-        where only trained ones are wanted, on the meta device."""
+        """Return an unsharded copy in rank 0's memory.
+
+        It is on the meta device on the other ranks, and for weights that do not learn if
+        `trained_only`.
+        """
         twin = copy.deepcopy(sharded.skeleton[0])
         state = {}
         for name, p in sharded.named_parameters():
@@ -138,8 +148,10 @@ class Shards:
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """The same modules, without memory for their parameters and buffers; what is tied stays
-    tied."""
+    """Return the same modules without memory for their parameters and buffers.
+
+    Tied parameters stay tied.
+    """
     empty = {}
     for p in model.parameters():
         empty[id(p)] = nn.Parameter(p.detach().to("meta"), p.requires_grad)

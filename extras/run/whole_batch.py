@@ -1,9 +1,9 @@
 """Losses that see the whole global batch at once: those that sort it (aot), those that move delta
 before they use it, or any with --exact_global_loss.
 
-All pairs are scored without gradients first. The loss's derivative by each pair's log-probs is then
-a constant, with which the micro-batches back-propagate one by one and give the exact gradient. The
-price is one more forward.
+All pairs are scored without gradients first. The derivative of the loss by each pair's log-probs is
+then a constant, with which the micro-batches back-propagate one by one and give the exact gradient.
+The price is one more forward.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,11 @@ from torch import Tensor
 
 
 def whole_batch_loss(trainer: Any, pairs: np.ndarray, batches: list) -> Callable:
-    """What `DPOTrainer.pair_losses` is for one forward: f(x, scored, batch) -> (B,).
+    """Return f(x, scored, batch) -> (B,), in the place of `DPOTrainer.pair_losses`.
 
-    The values are the losses of the batch's pairs within the global batch. Their gradient is that of a
-    form that is linear in the pairs' log-probs, with the slopes that the global batch gives them.
+    The values are the losses of the batch's pairs within the global batch. Their gradient is that
+    of a form that is linear in the pairs' log-probs, with the slopes that the global batch gives
+    them.
     """
     values, slopes = losses_and_slopes(trainer, pairs, batches)
     row_of = {int(pair): row for row, pair in enumerate(pairs)}
@@ -35,8 +36,10 @@ def whole_batch_loss(trainer: Any, pairs: np.ndarray, batches: list) -> Callable
 
 
 def losses_and_slopes(trainer: Any, pairs: np.ndarray, batches: list) -> tuple[Tensor, Tensor]:
-    """Each pair's loss (P,), and d sum of losses / d its (chosen logp, rejected logp, nll), (P,
-    3)."""
+    """Return the pairs' losses (P,) and slopes (P, 3).
+
+    The slopes are d (sum of losses) / d (chosen logp, rejected logp, nll).
+    """
     x, scored = trainer.score_all(trainer.train_store, pairs, batches)
     c = trainer.args
     if "bco_pair" in c.loss_type and c.bco_delta == "first":
@@ -48,6 +51,6 @@ def losses_and_slopes(trainer: Any, pairs: np.ndarray, batches: list) -> tuple[T
         policy_chosen_logps=logps[:, 0], policy_rejected_logps=logps[:, 1], chosen_nll=nll)
     values = trainer.pair_losses(x, scored)
     grads = torch.autograd.grad(values.sum(), (logps, nll), allow_unused=True)
-    by_logps, by_nll = (
+    by_logps, by_nll = (  # None: the loss reads only the other one
         torch.zeros_like(t) if g is None else g for g, t in zip(grads, (logps, nll)))
     return values.detach(), torch.cat([by_logps, by_nll[:, None]], 1)
