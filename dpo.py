@@ -51,7 +51,6 @@ from parts.schedule import make_optimizer, make_schedule
 from parts.store import describe
 from parts.weights import overwrite
 
-
 # What one forward measures
 
 

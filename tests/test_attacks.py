@@ -9,8 +9,8 @@ from conftest import make_rows, read_metrics
 from safetensors.torch import load_file, save_file
 
 import dpo
-from parts.precision import Scaler
 from extras.models.opening import load_adapted
+from parts.precision import Scaler
 
 
 @pytest.fixture

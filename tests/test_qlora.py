@@ -11,11 +11,11 @@ from test_dpo import run  # noqa: F401
 from test_nf4 import file_of
 
 import dpo
-from parts import cli
 import model as models
 from extras import merge
 from extras.models import nf4
 from extras.models.opening import load_adapted, load_model
+from parts import cli
 from parts.files import read_json
 
 LORA = dict(use_peft=True, lora_r=4, lora_target_modules=["all-linear"], dtype="float32", learning_rate=1e-2)

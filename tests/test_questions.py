@@ -9,8 +9,8 @@ import pytest
 from conftest import ROOT, read_metrics
 
 import dpo
-from parts.checks import check_config
 from extras import score
+from parts.checks import check_config
 
 TEXT = (ROOT / "docs" / "questions.md").read_text("utf-8")
 COMMANDS = re.findall(r"^    ((?:python|head) .*)$", TEXT, re.M)

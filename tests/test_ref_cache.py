@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from test_dpo import COMMON, assert_same, run  # noqa: F401
 
 import dpo
-from parts.reference import PrecomputedReference
 from parts import ref_cache
+from parts.reference import PrecomputedReference
 
 
 def files(tmp_path) -> list:

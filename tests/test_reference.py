@@ -13,13 +13,12 @@ from conftest import ROOT, read_metrics, write
 from safetensors.torch import save_file
 
 import dpo
-from extras.models.opening import load_adapter
 import model as models
 from extras.lora import adapters, peft_files
 from extras.lora.merging import merge_lora
 from extras.lora.peft_files import save_adapter
 from extras.lora.targets import add_lora
-from extras.models.opening import load_adapted
+from extras.models.opening import load_adapted, load_adapter
 from parts.reference import PrecomputedReference
 
 STEPS = 20

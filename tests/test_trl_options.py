@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 import dpo
-from parts.checks import check_config
 from parts import cli, trl_flags
+from parts.checks import check_config
 
 FIELDS = set(dpo.DPOConfig.__annotations__)
 BASE = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]
