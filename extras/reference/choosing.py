@@ -15,7 +15,7 @@ from extras.lora.peft_files import find_base, read_settings
 from extras.models.opening import is_adapter, load_adapted, model_directory
 from extras.models.policy import loading_options
 from model import Decoder, lora_modules
-from parts.opened import check_vocabulary
+from parts.checks import check_tokens
 
 
 def other_reference(
@@ -63,7 +63,7 @@ def load_reference(trainer: Any) -> Decoder:
     """Load the reference that the flags name, with the same options as the policy."""
     c = trainer.args
     model, _ = load_adapted(find_reference(trainer), **loading_options(c, trainer.ranks))
-    check_vocabulary(c.model_name_or_path, model, trainer.tokenizer)
+    check_tokens(c, trainer.train_store, model.config.vocab_size, trainer.tokenizer.size)
     return model
 
 
