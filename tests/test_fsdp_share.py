@@ -17,7 +17,7 @@ COUNT = """
 import json, sys, weakref
 sys.path[:0] = [{root!r}, {tests!r}]
 import dpo
-from extras import plan
+from extras.run import forecast
 from test_plan import Counting
 
 class Exact(Counting):  # FSDP frees what it gathered by making its storage small
@@ -47,7 +47,7 @@ with dpo.ending_ranks():
         return done
     found = {{}}
     dpo.DPOTrainer.train_step = step
-    predicted = plan.memory(trainer.model.config, plan.run_of(trainer))
+    predicted = forecast.memory(trainer.model.config, forecast.run_of(trainer))
     trainer.train()
     print(json.dumps(found | {{"predicted": predicted, "rank": trainer.ranks.rank}}), file=sys.stderr, flush=True)
 """

@@ -187,7 +187,7 @@ def test_six_rows_over_real_photographs(run, shared):
 def test_the_flag_needs_a_tower(tiny, pairs_file, tmp_path):
     done = run_dpo("--model_name_or_path", tiny, "--dataset_name", pairs_file, "--output_dir", tmp_path, "--no_freeze_vision_tower",
                    expect=2)
-    assert "this model reads no pictures" in done.stderr
+    assert "this model reads no images" in done.stderr
 
 
 def test_resuming_with_pictures_is_bitwise(run, tmp_path):
