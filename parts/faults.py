@@ -78,6 +78,8 @@ def explained(error: Exception, trainer: Any) -> str:
     text = str(error)
     if isinstance(error, (FloatingPointError, OSError)):
         return text
+    if isinstance(error, ModuleNotFoundError):
+        return missing_room(error)  # of an option that is first needed in a step
     if is_out_of_memory(error):
         return out_of_memory(error, trainer)
     words = ("gloo", "NCCL", "closed by peer")
