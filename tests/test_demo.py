@@ -13,7 +13,8 @@ from conftest import ROOT, read_metrics
 
 import model as models
 from data import DataOptions, Tokenizer, collate, tokenize_pair
-from demo import make, show
+from demo import make
+from extras.watch import demo as show
 
 DEMO = ROOT / "demo"
 
