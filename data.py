@@ -1,7 +1,7 @@
 """Preference data: rows become pairs of token ids, pairs a store, and a batch one flat stream.
 
     row    {"prompt": ..., "chosen": ..., "rejected": ...}   text or conversations
-    pair   prompt_ids, chosen_ids, rejected_ids              made by `tokenize_pair`
+    pair   prompt_ids, chosen_ids, rejected_ids              made by `make_pair`
     store  all pairs in memory-mapped arrays                 made by `build_store`, once
     batch  prompt0 chosen0 rejected0 prompt1 ...             no padding, every prompt once
 
@@ -375,7 +375,7 @@ class Batch(NamedTuple):
         return self._replace(**{k: v.to(device, non_blocking=True) for k, v in fields.items()})
 
 
-class Stream:
+class StreamBuilder:
     """A batch in the making: spans are added one after another, as arrays for Batch's fields."""
 
     def __init__(self):
@@ -434,7 +434,7 @@ class Stream:
 
 def collate(pairs: list[Pair], pair_ids=None, share_prefix: bool = True) -> Batch:
     """Lay the pairs into one stream; without share_prefix, each as two whole sequences."""
-    stream = Stream()
+    stream = StreamBuilder()
     for pair in pairs:
         stream.add_pair(pair, share_prefix)
     shared = [p for p in pairs if p.rejected_prompt_ids is None and len(p.rejected_ids)]

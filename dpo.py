@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ from parts.weights import overwrite
 
 
 def score(model: nn.Module, batch: data.Batch, c: DPOConfig) -> Scored:
-    """Run the policy on a batch, and sum what it says of each token over each completion."""
+    """Run the policy on a batch; sum log-probs and statistics over each completion's tokens."""
     out = model(batch)
     lengths = batch.lengths
     plain = losses.completion_sums(out.logps, lengths)  # (B, 2)
@@ -65,13 +65,12 @@ def score(model: nn.Module, batch: data.Batch, c: DPOConfig) -> Scored:
         per_token = (out.entropy, out.is_top1.to(out.entropy.dtype), out.mean_logits)
         entropy, top1, logits = (losses.completion_sums(t, lengths) for t in per_token)
         tokens = lengths.to(logits.dtype)
-        columns = [entropy.sum(1), top1[:, 0], *logits.unbind(1), *tokens.unbind(1)]  # STATS
+        stats = [entropy.sum(1), top1[:, 0], *logits.unbind(1), *tokens.unbind(1)]  # STATS
         wpo = torch.ones_like(entropy[:, 0])
         if c.use_weighting:
             wpo = losses.wpo_weights(out.logps, out.log_sum_sq_probs, lengths, c.wpo_clamp)
-    return Scored(
-        logps=logps, chosen_nll=-plain[:, 0], wpo=wpo, stats=torch.stack(columns, 1),
-        aux_loss=out.aux_loss)
+    stats = torch.stack(stats, 1)  # (B, 6)
+    return Scored(logps, chosen_nll=-plain[:, 0], wpo=wpo, stats=stats, aux_loss=out.aux_loss)
 
 
 # The reference
@@ -79,20 +78,20 @@ def score(model: nn.Module, batch: data.Batch, c: DPOConfig) -> Scored:
 
 @dataclass
 class Reference:
-    """The reference's log-probs, from a model that runs beside the policy, or from the policy
-    itself with its LoRA off or swapped for another."""
+    """A reference that runs a forward when asked: a model of its own, or the policy as it is, with
+    its LoRA off, or with another in its place."""
 
     precision: Precision
-    swapped: Callable[[], AbstractContextManager]  # yields the policy as its own reference
+    as_reference: Callable[[], AbstractContextManager]  # yields the policy as its own reference
     model: nn.Module | None = None  # a model of its own, used instead
-    adapter: dict = field(default_factory=dict)  # a LoRA of its own, which `swapped` swaps in
+    adapter: dict = field(default_factory=dict)  # a LoRA of its own, that `as_reference` swaps in
     move: Callable[[], None] | None = None  # TR-DPO: one move towards the policy
     move_every: int = 0  # steps
-    is_live = True  # asked in every step, not once before training
+    is_live = True  # unless PrecomputedReference wraps it
 
     def active(self) -> AbstractContextManager:
         """The model whose log-probs are the reference's, inside."""
-        return self.swapped() if self.model is None else nullcontext(self.model)
+        return self.as_reference() if self.model is None else nullcontext(self.model)
 
     @torch.no_grad()
     def sums(self, batch: data.Batch) -> Tensor:  # (B, 2, 2)
@@ -112,8 +111,8 @@ class Reference:
     def prepare(self) -> None:
         """Do what comes before the first step: here nothing."""
 
-    def moved(self, step: int) -> None:
-        """Move, if it is time to."""
+    def move_if_due(self, step: int) -> None:
+        """Move, every `move_every` steps."""
         if self.move is not None and step % self.move_every == 0:
             self.move()
 
@@ -131,7 +130,6 @@ def open_model(c: DPOConfig, ranks: Ranks, given: dict[str, Any]) -> opened.Open
         from extras.models.policy import open_policy
 
         return open_policy(c, ranks, given)
-    torch.manual_seed(c.seed)
     tokenizer = given["processing_class"]
     tokenizer = tokenizer or data.Tokenizer.load(c.model_name_or_path, c.chat_template)
     device = str(opened.loading_device(c, ranks))
@@ -168,11 +166,10 @@ class DPOTrainer:
         train_dataset: Any = None, eval_dataset: Any = None, processing_class: Any = None,
         peft_config: Any = None,
     ):
-        c = args or DPOConfig()
-        given = {
-            "model": model, "ref_model": ref_model, "train_dataset": train_dataset,
-            "eval_dataset": eval_dataset, "processing_class": processing_class,
-            "peft_config": peft_config}
+        c = replace(args) if args else DPOConfig()  # a copy: the caller's stays as it is
+        given = dict(
+            model=model, ref_model=ref_model, processing_class=processing_class,
+            train_dataset=train_dataset, eval_dataset=eval_dataset, peft_config=peft_config)
         if any(value is not None for value in given.values()):
             from extras.rows import objects
 
@@ -190,8 +187,8 @@ class DPOTrainer:
         self.open_data(given["train_dataset"], given["eval_dataset"])
         live = self.open_reference(found, given["ref_model"])
         self.place = self.place_models(live)
-        is_precomputed = checks.precomputes_reference(c)
-        self.reference = PrecomputedReference(self, live) if is_precomputed else live
+        once = checks.precomputes_reference(c)
+        self.reference = PrecomputedReference(self, live) if once else live
         self.plan_steps()
         self.open_output()
 
@@ -229,8 +226,8 @@ class DPOTrainer:
         self.eval_store = None
         self.eval_pairs = np.arange(0)
         eval_dataset = eval_dataset or c.eval_dataset_name
-        wants = c.eval_strategy != "no" and not eval_dataset and not c.eval_fraction
-        if wants and train_dataset is None and on_hub(c.dataset_name):
+        wants_eval = c.eval_strategy != "no" and not eval_dataset and not c.eval_fraction
+        if wants_eval and train_dataset is None and on_hub(c.dataset_name):
             eval_dataset = c.dataset_name  # its other split
         if eval_dataset is not None:
             self.eval_store = self.open_store(eval_dataset, c.dataset_test_split, options)
@@ -262,11 +259,12 @@ class DPOTrainer:
         return data.PairStore(self.ranks.from_first(build)["directory"])
 
     def open_reference(self, found: opened.Opened, ref_model: Any) -> Reference | NoReference:
-        """The model that the reference's log-probs come from, live."""
+        """Make the live reference; PrecomputedReference may wrap it."""
         c = self.args
         if not checks.needs_reference(c):
             return NoReference()
-        reference = Reference(self.precision, swapped=lambda: nullcontext(self.model))
+        # Precomputed, it runs before the first step, when the policy is its own reference.
+        reference = Reference(self.precision, as_reference=lambda: nullcontext(self.model))
         named = c.ref_model_name_or_path or c.ref_adapter_name
         if ref_model is not None or named or found.continues:
             from extras.reference import choosing
@@ -275,7 +273,7 @@ class DPOTrainer:
         elif not self.lora and not checks.precomputes_reference(c):
             reference.model = copy.deepcopy(self.model)
         if self.lora:
-            reference.swapped = lambda: models.adapters_disabled(self.model)
+            reference.as_reference = lambda: models.adapters_disabled(self.model)
         checks.check_held_reference(c, reference.model)
         if reference.model is not None:
             dtype = None if c.ref_model_dtype is None else getattr(torch, c.ref_model_dtype)
@@ -288,7 +286,7 @@ class DPOTrainer:
         if reference.adapter:
             from extras.lora.adapters import swapped_in
 
-            reference.swapped = lambda: swapped_in(self.model, reference.adapter)
+            reference.as_reference = lambda: swapped_in(self.model, reference.adapter)
         return reference
 
     def place_models(self, reference: Reference | NoReference) -> Place:
@@ -440,7 +438,7 @@ class DPOTrainer:
         return self.pair_logps(scored, lengths, ratings, ref_sums, lengths[:, 0].mean()), scored
 
     def add_rewards(self, total: float, count: int) -> None:
-        """BCO's delta is the mean of 1/2 (beta r_w + beta r_l) over the pairs seen in training."""
+        """Add the sum of beta (r_w + r_l) / 2 over `count` pairs; BCO's delta is their mean."""
         self.position.delta_sum += total
         self.position.delta_count += count
 
@@ -503,7 +501,7 @@ class DPOTrainer:
         self.position.step += 1
         self.position.num_tokens += int(totals["num_tokens"])
         self.position.pairs_done += len(pairs)
-        self.reference.moved(self.position.step)
+        self.reference.move_if_due(self.position.step)
         return metrics
 
     def apply(self, totals: dict[str, float], count: int, rate: float) -> None:
@@ -552,6 +550,8 @@ class DPOTrainer:
         if resume_from_checkpoint is not None:
             c.resume_from_checkpoint = str(resume_from_checkpoint)
             self.checkpoints.find(c.resume_from_checkpoint)
+        # Before resume(): by default the reference is the policy's own starting weights, which a
+        # checkpoint overwrites.
         self.reference.prepare()
         self.make_optimizer()
         self.log.begin(c, self.checkpoints.resume())
@@ -596,7 +596,7 @@ class DPOTrainer:
         with eval_mode(self.model):
             x, scored = self.score_all(store, self.eval_pairs, batches)
         sums = Sums(self.args.beta, self.ranks.exact)
-        sums.add(x, scored, self.pair_losses(x, scored), share=0.0)
+        sums.add(x, scored, self.pair_losses(x, scored), share=0.0)  # no balancing loss
         totals = dict(zip(SUMS, sums.total.tolist()))
         found = metrics_of(totals, len(self.eval_pairs)) | {"length_bias": length_bias(x)}
         metrics = {f"eval_{name}": value for name, value in found.items()}

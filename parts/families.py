@@ -1,7 +1,8 @@
 """Model families: a `Family` names what differs from Llama, and the modules branch on that.
 
 To add one: an entry with its features and with the keys of its config.json that Llama's lacks;
-where its files name parameters otherwise, an entry of parts/names.py as well.
+where its files name parameters otherwise, `other_names=True` and an entry of parts/names.py as
+well.
 """
 
 import re

@@ -69,6 +69,10 @@ def check_combinations(options: dict, changed: set[str]) -> None:
     for flag, (names, why) in find_clashes(set(options["loss_type"])).items():
         if flag in changed and names:
             raise ValueError(f"--{flag} with --loss_type {' '.join(sorted(names))}: {why}")
+    if options["bco_delta"] == "first" and options["exact_global_loss"] is False:
+        raise ValueError(
+            "--exact_global_loss false with --bco_delta first: delta is this step's own mean "
+            "reward, which takes the whole global batch")
     needs = {  # flag: (whether it is read, with which other)
         "f_alpha_divergence_coef": (
             options["f_divergence_type"] == "alpha_divergence",

@@ -35,7 +35,7 @@ class NoReference:
     def prepare(self) -> None:
         pass
 
-    def moved(self, step: int) -> None:
+    def move_if_due(self, step: int) -> None:
         pass
 
     def needs_policy(self, store: Any) -> bool:
@@ -73,7 +73,7 @@ class PrecomputedReference:
         sums = ref_cache.take_sums(self.tables[store.digest], batch.pair_ids.numpy())
         return batch._replace(ref_logps=torch.from_numpy(sums))
 
-    def moved(self, step: int) -> None:
+    def move_if_due(self, step: int) -> None:
         pass
 
     def needs_policy(self, store: Any) -> bool:

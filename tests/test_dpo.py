@@ -607,3 +607,16 @@ def test_the_four_packages_bring_everything_that_is_imported():
                              for r in requires(package) or () if "extra ==" not in r}
     assert "jinja2" in needs("torch") and "huggingface-hub" in {n.replace("_", "-") for n in needs("tokenizers")}
     assert {"tqdm", "pyyaml"} <= needs("huggingface_hub")
+
+
+def test_delta_of_the_steps_own_rewards_needs_the_whole_batch(run):
+    with pytest.raises(ValueError, match="--exact_global_loss false with --bco_delta first"):
+        run("out", loss_type=["bco_pair"], bco_delta="first", exact_global_loss=False)
+
+
+def test_the_callers_configuration_stays_as_it_is(tiny, pairs_file, tmp_path):
+    given = dpo.DPOConfig(**COMMON | dict(model_name_or_path=str(tiny), dataset_name=str(pairs_file), max_steps=1,
+                                          output_dir=str(tmp_path / "out"), cache_dir=str(tmp_path / "cache")))
+    before = dict(vars(given))
+    dpo.DPOTrainer(args=given).train(resume_from_checkpoint="false")
+    assert vars(given) == before

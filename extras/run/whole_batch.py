@@ -3,9 +3,10 @@ before they use it, or any with --exact_global_loss.
 
 All pairs are scored without gradients first. The derivative of the loss by each pair's log-probs is
 then a constant, with which the micro-batches back-propagate one by one and give the exact gradient.
-The price is one more forward.
-"""
+The price is one more forward. With dropout (--disable_dropout false) the two forwards draw
+different masks, so the gradient is that of the loss at other masks, no longer exact. """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +45,9 @@ def losses_and_slopes(trainer: Any, pairs: np.ndarray, batches: list) -> tuple[T
     c = trainer.args
     if "bco_pair" in c.loss_type and c.bco_delta == "first":
         rewards = c.beta * (x.chosen_logratios + x.rejected_logratios).detach() / 2
-        trainer.add_rewards(float(rewards.sum()), len(rewards))
+        total = float(rewards.sum())
+        if math.isfinite(total):  # a step that is skipped must not spoil all later ones
+            trainer.add_rewards(total, len(rewards))
     logps = scored.logps.clone().requires_grad_()
     nll = scored.chosen_nll.clone().requires_grad_()
     x = x._replace(
