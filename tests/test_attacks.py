@@ -28,7 +28,7 @@ def refused(capsys, flags, *words) -> bool:
 
 
 @pytest.mark.parametrize("name,text", [("c.json", "[1, 2]"), ("c.json", "null"), ("c.yaml", "- beta"), ("c.yaml", "1: 2"),
-                                       ("c.json", '{"loss_type": []}'), ("c.json", '{"seed": Infinity}'),
+                                       ("c.json", '{"loss_type": [[]]}'), ("c.json", '{"seed": Infinity}'),
                                        ("c.json", '{"beta": 1' + "0" * 400 + "}")])
 def test_a_config_file_of_another_shape_is_refused_by_name(flags, tmp_path, capsys, name, text):
     (tmp_path / name).write_text(text)
