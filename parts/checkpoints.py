@@ -85,6 +85,20 @@ class Checkpoints:
 
     # Which checkpoint
 
+    def start_from(self, asked: Any) -> None:
+        """Take up what `train(resume_from_checkpoint=asked)` says; None leaves the flag's.
+
+        Raises ValueError where this trainer has trained already.
+        """
+        step = self.trainer.position.step
+        if asked is not None:
+            self.trainer.args.resume_from_checkpoint = str(asked)
+            self.find(str(asked))
+        elif step:
+            raise ValueError(
+                f"this trainer has taken {step} steps already; make a new DPOTrainer to train "
+                "again")
+
     def find(self, asked: str | None) -> None:
         """Find the checkpoint that `--resume_from_checkpoint asked` means.
 

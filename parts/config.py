@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from losses import F_DIVERGENCES, LOSSES
+from parts.trl_flags import takes_trls
 
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -34,6 +35,7 @@ def flag(
     return field(default=default, metadata=meta)
 
 
+@takes_trls
 @dataclass
 class DPOConfig:
     """Every option of a run. Names and defaults are TRL 1.16's where it has the option."""

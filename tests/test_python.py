@@ -150,7 +150,7 @@ def test_settings_of_peft_that_have_no_flag_are_taken_too(tiny, settings):
 
 
 REFUSED = {
-    "model is a Linear; give a directory, a hub id, or a model.Decoder": lambda tiny: dict(
+    "model is a Linear; give a directory, a hub id, a model.Decoder, or a model of transformers": lambda tiny: dict(
         model=torch.nn.Linear(2, 2), train_dataset=ROWS),
     "processing_class is missing: a Decoder has no tokenizer": lambda tiny: dict(
         model=models.load_model(tiny), train_dataset=ROWS),

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import dpo
-from parts import cli, trl_flags
+from parts import trl_flags
 from parts.checks import check_config
 
 FIELDS = set(dpo.DPOConfig.__annotations__)
@@ -32,16 +32,16 @@ def trl_fields() -> dict[str, dataclasses.Field]:
 
 
 def test_every_option_of_trl_is_ours_or_in_a_table():
-    known = FIELDS | cli.NO_EFFECT | trl_flags.RENAMED.keys() | trl_flags.OTHERS.keys() | {"datasets"}
+    known = FIELDS | trl_flags.NO_EFFECT | trl_flags.RENAMED.keys() | trl_flags.OTHERS.keys() | {"datasets"}
     assert sorted(trl_fields().keys() - known) == []
     assert sorted(set(OLDER) - known) == []
 
 
 def test_no_option_stands_twice():
     """What becomes an option leaves the tables."""
-    tables = [cli.NO_EFFECT, set(trl_flags.RENAMED), set(trl_flags.OTHERS)]
+    tables = [trl_flags.NO_EFFECT, set(trl_flags.RENAMED), set(trl_flags.OTHERS)]
     assert not [sorted(table & FIELDS) for table in tables if table & FIELDS]
-    assert not cli.NO_EFFECT & trl_flags.OTHERS.keys() and set(trl_flags.RENAMED.values()) <= FIELDS
+    assert not trl_flags.NO_EFFECT & trl_flags.OTHERS.keys() and set(trl_flags.RENAMED.values()) <= FIELDS
     assert sum(len(names.split()) for names in trl_flags.REASONS.values()) == len(trl_flags.OTHERS)
 
 
@@ -53,7 +53,7 @@ def test_what_a_reason_names_exists():
         assert {name[2:].partition("=")[0] for name in named} <= FIELDS | elsewhere, reason
 
 
-@pytest.mark.parametrize("name", sorted(trl_flags.OTHERS.keys() - FIELDS - cli.NO_EFFECT))
+@pytest.mark.parametrize("name", sorted(trl_flags.OTHERS.keys() - FIELDS - trl_flags.NO_EFFECT))
 def test_each_is_accepted_at_the_value_that_changes_nothing_and_else_refused_with_its_reason(name, capsys):
     harmless, reason = trl_flags.OTHERS[name]
     plain = dpo.parse_config(BASE)
