@@ -36,7 +36,6 @@ from parts import checks, faults, opened
 from parts.checkpoints import Checkpoints, fingerprint, trained
 from parts.cli import ROOT, parse_config
 from parts.config import DPOConfig
-from parts.configs import check_length
 from parts.log import Log, state_of
 from parts.metrics import COLUMNS, SUMS, Scored, Sums, length_bias, metrics_of
 from parts.output import cache_directory, replace_model
@@ -132,11 +131,11 @@ def open_model(c: DPOConfig, ranks: Ranks, given: dict[str, Any]) -> opened.Open
 
         return open_policy(c, ranks, given)
     torch.manual_seed(c.seed)
-    tokenizer = given["processing_class"] or data.Tokenizer.load(c.model_name_or_path)
+    tokenizer = given["processing_class"]
+    tokenizer = tokenizer or data.Tokenizer.load(c.model_name_or_path, c.chat_template)
     device = str(opened.loading_device(c, ranks))
     model = models.load_model(
         c.model_name_or_path, getattr(torch, c.dtype), device, c.max_length)
-    opened.check_vocabulary(c.model_name_or_path, model, tokenizer)
     return opened.Opened(model, tokenizer, directory=Path(c.model_name_or_path))
 
 
@@ -212,7 +211,9 @@ class DPOTrainer:
             from extras.decoder.compiled import compile_blocks
 
             compile_blocks(self.model)
-        checks.check_model(c, self.model.config)
+        checks.check_model(c, self.model.config, self.model.raw_config)
+        for line in checks.warnings(c, self.lora):
+            self.log.say(line)
         self.aux_coef = opened.aux_coef(c, self.model.config)
         self.max_tokens = opened.max_tokens(c, self.model.config, self.ranks.device)
 
@@ -261,8 +262,7 @@ class DPOTrainer:
         store = dataset
         if not isinstance(dataset, data.PairStore):
             store = data.PairStore(self.ranks.from_first(build)["directory"])
-        check_length(self.model.config, store.longest())
-        checks.check_ratings(c, store)
+        checks.check_store(c, store, self.model.config, self.tokenizer.size)
         return store
 
     def open_reference(self, found: opened.Opened, ref_model: Any) -> Reference | NoReference:
@@ -618,19 +618,20 @@ class DPOTrainer:
 
             merge_lora(model)
         if self.ranks.first:
-            write = partial(self.write_model, model=model)
+            dtype = opened.save_dtype(self.args, model)
+            write = partial(self.write_model, model=model, dtype=dtype)
             replace_model(directory, write, self.tokenizer.save)
         opened.give_back(model, self.lora)
         if merges and not self.place.is_sharded:
             self.lora = {}  # it is in the weights now; with --fsdp, in those of the copy alone
 
-    def write_model(self, directory: Path, model: nn.Module) -> None:
+    def write_model(self, directory: Path, model: nn.Module, dtype: Any = None) -> None:
         if models.lora_modules(model):
             from extras.lora import peft_files
 
             peft_files.save_adapter(model, directory, self.lora)
         else:
-            models.save_model(model, directory)
+            models.save_model(model, directory, dtype)
 
     def read_model(self, directory: Path, model: nn.Module) -> None:
         """Overwrite what `write_model` writes; the rest of `model` stays."""
@@ -641,9 +642,7 @@ class DPOTrainer:
         else:
             overwrite(model, directory)
 
-    def push_to_hub(
-        self, commit_message: str = "Trained with DPO", dataset_name: str | None = None,
-    ) -> None:
+    def push_to_hub(self, commit_message: str = "Trained with DPO", dataset_name: str = "") -> None:
         """Upload output_dir with a model card, which names `dataset_name` for rows of Python."""
         from extras.hub import card
 

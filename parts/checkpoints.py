@@ -35,8 +35,9 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
 # Options that may differ between a run and its resume: they change no weight, or their effect is
 # compared instead (model and data by content; global_batch, total_steps).
 MAY_DIFFER = set("""
-    model_name_or_path model_revision output_dir gradient_checkpointing dataset_name dataset_config
-    dataset_train_split dataset_test_split eval_dataset_name max_prompt_length max_completion_length
+    save_dtype chat_template model_name_or_path model_revision output_dir gradient_checkpointing
+    dataset_name dataset_config dataset_train_split dataset_test_split eval_dataset_name
+    max_prompt_length max_completion_length
     truncation_mode on_bad_row dataset_num_proc cache_dir exact_global_loss precompute_ref_log_probs
     ref_model_name_or_path ref_model_device merge_adapter per_device_train_batch_size
     gradient_accumulation_steps max_tokens_per_forward num_train_epochs max_steps optim warmup_ratio
@@ -143,7 +144,10 @@ class Checkpoints:
         home = self.trainer.log.directory
         say = self.trainer.log.say
         damage: list[str] = []
-        for directory in in_directory(home)[::-1] if newest else [Path(str(asked))]:
+        candidates = in_directory(home)[::-1] if newest else [Path(str(asked))]
+        if newest and not self.trainer.args.force_resume:  # those of earlier runs only if all are
+            candidates = sorted(candidates, key=self.is_of_another_run)
+        for directory in candidates:
             if not newest and not (directory / STATE).exists():
                 raise ValueError(f"--resume_from_checkpoint {directory}: no checkpoint there")
             try:
@@ -160,6 +164,12 @@ class Checkpoints:
                 "--resume_from_checkpoint")
         say(f"{home}: {'; '.join(damage) or 'no checkpoint yet'}, starting from the beginning")
         return None
+
+    def is_of_another_run(self, directory: Path) -> bool:
+        try:
+            return bool(self.differences(read_json(directory / STATE)["run"]))
+        except (ValueError, KeyError, TypeError):
+            return False  # damaged: named where it is read
 
     def of_run(self) -> dict[str, Any]:
         """Return what a checkpoint must share with the run that resumes from it.
@@ -260,8 +270,10 @@ class Checkpoints:
         waited = 0 if gain > c.early_stopping_threshold else best["waited"] + 1
         if gain > 0:
             step = trainer.position.step
-            directory = trainer.log.directory / f"checkpoint-{step}"
-            best = {"name": name, "value": value, "step": step, "directory": str(directory)}
+            # The name alone: the output directory may be moved, or spelled another way, on a
+            # resume.
+            directory = f"checkpoint-{step}"
+            best = {"name": name, "value": value, "step": step, "directory": directory}
         trainer.position.best = best | {"waited": waited}
         return gain > 0
 
@@ -277,7 +289,13 @@ class Checkpoints:
         trainer = self.trainer
         best = trainer.position.best
         if trainer.args.load_best_model_at_end and best["step"] not in (0, trainer.position.step):
-            self.read_weights(Path(best["directory"]))
+            directory = trainer.log.directory / Path(best["directory"]).name
+            is_there = trainer.ranks.from_first(lambda: {"is": (directory / STATE).is_file()})["is"]
+            if not is_there:
+                trainer.log.say(
+                    f"{directory}: the best model was there, and is gone; the last one is kept")
+                return
+            self.read_weights(directory)
             trainer.log.say(
                 f"the best model is that of step {best['step']}, {best['name']} {best['value']:g}")
 
@@ -347,14 +365,25 @@ class Checkpoints:
         for path in [*scratch.rglob("*"), scratch]:
             sync(path)
 
+    def is_of_run(self, directory: Path) -> bool:
+        """Whether a checkpoint was written by this run: one of an earlier run in the same directory
+        may have a higher number."""
+        try:
+            run = read_json(directory / STATE)["run"]
+        except (ValueError, KeyError, TypeError):
+            return False
+        step = int(directory.name.removeprefix("checkpoint-"))
+        return not self.differences(run) and step <= self.trainer.position.step
+
     def remove_old(self) -> None:
         """Keep at most --save_total_limit checkpoints, and always the best one and the newest."""
         trainer = self.trainer
         limit = trainer.args.save_total_limit
-        found = in_directory(trainer.log.directory)
         if limit is None:
             return
-        spare = [p for p in found[:-1] if str(p) != trainer.position.best["directory"]]
+        found = [p for p in in_directory(trainer.log.directory) if self.is_of_run(p)]
+        best = Path(trainer.position.best["directory"] or "").name
+        spare = [p for p in found[:-1] if p.name != best]
         for old in spare[: max(0, len(found) - limit)]:
             shutil.rmtree(old)
 

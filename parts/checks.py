@@ -8,6 +8,7 @@ import numpy as np
 
 from losses import NO_REFERENCE, READS_RATINGS
 from parts.config import DPOConfig
+from parts.configs import check_length
 from parts.loss_checks import check_losses
 from parts.metrics import METRICS
 
@@ -155,6 +156,13 @@ def check_best_model(c: DPOConfig) -> None:
             f"{', '.join(sorted(METRICS))}")
 
 
+def check_store(c: DPOConfig, store: Any, config: Any, tokenizer_size: int) -> None:
+    """Raise ValueError for pairs that this model or these losses cannot be given."""
+    check_length(config, store.longest())
+    check_tokens(c, store, config.vocab_size, tokenizer_size)
+    check_ratings(c, store)
+
+
 def check_ratings(c: DPOConfig, store: Any) -> None:
     """Raise ValueError for a pair without the scores that a loss reads.
 
@@ -201,8 +209,55 @@ def check_best_metric(c: DPOConfig, eval_sets: dict[str, Any]) -> None:
             f"{', '.join(metric.removeprefix('eval_') for metric in known)}")
 
 
-def check_model(c: DPOConfig, config: Any) -> None:
+def check_tokens(c: DPOConfig, store: Any, vocab_size: int, tokenizer_size: int) -> None:
+    """Raise ValueError for a pair with a token that the embedding has no row for.
+
+    A tokenizer may have more tokens than that: Gemma 3's text models have one for images, which no
+    text uses.
+    """
+    if tokenizer_size <= vocab_size:
+        return
+    at = np.flatnonzero(np.asarray(store.stream[:, 0]) >= vocab_size)
+    if len(at):
+        pair = int(np.searchsorted(store.ends, at[0], side="right"))
+        raise ValueError(
+            f"{store.where(pair)}: token {int(store.stream[at[0], 0])}, but the embedding of "
+            f"{c.model_name_or_path} has {vocab_size} rows (the tokenizer {tokenizer_size} "
+            "tokens); give the tokenizer that belongs to the model, or leave such rows out")
+
+
+def warnings(c: DPOConfig, lora: dict) -> list[str]:
+    """What will surprise in a run that is otherwise sound, as lines."""
+    if c.dtype != "bfloat16" or lora or c.learning_rate == 0:
+        return []
+    # AdamW moves a weight by about the learning rate; bfloat16 rounds away what is below 1/512 of
+    # it.
+    largest = c.learning_rate * 2**9
+    return [
+        f"--dtype bfloat16: at --learning_rate {c.learning_rate:g} a step moves only weights below "
+        f"about {largest:.1g} in size, all others are rounded back; --bf16 over float32 weights "
+        "trains them all"]
+
+
+def check_dropout(c: DPOConfig, raw_config: dict[str, Any]) -> None:
+    """Raise ValueError for dropout of the model's own, asked for by --disable_dropout false.
+
+    Only LoRA has dropout here; leaving out the model's silently would train another model.
+    """
+    if c.disable_dropout:
+        return
+    text = raw_config | (raw_config.get("text_config") or {})
+    for name, value in text.items():
+        is_dropout = name.endswith(("dropout", "_pdrop")) and isinstance(value, (int, float))
+        if is_dropout and value > 0 and name not in ("classifier_dropout", "summary_first_dropout"):
+            raise ValueError(
+                f"--disable_dropout false: config.json has {name} = {value}, and dropout inside "
+                "the model is not supported; set it to 0 there (LoRA's own, --lora_dropout, is)")
+
+
+def check_model(c: DPOConfig, config: Any, raw_config: dict[str, Any]) -> None:
     """Raise ValueError for flags about parts that this model does not have."""
+    check_dropout(c, raw_config)
     if config.vision is None and not c.freeze_vision_tower:
         raise ValueError("--freeze_vision_tower false: this model reads no images")
     if config.moe is None and c.router_aux_loss_coef is not None:

@@ -64,6 +64,8 @@ def parse_value(name: str, value: Any) -> Any:
     if "None" in kind and str(value).lower() in ("none", "null"):
         return None
     parse, wanted = next(PARSERS[k] for k in PARSERS if k in kind)
+    if isinstance(value, (list, tuple)) and not value:
+        return value  # an empty list of a file: DPOConfig takes it for the default
     values = value if isinstance(value, (list, tuple)) else [value]
     try:
         parsed = [parse(v) for v in values]
@@ -133,7 +135,7 @@ def parse_text(path: str, text: str) -> Any:
 def read_config_file(path: str) -> dict[str, Any]:
     """Return the options in a toml, json or yaml file. Raises ValueError naming the file."""
     try:
-        settings = parse_text(path, Path(path).read_text(encoding="utf-8"))
+        settings = parse_text(path, Path(path).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}") from None
     except Exception as error:  # each parser raises its own kind

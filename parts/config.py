@@ -5,7 +5,8 @@ defaults are TRL 1.16's wherever TRL has the option; parts/checks.py refuses com
 meaning.
 """
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from losses import F_DIVERGENCES, LOSSES
@@ -35,6 +36,32 @@ def flag(
     return field(default=default, metadata=meta)
 
 
+# Options that are paths on this machine, or may be.
+PATHS = (
+    "output_dir", "cache_dir", "model_name_or_path", "ref_model_name_or_path", "dataset_name",
+    "eval_dataset_name", "resume_from_checkpoint", "generate_prompts", "chat_template")
+
+
+def plain_value(option: Field, value: Any) -> Any:
+    """A value as the trainer reads it, however a script or a file of TRL writes it.
+
+    One word stands for a list of it, an empty list or string for the default, and ~ for the home
+    directory, which no shell has expanded in a file or in Python.
+    """
+    is_list = str(option.type).startswith("list")
+    if isinstance(value, (list, tuple, set)) and not value:
+        return option.default if option.default is not MISSING else option.default_factory()
+    if is_list and isinstance(value, (list, tuple)):
+        return list(value)
+    if is_list and value is not None:
+        return [value]
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if option.name in PATHS and isinstance(value, str) and value.startswith("~"):
+        return os.path.expanduser(value)
+    return value
+
+
 @takes_trls
 @dataclass
 class DPOConfig:
@@ -48,6 +75,10 @@ class DPOConfig:
     model_revision: str | None = flag(
         None, "branch, tag or commit of a model on the hub (also --revision)")
     dtype: str = flag("float32", "type of the weights", choices=DTYPES)
+    save_dtype: str | None = flag(
+        None, "type of the weights in the saved model; auto is that of the model's own files, "
+        "unset that of training; checkpoints are always written as they are trained",
+        choices=("auto", "float32", "bfloat16", "float16"))
     disable_dropout: bool = flag(True, "turn off all dropout, including LoRA's")
     fsdp: str | None = flag(
         None, "split parameters, gradients, optimizer state and reference across the ranks; also "
@@ -89,6 +120,8 @@ class DPOConfig:
     shuffle_dataset: bool = flag(
         True, "shuffle each epoch, by seed and epoch alone; false keeps file order")
     dataset_num_proc: int | None = flag(None, "processes that tokenize", least=1)
+    chat_template: str | None = flag(
+        None, "chat template, or a file with it, instead of the model's; base models have none")
     cache_dir: str | None = flag(
         None, "where tokenized pairs and reference log-probs are kept; unset is ~/.cache/dpo")
 
@@ -285,3 +318,7 @@ class DPOConfig:
     hub_revision: str | None = flag(None, "branch to push to")
     hub_token: str | None = flag(
         None, "token to write with; unset is that of `hf auth login` or HF_TOKEN")
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            setattr(self, option.name, plain_value(option, getattr(self, option.name)))

@@ -50,12 +50,13 @@ def loading_device(c: DPOConfig, ranks: Ranks) -> torch.device:
     return torch.device("cpu" if ranks.first else "meta")
 
 
-def check_vocabulary(name: str, model: nn.Module, tokenizer: Any) -> None:
-    """Raise ValueError if the tokenizer has more tokens than the embedding has rows."""
-    if tokenizer.size > model.config.vocab_size:
-        raise ValueError(
-            f"{name}: the tokenizer has {tokenizer.size} tokens, the embedding "
-            f"{model.config.vocab_size} rows; they do not belong together")
+def save_dtype(c: DPOConfig, model: Any) -> torch.dtype | None:
+    """The type in which the trained model is saved; None is the type it was trained in."""
+    if c.save_dtype is None:
+        return None
+    raw = model.raw_config
+    own = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    return getattr(torch, own if c.save_dtype == "auto" else c.save_dtype)
 
 
 def aux_coef(c: DPOConfig, config: Any) -> float:

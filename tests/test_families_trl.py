@@ -17,7 +17,6 @@ from test_families import CASES, SPARSE, attention, our_logits, random_model, th
 from test_peers import OURS, assert_agree, words
 
 import dpo
-import model as models
 from extras.models.opening import load_adapted
 from parts import families as known_families
 

@@ -48,7 +48,8 @@ def check_object(name: str, model: Any) -> None:
         raise ValueError(
             f"{name} has adapters that transformers loaded; give a peft.PeftModel, such as "
             "peft.AutoPeftModelForCausalLM.from_pretrained(DIRECTORY) makes")
-    merged = next((n for n, m in model.named_modules() if getattr(m, "merged", False) is True), None)
+    is_merged = lambda module: getattr(module, "merged", False) is True
+    merged = next((n for n, module in model.named_modules() if is_merged(module)), None)
     if merged is not None:
         raise ValueError(
             f"{name}: its adapter is merged into {merged}; call unmerge_adapter() before, or "

@@ -14,7 +14,7 @@ from extras.models.opening import load_adapted, model_directory, open_pictures, 
 from extras.rows.pictures import open_tokenizer
 from model import Decoder
 from parts.config import DPOConfig
-from parts.opened import Opened, check_vocabulary, loading_device
+from parts.opened import Opened, loading_device
 from parts.ranks import Ranks
 
 
@@ -39,7 +39,7 @@ def open_policy(c: DPOConfig, ranks: Ranks, given: dict[str, Any]) -> Opened:
     tokenizer = given["processing_class"]
     if tokenizer is None:
         home = directory or model_directory(c.model_name_or_path, ranks, c.model_revision)
-        tokenizer = open_tokenizer(tokenizer_home(home, ranks))
+        tokenizer = open_tokenizer(tokenizer_home(home, ranks), c.chat_template)
     torch.manual_seed(c.seed)  # for the LoRA's random start
     lora: dict = {}
     if directory is not None:
@@ -51,7 +51,6 @@ def open_policy(c: DPOConfig, ranks: Ranks, given: dict[str, Any]) -> Opened:
     elif hasattr(model, "adapters"):
         lora = activate_named(model, c.model_adapter_name)
     continues = bool(lora)
-    check_vocabulary(c.model_name_or_path, model, tokenizer)
     check_adapter(c, model, continues)
     images = None
     if model.config.vision is not None:

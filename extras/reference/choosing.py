@@ -16,7 +16,7 @@ from extras.models.objects import from_object
 from extras.models.opening import is_adapter, load_adapted, model_directory
 from extras.models.policy import loading_options
 from model import Decoder, lora_modules
-from parts.opened import check_vocabulary
+from parts.checks import check_tokens
 
 
 def other_reference(
@@ -31,7 +31,9 @@ def other_reference(
         return ref_model, {}
     if ref_model is not None:
         options = loading_options(c, trainer.ranks)
-        return from_object(ref_model, c.model_name_or_path, None, options), {}
+        model = from_object(ref_model, c.model_name_or_path, None, options)
+        check_tokens(c, trainer.train_store, model.config.vocab_size, trainer.tokenizer.size)
+        return model, {}
     named = c.ref_model_name_or_path or c.ref_adapter_name
     if not opened.lora:
         return (load_reference(trainer) if named else None), {}
@@ -67,7 +69,7 @@ def load_reference(trainer: Any) -> Decoder:
     """Load the reference that the flags name, with the same options as the policy."""
     c = trainer.args
     model, _ = load_adapted(find_reference(trainer), **loading_options(c, trainer.ranks))
-    check_vocabulary(c.model_name_or_path, model, trainer.tokenizer)
+    check_tokens(c, trainer.train_store, model.config.vocab_size, trainer.tokenizer.size)
     return model
 
 

@@ -50,7 +50,7 @@ PEFT_FLAGS = {
 NOT_TAKEN = {
     "callbacks": "on_log=FUNCTION is given every line of metrics, and early_stopping_patience of "
     "DPOConfig stops; the loop is DPOTrainer.train, which you may edit",
-    "compute_metrics": "evaluate() returns every metric, and losses.pair_metrics is where to add one",
+    "compute_metrics": "evaluate() returns every metric; losses.pair_metrics is where to add one",
     "preprocess_logits_for_metrics": "logits are never held",
     "data_collator": "nothing is padded; extras/rows/collator.py has TRL's, for loops of your own",
     "model_init": "give the model",
@@ -83,7 +83,8 @@ def accept(args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         args = dataclasses.replace(args, **flags)
     check_model_flags(args, given["model"])
     cache_dir = cache_directory(args.cache_dir)
-    given["processing_class"] = tokenizer_of(given["processing_class"], cache_dir)
+    given["processing_class"] = tokenizer_of(
+        given["processing_class"], cache_dir, args.chat_template)
     return args, given
 
 
@@ -271,7 +272,9 @@ def as_list(value: Any) -> Any:
     raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
-def tokenizer_of(given: Any, cache_dir: Path) -> data.Tokenizer | None:
+def tokenizer_of(
+    given: Any, cache_dir: Path, chat_template: str | None = None,
+) -> data.Tokenizer | None:
     """Return our tokenizer as it is, or load one from a directory, or from a tokenizer or processor
     of transformers.
 
@@ -281,7 +284,7 @@ def tokenizer_of(given: Any, cache_dir: Path) -> data.Tokenizer | None:
     if given is None or isinstance(given, data.Tokenizer):
         return given
     if isinstance(given, (str, Path)):
-        return open_tokenizer(given)
+        return open_tokenizer(given, chat_template)
     tokenizer = getattr(given, "tokenizer", given)  # a processor has one
     if not getattr(tokenizer, "is_fast", False) or not hasattr(given, "save_pretrained"):
         raise ValueError(
@@ -300,7 +303,7 @@ def tokenizer_of(given: Any, cache_dir: Path) -> data.Tokenizer | None:
                     raise
             Path(scratch).mkdir(exist_ok=True)  # TemporaryDirectory expects something to remove
         os.chmod(target, 0o755)
-    return open_tokenizer(target)
+    return open_tokenizer(target, chat_template)
 
 
 def content_digest(directory: Path) -> str:
