@@ -187,7 +187,7 @@ class DPOTrainer:
         self.order = (-1, np.arange(0))  # an epoch, and its pairs in order
         found = open_model(c, self.ranks, given)
         self.make_ready(found)
-        self.optimizer_of = given.get("optimizers") or partial(make_optimizer, c)
+        self.make_other = given.get("optimizers")  # parameters -> optimizer; None: AdamW
         self.open_data(given["train_dataset"], given["eval_dataset"])
         live = self.open_reference(found, given["ref_model"])
         self.place = self.place_models(live)
@@ -529,7 +529,7 @@ class DPOTrainer:
 
     def make_optimizer(self) -> None:
         named = trained(self.model)
-        self.optimizer = self.optimizer_of(named)
+        self.optimizer = make_optimizer(self.args, named, self.make_other)
         self.scaler = Scaler(self.args.fp16, [p for _, p in named], self.position)
 
     # The loop

@@ -84,6 +84,7 @@ class Log:
 
     def write(self, metrics: dict) -> None:
         """Append a line to metrics.jsonl and hand it to the loggers."""
+        metrics = dict(metrics)  # the caller adds to its own
         self.history.append(metrics)
         if not self.first:
             return

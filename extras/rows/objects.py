@@ -18,8 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import data
 import model as models
 from extras.lora.targets import DEFAULTS
@@ -69,7 +67,7 @@ def accept(args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     args = dataclasses.replace(args)
     given = {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
     check_arguments(given)
-    given["optimizers"] = optimizer_maker(given, args)
+    given["optimizers"] = optimizer_maker(given)
     if given.get("quantization_config") is not None:
         args = dataclasses.replace(args, **quantization_flags(given["quantization_config"]))
     name_models(args, given)
@@ -102,11 +100,10 @@ def check_arguments(given: dict[str, Any]) -> None:
         raise ValueError(f"on_log is a {kind}; give a function of a line of metrics, a dict")
 
 
-def optimizer_maker(given: dict[str, Any], args: Any) -> Callable | None:
-    """Return what makes the optimizer of [(name, parameter)]; None for AdamW by the flags.
+def optimizer_maker(given: dict[str, Any]) -> Callable | None:
+    """Return what makes the optimizer of the parameters that learn; None for AdamW by the flags.
 
-    `optimizers` is a function of the list of parameters that learn. Its learning rates are the
-    peaks: each step scales them by the schedule. Raises ValueError for anything else.
+    Raises ValueError for an optimizer that is made already.
     """
     make = given.get("optimizers")
     if isinstance(make, (tuple, list)) and all(part is None for part in make):
@@ -115,24 +112,15 @@ def optimizer_maker(given: dict[str, Any], args: Any) -> Callable | None:
     if make is None and by_class is not None:
         kind, options = by_class
         make = partial(made_of_class, kind, options)
-    if make is None:
-        return None
-    if not callable(make):
+    if make is not None and not callable(make):
         raise ValueError(
             f"optimizers is a {type(make).__name__}; give a function of the parameters that learn, "
             "such as lambda parameters: torch.optim.SGD(parameters, lr=1e-4); the schedule is "
             "--lr_scheduler_type")
-
-    def of_named(named: list) -> torch.optim.Optimizer:
-        optimizer = make([parameter for _, parameter in named])
-        for group in optimizer.param_groups:  # the trainer sets learning_rate(step) * ratio
-            group["ratio"] = group["lr"] / args.learning_rate if args.learning_rate else 0.0
-        return optimizer
-
-    return of_named
+    return make
 
 
-def made_of_class(kind: type, options: dict, parameters: list) -> torch.optim.Optimizer:
+def made_of_class(kind: type, options: dict, parameters: list) -> Any:
     return kind(parameters, **options)
 
 
@@ -143,10 +131,11 @@ def quantization_flags(config: Any) -> dict[str, Any]:
         raise ValueError(
             f"quantization_config is a {type(config).__name__} without load_in_4bit; only "
             "bitsandbytes' 4 bits are trained on")
+    if read("load_in_8bit", False):
+        return {"load_in_8bit": True}  # which is refused, with the reason
     dtype = read("bnb_4bit_compute_dtype", None)
     return {
-        "load_in_4bit": bool(read("load_in_4bit", False)),
-        "load_in_8bit": bool(read("load_in_8bit", False)),
+        "load_in_4bit": True,
         "bnb_4bit_quant_type": read("bnb_4bit_quant_type", "fp4"),
         "use_bnb_nested_quant": bool(read("bnb_4bit_use_double_quant", False)),
         "bnb_4bit_compute_dtype": None if dtype is None else str(dtype).removeprefix("torch.")}
