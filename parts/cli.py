@@ -61,7 +61,8 @@ def parse_value(name: str, value: Any) -> Any:
     Raises ValueError.
     """
     kind = str(DPOConfig.__dataclass_fields__[name].type)
-    if "None" in kind and str(value).lower() in ("none", "null"):
+    one = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if "None" in kind and str(one).lower() in ("none", "null"):
         return None
     parse, wanted = next(PARSERS[k] for k in PARSERS if k in kind)
     if isinstance(value, (list, tuple)) and not value:

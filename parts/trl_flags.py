@@ -244,7 +244,8 @@ def text_of(value: Any) -> str:
         return "none"
     if isinstance(value, list):
         return " ".join(map(text_of, value))
-    return f"{value:g}" if isinstance(value, float) else str(value).lower()
+    text = f"{value:g}" if isinstance(value, float) else str(value).lower()
+    return text.removesuffix(".0")
 
 
 def no_such(name: str, known: Collection[str], flag: bool) -> str:
