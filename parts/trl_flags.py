@@ -240,7 +240,7 @@ def one_word(fsdp: Any) -> Any:
 
 def text_of(value: Any) -> str:
     """Return a value as the table has it: none and empty containers are none; 0.0 is 0."""
-    if value is None or value in ([], {}, "", "null"):
+    if value is None or value in ([], (), {}, "", "null"):
         return "none"
     if isinstance(value, list):
         return " ".join(map(text_of, value))

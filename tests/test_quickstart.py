@@ -7,13 +7,15 @@ transformers 5 refuses; and its adapter is named "trained", since PEFT on torch 
 
 import importlib.util
 import json
+import os
 import shlex
+import subprocess
 import sys
 import types
 
 import pytest
 import torch
-from conftest import make_rows, make_tiny, read_metrics
+from conftest import ROOT, make_rows, make_tiny, read_metrics
 from safetensors.torch import load_file, save_file
 
 import dpo
@@ -424,3 +426,33 @@ def test_vision_with_a_model_and_a_processor(place, family):
     assert same(dict(saved.named_parameters()), dict(names["model"].named_parameters()))
     start = transformers.AutoModelForImageTextToText.from_pretrained(f"vision/{family}")
     assert not same(dict(start.named_parameters()), dict(names["model"].named_parameters()))
+
+
+RANKS = """
+import sys
+
+import torch
+from conftest import make_rows
+from transformers import AutoModelForCausalLM
+
+import model as models
+from dpo import DPOConfig, DPOTrainer
+
+model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen2-0.5B-Instruct")
+args = DPOConfig(output_dir="ranks", max_steps=2, per_device_train_batch_size=2, learning_rate=1e-3, use_cpu=True)
+trainer = DPOTrainer(model=model, args=args, train_dataset=make_rows(10, seed=3))
+trainer.train()
+torch.distributed.barrier()
+saved = dict(models.load_model("ranks").named_parameters())
+assert all(torch.equal(p, saved[n]) for n, p in model.named_parameters()), "the object is not what was trained"
+assert len(trainer.state.log_history) == 1
+"""
+
+
+def test_every_ranks_object_is_what_was_trained(place):
+    (place / "ranks.py").write_text(RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "ranks.py"]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths})
+    assert done.returncode == 0, done.stderr
