@@ -16,7 +16,6 @@ Reading order: `DPOTrainer.train`, `train_step`, `pair_logps`, losses.py; then d
 
 import copy
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -37,7 +36,7 @@ from parts import checks, faults, opened
 from parts.checkpoints import Checkpoints, fingerprint, trained
 from parts.cli import ROOT, parse_config
 from parts.config import DPOConfig
-from parts.log import Log
+from parts.log import Log, state_of
 from parts.metrics import COLUMNS, SUMS, Scored, Sums, length_bias, metrics_of
 from parts.output import cache_directory, replace_model
 from parts.place import Place, eval_mode
@@ -108,8 +107,8 @@ class Reference:
         """The batch with the sums that are known before its forward: here none."""
         return batch
 
-    def prepare(self) -> None:
-        """Do what comes before the first step: here nothing."""
+    def prepare(self, *sets: tuple) -> None:
+        """Do what comes before the first step, or an evaluation of these sets: here nothing."""
 
     def move_if_due(self, step: int) -> None:
         """Move, every `move_every` steps."""
@@ -161,14 +160,16 @@ class DPOTrainer:
     list of dicts, a datasets.Dataset). What is not given here, `args` names.
     """
 
+    state = property(state_of)  # in transformers' names: trainer.state.log_history
+
     def __init__(
         self, model: Any = None, ref_model: Any = None, args: DPOConfig | None = None,
         train_dataset: Any = None, eval_dataset: Any = None, processing_class: Any = None,
-        peft_config: Any = None,
+        peft_config: Any = None, **others: Any,
     ):
         c = replace(args) if args else DPOConfig()  # a copy: the caller's stays as it is
         given = dict(
-            model=model, ref_model=ref_model, processing_class=processing_class,
+            others, model=model, ref_model=ref_model, processing_class=processing_class,
             train_dataset=train_dataset, eval_dataset=eval_dataset, peft_config=peft_config)
         if any(value is not None for value in given.values()):
             from extras.rows import objects
@@ -179,11 +180,12 @@ class DPOTrainer:
         self.ranks = start_ranks(c.use_cpu, c.ddp_timeout)
         agree(self.ranks, {name: value for name, value in vars(c).items() if name not in OWN})
         self.precision = choose_precision(c, self.ranks.device)
-        self.log = Log(c, self.ranks.first, panel_maker())
+        self.log = Log(c, self.ranks.first, panel_maker(), given.get("on_log"))
         self.position = Position(scaling={"scale": 2.0**16 if c.fp16 else 1.0, "since": 0})
         self.order = (-1, np.arange(0))  # an epoch, and its pairs in order
         found = open_model(c, self.ranks, given)
         self.make_ready(found)
+        self.make_other = given.get("optimizers")  # parameters -> optimizer; None: AdamW
         self.open_data(given["train_dataset"], given["eval_dataset"])
         live = self.open_reference(found, given["ref_model"])
         self.place = self.place_models(live)
@@ -216,38 +218,37 @@ class DPOTrainer:
     def open_data(self, train_dataset: Any, eval_dataset: Any) -> None:
         """The training and evaluation pairs: stores, and which of their pairs are meant."""
         c = self.args
-        options = data.DataOptions(
-            max_length=c.max_length, max_prompt_length=c.max_prompt_length,
-            max_completion_length=c.max_completion_length, truncation_mode=c.truncation_mode,
-            need_rejected=set(c.loss_type) != {"sft"})
-        self.train_store = self.open_store(
-            train_dataset or c.dataset_name, c.dataset_train_split, options)
+        self.train_store = self.open_store(train_dataset or c.dataset_name, c.dataset_train_split)
         self.train_pairs = np.arange(len(self.train_store))
-        self.eval_store = None
-        self.eval_pairs = np.arange(0)
+        self.eval_sets = {}
         eval_dataset = eval_dataset or c.eval_dataset_name
         wants_eval = c.eval_strategy != "no" and not eval_dataset and not c.eval_fraction
         if wants_eval and train_dataset is None and on_hub(c.dataset_name):
             eval_dataset = c.dataset_name  # its other split
         if eval_dataset is not None:
-            self.eval_store = self.open_store(eval_dataset, c.dataset_test_split, options)
-            self.eval_pairs = np.arange(len(self.eval_store))
+            self.eval_sets = self.open_eval(eval_dataset)
         elif c.eval_fraction:
-            self.eval_store = self.train_store
-            self.train_pairs, self.eval_pairs = data.hold_out(
-                len(self.train_store), c.eval_fraction, c.seed)
-        checks.check_pairs(c, self.train_pairs, self.eval_store)
-        for store in filter(None, (self.train_store, self.eval_store)):
-            checks.check_store(c, store, self.model.config, self.tokenizer.size)
+            count = len(self.train_store)
+            self.train_pairs, held_out = data.hold_out(count, c.eval_fraction, c.seed)
+            self.eval_sets = {"eval": (self.train_store, held_out)}
+        checks.check_pairs(c, self.train_pairs, self.eval_sets)
 
-    def open_store(self, dataset: Any, split: str, options: data.DataOptions) -> data.PairStore:
+    def open_eval(self, dataset: Any, prefix: str = "eval") -> dict:
+        """{prefix of its metrics: (store, pairs)} of a data set, or of each in a dict by name."""
+        named = {prefix: dataset}
+        if isinstance(dataset, dict):
+            named = {f"{prefix}_{name}": one for name, one in dataset.items()}
+        stores = {n: self.open_store(d, self.args.dataset_test_split) for n, d in named.items()}
+        return {name: (store, np.arange(len(store))) for name, store in stores.items()}
+
+    def open_store(self, dataset: Any, split: str) -> data.PairStore:
         """The tokenized pairs: made, or found in the cache, by rank 0 and opened by all."""
-        if isinstance(dataset, data.PairStore):
-            return dataset
         c = self.args
 
         def build() -> dict:
             files = find_rows(dataset, split, c)
+            cuts = {n: getattr(c, n) for n in data.DataOptions._fields if hasattr(c, n)}
+            options = data.DataOptions(need_rejected=set(c.loss_type) != {"sft"}, **cuts)
             store = data.build_store(
                 files, self.tokenizer, options, cache_directory(c.cache_dir), c.on_bad_row,
                 c.dataset_num_proc)
@@ -256,7 +257,11 @@ class DPOTrainer:
                 self.log.say(f"{name}: {line}")
             return {"directory": str(store.directory)}
 
-        return data.PairStore(self.ranks.from_first(build)["directory"])
+        store = dataset
+        if not isinstance(dataset, data.PairStore):
+            store = data.PairStore(self.ranks.from_first(build)["directory"])
+        checks.check_store(c, store, self.model.config, self.tokenizer.size)
+        return store
 
     def open_reference(self, found: opened.Opened, ref_model: Any) -> Reference | NoReference:
         """Make the live reference; PrecomputedReference may wrap it."""
@@ -274,11 +279,7 @@ class DPOTrainer:
             reference.model = copy.deepcopy(self.model)
         if self.lora:
             reference.as_reference = lambda: models.adapters_disabled(self.model)
-        checks.check_held_reference(c, reference.model)
-        if reference.model is not None:
-            dtype = None if c.ref_model_dtype is None else getattr(torch, c.ref_model_dtype)
-            device = c.ref_model_device or opened.loading_device(c, self.ranks)
-            reference.model.requires_grad_(False).eval().to(device, dtype)
+        opened.hold_reference(c, self.ranks, reference.model)
         if c.sync_ref_model:
             from extras.reference import choosing
 
@@ -327,16 +328,14 @@ class DPOTrainer:
         if c.report_to != ["none"]:
             from extras.watch.loggers import make_loggers
 
-            self.log.loggers = make_loggers(c)
+            self.log.loggers += make_loggers(c)
         self.samples = None
         if c.generate_during_eval:
             from extras.watch.samples import Samples
 
             self.samples = Samples(self)
         self.ranks.from_first(self.log.claim)
-        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        if c.resume_from_checkpoint is not None or restarted:
-            self.checkpoints.find(c.resume_from_checkpoint)
+        self.checkpoints.find(c.resume_from_checkpoint)
 
     # Batches
 
@@ -529,7 +528,7 @@ class DPOTrainer:
 
     def make_optimizer(self) -> None:
         named = trained(self.model)
-        self.optimizer = make_optimizer(self.args, named)
+        self.optimizer = make_optimizer(self.args, named, self.make_other)
         self.scaler = Scaler(self.args.fp16, [p for _, p in named], self.position)
 
     # The loop
@@ -543,13 +542,7 @@ class DPOTrainer:
         c = self.args
         now = self.position
         schedule = self.schedule
-        if now.step and resume_from_checkpoint is None:
-            raise ValueError(
-                f"this trainer has taken {now.step} steps already; make a new DPOTrainer to train "
-                "again")
-        if resume_from_checkpoint is not None:
-            c.resume_from_checkpoint = str(resume_from_checkpoint)
-            self.checkpoints.find(c.resume_from_checkpoint)
+        self.checkpoints.start_from(resume_from_checkpoint)
         # Before resume(): by default the reference is the policy's own starting weights, which a
         # checkpoint overwrites.
         self.reference.prepare()
@@ -568,7 +561,7 @@ class DPOTrainer:
                 if now.pending and schedule.logs_at(now.step, c.logging_first_step):
                     metrics = self.log.step(now, schedule)
                 evaluated = {}
-                if self.eval_store is not None and schedule.evaluates_at(now.step):
+                if self.eval_sets and schedule.evaluates_at(now.step):
                     evaluated = self.evaluate()
                 metrics |= evaluated
                 if self.checkpoints.after(evaluated):
@@ -583,28 +576,36 @@ class DPOTrainer:
         return metrics
 
     @torch.no_grad()
-    def evaluate(self) -> dict:
-        """Metrics over all evaluation pairs, as `eval_...`; also a line of metrics.jsonl."""
+    def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> dict:
+        """Metrics over all pairs of `eval_dataset`, or else over the evaluation sets of the run, as
+        `eval_...`, of several sets `eval_NAME_...`; each set's are also a line of metrics.jsonl."""
+        sets = self.eval_sets
+        if eval_dataset is not None:
+            sets = self.open_eval(eval_dataset, metric_key_prefix)
+        checks.check_evaluation(self.args, sets, self.lora, self.reference)
+        self.reference.prepare(*sets.values())
+        metrics = {}
+        for prefix, (store, pairs) in sets.items():
+            found = self.measure(store, pairs, prefix, samples=not metrics)
+            self.log.evaluation(found, prefix, self.position, self.schedule)
+            metrics |= found
+        return metrics
+
+    def measure(self, store: data.PairStore, pairs: np.ndarray, prefix: str, samples: bool) -> dict:
+        """Metrics over pairs of a store, in eval mode, and the sampled answers if asked."""
         started = time.perf_counter()
-        store = self.eval_store
-        is_merged = self.args.merge_adapter and not self.lora
-        checks.check_evaluation(
-            self.args, store, is_merged and self.reference.needs_policy(store))
-        self.reference.prepare()
-        rows = self.forwards(store, self.eval_pairs, self.args.per_device_eval_batch_size)
+        rows = self.forwards(store, pairs, self.args.per_device_eval_batch_size)
         batches = (self.batch(store, r) for r in self.log.progress(rows, "evaluation"))
         with eval_mode(self.model):
-            x, scored = self.score_all(store, self.eval_pairs, batches)
+            x, scored = self.score_all(store, pairs, batches)
         sums = Sums(self.args.beta, self.ranks.exact)
         sums.add(x, scored, self.pair_losses(x, scored), share=0.0)  # no balancing loss
         totals = dict(zip(SUMS, sums.total.tolist()))
-        found = metrics_of(totals, len(self.eval_pairs)) | {"length_bias": length_bias(x)}
-        metrics = {f"eval_{name}": value for name, value in found.items()}
-        if self.samples is not None:
+        found = metrics_of(totals, len(pairs)) | {"length_bias": length_bias(x)}
+        metrics = {f"{prefix}_{name}": value for name, value in found.items()}
+        if samples and self.samples is not None:
             metrics |= self.samples.take(self)
-        metrics["eval_runtime"] = time.perf_counter() - started
-        self.log.evaluation(metrics, self.position, self.schedule)
-        return metrics
+        return metrics | {f"{prefix}_runtime": time.perf_counter() - started}
 
     # Files
 
@@ -621,6 +622,7 @@ class DPOTrainer:
             dtype = opened.save_dtype(self.args, model)
             write = partial(self.write_model, model=model, dtype=dtype)
             replace_model(directory, write, self.tokenizer.save)
+        opened.give_back(model, self.lora)
         if merges and not self.place.is_sharded:
             self.lora = {}  # it is in the weights now; with --fsdp, in those of the copy alone
 
@@ -641,9 +643,7 @@ class DPOTrainer:
         else:
             overwrite(model, directory)
 
-    def push_to_hub(
-        self, commit_message: str = "Trained with DPO", dataset_name: str | None = None,
-    ) -> None:
+    def push_to_hub(self, commit_message: str = "Trained with DPO", dataset_name: str = "") -> None:
         """Upload output_dir with a model card, which names `dataset_name` for rows of Python."""
         from extras.hub import card
 

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from parts.config import DPOConfig
+from parts.custom_optimizer import restore_state, saved_state
 from parts.files import open_safetensors, read_json, write_json
 from parts.output import sync
 
@@ -86,6 +87,20 @@ class Checkpoints:
 
     # Which checkpoint
 
+    def start_from(self, asked: Any) -> None:
+        """Take up what `train(resume_from_checkpoint=asked)` says; None leaves the flag's.
+
+        Raises ValueError where this trainer has trained already.
+        """
+        step = self.trainer.position.step
+        if asked is not None:
+            self.trainer.args.resume_from_checkpoint = str(asked)
+            self.find(str(asked))
+        elif step:
+            raise ValueError(
+                f"this trainer has taken {step} steps already; make a new DPOTrainer to train "
+                "again")
+
     def find(self, asked: str | None) -> None:
         """Find the checkpoint that `--resume_from_checkpoint asked` means.
 
@@ -119,7 +134,8 @@ class Checkpoints:
         if state["step"] > total:
             raise ValueError(
                 f"{directory}: step {state['step']} is beyond the {total} steps of this run")
-        trainer.ranks.from_first(partial(check_moments, directory, trainer.model))
+        if trainer.make_other is None:
+            trainer.ranks.from_first(partial(check_moments, directory, trainer.model))
         self.found = Found(directory, state)
 
     def choose(self, asked: str | None, newest: bool, is_asked: bool) -> dict | None:
@@ -166,6 +182,7 @@ class Checkpoints:
         c = trainer.args
         same = {name: v for name, v in sorted(vars(c).items()) if name not in MAY_DIFFER}
         return same | {
+            "optimizer": None if trainer.make_other is None else "of a function",
             "global_batch": trainer.schedule.global_batch,
             "total_steps": trainer.schedule.total_steps,
             "data": trainer.train_store.digest,
@@ -299,13 +316,23 @@ class Checkpoints:
         moving = self.moving_model()
         ref_model = None if moving is None else place.gathered(moving)
         moments: dict[str, Tensor] = {}
-        for name, p in trained(trainer.model):
-            state = trainer.optimizer.state[p] or no_moments(p)
-            for key in MOMENTS:
-                tensor = place.whole(state[key])
-                if trainer.ranks.first:
-                    moments[f"{name}.{key}"] = tensor.cpu()
+        for name, tensor in self.moments().items():
+            whole = place.whole(tensor)
+            if trainer.ranks.first:
+                moments[name] = whole.cpu().contiguous()
         trainer.ranks.from_first(partial(self.write, model, ref_model, moments))
+
+    def moments(self) -> dict[str, Tensor]:
+        """Return {name: tensor} of the optimizer's state."""
+        trainer = self.trainer
+        named = trained(trainer.model)
+        if trainer.make_other is not None:
+            return saved_state(trainer.optimizer, named)
+        found = {}
+        for name, p in named:
+            state = trainer.optimizer.state[p] or no_moments(p)
+            found |= {f"{name}.{key}": state[key] for key in MOMENTS}
+        return found
 
     def write(
         self, model: nn.Module, ref_model: nn.Module | None, moments: dict[str, Tensor],
@@ -427,12 +454,15 @@ class Checkpoints:
             trainer.place.fill(tensor, found[name])
 
     def read_moments(self, path: Path) -> None:
-        """Read AdamW's state.
+        """Read the optimizer's state.
 
         Each tensor goes where its parameter is: a fused AdamW counts its steps there.
         """
         trainer = self.trainer
         found = load_file(path) if trainer.ranks.first else {}
+        if trainer.make_other is not None:
+            named = trained(trainer.model)
+            return restore_state(trainer.optimizer, named, found, trainer.place)
         for name, p in trained(trainer.model):
             state = no_moments(p)
             for key in MOMENTS:

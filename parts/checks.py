@@ -150,7 +150,7 @@ def check_best_model(c: DPOConfig) -> None:
             "--load_best_model_at_end: it needs evaluations and checkpoints; give --eval_strategy "
             "and --save_strategy")
     name = (c.metric_for_best_model or "loss").removeprefix("eval_")
-    if name not in METRICS:
+    if not name.endswith(tuple(METRICS)):  # of several sets, NAME_loss: check_best_metric
         raise ValueError(
             f"--metric_for_best_model {name}: no such metric; there are "
             f"{', '.join(sorted(METRICS))}")
@@ -183,15 +183,30 @@ def check_ratings(c: DPOConfig, store: Any) -> None:
             f"({len(bad)} such rows)")
 
 
-def check_pairs(c: DPOConfig, train_pairs: Any, eval_store: Any) -> None:
+def check_pairs(c: DPOConfig, train_pairs: Any, eval_sets: dict[str, Any]) -> None:
     """Raise ValueError if there are no pairs to train on, or none to evaluate on though asked."""
     if not len(train_pairs):
         raise ValueError(f"{c.dataset_name}: no pair is left to train on; lower --eval_fraction")
     for name in ("eval_on_start", "generate_during_eval", "eval_strategy"):
-        if eval_store is None and getattr(c, name) not in ("no", False):
+        if not eval_sets and getattr(c, name) not in ("no", False):
             raise ValueError(
                 f"--{name}: there are no pairs to evaluate on; give --eval_dataset_name or "
                 "--eval_fraction")
+    if c.load_best_model_at_end:
+        check_best_metric(c, eval_sets)
+
+
+def check_best_metric(c: DPOConfig, eval_sets: dict[str, Any]) -> None:
+    """Raise ValueError where --metric_for_best_model is none of these sets' metrics.
+
+    Of several sets a metric is named with the set: "NAME_loss".
+    """
+    name = "eval_" + (c.metric_for_best_model or "loss").removeprefix("eval_")
+    known = [f"{prefix}_{metric}" for prefix in eval_sets for metric in sorted(METRICS)]
+    if name not in known:
+        raise ValueError(
+            f"--metric_for_best_model {name.removeprefix('eval_')}: no such metric; there are "
+            f"{', '.join(metric.removeprefix('eval_') for metric in known)}")
 
 
 def check_tokens(c: DPOConfig, store: Any, vocab_size: int, tokenizer_size: int) -> None:
@@ -258,13 +273,14 @@ def check_held_reference(c: DPOConfig, model: Any) -> None:
             "are trained)")
 
 
-def check_evaluation(c: DPOConfig, store: Any, is_reference_gone: bool) -> None:
+def check_evaluation(c: DPOConfig, sets: dict[str, Any], lora: dict, reference: Any) -> None:
     """Raise ValueError for an evaluation without pairs, or whose reference no longer exists."""
-    if store is None:
+    if not sets:
         raise ValueError(
             "there are no pairs to evaluate on; give eval_dataset, --eval_dataset_name or "
             "--eval_fraction")
-    if is_reference_gone:
+    is_merged = c.merge_adapter and not lora
+    if is_merged and any(reference.needs_policy(store) for store, _ in sets.values()):
         raise ValueError(
             "the LoRA is merged, and the reference, which was the model without it, is gone; "
             "evaluate before the model is saved, or with --precompute_ref_log_probs")

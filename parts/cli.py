@@ -12,20 +12,9 @@ from typing import Any, NoReturn
 
 from parts import trl_flags
 from parts.config import DPOConfig
+from parts.trl_flags import NO_EFFECT
 
 ROOT = Path(__file__).resolve().parents[1]
-
-# Flags of TRL that only steer its own machinery: accepted, and named once as having no effect.
-NO_EFFECT = set("""
-    attn_implementation device_map remove_unused_columns padding_free pad_to_multiple_of pad_token
-    dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
-    dataloader_prefetch_factor ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
-    ddp_static_graph gradient_checkpointing_kwargs precompute_ref_batch_size logging_strategy
-    logging_nan_inf_filter log_level log_level_replica log_on_each_node skip_memory_metrics
-    overwrite_output_dir do_train do_eval prediction_loss_only include_num_input_tokens_seen
-    average_tokens_across_devices ignore_bias_buffers lora_task_type torch_empty_cache_steps
-    use_liger_kernel hub_strategy hub_always_push bnb_4bit_quant_storage save_safetensors
-    half_precision_backend trust_remote_code tf32""".split())
 
 
 class Parser(argparse.ArgumentParser):
@@ -72,7 +61,8 @@ def parse_value(name: str, value: Any) -> Any:
     Raises ValueError.
     """
     kind = str(DPOConfig.__dataclass_fields__[name].type)
-    if "None" in kind and str(value).lower() in ("none", "null"):
+    one = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if "None" in kind and str(one).lower() in ("none", "null"):
         return None
     parse, wanted = next(PARSERS[k] for k in PARSERS if k in kind)
     if isinstance(value, (list, tuple)) and not value:
@@ -180,8 +170,5 @@ def parse_config(argv: list[str], description: str = "") -> DPOConfig:
         settings = trl_flags.settle(settings, words, known, path)
     if not {"model_name_or_path", "dataset_name"} & settings.keys():
         settings = demo_settings() | settings
-    unread = sorted(settings.keys() & NO_EFFECT)
-    if unread and int(os.environ.get("RANK", 0)) == 0:
-        names = ", ".join("--" + name for name in unread)
-        print(f"without effect here: {names}", file=sys.stderr)
+    trl_flags.name_silent([f"--{name}" for name in sorted(settings.keys() & NO_EFFECT)])
     return DPOConfig(**{k: parse_value(k, v) for k, v in settings.items() if k not in NO_EFFECT})

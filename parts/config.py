@@ -10,6 +10,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from losses import F_DIVERGENCES, LOSSES
+from parts.trl_flags import takes_trls
 
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -61,6 +62,7 @@ def plain_value(option: Field, value: Any) -> Any:
     return value
 
 
+@takes_trls
 @dataclass
 class DPOConfig:
     """Every option of a run. Names and defaults are TRL 1.16's where it has the option."""

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -47,12 +47,16 @@ class Speed:
 class Log:
     """Report a run. `loggers` get every line of metrics; `make_panel` draws at a terminal."""
 
-    def __init__(self, c: DPOConfig, first: bool, make_panel: Callable[..., Any] | None = None):
+    def __init__(
+        self, c: DPOConfig, first: bool, make_panel: Callable[..., Any] | None = None,
+        on_log: Logger | None = None,
+    ):
         self.directory = Path(c.output_dir)
         self.first = first
         hidden = not sys.stderr.isatty() if c.disable_tqdm is None else c.disable_tqdm
         self.hide_bars = hidden or not first
-        self.loggers: list[Logger] = []
+        self.loggers: list[Logger] = [] if on_log is None else [on_log]
+        self.history: list[dict] = []  # the lines of metrics.jsonl
         self.make_panel = make_panel
         self.panel: Any = None  # drawn once training has begun
         self.bar: Any = None
@@ -70,6 +74,7 @@ class Log:
 
         `earlier` are the lines of the run that is resumed.
         """
+        self.history += [json.loads(line) for line in earlier.splitlines()]
         if not self.first:
             return
         write_atomically(self.directory / "metrics.jsonl", earlier)
@@ -79,6 +84,8 @@ class Log:
 
     def write(self, metrics: dict) -> None:
         """Append a line to metrics.jsonl and hand it to the loggers."""
+        metrics = dict(metrics)  # the caller adds to its own
+        self.history.append(metrics)
         if not self.first:
             return
         with open(self.directory / "metrics.jsonl", "a", encoding="utf-8") as f:
@@ -124,14 +131,16 @@ class Log:
         self.show(metrics, position, schedule.total_steps)
         return metrics
 
-    def evaluation(self, metrics: dict, position: Position, schedule: Schedule) -> None:
-        """Write and show the metrics of an evaluation."""
+    def evaluation(
+        self, metrics: dict, prefix: str, position: Position, schedule: Schedule,
+    ) -> None:
+        """Write and show the metrics of an evaluation, whose names begin with `prefix`."""
         step = position.step
         self.write({"step": step, "epoch": schedule.epoch(step)} | metrics)
         self.say(
-            f"step {step}: eval loss {metrics['eval_loss']:.4f}  "
-            f"accuracy {metrics['eval_rewards/accuracies']:.3f}  "
-            f"margin {metrics['eval_rewards/margins']:.4f}")
+            f"step {step}: {prefix.replace('_', ' ')} loss {metrics[f'{prefix}_loss']:.4f}  "
+            f"accuracy {metrics[f'{prefix}_rewards/accuracies']:.3f}  "
+            f"margin {metrics[f'{prefix}_rewards/margins']:.4f}")
 
     def show(self, metrics: dict, position: Position, total: int) -> None:
         """Show metrics on the panel at a terminal, else as a line."""
@@ -150,3 +159,23 @@ class Log:
             if position.step == total:
                 self.panel.close()
                 self.panel = None
+
+
+class State(NamedTuple):
+    """What transformers' trainer.state tells of a run."""
+
+    log_history: list[dict]  # the lines of metrics.jsonl
+    global_step: int
+    max_steps: int
+    epoch: float
+    best_metric: float | None
+    best_global_step: int | None
+
+
+def state_of(trainer: Any) -> State:
+    """Return the state of a trainer, in transformers' names."""
+    now = trainer.position
+    return State(
+        log_history=trainer.log.history, global_step=now.step,
+        max_steps=trainer.schedule.total_steps, epoch=trainer.schedule.epoch(now.step),
+        best_metric=now.best["value"], best_global_step=now.best["step"] or None)

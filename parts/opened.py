@@ -9,7 +9,7 @@ from torch import nn
 
 from losses import SORTS_THE_BATCH
 from parts import weights
-from parts.checks import fsdp_words
+from parts.checks import check_held_reference, fsdp_words
 from parts.config import DPOConfig
 from parts.ranks import Ranks
 from parts.rows import on_hub
@@ -75,3 +75,19 @@ def max_tokens(c: DPOConfig, config: Any, device: torch.device) -> int | None:
     mixes = config.moe is not None or bool(set(c.loss_type) & SORTS_THE_BATCH)
     default = 2048 if device.type == "cpu" and not mixes else None
     return c.max_tokens_per_forward or default
+
+
+def hold_reference(c: DPOConfig, ranks: Ranks, model: nn.Module | None) -> None:
+    """Freeze a reference that is a model of its own, in the type and on the device of the flags."""
+    check_held_reference(c, model)
+    if model is not None:
+        dtype = None if c.ref_model_dtype is None else getattr(torch, c.ref_model_dtype)
+        device = c.ref_model_device or loading_device(c, ranks)
+        model.requires_grad_(False).eval().to(device, dtype)
+
+
+def give_back(model: nn.Module, lora: dict) -> None:
+    """Bring the object that the model was made from, if any, up to date: it is the caller's."""
+    source = getattr(model, "source", None)
+    if source is not None:
+        source.update(model, lora)

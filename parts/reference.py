@@ -32,7 +32,7 @@ class NoReference:
     def attach(self, batch: Any, store: Any) -> Any:
         return batch
 
-    def prepare(self) -> None:
+    def prepare(self, *sets: tuple) -> None:
         pass
 
     def move_if_due(self, step: int) -> None:
@@ -55,6 +55,7 @@ class PrecomputedReference:
     def __init__(self, trainer: Any, live: Any):
         self.trainer = trainer
         self.live = live
+        self.had_model = False  # besides the policy, before its memory was freed
         self.tables: dict[str, np.memmap] = {}  # digest of a store -> its sums
 
     @property
@@ -81,20 +82,42 @@ class PrecomputedReference:
 
     # The pass
 
-    def prepare(self) -> None:
-        """Compute the sums of all pairs that the run visits, unless the cache has them."""
+    def prepare(self, *sets: tuple) -> None:
+        """Compute the sums of all pairs that the run visits, and those of `sets` of (store, pairs),
+        unless the cache has them.
+
+        Raises ValueError for a set that comes after the reference is gone.
+        """
         trainer = self.trainer
-        visits = [(trainer.train_store, self.visited())]
-        if trainer.eval_store is not None:
-            visits.append((trainer.eval_store, trainer.eval_pairs))
-        if all(store.digest in self.tables for store, _ in visits):
+        visits = [(store, pairs) for store, pairs in sets if not self.knows(store, pairs)]
+        if self.tables:
+            self.check_there(visits)
+        else:
+            own = [(trainer.train_store, self.visited()), *trainer.eval_sets.values()]
+            visits = own + visits
+        if not visits:
             return
         model = trainer.model if self.live.model is None else self.live.model
         held = trainer.place.gathered(model)
         digest = trainer.ranks.from_first(lambda: {"digest": self.digest(held)})["digest"]
         for store, pairs in visits:
             self.tables[store.digest] = self.fill_table(store, pairs, digest)
+        self.had_model = self.had_model or self.live.model is not None
         self.live.model = None  # no longer needed; free its memory
+
+    def knows(self, store: Any, pairs: np.ndarray) -> bool:
+        """Tell whether the sums of these pairs are there."""
+        table = self.tables.get(store.digest)
+        return table is not None and not np.isnan(ref_cache.take_sums(table, pairs)).any()
+
+    def check_there(self, visits: list) -> None:
+        """Raise ValueError if there are pairs to visit, and the reference can no longer be run."""
+        has_trained = self.trainer.position.step > 0 and not self.trainer.lora
+        if visits and (self.had_model or has_trained):
+            raise ValueError(
+                "the reference has been run and is no longer in memory, so it cannot be run over "
+                "other pairs; give them as eval_dataset when the trainer is made, or keep the "
+                "reference with --no_precompute_ref_log_probs")
 
     def visited(self) -> np.ndarray:
         """Return the training pairs that the run's steps touch, sorted."""

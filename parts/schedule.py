@@ -1,12 +1,14 @@
 """How many steps a run has, what happens at which of them, and the learning rate of each."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from parts.config import DPOConfig
+from parts.custom_optimizer import make_custom
 
 
 class Schedule(NamedTuple):
@@ -70,12 +72,17 @@ def make_schedule(c: DPOConfig, pairs: int, global_batch: int) -> Schedule:
         warmup=math.ceil(warmup * total) if warmup < 1 else int(warmup))
 
 
-def make_optimizer(c: DPOConfig, named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-    """Make AdamW, with weight decay on matrices only.
+def make_optimizer(
+    c: DPOConfig, named: list[tuple[str, nn.Parameter]], make: Callable | None = None,
+) -> torch.optim.Optimizer:
+    """Make AdamW, with weight decay on matrices only; or make(parameters), where it is given.
 
     LoRA+ (arXiv:2402.12354) gives B its own learning rate: each group has a `ratio`, by which its
     learning rate is multiplied.
     """
+
+    if make is not None:
+        return make_custom(make, c, named)
 
     def ratio_of(name: str) -> float:
         is_b = "lora_B" in name or "lora_embedding_B" in name

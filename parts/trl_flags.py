@@ -6,12 +6,27 @@ files have. Used where a command line or a file names an option that is not ours
 """
 
 import difflib
+import enum
+import functools
+import json
 import os
 import sys
 from collections.abc import Collection
 from typing import Any
 
 ANY = "*"  # whatever the value
+
+# Flags of TRL that only steer its own machinery: accepted, and named once as having no effect.
+NO_EFFECT = set("""
+    attn_implementation device_map remove_unused_columns padding_free pad_to_multiple_of pad_token
+    dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
+    dataloader_prefetch_factor ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
+    ddp_static_graph gradient_checkpointing_kwargs precompute_ref_batch_size logging_strategy
+    logging_nan_inf_filter log_level log_level_replica log_on_each_node skip_memory_metrics
+    overwrite_output_dir do_train do_eval prediction_loss_only include_num_input_tokens_seen
+    average_tokens_across_devices ignore_bias_buffers lora_task_type torch_empty_cache_steps
+    use_liger_kernel hub_strategy hub_always_push bnb_4bit_quant_storage save_safetensors
+    half_precision_backend trust_remote_code tf32""".split())
 
 # Older, or other, names of an option.
 RENAMED = {
@@ -57,7 +72,7 @@ REASONS = {
     ("none", "the rows' own \"tools\""): "tools",
     ("false", "leave it out: a resumed run continues with the pair it would have seen"):
         "ignore_data_skip",
-    ("none", "--dtype and --model_revision"): "model_init_kwargs",
+    ("none", "--dtype, --model_revision and --load_in_4bit"): "model_init_kwargs",
     ("none", "--ref_model_dtype and --ref_model_device"): "ref_model_init_kwargs",
     ("false", "--ref_model_name_or_path"): "force_use_ref_model",
     ("none", "--lora_target_modules, which may also name lm_head and embed_tokens"):
@@ -94,6 +109,12 @@ REASONS = {
     ("none", "--hub_model_id owner/name"): "push_to_hub_organization"}
 OTHERS = {name: reason for reason, names in REASONS.items() for name in names.split()}
 
+# What model_init_kwargs may hold, the arguments of transformers' from_pretrained: our options.
+INIT_OPTIONS = {"dtype": "dtype", "torch_dtype": "dtype", "revision": "model_revision"}
+INIT_SILENT = {
+    "attn_implementation", "device_map", "trust_remote_code", "use_cache", "low_cpu_mem_usage",
+    "use_safetensors", "use_kernels", "cache_dir", "token", "local_files_only"}
+
 
 def settle(
     settings: dict[str, Any], words: list[str], known: Collection[str], path: str | None,
@@ -110,31 +131,121 @@ def settle(
     ours = one_data_set(foreign.pop("datasets", None), path) | ours
     silent = []
     for where, options in ((f"--config {path}: ", foreign), ("--", pairs_of(words))):
-        for name, value in options.items():
-            if name in RENAMED:
-                if RENAMED[name] not in settings and text_of(value) != "none":
-                    ours[RENAMED[name]] = value
-                continue
-            if name not in OTHERS:
-                raise ValueError(where + no_such(name, known, flag=where == "--"))
-            neutral, reason = OTHERS[name]
-            if neutral not in (ANY, text_of(value)):
-                raise ValueError(
-                    f"{where}{name} {text_of(value)}: not an option here; instead: {reason}")
-            why = f"({reason})" if neutral == ANY else text_of(value)
-            silent.append(f"--{name} {why}")
-    if silent and int(os.environ.get("RANK", 0)) == 0:
-        print(f"without effect here: {', '.join(silent)}", file=sys.stderr)
+        found, without_effect = translate(options, known, where)
+        ours |= {name: value for name, value in found.items() if name not in settings}
+        silent += without_effect
+    name_silent(silent)
     return ours
+
+
+def translate(
+    options: dict[str, Any], known: Collection[str], where: str,
+) -> tuple[dict[str, Any], list[str]]:
+    """Return (our options, what has no effect) of options that are not ours, as `settle` has them.
+
+    `where` they stand begins an error's message.
+    """
+    ours: dict[str, Any] = {}
+    silent = []
+    for name, value in options.items():
+        if name in RENAMED:
+            if text_of(value) != "none":
+                ours[RENAMED[name]] = value
+            continue
+        if name == "model_init_kwargs" and text_of(value) != "none":
+            ours |= init_options(value, where)
+            continue
+        if name not in OTHERS:
+            raise ValueError(where + no_such(name, known, flag=where == "--"))
+        neutral, reason = OTHERS[name]
+        if neutral not in (ANY, text_of(value)):
+            raise ValueError(
+                f"{where}{name} {text_of(value)}: not an option here; instead: {reason}")
+        why = f"({reason})" if neutral == ANY else text_of(value)
+        silent.append(f"--{name} {why}")
+    return ours, silent
+
+
+def init_options(given: Any, where: str) -> dict[str, Any]:
+    """Return our options of model_init_kwargs, a dict or its JSON. Raises ValueError for others."""
+    try:
+        entries = json.loads(given) if isinstance(given, str) else dict(given)
+    except (TypeError, ValueError):
+        entries = {text_of(given): given}  # refused below
+    ours = {}
+    for name, value in entries.items():
+        if name in INIT_OPTIONS:
+            ours[INIT_OPTIONS[name]] = plain(value)
+        elif name not in INIT_SILENT and text_of(value) != "none":
+            reason = OTHERS["model_init_kwargs"][1]
+            raise ValueError(
+                f"{where}model_init_kwargs {name}: not an option here; instead: {reason}")
+    return ours
+
+
+def name_silent(options: list[str]) -> None:
+    """Name options without effect on the screen, once for all ranks."""
+    if options and int(os.environ.get("RANK", 0)) == 0:
+        print(f"without effect here: {', '.join(options)}", file=sys.stderr)
+
+
+# DPOConfig in Python
+
+
+def takes_trls(config: type) -> type:
+    """Let a dataclass of options be made with TRL's other options too, as the command line is.
+
+    Values may be TRL's: an enum, a torch.dtype. Raises ValueError for an option that would change
+    something, with what to use instead, and for a name that nobody has.
+    """
+    make = config.__init__
+
+    @functools.wraps(make)
+    def init(self: Any, *values: Any, **options: Any) -> None:
+        known = config.__dataclass_fields__
+        own = {}
+        for name, value in options.items():
+            takes_none = name in known and "None" in str(known[name].type)
+            if name in known and (value is not None or takes_none):  # else None is the default
+                own[name] = one_word(plain(value)) if name == "fsdp" else plain(value)
+        silent = [f"--{name}" for name in sorted(options.keys() & NO_EFFECT)]
+        foreign = {
+            name: plain(value) for name, value in options.items()
+            if name not in known and name not in NO_EFFECT}
+        found, without_effect = translate(foreign, known, f"{config.__name__}: ")
+        name_silent(silent + without_effect)
+        make(self, *values, **found | own)
+
+    config.__init__ = init
+    return config
+
+
+def plain(value: Any) -> Any:
+    """Return an enum as its value and a torch.dtype as its name, in lists too."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if type(value).__name__ == "dtype":
+        return str(value).removeprefix("torch.")
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    return value
+
+
+def one_word(fsdp: Any) -> Any:
+    """Return --fsdp as the command line has it: TRL's may be a list of words, or true or false."""
+    if isinstance(fsdp, bool):
+        return "full_shard" if fsdp else None
+    return " ".join(fsdp) or None if isinstance(fsdp, (list, tuple)) else fsdp
 
 
 def text_of(value: Any) -> str:
     """Return a value as the table has it: none and empty containers are none; 0.0 is 0."""
-    if value is None or value in ([], {}, "", "null"):
+    if value is None or value in ([], (), {}, "", "null"):
         return "none"
     if isinstance(value, list):
         return " ".join(map(text_of, value))
-    return f"{value:g}" if isinstance(value, float) else str(value).lower()
+    text = f"{value:g}" if isinstance(value, float) else str(value).lower()
+    return text.removesuffix(".0")
 
 
 def no_such(name: str, known: Collection[str], flag: bool) -> str:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from parts.files import open_safetensors, read_json, write_json
 from parts.names import Place, file_name, find_places
 
-FLOATS = ("F64", "F32", "F16", "BF16")
+DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+FLOATS = tuple(DTYPE_NAMES.values())
 
 
 class Checkpoint(NamedTuple):
@@ -20,10 +22,48 @@ class Checkpoint(NamedTuple):
     files: dict[str, str]  # tensor name in the file -> file name
     raw_config: dict
     generation_config: dict | None
+    memory: Any = None  # an InMemory, where the tensors are an object's and not in files
+
+    def open(self, file: str) -> Any:
+        return self.memory or open_safetensors(self.directory / file)
 
 
-def open_checkpoint(directory: str | Path) -> Checkpoint:
+class InMemory:
+    """Tensors of an object, read as those of a safetensors file are."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        self.tensors = tensors
+
+    def keys(self) -> list[str]:
+        return list(self.tensors)
+
+    offset_keys = keys
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self.tensors[name].detach()
+
+    def get_slice(self, name: str) -> "Header":
+        tensor = self.tensors[name]
+        return Header(tuple(tensor.shape), DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)))
+
+
+class Header(NamedTuple):
+    """What a safetensors file says of a tensor without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    def get_shape(self) -> tuple[int, ...]:
+        return self.shape
+
+    def get_dtype(self) -> str:
+        return self.dtype
+
+
+def open_checkpoint(directory: str | Path | Checkpoint) -> Checkpoint:
     """Find the weight files of a directory. Raises ValueError naming what is missing or damaged."""
+    if isinstance(directory, Checkpoint):
+        return directory
     directory = Path(directory)
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such directory")
@@ -74,7 +114,7 @@ def read_index(index: Path) -> dict[str, str]:
 def each_tensor(checkpoint: Checkpoint, layout: dict[str, Place]) -> Iterator[tuple]:
     """Yield (name, Place, file, opened file) of every tensor, in their order on disk."""
     for file in sorted(set(checkpoint.files.values())):
-        opened = open_safetensors(checkpoint.directory / file)
+        opened = checkpoint.open(file)
         for name in opened.offset_keys():
             if name in layout and checkpoint.files.get(name) == file:
                 yield name, layout[name], file, opened

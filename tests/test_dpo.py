@@ -292,8 +292,9 @@ def test_eval_metrics_are_those_of_all_pairs_at_once(run, tmp_path, pairs_file):
 def test_eval_fraction_holds_pairs_out(tiny, pairs_file, tmp_path):
     trainer = dpo.DPOTrainer(args=dpo.DPOConfig(**COMMON, model_name_or_path=str(tiny), dataset_name=str(pairs_file),
                                                 output_dir=str(tmp_path), cache_dir=str(tmp_path / "c"), eval_fraction=0.2))
-    assert len(trainer.eval_pairs) == 5 and len(trainer.train_pairs) == 18
-    assert not set(trainer.eval_pairs) & set(trainer.train_pairs)
+    _, eval_pairs = trainer.eval_sets["eval"]
+    assert len(eval_pairs) == 5 and len(trainer.train_pairs) == 18
+    assert not set(eval_pairs) & set(trainer.train_pairs)
 
 
 def test_every_epoch_visits_every_pair_once(tiny, pairs_file, tmp_path):

@@ -15,7 +15,7 @@ import model as models
 from extras import merge
 from extras.models import nf4
 from extras.models.opening import load_adapted, load_model
-from parts import cli
+from parts import trl_flags
 from parts.files import read_json
 
 LORA = dict(use_peft=True, lora_r=4, lora_target_modules=["all-linear"], dtype="float32", learning_rate=1e-2)
@@ -188,4 +188,4 @@ def test_the_names_and_defaults_are_trls():
     theirs, ours = vars(trl.ModelConfig()), vars(dpo.DPOConfig())
     names = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
     assert all(theirs[name] == ours[name] for name in names)
-    assert "bnb_4bit_quant_storage" in theirs.keys() & cli.NO_EFFECT
+    assert "bnb_4bit_quant_storage" in theirs.keys() & trl_flags.NO_EFFECT

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import dpo
-from parts import cli, trl_flags
+from parts import trl_flags
 from parts.checks import check_config
 
 FIELDS = set(dpo.DPOConfig.__annotations__)
@@ -32,16 +32,16 @@ def trl_fields() -> dict[str, dataclasses.Field]:
 
 
 def test_every_option_of_trl_is_ours_or_in_a_table():
-    known = FIELDS | cli.NO_EFFECT | trl_flags.RENAMED.keys() | trl_flags.OTHERS.keys() | {"datasets"}
+    known = FIELDS | trl_flags.NO_EFFECT | trl_flags.RENAMED.keys() | trl_flags.OTHERS.keys() | {"datasets"}
     assert sorted(trl_fields().keys() - known) == []
     assert sorted(set(OLDER) - known) == []
 
 
 def test_no_option_stands_twice():
     """What becomes an option leaves the tables."""
-    tables = [cli.NO_EFFECT, set(trl_flags.RENAMED), set(trl_flags.OTHERS)]
+    tables = [trl_flags.NO_EFFECT, set(trl_flags.RENAMED), set(trl_flags.OTHERS)]
     assert not [sorted(table & FIELDS) for table in tables if table & FIELDS]
-    assert not cli.NO_EFFECT & trl_flags.OTHERS.keys() and set(trl_flags.RENAMED.values()) <= FIELDS
+    assert not trl_flags.NO_EFFECT & trl_flags.OTHERS.keys() and set(trl_flags.RENAMED.values()) <= FIELDS
     assert sum(len(names.split()) for names in trl_flags.REASONS.values()) == len(trl_flags.OTHERS)
 
 
@@ -53,7 +53,7 @@ def test_what_a_reason_names_exists():
         assert {name[2:].partition("=")[0] for name in named} <= FIELDS | elsewhere, reason
 
 
-@pytest.mark.parametrize("name", sorted(trl_flags.OTHERS.keys() - FIELDS - cli.NO_EFFECT))
+@pytest.mark.parametrize("name", sorted(trl_flags.OTHERS.keys() - FIELDS - trl_flags.NO_EFFECT))
 def test_each_is_accepted_at_the_value_that_changes_nothing_and_else_refused_with_its_reason(name, capsys):
     harmless, reason = trl_flags.OTHERS[name]
     plain = dpo.parse_config(BASE)
@@ -85,6 +85,101 @@ def defaults() -> dict:
         if made is not dataclasses.MISSING:
             found[name] = made
     return found
+
+
+# From Python as from the command line
+
+
+def other_than(name: str, field: dataclasses.Field, default):
+    """A value of the field's kind that is not its default."""
+    ours = dpo.DPOConfig.__dataclass_fields__.get(name)
+    choices = [c for c in (ours.metadata["choices"] if ours else ()) if c not in (default, [default])]
+    kind = str(field.type)
+    if choices:
+        return choices[-1]
+    if isinstance(default, bool) or (default is None and "bool" in kind):
+        return not default
+    if isinstance(default, (int, float)) or (default is None and ("int" in kind or "float" in kind)):
+        return 3 if default != 3 else 4
+    if isinstance(default, dict) or (default is None and "dict" in kind):
+        return {"a": 1}
+    return ["sft"] if name == "loss_type" else "other"
+
+
+def words_of(value) -> list[str]:
+    value = value.value if isinstance(value, enum.Enum) else value
+    if isinstance(value, dict):
+        return [json.dumps(value)]
+    if isinstance(value, (list, tuple)):
+        return [str(v) for v in value] or ["none"]
+    return [str(value).lower() if value is None or isinstance(value, bool) else str(value)]
+
+
+def verdict(make, name: str, capsys):
+    """(works, the value), (named, None), or (refused, what to use instead)."""
+    capsys.readouterr()
+    try:
+        c = make()
+    except ValueError as error:
+        assert "instead: " in str(error), f"{name}: {error}"
+        return "refused", str(error).partition("instead: ")[2]
+    ours = trl_flags.RENAMED.get(name, name)
+    said = capsys.readouterr().err
+    if f"--{name}" in said:
+        assert said.startswith("without effect here: ") and said.count("without effect") == 1
+        return "named", None
+    return "works", getattr(c, ours, "one data set")
+
+
+def test_each_documented_option_works_is_named_or_refused_from_python_as_from_the_command_line(capsys):
+    """Every field of TRL's four dataclasses, at its default and at another value; no other outcome, and no TypeError."""
+    fields, table, wrong = trl_fields(), {}, []
+    for name in sorted(fields.keys() - {"datasets"}):  # only --config has it
+        default = defaults().get(name)
+        for value in (default, other_than(name, fields[name], default)):
+            both = (verdict(lambda: dpo.DPOConfig(**{name: value}), name, capsys),
+                    verdict(lambda: dpo.parse_config([*BASE, f"--{name}", *words_of(value)]), name, capsys))
+            table[name, value == default] = both[0][0]
+            if both[0] != both[1]:
+                wrong.append((name, value, *both))
+    assert not wrong, "\n".join(map(str, wrong))
+    assert not [name for (name, is_default), how in table.items() if is_default and how == "refused"]
+    changed = [how for (_, is_default), how in table.items() if not is_default]
+    assert {how: changed.count(how) > 20 for how in set(changed)} == {"works": True, "named": True, "refused": True}
+
+
+def test_what_is_refused_in_python_names_the_class():
+    with pytest.raises(ValueError, match="^DPOConfig: fp16_full_eval true: not an option here; instead: --bf16"):
+        dpo.DPOConfig(fp16_full_eval=True)
+    with pytest.raises(ValueError, match="^DPOConfig: learnin_rate: no such option; did you mean learning_rate?"):
+        dpo.DPOConfig(learnin_rate=1)
+
+
+def test_trls_own_objects_are_values():
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    c = dpo.DPOConfig(
+        torch_dtype=torch.bfloat16, eval_strategy=transformers.trainer_utils.IntervalStrategy.EPOCH, evaluation_strategy=None,
+        lr_scheduler_type=transformers.SchedulerType.COSINE, report_to=None, fsdp=["full_shard", "auto_wrap"])
+    assert (c.dtype, c.eval_strategy, c.lr_scheduler_type) == ("bfloat16", "epoch", "cosine")
+    assert (c.report_to, c.fsdp) == (["none"], "full_shard auto_wrap")
+    assert dpo.DPOConfig(model_init_kwargs={"dtype": torch.bfloat16, "revision": "v1", "attn_implementation": "sdpa"}) == \
+        dpo.DPOConfig(dtype="bfloat16", model_revision="v1")
+    assert dpo.parse_config([*BASE, "--model_init_kwargs", '{"dtype": "bfloat16"}']).dtype == "bfloat16"
+    with pytest.raises(ValueError, match="model_init_kwargs max_memory: not an option here; instead: --dtype"):
+        dpo.DPOConfig(model_init_kwargs={"max_memory": 1})
+
+
+def test_a_copy_of_a_configuration_names_nothing_again(capsys):
+    c = dpo.DPOConfig("out", dataloader_num_workers=4)
+    assert capsys.readouterr().err == "without effect here: --dataloader_num_workers\n"
+    assert dataclasses.replace(c, beta=0.2).output_dir == "out" and capsys.readouterr().err == ""
+
+
+def test_trls_configuration_at_its_defaults_is_made_in_python():
+    plain = {name: value for name, value in defaults().items() if name not in ("output_dir", "datasets")}
+    c = dpo.DPOConfig("out", **plain)
+    assert c.loss_type == ["sigmoid"] and c.bf16 == plain["bf16"]
 
 
 YAML = """

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from extras.decoder.moe import Experts
 from model import Decoder, read_config
-from parts.files import open_safetensors, write_json
+from parts.files import write_json
 from parts.kernels import compute_dtype as usual_dtype
 from parts.names import find_places
 from parts.weights import Checkpoint, check_tensors, read_tensors
@@ -671,7 +671,7 @@ def read_block(
     plain = {theirs: place for theirs, place in layout.items() if theirs not in beside}
     parameters = {n: model.get_parameter(n) for n in names}
     values = read_tensors(checkpoint._replace(files=files), plain, parameters, dtype, device)
-    opened = {f: open_safetensors(checkpoint.directory / f) for f in set(files.values())}
+    opened = {f: checkpoint.open(f) for f in set(files.values())}
     pieces: dict[str, list[tuple]] = {}  # parameter -> [(which part of it, its state)]
     for theirs in layout.keys() - plain.keys():
         tensors = {}

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from extras.lora.adapters import activate_named, fresh_settings
 from extras.lora.targets import add_lora
+from extras.models.objects import from_object
 from extras.models.opening import load_adapted, model_directory, open_pictures, tokenizer_home
 from extras.rows.pictures import open_tokenizer
 from model import Decoder
@@ -22,18 +24,22 @@ def open_policy(c: DPOConfig, ranks: Ranks, given: dict[str, Any]) -> Opened:
     The policy is a checkpoint, one with a fresh LoRA on it, or an adapter's directory, whose LoRA
     is trained further.
 
-    `given` are the trainer's arguments: a Decoder as `model`, PEFT settings without a flag
-    (rank_pattern, layers_to_transform ...) as `peft_config`. Raises ValueError.
+    `given` are the trainer's arguments: as `model` a Decoder, or a model of transformers or PEFT;
+    as `peft_config` PEFT's settings without a flag (rank_pattern, layers_to_transform ...). Raises
+    ValueError.
     """
     model = given["model"]
     directory = None
+    if isinstance(model, nn.Module) and not isinstance(model, Decoder):
+        options = loading_options(c, ranks)
+        model = from_object(model, c.model_name_or_path, c.model_adapter_name, options)
     if not isinstance(model, Decoder):
         name = c.model_name_or_path
         directory = model_directory(name, ranks, c.model_revision, c.model_adapter_name)
     tokenizer = given["processing_class"]
     if tokenizer is None:
-        home = tokenizer_home(directory or c.model_name_or_path, ranks)
-        tokenizer = open_tokenizer(home, c.chat_template)
+        home = directory or model_directory(c.model_name_or_path, ranks, c.model_revision)
+        tokenizer = open_tokenizer(tokenizer_home(home, ranks), c.chat_template)
     torch.manual_seed(c.seed)  # for the LoRA's random start
     lora: dict = {}
     if directory is not None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from extras.lora import adapters
 from extras.lora.peft_files import find_base, read_settings
+from extras.models.objects import from_object
 from extras.models.opening import is_adapter, load_adapted, model_directory
 from extras.models.policy import loading_options
 from model import Decoder, lora_modules
@@ -19,15 +20,20 @@ from parts.checks import check_tokens
 
 
 def other_reference(
-    trainer: Any, opened: Any, ref_model: Decoder | None,
+    trainer: Any, opened: Any, ref_model: nn.Module | None,
 ) -> tuple[nn.Module | None, dict]:
     """Return (a model of its own or None, the adapter that is swapped in for the policy's or {}).
 
     Raises ValueError for an adapter that is not there.
     """
-    if ref_model is not None:
-        return ref_model, {}
     c = trainer.args
+    if isinstance(ref_model, Decoder):
+        return ref_model, {}
+    if ref_model is not None:
+        options = loading_options(c, trainer.ranks)
+        model = from_object(ref_model, c.model_name_or_path, None, options)
+        check_tokens(c, trainer.train_store, model.config.vocab_size, trainer.tokenizer.size)
+        return model, {}
     named = c.ref_model_name_or_path or c.ref_adapter_name
     if not opened.lora:
         return (load_reference(trainer) if named else None), {}

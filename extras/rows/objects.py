@@ -13,14 +13,17 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import data
 import model as models
 from extras.lora.targets import DEFAULTS
+from extras.models.objects import check_object, is_peft, object_name
 from extras.rows.pictures import open_tokenizer
+from parts.output import cache_directory
 from parts.rows import NEEDS, DataError, find_files
 
 # Entries of a PEFT configuration that do not affect training, and those our flags name otherwise.
@@ -41,6 +44,20 @@ PEFT_FLAGS = {
 }
 
 
+# Arguments of TRL's and transformers' trainers that are not taken: what to use instead.
+NOT_TAKEN = {
+    "callbacks": "on_log=FUNCTION is given every line of metrics, and early_stopping_patience of "
+    "DPOConfig stops; the loop is DPOTrainer.train, which you may edit",
+    "compute_metrics": "evaluate() returns every metric; losses.pair_metrics is where to add one",
+    "preprocess_logits_for_metrics": "logits are never held",
+    "data_collator": "nothing is padded; extras/rows/collator.py has TRL's, for loops of your own",
+    "model_init": "give the model",
+    "compute_loss_func": "docs/extend.md adds a loss in one function",
+    "tokenizer": "processing_class is its name",
+}
+TAKEN = ("optimizers", "optimizer_cls_and_kwargs", "quantization_config", "on_log")
+
+
 def accept(args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Return a copy of `args` (a DPOConfig) that names the objects, and the objects to be read.
 
@@ -49,64 +66,157 @@ def accept(args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """
     args = dataclasses.replace(args)
     given = {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
-    for name in ("model", "ref_model"):
-        check_model(name, given[name])
-    for name in ("train_dataset", "eval_dataset"):
-        check_dataset(name, given[name])
-    model = given["model"]
-    if isinstance(model, str):
-        args.model_name_or_path = model
-    elif model is not None:
-        args.model_name_or_path = args.model_name_or_path or "model"
-    unnamed = isinstance(model, models.Decoder) and args.model_name_or_path == "model"
-    if unnamed and given["processing_class"] is None:
-        raise ValueError(
-            "processing_class is missing: a Decoder has no tokenizer; "
-            "give data.Tokenizer.load(DIRECTORY)"
-        )
-    if isinstance(given["ref_model"], str):
-        args.ref_model_name_or_path = given["ref_model"]
-        given["ref_model"] = None
+    check_arguments(given)
+    given["optimizers"] = optimizer_maker(given)
+    if given.get("quantization_config") is not None:
+        args = dataclasses.replace(args, **quantization_flags(given["quantization_config"]))
+    name_models(args, given)
     for name, field in (("train_dataset", "dataset_name"), ("eval_dataset", "eval_dataset_name")):
+        given[name] = readable(name, given[name])
         if given[name] is not None:
             setattr(args, field, given[name] if isinstance(given[name], str) else name)
     args.output_dir = args.output_dir or f"{Path(args.model_name_or_path or 'model').name}-DPO"
     if given["peft_config"] is not None:
         flags, given["peft_config"] = lora_flags(given["peft_config"], args)
         args = dataclasses.replace(args, **flags)
+    check_model_flags(args, given["model"])
     cache_dir = cache_directory(args.cache_dir)
-    given["processing_class"] = tokenizer_of(given["processing_class"], cache_dir)
+    given["processing_class"] = tokenizer_of(
+        given["processing_class"], cache_dir, args.chat_template)
     return args, given
 
 
-def cache_directory(named: str | None) -> Path:
-    return Path(named) if named else Path.home() / ".cache" / "dpo"
+def check_arguments(given: dict[str, Any]) -> None:
+    """Raise ValueError for an argument of other trainers, and TypeError for one that nobody has."""
+    known = {"model", "ref_model", "train_dataset", "eval_dataset", "processing_class"}
+    for name, value in given.items():
+        is_empty = value is None or (isinstance(value, (list, tuple)) and not value)
+        if name in NOT_TAKEN and not is_empty:
+            raise ValueError(f"{name} is not taken: {NOT_TAKEN[name]}")
+        if name not in {*NOT_TAKEN, *TAKEN, *known, "peft_config"}:
+            raise TypeError(f"DPOTrainer() got an unexpected keyword argument {name!r}")
+    if given.get("on_log") is not None and not callable(given["on_log"]):
+        kind = type(given["on_log"]).__name__
+        raise ValueError(f"on_log is a {kind}; give a function of a line of metrics, a dict")
 
 
-def check_model(name: str, model: Any) -> None:
-    if model is not None and not isinstance(model, (str, models.Decoder)):
+def optimizer_maker(given: dict[str, Any]) -> Callable | None:
+    """Return what makes the optimizer of the parameters that learn; None for AdamW by the flags.
+
+    Raises ValueError for an optimizer that is made already.
+    """
+    make = given.get("optimizers")
+    if isinstance(make, (tuple, list)) and all(part is None for part in make):
+        make = None  # transformers' default
+    by_class = given.get("optimizer_cls_and_kwargs")
+    if make is None and by_class is not None:
+        kind, options = by_class
+        make = partial(made_of_class, kind, options)
+    if make is not None and not callable(make):
         raise ValueError(
-            f"{name} is a {type(model).__name__}; give a directory, a hub id, or a model.Decoder "
-            "(of a transformers model: model.save_pretrained(DIRECTORY), then DIRECTORY)"
+            f"optimizers is a {type(make).__name__}; give a function of the parameters that learn, "
+            "such as lambda parameters: torch.optim.SGD(parameters, lr=1e-4); the schedule is "
+            "--lr_scheduler_type")
+    return make
+
+
+def made_of_class(kind: type, options: dict, parameters: list) -> Any:
+    return kind(parameters, **options)
+
+
+def quantization_flags(config: Any) -> dict[str, Any]:
+    """Convert transformers' BitsAndBytesConfig, or a dict of its entries, to DPOConfig's fields."""
+    read = config.get if isinstance(config, Mapping) else partial(getattr, config)
+    if not read("load_in_4bit", False) and not read("load_in_8bit", False):
+        raise ValueError(
+            f"quantization_config is a {type(config).__name__} without load_in_4bit; only "
+            "bitsandbytes' 4 bits are trained on")
+    if read("load_in_8bit", False):
+        return {"load_in_8bit": True}  # which is refused, with the reason
+    dtype = read("bnb_4bit_compute_dtype", None)
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": read("bnb_4bit_quant_type", "fp4"),
+        "use_bnb_nested_quant": bool(read("bnb_4bit_use_double_quant", False)),
+        "bnb_4bit_compute_dtype": None if dtype is None else str(dtype).removeprefix("torch.")}
+
+
+def name_models(args: Any, given: dict[str, Any]) -> None:
+    """Name the model objects in `args`. Raises ValueError for what is no model."""
+    for name in ("model", "ref_model"):
+        if given[name] is not None and not isinstance(given[name], (str, models.Decoder)):
+            check_object(name, given[name])
+    model = given["model"]
+    if model is not None and model is given["ref_model"] and not isinstance(model, str):
+        raise ValueError(
+            "model and ref_model are the same object; leave ref_model out, and the reference is "
+            "the model as it starts")
+    if isinstance(model, str):
+        args.model_name_or_path = model
+    elif model is not None:
+        own = None if isinstance(model, models.Decoder) else object_name(model)
+        args.model_name_or_path = args.model_name_or_path or own or "model"
+    is_unnamed = model is not None and args.model_name_or_path == "model"
+    if is_unnamed and not isinstance(model, str) and given["processing_class"] is None:
+        raise ValueError(
+            f"processing_class is missing: a {type(model).__name__} has no tokenizer; "
+            "give data.Tokenizer.load(DIRECTORY)"
         )
+    if isinstance(given["ref_model"], str):
+        args.ref_model_name_or_path = given["ref_model"]
+        given["ref_model"] = None
 
 
-def check_dataset(name: str, dataset: Any) -> None:
-    """Accept a name, a PairStore, a list of paths, or any iterable of rows.
+def check_model_flags(args: Any, model: Any) -> None:
+    """Raise ValueError for options that a model object cannot follow."""
+    if model is None or isinstance(model, str):
+        return
+    if is_peft(model) and args.use_peft:
+        raise ValueError(
+            "model is a PeftModel, which is trained as it is: leave peft_config out, or merge its "
+            "adapter first (model.merge_and_unload()) for a new one on top")
+    if is_peft(model) and args.merge_adapter:
+        raise ValueError(
+            "merge_adapter: the model is a PeftModel; leave it out, and merge it when it is "
+            "trained: model.merge_and_unload()")
+    if args.load_in_4bit and not isinstance(model, models.Decoder):
+        raise ValueError(
+            "load_in_4bit: the model is an object already; load it with quantization_config="
+            "BitsAndBytesConfig(load_in_4bit=True), or give its name")
 
-    Raises ValueError for other objects, for no rows, and for a mapping of several data sets.
+
+def readable(name: str, dataset: Any) -> Any:
+    """Return a name, a PairStore, a list of paths, an iterable of rows, or, for evaluation, a dict
+    of those by name.
+
+    Raises ValueError for other objects, for no rows, and for several data sets to train on.
     """
     kind = type(dataset).__name__
     if dataset is None or isinstance(dataset, (str, data.PairStore)):
-        return
+        return dataset
+    if kind == "DataFrame":
+        return frame_rows(name, dataset)
     if isinstance(dataset, Mapping):
-        raise ValueError(f"{name} is a {kind} of {', '.join(map(str, dataset))}; give one of them")
+        if name == "train_dataset" or not dataset:
+            given = ", ".join(map(str, dataset))
+            raise ValueError(f"{name} is a {kind} of {given or 'nothing'}; give one of them")
+        return {str(key): readable(f"{name}[{key!r}]", one) for key, one in dataset.items()}
     if not isinstance(dataset, Iterable):
         raise ValueError(
             f"{name} is a {kind}; give a path, a hub id, a list of rows or a datasets.Dataset"
         )
     if isinstance(dataset, Sized) and not len(dataset):
         raise ValueError(f"{name} has no rows; {NEEDS}")
+    return dataset
+
+
+def frame_rows(name: str, frame: Any) -> list[dict]:
+    """Return the rows of a pandas DataFrame, without the cells that pandas leaves empty."""
+    if not len(frame):
+        raise ValueError(f"{name} has no rows; {NEEDS}")
+    is_empty = lambda cell: cell is None or (isinstance(cell, float) and cell != cell)
+    rows = frame.to_dict("records")
+    return [{k: cell for k, cell in row.items() if not is_empty(cell)} for row in rows]
 
 
 def rows_file(rows: Iterable[Any], cache_dir: Path) -> list[Path]:
@@ -136,7 +246,7 @@ def rows_file(rows: Iterable[Any], cache_dir: Path) -> list[Path]:
 def row_line(number: int, row: Any) -> bytes:
     """Encode a row as a line of JSON. Raises DataError naming the row."""
     try:
-        return (json.dumps(dict(row), ensure_ascii=True) + "\n").encode()
+        return (json.dumps(dict(row), ensure_ascii=True, default=as_list) + "\n").encode()
     except (TypeError, ValueError) as error:
         raise DataError(
             f"row {number} of the data set cannot be written as JSON ({error}); {NEEDS}, as text "
@@ -144,25 +254,36 @@ def row_line(number: int, row: Any) -> bytes:
         ) from None
 
 
-def tokenizer_of(given: Any, cache_dir: Path) -> data.Tokenizer | None:
-    """Return our tokenizer as it is, or load one from a directory or a transformers tokenizer.
+def as_list(value: Any) -> Any:
+    """Return numpy's arrays and numbers as lists and numbers; raise TypeError for the rest."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
-    The latter writes its files to the cache by its own save_pretrained. Raises ValueError for
+
+def tokenizer_of(
+    given: Any, cache_dir: Path, chat_template: str | None = None,
+) -> data.Tokenizer | None:
+    """Return our tokenizer as it is, or load one from a directory, or from a tokenizer or processor
+    of transformers.
+
+    The latter write their files to the cache by their own save_pretrained. Raises ValueError for
     anything else.
     """
     if given is None or isinstance(given, data.Tokenizer):
         return given
     if isinstance(given, (str, Path)):
-        return open_tokenizer(given)
-    if not getattr(given, "is_fast", False):
+        return open_tokenizer(given, chat_template)
+    tokenizer = getattr(given, "tokenizer", given)  # a processor has one
+    if not getattr(tokenizer, "is_fast", False) or not hasattr(given, "save_pretrained"):
         raise ValueError(
             f"processing_class is a {type(given).__name__}; give a data.Tokenizer, a directory "
-            "with tokenizer.json, or a fast tokenizer of transformers"
+            "with tokenizer.json, or a fast tokenizer or a processor of transformers"
         )
     cache_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_dir, prefix="tokenizer.part-") as scratch:
         given.save_pretrained(scratch)
-        target = cache_dir / f"tokenizer-{open_tokenizer(scratch).digest[:16]}"
+        target = cache_dir / f"tokenizer-{content_digest(Path(scratch))}"
         if not target.exists():
             try:
                 Path(scratch).rename(target)
@@ -171,7 +292,16 @@ def tokenizer_of(given: Any, cache_dir: Path) -> data.Tokenizer | None:
                     raise
             Path(scratch).mkdir(exist_ok=True)  # TemporaryDirectory expects something to remove
         os.chmod(target, 0o755)
-    return open_tokenizer(target)
+    return open_tokenizer(target, chat_template)
+
+
+def content_digest(directory: Path) -> str:
+    """Hash the names and bytes of a directory's files."""
+    digest = hashlib.sha256()
+    for path in sorted(filter(Path.is_file, directory.rglob("*"))):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(directory)} {len(content)} ".encode() + content)
+    return digest.hexdigest()[:16]
 
 
 def lora_flags(config: Any, args: Any) -> tuple[dict[str, Any], dict[str, Any]]:

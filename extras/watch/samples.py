@@ -68,8 +68,9 @@ class Samples:
 def held_out(trainer: Any) -> list[tuple[str, list[int]]]:
     """Take the prompts of the first evaluation pairs."""
     found = []
-    for index in trainer.eval_pairs[:PROMPTS]:
-        ids = [int(token) for token in trainer.eval_store[int(index)].prompt_ids]
+    store, pairs = next(iter(trainer.eval_sets.values()))
+    for index in pairs[:PROMPTS]:
+        ids = [int(token) for token in store[int(index)].prompt_ids]
         found.append((trainer.tokenizer.decode(ids), ids))
     return found
 
