@@ -25,7 +25,8 @@ CONVERTIBLE = [
     keys.split() for keys in (
         "chosen_response", "rejected_response", "chosen_messages", "chosen_conversations",
         "generations", "fields", "completions", "answers", "response_0 response_1",
-        "response1 response2", "human_ref_A human_ref_B", "conversation_a conversation_b",
+        "response1 response2", "response_1 response_2 preference_strength",
+        "human_ref_A human_ref_B", "conversation_a conversation_b",
         "candidates scores", "responses scores", "responses ranks")]
 HINT = "python -m extras.convert IN OUT turns such rows into pairs"
 

@@ -10,7 +10,6 @@ directory that its own save_pretrained writes; a PEFT configuration becomes our 
 
 import dataclasses
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sized
@@ -21,7 +20,8 @@ import data
 import model as models
 from extras.lora.targets import DEFAULTS
 from extras.rows.pictures import open_tokenizer
-from parts.rows import NEEDS, DataError, find_files
+from extras.rows.written import row_line
+from parts.rows import NEEDS, find_files
 
 # Entries of a PEFT configuration that do not affect training, and those our flags name otherwise.
 PEFT_SILENT = {
@@ -131,17 +131,6 @@ def rows_file(rows: Iterable[Any], cache_dir: Path) -> list[Path]:
     path = cache_dir / f"rows-{digest.hexdigest()[:16]}.jsonl"
     os.replace(f.name, path)
     return [path]
-
-
-def row_line(number: int, row: Any) -> bytes:
-    """Encode a row as a line of JSON. Raises DataError naming the row."""
-    try:
-        return (json.dumps(dict(row), ensure_ascii=True) + "\n").encode()
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"row {number} of the data set cannot be written as JSON ({error}); {NEEDS}, as text "
-            "or lists of messages (images as paths)"
-        ) from None
 
 
 def tokenizer_of(given: Any, cache_dir: Path) -> data.Tokenizer | None:
