@@ -44,8 +44,8 @@ from parts.position import Position
 from parts.precision import Precision, Scaler, choose_precision
 from parts.ranks import OWN, Ranks, agree, ending_ranks, start_ranks
 from parts.reference import NoReference, PrecomputedReference
-from parts.rows import find_files, on_hub
 from parts.schedule import make_optimizer, make_schedule
+from parts.splits import find_split, has_splits, is_here
 from parts.store import describe
 from parts.weights import overwrite
 
@@ -138,13 +138,13 @@ def open_model(c: DPOConfig, ranks: Ranks, given: dict[str, Any]) -> opened.Open
 
 
 def find_rows(dataset: Any, split: str, c: DPOConfig) -> list[Path]:
-    """Files of pairs: those a path or glob names, rows of Python as a file, a split on the hub."""
+    """Files of pairs: of a split, here or on the hub, or rows of Python as a file."""
     if not isinstance(dataset, str):
         from extras.rows.objects import rows_file
 
         return rows_file(dataset, cache_directory(c.cache_dir))
-    if not on_hub(dataset) and c.dataset_config is None and c.dataset_revision is None:
-        return find_files(dataset)
+    if is_here(dataset, c.dataset_revision):
+        return find_split(dataset, c.dataset_config, split)
     from extras.hub import client
 
     return client.local_dataset(dataset, c.dataset_config, split, c.dataset_revision)
@@ -223,7 +223,7 @@ class DPOTrainer:
         self.eval_sets = {}
         eval_dataset = eval_dataset or c.eval_dataset_name
         wants_eval = c.eval_strategy != "no" and not eval_dataset and not c.eval_fraction
-        if wants_eval and train_dataset is None and on_hub(c.dataset_name):
+        if wants_eval and train_dataset is None and has_splits(c.dataset_name):
             eval_dataset = c.dataset_name  # its other split
         if eval_dataset is not None:
             self.eval_sets = self.open_eval(eval_dataset)

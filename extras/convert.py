@@ -1,63 +1,119 @@
 """Convert preference rows of other formats to ours: python -m extras.convert IN OUT
 
-    LLaMA-Factory   conversations (or messages), or instruction, input, history, system;
-                    with chosen, rejected
+    LLaMA-Factory   conversations (or messages), or instruction, input, history, system; with
+                    chosen, rejected; chosen_messages, rejected_messages
+    ms-swift        messages with rejected_response or rejected_messages; query, response
+    torchtune       chosen_conversations, rejected_conversations
+    OpenAI          input, preferred_output, non_preferred_output
     HH-RLHF         chosen and rejected are whole dialogues, "\\n\\nHuman: ...\\n\\nAssistant: ..."
     Argilla         instruction (or input, prompt) with chosen_response, rejected_response and
-                    their ratings; full conversations; generations with ratings (best against
-                    worst); annotated records (the majority)
+                    their ratings; full conversations; annotated records (the majority)
+    NeMo            prompt, chosen_response, rejected_response; context, completions with ranks
+    rankings        of answers with scores or ranks: UltraFeedback (completions), Nectar (answers),
+                    distilabel (generations), candidates; the best with the worst, or --every_pair
+    two answers     and which is better: PKU-SafeRLHF (better_response_id), HelpSteer2 and 3, SHP,
+                    Arena
+    any             instruction, question, query, problem, input or context for prompt
 
-IN is any file that dpo.py reads: .jsonl, .json, gzipped, .parquet. OUT is JSON Lines of
-conversations, gzipped where its name ends in .gz; --plain writes text, for models without a chat
-template. Each row's format is known by its keys. A row without a preference (equal answers, ratings
-or votes) is bad, and stops the conversion unless --on_bad_row skip.
+IN is what dpo.py reads: a file (.jsonl, .json, .csv, gzipped; .parquet), a glob, a directory or a
+name on the hub, of which --split is taken. OUT is JSON Lines of conversations, gzipped where its
+name ends in .gz; --plain writes text, for models without a chat template. Each row's format is
+known by its keys. Images go along: their paths are written as they lead from OUT. A row without a
+preference (equal answers, ratings or votes) is bad, and stops the conversion unless --on_bad_row
+skip.
 """
 
 import argparse
 import gzip
-import json
 import re
 import sys
-from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from parts.rows import DataError, find_files, read_rows
+from extras.hub.client import local_dataset
+from extras.rows.ranked import number, pairs_of
+from extras.rows.written import mover, to_json, with_paths
+from parts.forms import PROMPT_NAMES, renamed
+from parts.rows import DataError, read_rows
 from parts.turns import from_value_message
 
 Row = dict[str, Any]
 TURN = re.compile(r"\n\n(Human|Assistant):")
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
-KEPT = ("images", "tools", "chat_template_kwargs")  # as they are: the trainer reads them
-KNOWN = (
-    "LLaMA-Factory's (conversations, instruction), HH's dialogues, "
-    "Argilla's (chosen_response, generations, fields)"
-)
+# Kept as they are: the trainer reads the first five, and refuses videos.
+KEPT = ("images", "image", "tools", "chat_template_kwargs", "videos", "video")
+WHOLE = ("{}_messages", "{}_conversations")  # names of answers that are full conversations
 
 
 def convert(row: Row) -> Row:
     """Convert a row of any format to prompt, chosen, rejected as messages, with scores.
 
-    Raises DataError.
+    Of several answers, the best and the worst. Raises DataError.
     """
-    if isinstance(row.get("fields"), dict):
-        out = from_record(row)
-    elif isinstance(row.get("generations"), list) and row.get("chosen") is None:
-        out = from_generations(row)
-    elif "chosen_response" in row:
-        out = alike(row, row["chosen_response"], row.get("rejected_response"))
-    elif "conversations" in row or "messages" in row:
-        asked = row.get("conversations", row.get("messages"))
-        out = alike(row | {"prompt": asked}, row.get("chosen"), row.get("rejected"))
-    elif isinstance(row.get("chosen"), str) and TURN.match(row["chosen"]) and question(row) is None:
-        out = from_dialogues(row)
-    elif "chosen" in row:
-        out = alike(row, row["chosen"], row.get("rejected"))
-    else:
-        raise DataError(f"its keys ({', '.join(row)}) are of no form that is known: {KNOWN}")
+    return next(convert_all(row, every=False))
+
+
+def convert_all(row: Row, every: bool) -> Iterator[Row]:
+    """Convert a row to one of ours; of several answers, to `every` pair of a better and a worse."""
+    row = renamed(row)
+    has_pair = row.get("chosen") is not None and row.get("rejected") is not None
+    ranked = None if has_pair else pairs_of(row, every)
+    if ranked is None:
+        yield finished(row, from_pair(row))
+        return
+    for better, worse, rated in ranked:
+        yield finished(row, alike(asked_in(row), better, worse) | rated)
+
+
+def finished(row: Row, out: Row) -> Row:
     if out["chosen"] == out["rejected"]:
         raise DataError("chosen and rejected are the same")
     return out | scores(row, out) | {key: row[key] for key in KEPT if row.get(key)}
+
+
+def asked_in(row: Row) -> Row:
+    """Return the row with the prompt of an Argilla record beside its fields."""
+    fields = row.get("fields")
+    if not isinstance(fields, dict):
+        return row
+    asked = next((fields[name] for name in ("prompt", *PROMPT_NAMES) if name in fields), None)
+    return {"prompt": asked}
+
+
+def from_pair(row: Row) -> Row:
+    """Convert a row that says which answer is chosen. Raises DataError where none does."""
+    for chosen, rejected in [(w.format("chosen"), w.format("rejected")) for w in WHOLE]:
+        if chosen in row:
+            return alike(row, row[chosen], row.get(rejected))
+    if "chosen_response" in row:
+        return alike(row, row["chosen_response"], row.get("rejected_response"))
+    if row.get("rejected_response") and row.get("response"):  # ms-swift's older form
+        return alike(row, row["response"], row["rejected_response"])
+    if "chosen" not in row:
+        raise DataError(unknown(row))
+    if "conversations" in row or "messages" in row:
+        asked = row.get("conversations", row.get("messages"))
+        return alike(row | {"prompt": asked}, row["chosen"], row.get("rejected"))
+    is_dialogue = isinstance(row["chosen"], str) and TURN.match(row["chosen"])
+    if is_dialogue and question(row) is None:
+        return from_dialogues(row)
+    return alike(row, row["chosen"], row.get("rejected"))
+
+
+def unknown(row: Row) -> str:
+    """Say what a row is that cannot be converted."""
+    keys = ", ".join(row)
+    if "label" in row or "labels" in row:
+        return (
+            f"its keys ({keys}) are an answer with a label of its own: DPO compares two answers "
+            "to one prompt, so write the good and the bad ones of a prompt as chosen and rejected")
+    several = next((name for name in row if isinstance(row[name], list) and len(row[name]) > 1), "")
+    if several:
+        return (
+            f"its keys ({keys}) are of no form that is known; if \"{several}\" are answers, "
+            "nothing says which is better: give them scores or ranks")
+    return f"its keys ({keys}) are of no form that is known: see python -m extras.convert --help"
 
 
 def message(value: Any, role: str) -> Row:
@@ -69,7 +125,7 @@ def message(value: Any, role: str) -> Row:
     if isinstance(value, dict) and "role" in value:
         return {key: part for key, part in value.items() if part is not None}
     raise DataError(
-        f"found {json.dumps(value)[:60]} for the turn of the {role}; "
+        f"found {to_json({role: value})[:60]} for the turn of the {role}; "
         "give text, from/value or role/content"
     )
 
@@ -80,11 +136,43 @@ def turns(value: Any, role: str) -> list[Row]:
 
 
 def question(row: Row) -> Any:
-    """Find the question under one of four names; `input` follows an instruction, as in Alpaca."""
+    """Find the prompt under its names; `input` follows an instruction, as in Alpaca.
+
+    Raises DataError where two other names are there: which belongs where is not known.
+    """
     if row.get("prompt") is not None:
         return row["prompt"]
-    asked = row.get("instruction") or row.get("question")
-    return f"{asked}\n{row['input']}" if asked and row.get("input") else asked or row.get("input")
+    asked = [name for name in PROMPT_NAMES if row.get(name)]
+    if isinstance(row.get("history"), str):  # SHP's
+        asked.append("history")
+    if asked in (["instruction", "input"], ["question", "input"], ["query", "input"]):
+        return f"{row[asked[0]]}\n{row['input']}"
+    if len(asked) > 1:
+        raise DataError(f"it has {' and '.join(asked)}; write them as one prompt")
+    return row[asked[0]] if asked else None
+
+
+def prompt_turns(row: Row) -> list[Row]:
+    """Make the prompt's messages, with history and system before them. Raises DataError."""
+    asked = question(row)
+    if not asked:
+        raise DataError("no prompt, instruction, question or input")
+    if isinstance(asked, str) and TURN.match(asked):  # Nectar's, which ends "\n\nAssistant: "
+        prompt = dialogue_turns(asked)
+        if not prompt[-1]["content"]:
+            prompt.pop()
+    else:
+        prompt = turns(asked, "user")
+    pairs = row.get("history") if isinstance(row.get("history"), list) else []
+    for user, assistant in reversed(pairs):
+        prompt = [message(user, "user"), message(assistant, "assistant"), *prompt]
+    return with_system(row, prompt)
+
+
+def with_system(row: Row, prompt: list[Row]) -> list[Row]:
+    if row.get("system") and prompt[0]["role"] != "system":
+        return [message(row["system"], "system"), *prompt]
+    return prompt
 
 
 def alike(row: Row, chosen: Any, rejected: Any) -> Row:
@@ -94,19 +182,13 @@ def alike(row: Row, chosen: Any, rejected: Any) -> Row:
     answers = [turns(chosen, "assistant"), turns(rejected, "assistant")]
     shared = next((i for i, (a, b) in enumerate(zip(*answers)) if a != b), min(map(len, answers)))
     if answers[0][0]["role"] != "assistant" and shared:  # full conversations
-        return {
-            "prompt": answers[0][:shared],
-            "chosen": answers[0][shared:],
-            "rejected": answers[1][shared:],
-        }
-    asked = question(row)
-    if not asked:
-        raise DataError("no prompt, instruction, question or input")
-    prompt = turns(asked, "user")
-    for user, assistant in reversed(row.get("history") or []):
-        prompt = [message(user, "user"), message(assistant, "assistant"), *prompt]
-    if row.get("system") and prompt[0]["role"] != "system":
-        prompt = [message(row["system"], "system"), *prompt]
+        prompt = with_system(row, answers[0][:shared])
+        return {"prompt": prompt, "chosen": answers[0][shared:], "rejected": answers[1][shared:]}
+    prompt = prompt_turns(row)
+    if prompt[-1]["role"] == "assistant":
+        if prompt[-1:] != answers[0]:
+            raise DataError("the prompt ends with an answer of the assistant; take that off it")
+        prompt = prompt[:-1]  # the chosen answer, once more
     return {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
 
 
@@ -123,51 +205,19 @@ def from_dialogues(row: Row) -> Row:
     return {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
 
 
+def dialogue_turns(text: str) -> list[Row]:
+    pieces = TURN.split(text)[1:]
+    said = zip(pieces[::2], pieces[1::2], strict=True)
+    return [{"role": HH_ROLES[who], "content": words.strip()} for who, words in said]
+
+
 def dialogue(name: str, text: Any) -> list[Row]:
     if not isinstance(text, str) or not TURN.match(text):
         raise DataError(f'"{name}" is no dialogue that begins with "\\n\\nHuman:"')
-    pieces = TURN.split(text)[1:]
-    found = [
-        {"role": HH_ROLES[who], "content": said.strip()}
-        for who, said in zip(pieces[::2], pieces[1::2])
-    ]
+    found = dialogue_turns(text)
     if found[-1]["role"] != "assistant" or not found[-1]["content"]:
         raise DataError(f'"{name}" does not end with an answer of the assistant')
     return found
-
-
-def from_generations(row: Row) -> Row:
-    """Convert distilabel: the best rated of several answers against the worst."""
-    ratings = row.get("ratings") or row.get("rating") or []
-    pairs = zip(ratings, row["generations"])
-    rated = [(r, text) for r, text in pairs if isinstance(r, (int, float)) and text]
-    best = max(rated, key=lambda r: r[0], default=None)
-    worst = min(rated, key=lambda r: r[0], default=None)
-    if best is None or worst is None or best[0] == worst[0]:
-        raise DataError(f"its {len(rated)} rated generations do not differ in rating")
-    return alike(row, best[1], worst[1]) | {"chosen_score": best[0], "rejected_score": worst[0]}
-
-
-def from_record(row: Row) -> Row:
-    """Convert an annotated Argilla record: two text fields, and votes that name the better one."""
-    fields = row["fields"]
-    names = ("prompt", "instruction", "question")
-    asked = next((fields[name] for name in names if name in fields), None)
-    responses = (row.get("responses") or {}).values()
-    named = [one.get("value") for answers in responses for one in answers]
-    votes = Counter(name for name in named if name in fields)
-    if not votes:
-        named = [one.get("value") for one in (row.get("suggestions") or {}).values()]
-        votes = Counter(name for name in named if name in fields)
-    ranked = votes.most_common(2)
-    if not ranked or len({count for _, count in ranked}) < len(ranked):
-        raise DataError(f"its annotators name no better answer ({dict(votes) or 'no votes'})")
-    better = ranked[0][0]
-    stem = lambda name: re.sub(r"\W*\d+$", "", name)
-    others = [name for name in fields if name != better and stem(name) == stem(better)]
-    if len(others) != 1:
-        raise DataError(f"it has {len(others)} answers beside {better!r}; expected one")
-    return alike({"prompt": asked}, fields[better], fields[others[0]])
 
 
 def scores(row: Row, out: Row) -> Row:
@@ -175,14 +225,14 @@ def scores(row: Row, out: Row) -> Row:
 
     In Argilla's Orca pairs, `rating` holds both.
     """
-    for pattern in ("{}_score", "score_{}", "{}-rating", "{}_rating", "{}_avg_rating"):
-        found = {f"{name}_score": row.get(pattern.format(name)) for name in ("chosen", "rejected")}
-        if all(isinstance(score, (int, float)) for score in found.values()):
-            return found
+    for pattern in ("{}_score", "score_{}", "{}-rating", "{}_rating", "{}_avg_rating", "{}_reward"):
+        named = {f"{name}_score": row.get(pattern.format(name)) for name in ("chosen", "rejected")}
+        if all(number(score) is not None for score in named.values()):
+            return {key: number(score) for key, score in named.items()}
     rating = row.get("rating")
     is_orca = isinstance(rating, list) and len(rating) == 2 and "generations" in row
     if is_orca and "chosen_score" not in out:
-        if all(isinstance(score, (int, float)) for score in rating):
+        if all(number(score) is not None for score in rating):
             return {"chosen_score": max(rating), "rejected_score": min(rating)}
     return {}
 
@@ -207,18 +257,22 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("input", help="file, glob or directory")
+    parser.add_argument("input", help="file, glob, directory or name on the hub")
     parser.add_argument("output", help=".jsonl or .jsonl.gz")
+    parser.add_argument("--split", default="train", help="of a directory or a name on the hub")
+    parser.add_argument("--config", help="of a directory or a name on the hub")
     parser.add_argument("--plain", action="store_true", help="text instead of conversations")
+    parser.add_argument(
+        "--every_pair", action="store_true", help="of several answers, not only best and worst"
+    )
     parser.add_argument(
         "--on_bad_row", choices=["stop", "skip"], default="stop", help="skip counts and lists them"
     )
     args = parser.parse_args(argv)
     try:
-        written, bad = write(
-            find_files(args.input), Path(args.output), args.plain, args.on_bad_row == "stop"
-        )
-    except (DataError, OSError) as error:
+        files = local_dataset(args.input, args.config, args.split)
+        written, bad = write(files, Path(args.output).expanduser(), args)
+    except (ValueError, OSError) as error:
         print(f"extras.convert: {error}", file=sys.stderr)
         return 2
     print(f"{args.output}: {written:,} rows, {len(bad):,} skipped")
@@ -227,41 +281,49 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def write(files: list[Path], output: Path, as_text: bool, stop: bool) -> tuple[int, list[str]]:
+def write(files: list[Path], output: Path, args: argparse.Namespace) -> tuple[int, list[str]]:
     """Convert files into one; return how many rows were written, and what was wrong with others.
 
-    With `stop`, raise DataError for the first bad row. The output appears only once complete.
+    Raises DataError: for the first bad row, unless args.on_bad_row is "skip", and where none is
+    left. The output appears only once complete.
     """
     if output.resolve() in [file.resolve() for file in files]:
         raise DataError(f"{output}: the input would be overwritten; give another name")
     written = 0
     bad = []
     scratch = output.with_name(f".{output.name}.part")
+    opened = gzip.open if output.suffix == ".gz" else open
     try:
-        with (gzip.open if output.suffix == ".gz" else open)(
-            scratch, "wt", encoding="utf-8"
-        ) as stream:
+        with opened(scratch, "wt", encoding="utf-8") as stream:
             for place, row in read_rows(files):
                 try:
-                    if isinstance(row, DataError):
-                        raise row
-                    done = convert(row)
-                    stream.write(
-                        json.dumps(plain(done) if as_text else done, ensure_ascii=False) + "\n"
-                    )
-                    written += 1
+                    lines = list(written_lines(place, row, output, args))
                 except DataError as error:
-                    if stop:
-                        raise DataError(
-                            f"{place}: {error}; --on_bad_row skip leaves such rows out"
-                        ) from None
                     bad.append(f"{place}: {error}")
+                    if args.on_bad_row == "stop":
+                        raise DataError(
+                            f"{bad[0]}; --on_bad_row skip leaves such rows out") from None
+                    continue
+                stream.writelines(lines)
+                written += len(lines)
         if not written:
             raise DataError(f"no row could be converted; the first is {(bad or ['missing'])[0]}")
         scratch.replace(output)
     finally:
         scratch.unlink(missing_ok=True)
     return written, bad
+
+
+def written_lines(
+    place: str, row: Row | DataError, output: Path, args: argparse.Namespace
+) -> Iterator[str]:
+    """Yield the lines that a row becomes. Raises DataError."""
+    if isinstance(row, DataError):
+        raise row
+    moved = mover(Path(place.rpartition(":")[0]).parent, output.parent)
+    for done in convert_all(row, args.every_pair):
+        done = with_paths(plain(done) if args.plain else done, moved)
+        yield to_json(done) + "\n"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 
 from data import DataOptions, PairStore, Tokenizer, build_store
 from extras.rows.pictures import open_tokenizer
-from parts.rows import DataError, find_files
+from parts.splits import find_split
 from parts.store import describe
 
 
@@ -61,7 +61,8 @@ def view(args: argparse.Namespace) -> Iterator[str]:
         **{name: value for name, value in vars(args).items() if name in DataOptions._fields}
     )
     with tempfile.TemporaryDirectory() as cache:
-        store = build_store(find_files(args.file), tokenizer, options, cache, args.on_bad_row)
+        files = [file for name in args.file for file in find_split(name, None, args.split)]
+        store = build_store(list(dict.fromkeys(files)), tokenizer, options, cache, args.on_bad_row)
         for index in range(min(args.n, len(store))):
             yield show_pair(store, index, tokenizer, sys.stdout.isatty())
         yield from ["---", *summarize(store), *describe(store.report)]
@@ -85,12 +86,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--truncation_mode", choices=["keep_start", "keep_end"], default="keep_start"
     )
+    parser.add_argument("--split", default="train", help="of a directory that has several")
     parser.add_argument("--chat_template", help="a template: its file, its name or its text")
     parser.add_argument("--on_bad_row", choices=["stop", "skip"], default="stop")
     try:
         for text in view(parser.parse_args(argv)):
             print(text)
-    except DataError as error:
+    except ValueError as error:
         print(f"data.py: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader (`head`, say) closed the pipe

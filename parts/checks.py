@@ -11,6 +11,8 @@ from parts.config import DPOConfig
 from parts.configs import check_length
 from parts.loss_checks import check_losses
 from parts.metrics import METRICS
+from parts.rows import row_at
+from parts.turns import describe_ratings
 
 FSDP_WORDS = {"true", "full_shard", "shard_grad_op", "auto_wrap", "offload"}  # transformers' words
 
@@ -175,12 +177,12 @@ def check_ratings(c: DPOConfig, store: Any) -> None:
     gap = store.ratings[:, 0] - store.ratings[:, 1]
     bad = np.flatnonzero(np.isnan(gap) | (gap <= 0) if takes_log else np.isnan(gap))
     if len(bad):
+        where = store.where(int(bad[0]))
         found = "chosen_score <= rejected_score"
         if np.isnan(gap[bad[0]]):
-            found = "no chosen_score and rejected_score"
+            found = describe_ratings(row_at(where))
         raise ValueError(
-            f"{store.where(int(bad[0]))}: {found}, which --loss_type {reading[0]} reads "
-            f"({len(bad)} such rows)")
+            f"{where}: {found}, which --loss_type {reading[0]} reads ({len(bad)} such rows)")
 
 
 def check_pairs(c: DPOConfig, train_pairs: Any, eval_sets: dict[str, Any]) -> None:

@@ -98,8 +98,9 @@ class DPOConfig:
     # The data
 
     dataset_name: str | None = flag(
-        None, "preference pairs: file, glob or directory of .jsonl, .json, .gz; or hub id", "data")
-    dataset_config: str | None = flag(None, "configuration, or folder, of a data set on the hub")
+        None, "preference pairs: file, glob or directory of .jsonl, .json, .gz of these, .csv, "
+        ".parquet; or hub id; several with commas between", "data")
+    dataset_config: str | None = flag(None, "configuration, or folder, of a data set")
     dataset_revision: str | None = flag(
         None, "branch, tag or commit of a data set on the hub; unset is its main branch")
     dataset_train_split: str = flag("train", "split to train on")

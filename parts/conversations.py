@@ -179,10 +179,7 @@ def row_texts(row: dict, tokenizer: Any, need_rejected: bool = True) -> RowTexts
 
     Of the tokenizer (data.Tokenizer) it reads eos_token and render_all.
     """
-    if row.get("images") or row.get("image"):
-        what = "the row has images, but this is a text run"
-        how = "remove them, or train a vision model (with its preprocessor_config.json)"
-        raise DataError(f"{what}; {how}")
+    refuse_media(row, reads_images=getattr(tokenizer, "pictures", None) is not None)
     prompt, chosen, rejected = split_row(row, need_rejected)
     completions = [chosen] if rejected is None else [chosen, rejected]
     for name, completion in zip(("chosen", "rejected"), completions, strict=False):
@@ -196,6 +193,22 @@ def row_texts(row: dict, tokenizer: Any, need_rejected: bool = True) -> RowTexts
         what = "the text has half of a surrogate pair (\\ud83d alone, say)"
         raise DataError(f"{what}; write whole characters")
     return RowTexts(texts, add_special_tokens=is_plain, ratings=parse_ratings(row))
+
+
+def refuse_media(row: dict, reads_images: bool) -> None:
+    """Raise DataError for videos, which no model here reads, and for images in a text run."""
+    turns = [row.get(key) for key in ("prompt", "conversations", "chosen", "rejected")]
+    messages = [one for value in turns if isinstance(value, list) for one in value]
+    contents = [one.get("content") for one in messages if isinstance(one, dict)]
+    parts = [part for one in contents if isinstance(one, list) for part in one]
+    kinds = {str(part.get("type")) for part in parts if isinstance(part, dict)}
+    named = lambda *names: any(row.get(name) for name in names)
+    if kinds & {"video", "video_url"} or named("videos", "video"):
+        raise DataError("the row has videos, which no model here reads; remove the row")
+    if not reads_images and (kinds & {"image", "image_url"} or named("images", "image")):
+        what = "the row has images, but this is a text run"
+        how = "remove them, or train a vision model (with its preprocessor_config.json)"
+        raise DataError(f"{what}; {how}")
 
 
 def plain_texts(row: dict, prompt: str, completions: list[str], tokenizer: Any) -> list[str]:

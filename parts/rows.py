@@ -2,13 +2,16 @@
 
     for place, row in read_rows(find_files("prefs/*.jsonl")):  # "prefs/a.jsonl:17", {"prompt": ...}
 
-JSON Lines, a JSON array, either of them gzipped, or parquet (needs pyarrow). A row that cannot be
-read comes as a DataError in its place, so that the caller decides whether one bad row ends the run.
+JSON Lines, a JSON array, CSV, any of them gzipped; parquet and Arrow (both need pyarrow). A row
+that cannot be read comes as a DataError in its place, so that the caller decides whether one bad
+row ends the run.
 """
 
 import codecs
+import csv
 import glob
 import gzip
+import io
 import json
 import os
 import re
@@ -19,16 +22,22 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from parts.forms import renamed
+
 NEEDS = (
     "each row needs prompt, chosen, rejected "
     "(or chosen and rejected that begin with the same prompt)"
 )
 LONGEST_ROW = 2**26  # bytes; anything longer is no row, and is not read into memory
-FILE_PATTERNS = ("*.jsonl", "*.json", "*.jsonl.gz", "*.json.gz")
+FILE_PATTERNS = tuple(
+    f"*.{kind}" for kind in "jsonl json jsonl.gz json.gz csv csv.gz parquet".split())
+NOT_DATA = {  # files of these names hold no rows
+    "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
 # In a JSON array: what stands before an element, and what ends it; by whether it is the first.
 BEFORE = {True: re.compile(r"\s*\[\s*"), False: re.compile(r"\s*,\s*")}
 ENDING = {True: re.compile(r"\s*\[\s*\]\s*"), False: re.compile(r"\s*\]\s*")}
+CONVERSATION = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']""")  # as text
 PIECE = 1 << 16  # bytes of an array that are read at a time
 
 
@@ -70,18 +79,27 @@ def find_files(spec: str | Path | list) -> list[Path]:
 
 def matching_files(path: Path) -> list[Path]:
     if path.is_dir():
-        return sorted({match for pattern in FILE_PATTERNS for match in path.glob(pattern)})
+        names = {match for pattern in FILE_PATTERNS for match in path.glob(pattern)}
+        return sorted(name for name in names if name.name not in NOT_DATA)
     if path.is_file():  # before the glob: a file's name may contain * or [
         return [path]
     names = sorted(glob.glob(str(path), recursive=True))
     return [Path(name) for name in names if os.path.isfile(name)]
 
 
+def names_in(spec: str) -> list[str]:
+    """List the data sets of a name: one, or several with commas between them."""
+    if Path(spec).expanduser().exists() or glob.has_magic(spec):
+        return [spec]
+    return [name.strip() for name in spec.split(",") if name.strip()]
+
+
 def on_hub(name: Any) -> bool:
     """Tell whether a data set or model is not on this machine, so that the hub is asked."""
-    if not isinstance(name, str) or Path(name).expanduser().exists():
+    if not isinstance(name, str):
         return False
-    return not glob.has_magic(name)
+    here = lambda one: Path(one).expanduser().exists() or glob.has_magic(one)
+    return not all(map(here, names_in(name)))
 
 
 # Their rows
@@ -97,7 +115,7 @@ def read_rows(files: Iterable[str | Path]) -> Iterator[tuple[str, dict | DataErr
         number = 0
         try:
             for number, row in file_rows(path):
-                yield f"{path}:{number}", row
+                yield f"{path}:{number}", renamed(row) if isinstance(row, dict) else row
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             damaged = DataError(f"the compressed file is damaged ({error}); fetch it again")
             yield f"{path}:{number + 1}", damaged
@@ -112,6 +130,15 @@ def read_chunks(files: Iterable[str | Path], size: int) -> Iterator[list]:
         yield chunk
 
 
+def row_at(place: str) -> dict | DataError | None:
+    """Return the row at "prefs.jsonl:17" again; None where there is none."""
+    rows = read_rows([place.rpartition(":")[0]])
+    try:
+        return next((row for where, row in rows if where == place), None)
+    except DataError:  # the file is gone
+        return None
+
+
 def file_rows(path: Path) -> Iterator[tuple[int, dict | DataError]]:
     """Yield (line, row) of one file, whose form is told by its first bytes rather than its name."""
     with ExitStack() as stack:
@@ -121,8 +148,14 @@ def file_rows(path: Path) -> Iterator[tuple[int, dict | DataError]]:
         if stream.peek(3)[:3] == codecs.BOM_UTF8:
             stream.read(3)
         rows = line_rows
+        if stream.peek(64)[:64].startswith(b"version https://git-lfs"):
+            raise DataError(f"{path}: only git-lfs's pointer to the file; git lfs pull fetches it")
         if path.suffix == ".parquet":
             rows = parquet_rows
+        elif path.suffix == ".arrow":
+            rows = arrow_rows
+        elif path.name.endswith((".csv", ".csv.gz")):
+            rows = csv_rows
         elif stream.peek(4096)[:4096].lstrip()[:1] == b"[":
             rows = array_rows
         yield from rows(stream)
@@ -199,16 +232,74 @@ def array_rows(stream: BinaryIO) -> Iterator[tuple[int, dict | DataError]]:
                 return
 
 
-def parquet_rows(stream: BinaryIO) -> Iterator[tuple[int, dict | DataError]]:
-    """Yield the rows of a parquet file, numbered from 1. Raises DataError without pyarrow."""
+def csv_rows(stream: BinaryIO) -> Iterator[tuple[int, dict | DataError]]:
+    """Yield the rows of a CSV file as (line where it begins, row); its first line names the keys.
+
+    An empty cell is a missing value. Broken CSV ends the file.
+    """
+    csv.field_size_limit(LONGEST_ROW)
+    line = 1
+    try:
+        reader = csv.DictReader(io.TextIOWrapper(stream, "utf-8", newline=""), strict=True)
+        line += reader.line_num if reader.fieldnames else 0
+        for cells in reader:
+            yield line, attempt(parse_cells, cells)
+            line = reader.line_num + 1
+    except UnicodeDecodeError:
+        yield line, DataError("not UTF-8 in or after this row; save the file as UTF-8")
+    except csv.Error as error:
+        yield line, DataError(f"broken CSV ({error}); nothing after it is read")
+
+
+def parse_cells(cells: dict) -> dict:
+    """Turn a row of CSV into values: conversations are JSON, scores are numbers, the rest is text.
+
+    Raises DataError.
+    """
+    if None in cells or None in cells.values():
+        raise DataError(f"more or fewer cells than the first line has; {NEEDS}")
+    row = {key: value for key, value in cells.items() if value}
+    for key, value in row.items():
+        if CONVERSATION.match(value):
+            try:
+                row[key] = json.loads(value)
+            except ValueError:
+                what = f'"{key}" is a conversation that is not JSON'
+                raise DataError(f"{what}; save the rows as JSON Lines") from None
+        elif "score" in key or "rating" in key:
+            try:
+                row[key] = float(value)
+            except ValueError:
+                pass  # a loss that reads it says so
+    return row
+
+
+def import_arrow(what: str) -> Any:
+    """Import pyarrow, which is optional. Raises DataError saying what to do without it."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        what = "reading parquet needs pyarrow: pip install pyarrow"
-        raise DataError(f"{what}, or convert the file to JSONL") from None
+        needs = f"reading {what} needs pyarrow: pip install pyarrow"
+        raise DataError(f"{needs}, or convert the file to JSONL") from None
+    return pyarrow
+
+
+def parquet_rows(stream: BinaryIO) -> Iterator[tuple[int, dict | DataError]]:
+    """Yield the rows of a parquet file, numbered from 1. Raises DataError without pyarrow."""
+    pyarrow = import_arrow("parquet")
     try:
         batches = pyarrow.parquet.ParquetFile(stream).iter_batches(1024)
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{stream.name}: not a parquet file ({error})") from None
+
+
+def arrow_rows(stream: BinaryIO) -> Iterator[tuple[int, dict | DataError]]:
+    """Yield the rows of an Arrow stream, as datasets' save_to_disk writes it; as `parquet_rows`."""
+    pyarrow = import_arrow("Arrow files")
+    try:
+        batches = pyarrow.ipc.open_stream(stream)
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{stream.name}: not an Arrow stream ({error})") from None

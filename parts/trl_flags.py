@@ -128,7 +128,7 @@ def settle(
     foreign = {name: value for name, value in settings.items() if name not in known}
     ours = {name: value for name, value in settings.items() if name in known}
     set_environment(foreign.pop("env", None), path)
-    ours = one_data_set(foreign.pop("datasets", None), path) | ours
+    ours = data_sets(foreign.pop("datasets", None), path) | ours
     silent = []
     for where, options in ((f"--config {path}: ", foreign), ("--", pairs_of(words))):
         found, without_effect = translate(options, known, where)
@@ -290,26 +290,36 @@ def set_environment(variables: Any, path: str | None) -> None:
     os.environ.update({str(name): str(value) for name, value in variables.items()})
 
 
-def one_data_set(entries: Any, path: str | None) -> dict[str, Any]:
-    """Return `datasets:` of a file of TRL's, where it has one entry, in our options."""
+def data_sets(entries: Any, path: str | None) -> dict[str, Any]:
+    """Return `datasets:` of a file of TRL's in our options; several are trained on as one."""
     if not entries:
         return {}
     where = f"--config {path}: datasets"
     has_path = lambda entry: isinstance(entry, dict) and "path" in entry
     if not isinstance(entries, list) or not all(map(has_path, entries)):
         raise ValueError(f"{where}: give a list of entries with path, name, split")
-    if len(entries) > 1:
+    found = [data_set(entry, where) for entry in entries]
+    names = ",".join(one.pop("dataset_name") for one in found)
+    if any(one != found[0] for one in found):
         raise ValueError(
-            f"{where}: {len(entries)} of them; put their files into one directory, or under one "
-            "glob, and give that as dataset_name")
-    entry = entries[0]
+            f"{where}: {len(found)} of them, with different name or split; write the rows of each "
+            "to a file of its own, and give these files")
+    return {"dataset_name": names, **found[0]}
+
+
+def data_set(entry: dict, where: str) -> dict[str, Any]:
+    """Return one entry of `datasets:` in our options. Raises ValueError."""
     if entry.get("data_dir") is not None:
         raise ValueError(f"{where}: data_dir; give dataset_config, or the path of the files")
+    if entry.get("fraction") is not None:
+        raise ValueError(
+            f"{where}: fraction; write the share of the rows that you want to a file (head -n), and "
+            "give that as its path")
     files = entry.get("data_files")
     if files is not None and not isinstance(files, str):
         raise ValueError(f"{where}: data_files; give one path or glob of files on this machine")
     found = {
-        "dataset_name": files or entry["path"],
+        "dataset_name": str(files or entry["path"]),
         "dataset_config": entry.get("name"),
         "dataset_train_split": entry.get("split")}
     return {name: value for name, value in found.items() if value is not None}

@@ -7,8 +7,10 @@
 
 import json
 import math
+from decimal import Decimal
 from typing import Any
 
+from parts.forms import HINT, convert_hint, lost_prompt
 from parts.rows import NEEDS, DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
@@ -20,7 +22,6 @@ RATINGS = (
     ("score_chosen", "score_rejected"),
     ("chosen_rating", "rejected_rating"),
 )
-PROMPT_NAMES = ("instruction", "question", "query")  # what other data sets call the prompt
 
 
 # Messages
@@ -74,7 +75,7 @@ def parse_tool_calls(value: Any, where: str) -> list[dict]:
 def parse_turns(row: dict, key: str) -> str | list[dict]:
     """Return row[key] as text or as a list of messages (a single message is a list of one)."""
     if key not in row:
-        raise DataError(f'"{key}" is missing; {NEEDS}')
+        raise DataError(f'"{key}" is missing; {NEEDS}{convert_hint(row)}')
     value = row[key]
     if isinstance(value, str):
         return value
@@ -122,13 +123,12 @@ def split_row(row: dict, need_rejected: bool) -> tuple[Any, Any, Any]:
     rejected = None if optional else parse_turns(row, "rejected")
     if rejected is not None and type(chosen) is not type(rejected):
         what = "one of chosen and rejected is text, the other a conversation"
-        raise DataError(f"{what}; make them alike")
+        raise DataError(f"{what}; make them alike: {HINT}")
     if chosen == rejected:
         what = "chosen and rejected are the same"
         raise DataError(f"{what}; there is no preference to learn, remove the row")
     if key is None:
-        check_prompt_name(row)
-        return extract_prompt(chosen, rejected)
+        return implicit_prompt(row, chosen, rejected)
     prompt = parse_turns(row, key)
     if type(prompt) is type(chosen):
         return prompt, chosen, rejected
@@ -136,15 +136,24 @@ def split_row(row: dict, need_rejected: bool) -> tuple[Any, Any, Any]:
     are_complete = isinstance(chosen, list) and rejected is not None and chosen[:1] == rejected[:1]
     if not (isinstance(prompt, str) and are_complete):
         what = "one of prompt and chosen is text, the other a conversation"
-        raise DataError(f"{what}; make them alike")
+        raise DataError(f"{what}; make them alike: {HINT}")
     return extract_prompt(chosen, rejected)
 
 
-def check_prompt_name(row: dict) -> None:
-    """Raise DataError where the prompt has another name: it would be left out of the pair."""
-    for name in PROMPT_NAMES:
-        if isinstance(row.get(name), str) and row[name] not in str(row["chosen"]):
-            raise DataError(f'"prompt" is missing, but "{name}" is there; rename it to "prompt"')
+def implicit_prompt(row: dict, chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+    """Return what chosen and rejected share as the prompt, and the rest of each.
+
+    Raises DataError where they share nothing, or the prompt stands under another name: it would
+    be left out of the pair.
+    """
+    name = lost_prompt(row)
+    if name is not None:
+        raise DataError(f'"prompt" is missing, but "{name}" is there; {HINT}')
+    prompt, chosen, rejected = extract_prompt(chosen, rejected)
+    if not prompt:
+        what = "the prompt is empty: \"prompt\" is missing, and chosen and rejected share no beginning"
+        raise DataError(f"{what}; {NEEDS}{convert_hint(row)}")
+    return prompt, chosen, rejected
 
 
 def is_empty(completion: str | list[dict]) -> bool:
@@ -154,13 +163,36 @@ def is_empty(completion: str | list[dict]) -> bool:
     return not any(completion[-1].get(key) for key in ("content", "tool_calls", *REASONING))
 
 
-def parse_ratings(row: dict) -> tuple[float, float]:
-    """Return the row's (chosen, rejected) scores, nan where absent."""
+def find_ratings(row: dict) -> dict[str, Any]:
+    """Return the row's scores as they stand, by their keys; {} where it has none."""
     named = (keys for keys in RATINGS if keys[0] in row or keys[1] in row)
-    keys = next(named, RATINGS[0])
-    scores = {key: row[key] for key in keys if row.get(key) is not None}
-    for key, score in scores.items():
-        if type(score) not in (int, float) or not abs(score) < 1e38:  # float32's range, and no nan
-            raise DataError(f'"{key}" is {repr(score)[:40]}; a score is a finite number')
-    chosen, rejected = (float(scores.get(key, math.nan)) for key in keys)
+    return {key: row.get(key) for key in next(named, ())}
+
+
+def parse_rating(score: Any) -> float:
+    """Return a score as a float, nan for anything but a finite number in float32's range."""
+    if isinstance(score, bool) or not isinstance(score, int | float | Decimal):
+        return math.nan
+    try:
+        number = float(score)
+    except OverflowError:
+        return math.nan
+    return number if abs(number) < 1e38 else math.nan
+
+
+def parse_ratings(row: dict) -> tuple[float, float]:
+    """Return the row's (chosen, rejected) scores, nan where a loss could not read them."""
+    chosen, rejected = map(parse_rating, find_ratings(row).values() or (None, None))
     return chosen, rejected
+
+
+def describe_ratings(row: Any) -> str:
+    """Say what a row has in place of the two scores that a loss reads."""
+    found = find_ratings(row) if isinstance(row, dict) else {}
+    missing = [key for key, score in found.items() if score is None]
+    for key, score in found.items():
+        if score is not None and math.isnan(parse_rating(score)):
+            return f'"{key}" is {repr(score)[:40]}; a score is a finite number'
+    if len(missing) == 1:
+        return f'"{missing[0]}" is missing'
+    return "no chosen_score and rejected_score"

@@ -43,6 +43,40 @@ FORMS = {
                              PAIR | SCORES),
     "Argilla, record": (RECORD | VOTE("response-2", "response-1", "response-2"), PAIR),
     "Argilla, suggestion": (RECORD | {"suggestions": {"better": {"value": "response-2", "agent": "a"}}}, PAIR),
+    "LLaMA-Factory, whole conversations": (
+        {"chosen_messages": [USER, GOOD], "rejected_messages": [USER, BAD], "system": "Be brief."},
+        PAIR | {"prompt": [SYSTEM, USER]}),
+    "torchtune": ({"chosen_conversations": [USER, GOOD], "rejected_conversations": [USER, BAD]}, PAIR),
+    "OpenAI": ({"input": {"messages": [USER], "tools": [], "parallel_tool_calls": True}, "preferred_output": [GOOD],
+                "non_preferred_output": [BAD]}, PAIR),
+    "ms-swift": ({"messages": [SYSTEM, USER, GOOD], "rejected_response": "5"}, PAIR | {"prompt": [SYSTEM, USER]}),
+    "ms-swift, messages": ({"messages": [*HI, USER, GOOD], "rejected_messages": [*HI, USER, BAD], "images": ["a.jpg"]},
+                           PAIR | {"prompt": [*HI, USER], "images": ["a.jpg"]}),
+    "ms-swift, query": ({"system": "Be brief.", "query": "2+2?", "response": "4", "rejected_response": "5",
+                         "history": [["Hi", "Hello"]]}, PAIR | {"prompt": [SYSTEM, *HI, USER]}),
+    "PKU-SafeRLHF": ({"prompt": "2+2?", "response_0": "5", "response_1": "4", "is_response_0_safe": True,
+                      "better_response_id": 1, "safer_response_id": 0}, PAIR),
+    "UltraFeedback": ({"instruction": "2+2?", "source": "x", "models": ["a", "b"], "completions": [
+        {"model": "a", "response": "3", "overall_score": 9.0, "fine-grained_score": 3.5},
+        {"model": "b", "response": "5", "overall_score": 10.0, "fine-grained_score": 2},
+        {"model": "c", "response": "4", "overall_score": 1.0, "fine-grained_score": 5}]}, PAIR | SCORES),
+    "Nectar": ({"prompt": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: 2+2?\n\nAssistant: ", "num_responses": 3, "answers": [
+        {"answer": "3", "model": "a", "rank": 2.0}, {"answer": "4", "model": "b", "rank": 1.0},
+        {"answer": "5", "model": "c", "rank": 3.0}]}, PAIR | {"prompt": [*HI, USER]}),
+    "NeMo-Aligner": ({"prompt": "2+2?", "chosen_response": "4", "rejected_response": "5", "chosen_reward": 5,
+                      "rejected_reward": "2"}, PAIR | SCORES),
+    "NeMo-RL": ({"context": [SYSTEM, USER], "completions": [{"rank": 1, "completion": [BAD]}, {"rank": 0, "completion": [GOOD]}]},
+                PAIR | {"prompt": [SYSTEM, USER]}),
+    "HelpSteer3": ({"context": [USER], "response1": "4", "response2": "5", "overall_preference": -2}, PAIR),
+    "HelpSteer2": ({"prompt": "2+2?", "response_1": "5", "response_2": "4", "preference_strength": 2}, PAIR),
+    "SHP": ({"history": "2+2?", "human_ref_A": "5", "human_ref_B": "4", "labels": 0, "score_A": 3, "score_B": 9}, PAIR),
+    "Arena": ({"conversation_a": [USER, BAD], "conversation_b": [USER, GOOD], "winner": "model_b"}, PAIR),
+    "candidates": ({"question": "2+2?", "candidates": ["5", "3", "4"], "scores": [2, 3, 5]}, PAIR | SCORES),
+    "context": ({"context": "2+2?", "chosen": "4", "rejected": "5"}, PAIR),
+    "messages that end with the chosen answer": ({"messages": [USER, GOOD], "chosen": "4", "rejected": "5"}, PAIR),
+    "system beside whole conversations": ({"system": "Be brief.", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+                                          PAIR | {"prompt": [SYSTEM, USER]}),
+    "an image": ({"instruction": "2+2?", "chosen": "4", "rejected": "5", "image": "a.jpg"}, PAIR | {"image": "a.jpg"}),
     "ours": (PAIR | SCORES, PAIR | SCORES),
 }
 
@@ -54,7 +88,14 @@ def test_each_form(form):
 
 
 BAD_ROWS = [
-    ({"text": "x", "label": 1}, r"its keys \(text, label\) are of no form that is known: LLaMA-Factory"),
+    ({"text": "x", "id": 1}, r"its keys \(text, id\) are of no form that is known: see python -m extras.convert --help"),
+    ({"prompt": "x", "completion": "y", "label": True}, r"\(prompt, completion, label\) are an answer with a label of its own"),
+    ({"prompt": "x", "candidates": ["4", "5"]}, '"candidates" has 2 answers without scores or ranks: nothing says which'),
+    ({"prompt": "x", "replies": ["4", "5"]}, 'if "replies" are answers, nothing says which is better'),
+    ({"prompt": "x", "response_0": "a", "response_1": "b", "better_response_id": -1}, 'neither is better: "better_response_id" is -1'),
+    ({"context": [USER], "response1": "4", "response2": "5", "overall_preference": 0}, "neither is better"),
+    ({"question": "2+2?", "context": "Sums.", "chosen": "4", "rejected": "5"}, "it has question and context; write them as one"),
+    ({"messages": [USER, BAD], "chosen": "4", "rejected": "5"}, "the prompt ends with an answer of the assistant"),
     ({"instruction": "2+2?", "generations": ["4", "5"], "ratings": [3, 3]}, "its 2 rated generations do not differ"),
     (RECORD | VOTE("response-1", "response-2"), "its annotators name no better answer"),
     (RECORD, "its annotators name no better answer .no votes"),
@@ -85,6 +126,66 @@ def test_the_command_stops_at_a_bad_row_or_skips_and_lists_it(tmp_path, capsys):
     assert [json.loads(line) for line in gzip.open(out, "rt")] == [expected for _, expected in FORMS.values()]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl.gz"]
     assert main([str(out), str(out)]) == 2 and "would be overwritten" in capsys.readouterr().err
+
+
+def test_of_several_answers_every_pair_with_a_better_one(tmp_path):
+    row = {"prompt": "2+2?", "responses": ["5", "4", "6", "3"], "scores": [1, 3, 1, 2]}
+    pairs = [(one["chosen"][0]["content"], one["rejected"][0]["content"]) for one in convert.convert_all(row, every=True)]
+    assert pairs == [("4", "3"), ("4", "5"), ("4", "6"), ("3", "5"), ("3", "6")]
+    (tmp_path / "in.jsonl").write_text(json.dumps(row))
+    assert main([str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "--every_pair"]) == 0
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 5
+
+
+def test_the_trainer_reads_each_form_or_names_the_command(tmp_path):
+    """And none is read without its prompt."""
+    from parts.forms import HINT, renamed
+    from parts.turns import split_row
+
+    read = []
+    for name, (row, expected) in FORMS.items():
+        try:
+            prompt, _, _ = split_row(renamed(row), need_rejected=True)
+        except DataError as error:
+            assert HINT in str(error), name
+        else:
+            assert prompt, name
+            read.append(name)
+    assert {"OpenAI", "ms-swift", "ms-swift, messages", "LLaMA-Factory, from/value", "HH", "ours"} <= set(read)
+
+
+def test_a_split_of_a_directory_is_converted_not_all_of_it(tmp_path, capsys):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"query": split, "chosen": "4", "rejected": "5"}))
+    for split in ("train", "test"):
+        assert main([str(tmp_path), str(tmp_path / "out"), "--split", split]) == 0
+        (row,) = map(json.loads, (tmp_path / "out").read_text().splitlines())
+        assert row["prompt"] == [{"role": "user", "content": split}]
+    assert main([str(tmp_path), str(tmp_path / "out"), "--split", "dev"]) == 2
+    assert "no split 'dev'; it has 'test', 'train'" in capsys.readouterr().err
+
+
+def test_pictures_go_along_as_bytes_and_as_paths_that_lead_to_them(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    content = b"\x89PNG"
+    row = {"question": "?", "chosen": "4", "rejected": "5", "image": {"bytes": content, "path": "a.png"}}
+    (tmp_path / "in").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "in" / "p.parquet")
+    (converted_row,) = converted(tmp_path / "in" / "p.parquet", tmp_path / "elsewhere")
+    from extras.rows.pictures import find_content
+
+    assert find_content(converted_row["image"], tmp_path) == ("", content)
+    (tmp_path / "in" / "b.png").write_bytes(content)
+    rows = [row | {"image": "b.png"}, row | {"image": None, "images": [{"path": "b.png", "bytes": None}, "https://x/y.png"]}]
+    (tmp_path / "in" / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    one, two = converted(tmp_path / "in" / "p.jsonl", tmp_path / "elsewhere")
+    for reference in (one["image"], two["images"][0]):
+        assert find_content(reference, tmp_path / "elsewhere")[1] == content
+    assert two["images"][1] == "https://x/y.png"
+    (beside, _) = converted(tmp_path / "in" / "p.jsonl", tmp_path / "in")
+    assert beside["image"] == "b.png"
 
 
 def test_plain_text_is_hhs_form():
@@ -131,4 +232,7 @@ def test_ultrafeedbacks_file_and_pictures_pass(shared, tmp_path):
     assert len(rows) >= 198 and all(r["prompt"][0]["role"] == "user" for r in rows)
     pictures = converted(shared / "prefs" / "image_pref" / "pref.jsonl", tmp_path)
     originals = [json.loads(line) for line in (shared / "prefs" / "image_pref" / "pref.jsonl").read_text().splitlines()]
-    assert pictures == [{k: row[k] for k in ("prompt", "chosen", "rejected", "images")} for row in originals]
+    assert [{k: row[k] for k in PAIR} for row in pictures] == [{k: row[k] for k in PAIR} for row in originals]
+    for row, original in zip(pictures, originals):
+        named = [shared / "prefs" / "image_pref" / name for name in original["images"]]
+        assert [(tmp_path / name).resolve() for name in row["images"]] == [path.resolve() for path in named]

@@ -216,17 +216,18 @@ def test_ids_equal_trl_on_awkward_texts(bos, tmp_path):
     assert_ids_equal_trl(rows, rows, directory)
     implicit = [
         {"chosen": "Q: a? A: yes", "rejected": "Q: a? A: no"}, {"chosen": "ab", "rejected": "abc"},
-        {"chosen": "abc", "rejected": "ab"}, {"chosen": "x y", "rejected": "x z"}, {"chosen": "ax", "rejected": "bx"},
+        {"chosen": "abc", "rejected": "ab"}, {"chosen": "x y", "rejected": "x z"}, {"chosen": "cax", "rejected": "cbx"},
     ]  # fmt: skip
     assert_ids_equal_trl(implicit, implicit, directory)
 
 
-def test_nothing_in_common_is_an_empty_prompt_even_after_a_text_that_ends_with_a_space(tokenizer):
-    pair = data.tokenize_pair({"chosen": "yes ", "rejected": "no"}, tokenizer, data.DataOptions())
-    assert (
-        tokenizer.decode(pair.prompt_ids) == "<s>"
-    )  # TRL's index -1 would take the text but for its last space as prompt
-    assert tokenizer.decode(pair.chosen_ids) == "yes </s>"
+@pytest.mark.parametrize("chosen, rejected", [("yes ", "no"), ("ax", "bx"), ("a", "ab")])
+def test_texts_that_share_no_beginning_have_no_prompt_and_are_refused(chosen, rejected, tokenizer):
+    """TRL trains on an empty prompt here, or (its index -1) on all of a text that ends with a space."""
+    with pytest.raises(DataError, match='the prompt is empty: "prompt" is missing, and chosen and rejected share no'):
+        data.tokenize_pair({"chosen": chosen, "rejected": rejected}, tokenizer, data.DataOptions())
+    given = data.tokenize_pair({"prompt": "", "chosen": chosen, "rejected": rejected}, tokenizer, data.DataOptions())
+    assert tokenizer.decode(given.prompt_ids).startswith("<s>"), "an empty prompt that is given is meant"
 
 
 @pytest.mark.parametrize("name", ["gpt-2", "phi-3", "qwen2"])
@@ -705,14 +706,23 @@ BAD_ROWS = {
     "two systems": (row([say("system", "a"), USER], [YES], [NO], system="b"), "begins with another system message"),
     "system beside text": (row(system="b"), '"system" is set, but the prompt is text'),
     "tools beside text": (row(tools=[{}]), '"tools" is set, but the prompt is text'),
-    "score": (row(chosen_score="9"), '"chosen_score" is .9.; a score is a finite number'),
-    "infinite score": (row(score_chosen=math.inf), '"score_chosen" is inf'),
-    "nan score": (row(score_chosen=math.nan), '"score_chosen" is nan'),
-    "huge score": (row(score_rejected=10**400), '"score_rejected" is 1000'),
-    "bool score": (row(rejected_score=True), '"rejected_score" is True'),
     "images": (row(images=["a.jpg"]), "the row has images"),
+    "image parts": (row([say("user", [{"type": "image"}])], [YES], [NO]), "the row has images"),
+    "videos": (row(videos=["a.mp4"]), "the row has videos, which no model here reads"),
+    "video parts": (row([say("user", [{"type": "video"}])], [YES], [NO]), "the row has videos"),
     "lone surrogate": (row("\ud83d"), "half of a surrogate pair"),
-    "prompt by another name": ({"question": "q?", "chosen": "yes", "rejected": "no"}, 'rename it to "prompt"'),
+    "prompt by another name": (
+        {"question": "q?", "chosen": "a", "rejected": "ab"},
+        '"prompt" is missing, but "question" is there; python -m extras.convert IN OUT'),
+    "prompt in a chat": (
+        {"question": "What?", "chosen": [say("system", "s"), YES], "rejected": [say("system", "s"), NO]},
+        'but "question" is there; python -m extras.convert'),
+    "prompt as messages": ({"messages": [USER], "chosen": "ab", "rejected": "ac"}, 'but "messages" is there'),
+    "answers by another name": (
+        {"prompt": "a", "chosen_response": "b", "rejected_response": "c"},
+        '"chosen" is missing.*; python -m extras.convert IN OUT'),
+    "OpenAI's without messages": ({"input": {}, "preferred_output": [YES], "non_preferred_output": [NO]},
+                                  '"prompt" is null'),
 }  # fmt: skip
 
 
@@ -769,8 +779,54 @@ def test_scores_are_read_under_their_usual_names(tokenizer):
     assert ratings(chosen_score=8, rejected_score=2.5) == (8.0, 2.5)
     assert ratings(score_chosen=8, score_rejected=2.5) == (8.0, 2.5)
     assert ratings(chosen_rating=8, rejected_rating=2.5) == (8.0, 2.5)
+    from decimal import Decimal
+
+    assert ratings(chosen_score=Decimal("8.5"), rejected_score=2) == (8.5, 2)
     assert ratings(chosen_score=8, rejected_score=None)[0] == 8 and math.isnan(ratings(chosen_score=8)[1])
     assert all(map(math.isnan, ratings()))
+
+
+UNREAD = {
+    "text": ({"chosen_score": "9 of 10", "rejected_score": 2}, '"chosen_score" is .9 of 10.; a score is a finite number'),
+    "infinite": ({"score_chosen": math.inf, "score_rejected": 1}, '"score_chosen" is inf'),
+    "nan": ({"chosen_score": 1, "rejected_score": math.nan}, '"rejected_score" is nan'),
+    "huge": ({"score_chosen": 1, "score_rejected": 10**400}, '"score_rejected" is 1000'),
+    "bool": ({"chosen_score": 1, "rejected_score": True}, '"rejected_score" is True'),
+    "one": ({"chosen_score": 1}, '"rejected_score" is missing'),
+    "null": ({"chosen_rating": None, "rejected_rating": None}, "no chosen_score and rejected_score"),
+    "none": ({}, "no chosen_score and rejected_score"),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_a_score_that_is_none_stops_only_the_losses_that_read_it(name, tokenizer, tmp_path):
+    from parts.checks import check_ratings
+    from parts.config import DPOConfig
+
+    more, message = UNREAD[name]
+    sound = row("y", chosen_score=2, rejected_score=1)
+    store = build(write_rows(tmp_path / "p.jsonl", [sound, row(**more), sound]), tokenizer, tmp_path / "cache")
+    assert len(store) == 3 and np.isnan(store.ratings[1]).any() and store.ratings[2].tolist() == [2, 1]
+    check_ratings(DPOConfig(loss_type=["sigmoid"]), store)
+    for loss in ("odpo", "rpo_sq"):
+        with pytest.raises(ValueError, match=message) as caught:
+            check_ratings(DPOConfig(loss_type=[loss]), store)
+        assert str(caught.value).startswith(f"{tmp_path}/p.jsonl:2: ")
+        assert str(caught.value).endswith(f"which --loss_type {loss} reads (1 such rows)")
+
+
+def test_columns_that_nobody_reads_may_hold_anything(tokenizer, tmp_path):
+    """Times, bytes, decimals, nan, as parquet and Arrow have them."""
+    import datetime
+    from decimal import Decimal
+
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    more = {"at": datetime.datetime(2024, 1, 1), "day": datetime.date(2024, 1, 1), "raw": b"\xff", "none": None,
+            "price": Decimal("1.5"), "chosen_score": math.nan, "took": datetime.timedelta(1)}
+    parquet.write_table(pyarrow.Table.from_pylist([row(**more)] * 3), tmp_path / "p.parquet")
+    store = build(tmp_path / "p.parquet", tokenizer, tmp_path / "cache")
+    assert ids_of(store[2]) == ids_of(data.tokenize_pair(row(), tokenizer, data.DataOptions()))
 
 
 def test_forms_of_a_conversation_are_the_same_pair(tokenizer):
@@ -831,7 +887,7 @@ def test_rows_of_random_shape_are_tokenized_or_refused_with_a_message(tokenizer)
         roles, contents = ("user", "assistant", "system"), ("a", "b", "", None, [{"type": "text", "text": "t"}])
         return [say(rng.choice(roles), rng.choice(contents)) for _ in range(rng.randrange(1, 4))]
 
-    for _ in range(4000):
+    for _ in range(8000):
         some = {key: value(0) for key in keys if rng.random() < (0.8 if key in keys[:3] else 0.1)}
         mode = rng.choice(["keep_start", "keep_end"])
         options = data.DataOptions(

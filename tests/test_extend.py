@@ -68,19 +68,19 @@ def test_a_family(changed, tiny, pairs_file, tmp_path):
 
 
 def test_a_data_format(changed, tiny, tmp_path):
-    """The same rows as CSV and as JSON Lines give the same metrics; an odd row is named by its line."""
+    """The same rows as tab-separated values and as JSON Lines give the same metrics; an odd row is named by its line."""
     rows = make_rows(9)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with open(tmp_path / "rows.csv", "w", newline="") as f:
-        writer = csv.DictWriter(f, ["prompt", "chosen", "rejected"])
+    with open(tmp_path / "rows.tsv", "w", newline="") as f:
+        writer = csv.DictWriter(f, ["prompt", "chosen", "rejected"], delimiter="\t", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     place = changed(FORMAT)
     found = []
-    for name in ("rows.jsonl", "rows.csv"):
+    for name in ("rows.jsonl", "rows.tsv"):
         train(place, "--model_name_or_path", tiny, "--dataset_name", tmp_path / name)
         found.append(read_metrics(place / "out"))
     assert {k: v for k, v in found[0][0].items() if "time" not in k} == {k: v for k, v in found[1][0].items() if "time" not in k}
-    (tmp_path / "odd.csv").write_text("prompt,chosen,rejected\nthe, cat, dog\nred, blue\n")
-    refused = train(place, "--model_name_or_path", tiny, "--dataset_name", tmp_path / "odd.csv", expect=2)
-    assert "odd.csv:3: a row of another width" in refused.stderr
+    (tmp_path / "odd.tsv").write_text("prompt\tchosen\trejected\nthe\t cat\t dog\nred\t blue\n")
+    refused = train(place, "--model_name_or_path", tiny, "--dataset_name", tmp_path / "odd.tsv", expect=2)
+    assert "odd.tsv:3: a row of another width" in refused.stderr

@@ -12,8 +12,9 @@ import yaml
 from conftest import ROOT, make_rows, read_metrics, run_dpo
 from hub_server import HubServer
 
-from extras.hub import card, splits
+from extras.hub import card
 from extras.hub import client as hub
+from parts import splits
 
 pytest.importorskip("huggingface_hub")
 
@@ -334,7 +335,7 @@ REFUSED_DATA = [
     ("org/absent", "no such path here and no such dataset on http://127.0.0.1"),
     ("org/gated", "a gated dataset: ask for access at http://127.0.0.1"),
     ("org/script", "its rows are made by a script of its own, which is never run"),
-    ("org/csv", "no split 'train'; its files (train.csv ...) are none that can be read"),
+    ("org/text", "no split 'train'; its files (train.txt ...) are none that can be read"),
     ("prefs.jsonl", "prefs.jsonl: no such file, directory or glob here"),
     ("data/*.jsonl", "data/*.jsonl: no such file"),
 ]
@@ -343,7 +344,7 @@ REFUSED_DATA = [
 def test_what_data_cannot_be_had_is_said(server, client):
     server.add("dataset", "org/gated", {"train.jsonl": jsonl(make_rows(1))}, gated=True)
     server.add("dataset", "org/script", {"script.py": b"print()", "README.md": b"# x"})
-    server.add("dataset", "org/csv", {"train.csv": b"a,b", "README.md": b"# x"})
+    server.add("dataset", "org/text", {"train.txt": b"a,b", "README.md": b"# x"})
     found = client(f"load, NAMES = hub.local_dataset, {[name for name, _ in REFUSED_DATA]!r}\n{ASK_ALL}")
     for name, message in REFUSED_DATA:
         assert message in found[name] and len(found[name].splitlines()) == 1, name
@@ -424,8 +425,8 @@ def test_splits_are_found_as_datasets_finds_them(layout):
 @pytest.mark.parametrize("names, readme, config, message", [
     ([DATA("train", 0, 3), DATA("train", 2, 3)], {}, None, "data/train has 2 of its 3 files"),
     (["train.jsonl", "train.parquet"], {}, None, r"\(.jsonl, .parquet\); one of"),
-    (["train.csv"], {"configs": [{"config_name": "x", "data_files": "*.csv"}]}, None,
-     "is train.csv .a kind that is not read"),
+    (["train.txt"], {"configs": [{"config_name": "x", "data_files": "*.txt"}]}, None,
+     "is train.txt .a kind that is not read"),
     (["a.jsonl", "b.jsonl"], {"configs": [{"config_name": n, "data_files": f"{n}.jsonl"} for n in "ab"]}, None,
      "several configs, name one; it has a, b"),
     (["en/train.jsonl"], {}, "de", "no config 'de'; its folders are en"),

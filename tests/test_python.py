@@ -160,8 +160,8 @@ REFUSED = {
         model=tiny, train_dataset={"train": ROWS, "test": ROWS}),
     "train_dataset has no rows": lambda tiny: dict(model=tiny, train_dataset=[]),
     "train_dataset is a int; give a path": lambda tiny: dict(model=tiny, train_dataset=3),
-    "row 1 of the data set cannot be written as JSON .Object of type bytes": lambda tiny: dict(
-        model=tiny, train_dataset=[ROWS[0], ROWS[1] | {"images": b"png"}]),
+    "row 1 of the data set cannot be written as JSON .a object is not JSON": lambda tiny: dict(
+        model=tiny, train_dataset=[ROWS[0], ROWS[1] | {"chosen": object()}]),
     "processing_class is a int; give a data.Tokenizer": lambda tiny: dict(model=tiny, train_dataset=ROWS, processing_class=3),
     r"rows-[0-9a-f]{16}.jsonl:2: .rejected. is missing": lambda tiny: dict(
         model=tiny, train_dataset=[ROWS[0], {"prompt": "the", "chosen": " cat"}]),

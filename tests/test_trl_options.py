@@ -225,7 +225,8 @@ def test_a_yaml_file_of_trl_loads(tmp_path, monkeypatch, capsys):
 BAD_FILES = [
     ({"env": ["A"]}, "env: found a list; give NAME: value"),
     ({"datasets": "x"}, "datasets: give a list of entries with path, name, split"),
-    ({"datasets": [{"path": "a"}, {"path": "b"}]}, "datasets: 2 of them; put their files into one directory"),
+    ({"datasets": [{"path": "a"}, {"path": "b", "split": "x"}]}, "datasets: 2 of them, with different name or split"),
+    ({"datasets": [{"path": "a", "fraction": 0.5}]}, "datasets: fraction; write the share of the rows"),
     ({"datasets": [{"path": "json", "data_files": ["a", "b"]}]}, "datasets: data_files; give one path or glob"),
     ({"datasets": [{"path": "a", "data_dir": "x"}]}, "datasets: data_dir; give dataset_config"),
     ({"learnin_rate": 1}, "learnin_rate: no such option; did you mean learning_rate?"),

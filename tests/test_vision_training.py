@@ -184,6 +184,24 @@ def test_six_rows_over_real_photographs(run, shared):
     assert metrics[0]["loss"] == pytest.approx(LN2, abs=1e-6) and len(metrics) == 3
 
 
+def test_pictures_in_rows_of_python_train_as_their_files_do(place, run, tmp_path, monkeypatch):
+    """Paths from the working directory, and PIL images; rows with a video are refused."""
+    Image = pytest.importorskip("PIL.Image")
+    expected, _ = run("files")
+    monkeypatch.chdir(place)
+    named = [make_row(0, ["0.png"]), make_row(1, ["1.png"]), make_row(2, ["0.png", "2.png"]), make_row(3, ["1.png"])]
+    opened = [row | {"images": [Image.open(name) for name in row["images"]]} for row in named]
+    settings = dict(model_name_or_path=str(place / "llava"), cache_dir=str(tmp_path / "cache"), logging_steps=1, use_cpu=True,
+                    per_device_train_batch_size=4, max_steps=2, learning_rate=1e-3, bf16=False, shuffle_dataset=False)
+    for name, rows in (("named", named), ("opened", opened)):
+        config = dpo.DPOConfig(output_dir=str(tmp_path / name), **settings)
+        dpo.DPOTrainer(args=config, train_dataset=rows).train()
+        found = read_metrics(tmp_path / name)
+        assert [line["loss"] for line in found] == [line["loss"] for line in expected]
+    with pytest.raises(ValueError, match="the row has videos, which no model here reads"):
+        dpo.DPOTrainer(args=config, train_dataset=[named[0] | {"videos": ["a.mp4"]}])
+
+
 def test_the_flag_needs_a_tower(tiny, pairs_file, tmp_path):
     done = run_dpo("--model_name_or_path", tiny, "--dataset_name", pairs_file, "--output_dir", tmp_path, "--no_freeze_vision_tower",
                    expect=2)

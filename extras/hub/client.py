@@ -18,8 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from extras.hub.splits import DATA_FILE, split_files
-from parts.rows import find_files
+from parts.rows import names_in, on_hub
+from parts.splits import DATA_FILE, local_split, read_card, split_files
 from parts.tokenizer_files import TOKENIZER_FILES
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -180,26 +180,22 @@ def why_missing(name: str, commit: str, missing: list[str]) -> str:
 def local_dataset(
     name: str, config: str | None = None, split: str = "train", revision: str | None = None
 ) -> list[Path]:
-    """List the files of one split: at a path or glob, else the hub's, fetched or from the cache.
+    """List the files of one split: here (parts/splits.py), else the hub's, fetched or in the cache.
 
-    On the hub (and in a directory laid out like it) the files of a split are found as `datasets`
-    finds them: by the `configs` in README.md, else by names such as
-    data/train-00000-of-00002.parquet, train.jsonl, train/...; `config` names one of the configs or,
-    without them, a directory. Raises ValueError for a data set that does not exist, is gated or
+    Several names have commas between them. The files of a split are found as `datasets` finds
+    them: by the `configs` in README.md, else by names such as data/train-00000-of-00002.parquet,
+    train.jsonl, train/...; `config` names one of the configs or, without them, a directory. Raises ValueError for a data set that does not exist, is gated or
     private, cannot be reached, is in another format, or is parquet without pyarrow.
     """
-    path = Path(name).expanduser()
-    if path.is_dir() and (
-        config is not None or not any(map(DATA_FILE.search, map(str, path.glob("*"))))
-    ):
-        names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
-        return [path / file for file in split_files(name, names, read_card(path), config, split)]
-    if path.exists() or glob.has_magic(name):
-        if config is not None or revision is not None:
+    names = names_in(name)
+    if len(names) > 1:
+        found = [local_dataset(one, config, split, revision) for one in names]
+        return [file for files in found for file in files]
+    if not on_hub(name):
+        if revision is not None:
             raise ValueError(
-                f"{name}: a config or a revision ({config or revision}) is for data sets on the hub"
-            )
-        return find_files(name)
+                f"{name}: a config or a revision ({revision}) is for data sets on the hub")
+        return local_split(name, config, split)
     check_id(name, "dataset")
     with explained(name, "dataset", revision):
         # One of the two always exists, so that this finds the commit.
@@ -229,20 +225,6 @@ def list_files(name: str, directory: Path) -> list[str]:
             f"{name}: the cache has no list of its files, so part of them might be taken for all; "
             "fetch it once online with huggingface_hub 2 or later, or give the path of its files"
         ) from None
-
-
-def read_card(directory: Path) -> dict:
-    """Read the YAML at the head of README.md; {} without one."""
-    import yaml
-
-    path = directory / "README.md"
-    text = path.read_text("utf-8") if path.exists() else ""
-    head = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
-    try:
-        card = yaml.safe_load(head[1]) if head else {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: broken YAML at its head ({first_line(error)})") from None
-    return card if isinstance(card, dict) else {}
 
 
 # Back to the hub

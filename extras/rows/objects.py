@@ -10,7 +10,6 @@ directory that its own save_pretrained writes; a PEFT configuration becomes our 
 
 import dataclasses
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sized
@@ -23,8 +22,9 @@ import model as models
 from extras.lora.targets import DEFAULTS
 from extras.models.objects import check_object, is_peft, object_name
 from extras.rows.pictures import open_tokenizer
+from extras.rows.written import row_line
 from parts.output import cache_directory
-from parts.rows import NEEDS, DataError, find_files
+from parts.rows import NEEDS, find_files
 
 # Entries of a PEFT configuration that do not affect training, and those our flags name otherwise.
 PEFT_SILENT = {
@@ -241,24 +241,6 @@ def rows_file(rows: Iterable[Any], cache_dir: Path) -> list[Path]:
     path = cache_dir / f"rows-{digest.hexdigest()[:16]}.jsonl"
     os.replace(f.name, path)
     return [path]
-
-
-def row_line(number: int, row: Any) -> bytes:
-    """Encode a row as a line of JSON. Raises DataError naming the row."""
-    try:
-        return (json.dumps(dict(row), ensure_ascii=True, default=as_list) + "\n").encode()
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"row {number} of the data set cannot be written as JSON ({error}); {NEEDS}, as text "
-            "or lists of messages (images as paths)"
-        ) from None
-
-
-def as_list(value: Any) -> Any:
-    """Return numpy's arrays and numbers as lists and numbers; raise TypeError for the rest."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
 def tokenizer_of(

@@ -250,7 +250,7 @@ def find_content(reference: Any, folder: Path) -> tuple[str, bytes]:
         keys = ("bytes", "base64", "image", "path", "url")
         inner = next((reference[k] for k in keys if reference.get(k)), None)
         encoded = reference.get("bytes") or reference.get("base64")
-        is_base64 = isinstance(inner, str) and encoded == inner
+        is_base64 = isinstance(inner, str) and encoded == inner and not inner.startswith("data:")
         return find_content(f"data:;base64,{inner}" if is_base64 else inner, folder)
     if isinstance(reference, (bytes, bytearray)):
         return "", bytes(reference)
@@ -265,7 +265,7 @@ def find_content(reference: Any, folder: Path) -> tuple[str, bytes]:
         raise DataError(
             f"{reference[:80]}: nothing is fetched while training; download it and give its path"
         )
-    path = folder / reference.removeprefix("file://")
+    path = folder / Path(reference.removeprefix("file://")).expanduser()
     try:
         return str(path.resolve()), path.read_bytes()
     except (OSError, ValueError) as error:
