@@ -10,6 +10,7 @@ from losses import NO_REFERENCE, READS_RATINGS
 from parts.config import DPOConfig
 from parts.loss_checks import check_losses
 from parts.metrics import METRICS
+from parts.rates import check_rates
 
 FSDP_WORDS = {"true", "full_shard", "shard_grad_op", "auto_wrap", "offload"}  # transformers' words
 
@@ -23,6 +24,7 @@ def check_config(c: DPOConfig) -> None:
     check_losses(options, defaults)
     check_values(c, options)
     check_readers(c, options, defaults)
+    check_rates(c.lr_scheduler_type, c.lr_scheduler_kwargs, c.learning_rate)
     check_fsdp(c)
     check_best_model(c)
     if c.sync_ref_model and c.precompute_ref_log_probs:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from losses import F_DIVERGENCES, LOSSES
+from parts.rates import SHAPES
 
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -205,8 +206,9 @@ class DPOConfig:
         choices=("adamw_torch_fused", "adamw_torch"))
     learning_rate: float = flag(1e-6, "peak learning rate of AdamW", least=0)
     lr_scheduler_type: str = flag(
-        "linear", "how the learning rate falls",
-        choices=("linear", "cosine", "constant", "constant_with_warmup"))
+        "linear", "how the learning rate falls", choices=tuple(SHAPES))
+    lr_scheduler_kwargs: dict | None = flag(
+        None, "options of lr_scheduler_type, as JSON: '{\"min_lr\": 1e-7}'; docs/reference.md")
     warmup_steps: float = flag(0, "steps of linear warm-up; below 1, a share of all steps", least=0)
     warmup_ratio: float = flag(0.0, "older name of warmup_steps as a share", least=0)
     weight_decay: float = flag(

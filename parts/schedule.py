@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from parts.config import DPOConfig
+from parts.rates import Place, learning_rate
 
 
 class Schedule(NamedTuple):
@@ -31,18 +32,9 @@ class Schedule(NamedTuple):
         return step == self.total_steps or (self.eval_every > 0 and step % self.eval_every == 0)
 
     def learning_rate(self, c: DPOConfig, step: int) -> float:
-        """Return the learning rate of a step: linear warm-up, then the schedule.
-
-        It depends on the step alone, so a resume needs no state.
-        """
-        if step < self.warmup and c.lr_scheduler_type != "constant":
-            return c.learning_rate * step / max(1, self.warmup)
-        done = (step - self.warmup) / max(1, self.total_steps - self.warmup)
-        if c.lr_scheduler_type == "linear":
-            return c.learning_rate * max(0.0, 1 - done)
-        if c.lr_scheduler_type == "cosine":
-            return c.learning_rate * (0.5 * (1 + math.cos(math.pi * min(1.0, done))))
-        return c.learning_rate
+        """Return the learning rate of a step; parts/rates.py has the shapes."""
+        at = Place(step, self.warmup, self.total_steps, c.learning_rate)
+        return learning_rate(c.lr_scheduler_type, c.lr_scheduler_kwargs, at)
 
 
 def make_schedule(c: DPOConfig, pairs: int, global_batch: int) -> Schedule:

@@ -76,7 +76,6 @@ REASONS = {
     ("none", "--use_cpu, or a CUDA GPU"): "tpu_num_cores",
     ("none", "--adam_beta1, --adam_beta2, --adam_epsilon, --weight_decay"): "optim_args",
     ("false", "--optim adamw_torch"): "adafactor",
-    ("none", "--lr_scheduler_type with --warmup_steps"): "lr_scheduler_kwargs",
     ("0", "--label_smoothing, which is DPO's"): "label_smoothing_factor",
     ("none", "leave it out: nccl on GPUs, gloo elsewhere"): "ddp_backend",
     ("none", "torchrun --nproc_per_node=N dpo.py --fsdp"):
