@@ -208,7 +208,7 @@ class DPOConfig:
     lr_scheduler_type: str = flag(
         "linear", "how the learning rate falls", choices=tuple(SHAPES))
     lr_scheduler_kwargs: dict | None = flag(
-        None, "options of lr_scheduler_type, as JSON: '{\"min_lr\": 1e-7}'; docs/reference.md")
+        None, "options of lr_scheduler_type, as JSON: '{\"min_lr_rate\": 0.1}'; docs/questions.md")
     warmup_steps: float = flag(0, "steps of linear warm-up; below 1, a share of all steps", least=0)
     warmup_ratio: float = flag(0.0, "older name of warmup_steps as a share", least=0)
     weight_decay: float = flag(
@@ -236,9 +236,9 @@ class DPOConfig:
     disable_tqdm: bool | None = flag(None, "no progress bar; unset shows one at a terminal")
     report_to: list[str] = flag(
         ["none"], "loggers besides metrics.jsonl",
-        choices=("none", "tensorboard", "wandb", "trackio"))
+        choices=("none", "tensorboard", "wandb", "trackio", "mlflow"))
     run_name: str | None = flag(None, "name of the run in the loggers; unset is output_dir's name")
-    project: str = flag("huggingface", "project in the loggers (wandb, trackio)")
+    project: str = flag("huggingface", "project in the loggers (wandb, trackio), experiment in mlflow")
     eval_strategy: str = flag(
         "no", "when to evaluate; no is once, at the end, if there are pairs to evaluate on",
         choices=("no", "steps", "epoch"))
@@ -252,8 +252,8 @@ class DPOConfig:
     per_device_eval_batch_size: int = flag(
         8, "pairs in one forward of evaluation and of the reference pass", least=1)
     save_strategy: str = flag(
-        "steps", "when to write checkpoint-N, from which a run resumes",
-        choices=("no", "steps", "epoch"))
+        "steps", "when to write checkpoint-N, from which a run resumes; best is at each evaluation "
+        "that is better than all before", choices=("no", "steps", "epoch", "best"))
     save_steps: float = flag(
         500, "steps between checkpoints; below 1, a share of all steps", least=0)
     save_total_limit: int | None = flag(None, "keep at most N checkpoints", least=1)
@@ -278,6 +278,9 @@ class DPOConfig:
 
     push_to_hub: bool = flag(
         False, "at the end, upload output_dir with a model card; needs a token", "the hub")
+    hub_strategy: str = flag(
+        "every_save", "when to upload: what each checkpoint trained, while training goes on, and "
+        "the end; or only the end", choices=("every_save", "end"))
     hub_model_id: str | None = flag(
         None, "owner/name of the repository; unset is output_dir's name, in your own account")
     hub_private_repo: bool | None = flag(

@@ -18,7 +18,7 @@ class Schedule(NamedTuple):
     total_steps: int
     log_every: int
     eval_every: int  # 0: at the end only
-    save_every: int  # 0: never
+    save_every: int  # 0: never; beyond total_steps: only the best evaluations
     warmup: int  # steps
 
     def epoch(self, step: int) -> float:
@@ -49,7 +49,8 @@ def make_schedule(c: DPOConfig, pairs: int, global_batch: int) -> Schedule:
         return int(steps) if steps >= 1 else max(1, math.ceil(steps * total))
 
     def by_strategy(strategy: str, steps: float) -> int:
-        return {"no": 0, "epoch": per_epoch, "steps": every(steps)}[strategy]
+        steps_of = {"no": 0, "epoch": per_epoch, "steps": every(steps), "best": total + 1}
+        return steps_of[strategy]
 
     warmup = c.warmup_steps or c.warmup_ratio
     return Schedule(
