@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from parts.rows import DataError, find_files, read_rows
+from parts.screen import escape_unknown
 from parts.turns import from_value_message
 
 Row = dict[str, Any]
@@ -214,6 +215,7 @@ def main(argv: list[str] | None = None) -> int:
         "--on_bad_row", choices=["stop", "skip"], default="stop", help="skip counts and lists them"
     )
     args = parser.parse_args(argv)
+    escape_unknown()
     try:
         written, bad = write(
             find_files(args.input), Path(args.output), args.plain, args.on_bad_row == "stop"

@@ -26,6 +26,7 @@ from extras.lora.peft_files import read_settings
 from extras.watch.chart import histogram
 from extras.watch.samples import shown
 from parts.metrics import length_bias
+from parts.screen import can_show
 
 FROM_RUN = ("max_length", "max_prompt_length", "max_completion_length", "truncation_mode", "dtype")
 BARS = 16  # of the histogram at a terminal
@@ -129,7 +130,8 @@ def accuracy(margins: Tensor) -> str:
 
 
 def summarize(s: Rewards, beta: float, ref: str) -> list[str]:
-    spread = lambda t: f"{float(t.mean()):+.4f} ± {float(t.std(correction=0)):.4f}"
+    between = "±" if can_show("±") else "+-"
+    spread = lambda t: f"{float(t.mean()):+.4f} {between} {float(t.std(correction=0)):.4f}"
     return [
         f"reference         {ref}, beta {beta:g}",
         f"accuracy          {accuracy(s.margins)} pairs",
@@ -151,7 +153,8 @@ def bars(margins: Tensor, width: int = 50) -> list[str]:
     bounds = np.append(edges, edges[-1] + step) if len(edges) < 2 else edges
     counts, _ = np.histogram(margins.numpy(), bounds)
     most = max(counts.max(), 1)
-    bar = lambda count: "█" * round(width * count / most)
+    block = "█" if can_show("█") else "#"
+    bar = lambda count: block * round(width * count / most)
     return [f"{left:+9.3f}  {bar(n):<{width}} {n}" for left, n in zip(edges, counts)]
 
 

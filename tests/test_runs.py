@@ -1,13 +1,15 @@
 """What a run does over its steps, as people who come from transformers know it: schedules, saves, loggers."""
 
 import json
+import os
+import subprocess
 import sys
 import threading
 import types
 
 import pytest
 import torch
-from conftest import read_metrics
+from conftest import ROOT, read_metrics
 
 import dpo
 from extras.hub import client
@@ -199,6 +201,30 @@ def test_a_hub_that_is_away_does_not_end_the_run(train, monkeypatch, capsys):
     train(push_to_hub=True, save_steps=6)
     assert [message for message, *_ in hub.pushed] == ["Trained with DPO"]
     assert "not pushed (Training in progress, step 6): the hub is away" in capsys.readouterr().out
+
+
+# Output that cannot be encoded
+
+
+def test_a_run_and_the_commands_end_well_where_stdout_is_ascii(tiny, tmp_path):
+    """Rows, prompts and paths with characters that stdout lacks."""
+    home = tmp_path / "Größe"
+    home.mkdir()
+    rows = [{"prompt": f"the Götterdämmerung {i}", "chosen": " was schön ✓", "rejected": " was böse ✗ ✗"} for i in range(4)]
+    (home / "pairs.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    model = ["--model_name_or_path", tiny]
+    out = ["--output_dir", home / "out", "--cache_dir", home / "cache", "--use_cpu"]
+    commands = [
+        ["dpo.py", *model, "--dataset_name", home / "pairs.jsonl", *out, "--max_steps", 2, "--logging_steps", 1,
+         "--eval_fraction", 0.5, "--generate_during_eval"],
+        ["data.py", home / "pairs.jsonl", *model],
+        ["-m", "extras.score", home / "out", home / "pairs.jsonl", "--cache_dir", home / "cache", "--use_cpu"],
+        ["-m", "extras.report", home / "out"],
+    ]
+    for words in commands:
+        done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.isascii() and "Gr\\xf6\\xdfe" in done.stdout + done.stderr, done
 
 
 # Loggers
