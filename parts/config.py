@@ -169,8 +169,8 @@ class DPOConfig:
         False, "at the end, add the LoRA to the weights and save the full model; over 4 bits, to "
         "the dequantized weights, in bfloat16")
     lora_target_modules: list[str] | None = flag(
-        None, "names such as q_proj v_proj lm_head embed_tokens, or all-linear; unset is q_proj "
-        "v_proj (or their fused form)")
+        None, "names such as q_proj v_proj lm_head embed_tokens, or all-linear, or one pattern of "
+        "whole names, as PEFT's; unset is q_proj v_proj (or their fused form)")
     lora_target_parameters: list[str] | None = flag(
         None, "stacks of experts and routers: mlp.experts.gate_up_proj mlp.experts.down_proj "
         "gate.weight")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -201,6 +202,24 @@ def test_a_hub_that_is_away_does_not_end_the_run(train, monkeypatch, capsys):
     train(push_to_hub=True, save_steps=6)
     assert [message for message, *_ in hub.pushed] == ["Trained with DPO"]
     assert "not pushed (Training in progress, step 6): the hub is away" in capsys.readouterr().out
+
+
+def test_sampled_answers_stop_at_every_end_token_of_generation_config(tiny, train, tmp_path):
+    """The token that an answer without it has in its middle is made an end: the answer stops there."""
+    options = dict(generate_during_eval=True, max_steps=1, learning_rate=0.0, **EVALUATED)
+    free = train(save_strategy="no", **options).samples
+    first = next(row for row in read_metrics(tmp_path / "out") if "eval_samples" in row)["eval_samples"]
+    model = tmp_path / "two-ends"
+    shutil.copytree(tiny, model)
+    word = first[0]["completion"].split()[2]
+    end = dpo.data.Tokenizer.load(tiny).encode(word, add_special_tokens=False)[0]
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, end]}))
+    stopped = train(save_strategy="no", model_name_or_path=str(model), **options).samples
+    assert free.sampling.stop_ids == {2} and stopped.sampling.stop_ids == {2, end}
+    again = next(row for row in read_metrics(tmp_path / "out") if "eval_samples" in row)["eval_samples"]
+    for before, after in zip(first, again):
+        words = before["completion"].split()
+        assert after["completion"].split() == (words[:words.index(word) + 1] if word in words else words)
 
 
 # Output that cannot be encoded
