@@ -320,11 +320,12 @@ class DPOTrainer:
     def open_output(self) -> None:
         """Loggers, sampled answers, the output directory, and the checkpoint to go on from."""
         c = self.args
-        self.hub_id = None
+        self.hub = None
         if c.push_to_hub:  # before training: a missing token costs no run
-            from extras.hub import card
+            from extras.hub.pushing import Repository
 
-            self.hub_id = card.create_repository(c, self.log.directory, self.ranks)
+            self.hub = Repository(c, self.log, self.ranks)
+            self.checkpoints.when_saved = self.hub.saved
         if c.report_to != ["none"]:
             from extras.watch.loggers import make_loggers
 
@@ -645,15 +646,11 @@ class DPOTrainer:
 
     def push_to_hub(self, commit_message: str = "Trained with DPO", dataset_name: str = "") -> None:
         """Upload output_dir with a model card, which names `dataset_name` for rows of Python."""
-        from extras.hub import card
+        if self.hub is None:
+            from extras.hub.pushing import Repository
 
-        c = self.args
-        if self.hub_id is None:
-            self.hub_id = card.create_repository(c, self.log.directory, self.ranks)
-        if self.ranks.first:
-            name = dataset_name or c.dataset_name
-            address = card.push(self.log.directory, c, self.hub_id, name, commit_message)
-            self.log.say(f"pushed to {address}")
+            self.hub = Repository(self.args, self.log, self.ranks)
+        self.hub.push(commit_message, dataset_name)
 
 
 # The command

@@ -314,8 +314,8 @@ NO_REFERENCE = {"sft", "simpo", "orpo", "cpo", "simper", "alphapo"}
 SORTS_THE_BATCH = {"aot", "aot_pair", "aot_unpaired"}
 READS_RATINGS = {"odpo", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl"}
 PER_TOKEN = {"sft", "sigmoid_norm", "simpo", "orpo", "simper", "alphapo"}
-# An f-divergence scores a whole sequence's ratio; divided by its length, that means nothing.
-TAKES_F_DIVERGENCE = {"sigmoid", "hinge", "robust", "exo_pair", "discopop"}
+# ipo and sigmoid_norm divide a sequence's score by its length, as TRL 1.16 does.
+TAKES_F_DIVERGENCE = {"sigmoid", "hinge", "robust", "exo_pair", "discopop", "ipo", "sigmoid_norm"}
 
 
 # From token log-probs to a loss, and to metrics

@@ -33,6 +33,7 @@ from data import Tokenizer
 from extras.decoder.generate import Sampling, complete
 from extras.watch.chart import COLOURS, Line, legend, panel, picture
 from extras.watch.demo import net_praise
+from parts.screen import escape_unknown
 
 DEMO = Path(__file__).resolve().parent
 DOCS = DEMO.parent / "docs"
@@ -307,6 +308,7 @@ def main(argv: list[str] | None = None) -> int:
         "--prompts", type=int, default=PROMPTS, help=f"held-out prompts [{PROMPTS}]"
     )
     args = parser.parse_args(argv)
+    escape_unknown()
     prompts = held_out(args.prompts)
     started = time.perf_counter()
     ref = models.load_model(DEMO / "model").eval()

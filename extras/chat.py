@@ -25,6 +25,7 @@ from itertools import islice, zip_longest
 from extras.decoder.generate import Cache, complete, generate
 from extras.models.speaker import Speaker, decode, encode_prompt, load, pieces
 from extras.rows.prompts import read_prompts
+from parts.screen import escape_unknown
 
 
 def answer(
@@ -218,6 +219,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Return exit status 2, with one message, for what cannot be read or run."""
+    escape_unknown()
     try:
         args = parse(argv)
         speakers = [load(name, args) for name in args.compare or [args.model]]

@@ -36,6 +36,7 @@ from extras.rows.ranked import number, pairs_of
 from extras.rows.written import mover, to_json, with_paths
 from parts.forms import PROMPT_NAMES, renamed
 from parts.rows import DataError, read_rows
+from parts.screen import escape_unknown
 from parts.turns import from_value_message
 
 Row = dict[str, Any]
@@ -269,6 +270,7 @@ def main(argv: list[str] | None = None) -> int:
         "--on_bad_row", choices=["stop", "skip"], default="stop", help="skip counts and lists them"
     )
     args = parser.parse_args(argv)
+    escape_unknown()
     try:
         files = local_dataset(args.input, args.config, args.split)
         written, bad = write(files, Path(args.output).expanduser(), args)

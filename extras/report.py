@@ -20,6 +20,7 @@ from typing import Any
 from extras.watch.chart import COLOURS, Line, chart
 from extras.watch.picture import CHARTS, Run, lines_of, read_run, summary
 from parts.config import DPOConfig
+from parts.screen import escape_unknown
 
 SAMPLES = 8  # answers shown for a run
 
@@ -255,6 +256,7 @@ def main(argv: list[str] | None = None, say: Callable = print) -> int:
         "--svg", help="file for the first run's loss, rewards, margin and accuracy as one picture"
     )
     args = parser.parse_args(argv)
+    escape_unknown()
     try:
         runs = read_runs(args.directory)
         alone = Path(args.directory[0]) if len(runs) == 1 else Path(".")

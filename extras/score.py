@@ -23,11 +23,16 @@ from torch import Tensor
 
 import dpo
 from extras.lora.peft_files import read_settings
+from extras.models.opening import is_adapter, run_options
 from extras.watch.chart import histogram
 from extras.watch.samples import shown
 from parts.metrics import length_bias
+from parts.screen import can_show
 
-FROM_RUN = ("max_length", "max_prompt_length", "max_completion_length", "truncation_mode", "dtype")
+FROM_RUN = (
+    "max_length", "max_prompt_length", "max_completion_length", "truncation_mode", "dtype", "bf16",
+    "fp16")
+FOUR_BIT = ("load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_compute_dtype")
 BARS = 16  # of the histogram at a terminal
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>\
@@ -65,19 +70,20 @@ def settings_of(args: argparse.Namespace) -> dict:
 
     Raises ValueError where no reference is known.
     """
-    path = Path(args.model) / "dpo_config.json"
-    run = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    run = run_options(args.model)
     ref = args.ref or run.get("ref_model_name_or_path") or run.get("model_name_or_path")
-    if ref is None and (Path(args.model) / "adapter_config.json").is_file():
+    if ref is None and is_adapter(args.model):
         ref = read_settings(Path(args.model))["base_model_name_or_path"]
     if ref is None:
         raise ValueError(
             f"{args.model}: neither a dpo_config.json nor an adapter that names its base; "
             "give --ref, the model it was trained from"
         )
+    # what was merged is in 4 bits no longer
+    kept = (*FROM_RUN, *FOUR_BIT) if is_adapter(args.model) else FROM_RUN
     given = {"beta": args.beta, "max_length": args.max_length}
     return (
-        {k: run[k] for k in FROM_RUN if k in run}
+        {k: run[k] for k in kept if k in run}
         | {"beta": run.get("beta", 0.1)}
         | {k: v for k, v in given.items() if v is not None}
         | {"ref_model_name_or_path": ref}
@@ -129,7 +135,8 @@ def accuracy(margins: Tensor) -> str:
 
 
 def summarize(s: Rewards, beta: float, ref: str) -> list[str]:
-    spread = lambda t: f"{float(t.mean()):+.4f} ± {float(t.std(correction=0)):.4f}"
+    between = "±" if can_show("±") else "+-"
+    spread = lambda t: f"{float(t.mean()):+.4f} {between} {float(t.std(correction=0)):.4f}"
     return [
         f"reference         {ref}, beta {beta:g}",
         f"accuracy          {accuracy(s.margins)} pairs",
@@ -151,7 +158,8 @@ def bars(margins: Tensor, width: int = 50) -> list[str]:
     bounds = np.append(edges, edges[-1] + step) if len(edges) < 2 else edges
     counts, _ = np.histogram(margins.numpy(), bounds)
     most = max(counts.max(), 1)
-    bar = lambda count: "█" * round(width * count / most)
+    block = "█" if can_show("█") else "#"
+    bar = lambda count: block * round(width * count / most)
     return [f"{left:+9.3f}  {bar(n):<{width}} {n}" for left, n in zip(edges, counts)]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from data import DataOptions, PairStore, Tokenizer, build_store
 from extras.rows.pictures import open_tokenizer
+from parts.screen import escape_unknown
 from parts.splits import find_split
 from parts.store import describe
 
@@ -89,6 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--split", default="train", help="of a directory that has several")
     parser.add_argument("--chat_template", help="a template: its file, its name or its text")
     parser.add_argument("--on_bad_row", choices=["stop", "skip"], default="stop")
+    escape_unknown()
     try:
         for text in view(parser.parse_args(argv)):
             print(text)

@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -46,7 +46,7 @@ MAY_DIFFER = set("""
     eval_steps eval_on_start per_device_eval_batch_size save_strategy save_steps save_total_limit
     resume_from_checkpoint force_resume load_best_model_at_end metric_for_best_model
     greater_is_better early_stopping_patience early_stopping_threshold skip_nonfinite fsdp
-    push_to_hub hub_model_id hub_private_repo hub_revision hub_token dataset_revision
+    push_to_hub hub_strategy hub_model_id hub_private_repo hub_revision hub_token dataset_revision
     generate_during_eval generate_prompts project run_name""".split())
 
 
@@ -64,6 +64,7 @@ class Checkpoints:
         self.trainer = trainer
         self.fingerprint = fingerprint  # of the policy's weights as the run began
         self.found: Found | None = None  # what to resume from
+        self.when_saved: Callable[[Path], None] = lambda directory: None  # --push_to_hub
         self.signal = 0  # SIGTERM or SIGUSR1, if this process was sent one
         self.leaving = False  # whether any rank was: agreed on once a step, with the metrics
 
@@ -240,7 +241,8 @@ class Checkpoints:
         if not every:
             return False
         step = trainer.position.step
-        best = bool(evaluated) and trainer.args.load_best_model_at_end and self.judge(evaluated)
+        judges = trainer.args.load_best_model_at_end or trainer.args.save_strategy == "best"
+        best = bool(evaluated) and judges and self.judge(evaluated)
         if step % every == 0 or best or self.leaving:
             self.save()
         if self.leaving:
@@ -321,6 +323,7 @@ class Checkpoints:
             if trainer.ranks.first:
                 moments[name] = whole.cpu().contiguous()
         trainer.ranks.from_first(partial(self.write, model, ref_model, moments))
+        self.when_saved(trainer.log.directory / f"checkpoint-{trainer.position.step}")
 
     def moments(self) -> dict[str, Tensor]:
         """Return {name: tensor} of the optimizer's state."""

@@ -11,6 +11,7 @@ from parts.config import DPOConfig
 from parts.configs import check_length
 from parts.loss_checks import check_losses
 from parts.metrics import METRICS
+from parts.rates import check_rates
 from parts.rows import row_at
 from parts.turns import describe_ratings
 
@@ -26,6 +27,7 @@ def check_config(c: DPOConfig) -> None:
     check_losses(options, defaults)
     check_values(c, options)
     check_readers(c, options, defaults)
+    check_rates(c.lr_scheduler_type, c.lr_scheduler_kwargs, c.learning_rate)
     check_fsdp(c)
     check_best_model(c)
     if c.sync_ref_model and c.precompute_ref_log_probs:
@@ -100,15 +102,17 @@ def check_readers(c: DPOConfig, options: dict[str, Any], defaults: dict[str, Any
         "--eval_strategy steps": (c.eval_strategy == "steps", "eval_steps"),
         "--eval_strategy steps or epoch": (
             c.eval_strategy != "no" or bool(c.eval_dataset_name), "dataset_test_split"),
-        "--load_best_model_at_end": (
-            c.load_best_model_at_end,
+        "--load_best_model_at_end or --save_strategy best": (
+            c.load_best_model_at_end or c.save_strategy == "best",
             "metric_for_best_model greater_is_better early_stopping_patience"),
         "--early_stopping_patience": (
             c.early_stopping_patience is not None, "early_stopping_threshold"),
         "--resume_from_checkpoint": (c.resume_from_checkpoint is not None, "force_resume"),
         "--generate_during_eval": (c.generate_during_eval, "generate_prompts"),
         "--report_to": (c.report_to != ["none"], "run_name project"),
-        "--push_to_hub": (c.push_to_hub, "hub_model_id hub_private_repo hub_revision hub_token"),
+        "--push_to_hub": (
+            c.push_to_hub, "hub_strategy hub_model_id hub_private_repo hub_revision "
+            "hub_token"),
         "--load_in_4bit": (
             c.load_in_4bit, "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_compute_dtype"),
         "--disable_dropout false": (not c.disable_dropout, "lora_dropout"),
@@ -144,8 +148,10 @@ def check_fsdp(c: DPOConfig) -> None:
 
 
 def check_best_model(c: DPOConfig) -> None:
-    """Raise ValueError where --load_best_model_at_end lacks what it needs."""
-    if not c.load_best_model_at_end:
+    """Raise ValueError where what asks for the best model lacks what it needs."""
+    if c.save_strategy == "best" and c.eval_strategy == "no":
+        raise ValueError("--save_strategy best: it needs evaluations; give --eval_strategy")
+    if not c.load_best_model_at_end and c.save_strategy != "best":
         return
     if c.eval_strategy == "no" or c.save_strategy == "no":
         raise ValueError(

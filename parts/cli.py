@@ -45,11 +45,20 @@ def number(value: Any) -> float:
     return float(value)
 
 
+def json_object(value: Any) -> dict[str, Any]:
+    """Take a dict of a config file, or a JSON object of the command line."""
+    found = json.loads(value) if isinstance(value, str) else value
+    if not isinstance(found, dict):
+        raise ValueError(value)
+    return found
+
+
 PARSERS = {
     "bool": (truth, "true or false"),
     "int": (whole_number, "a whole number"),
     "float": (number, "a number"),
     "str": (str, "a string"),
+    "dict": (json_object, "a JSON object such as {\"power\": 2}"),
 }
 
 

@@ -10,6 +10,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from losses import F_DIVERGENCES, LOSSES
+from parts.rates import SHAPES
 from parts.trl_flags import takes_trls
 
 DTYPES = ("float32", "bfloat16", "float64")
@@ -204,8 +205,8 @@ class DPOConfig:
         False, "at the end, add the LoRA to the weights and save the full model; over 4 bits, to "
         "the dequantized weights, in bfloat16")
     lora_target_modules: list[str] | None = flag(
-        None, "names such as q_proj v_proj lm_head embed_tokens, or all-linear; unset is q_proj "
-        "v_proj (or their fused form)")
+        None, "names such as q_proj v_proj lm_head embed_tokens, or all-linear, or one pattern of "
+        "whole names, as PEFT's; unset is q_proj v_proj (or their fused form)")
     lora_target_parameters: list[str] | None = flag(
         None, "stacks of experts and routers: mlp.experts.gate_up_proj mlp.experts.down_proj "
         "gate.weight")
@@ -241,8 +242,9 @@ class DPOConfig:
         choices=("adamw_torch_fused", "adamw_torch"))
     learning_rate: float = flag(1e-6, "peak learning rate of AdamW", least=0)
     lr_scheduler_type: str = flag(
-        "linear", "how the learning rate falls",
-        choices=("linear", "cosine", "constant", "constant_with_warmup"))
+        "linear", "how the learning rate falls", choices=tuple(SHAPES))
+    lr_scheduler_kwargs: dict | None = flag(
+        None, "options of lr_scheduler_type, as JSON: '{\"min_lr_rate\": 0.1}'; docs/questions.md")
     warmup_steps: float = flag(0, "steps of linear warm-up; below 1, a share of all steps", least=0)
     warmup_ratio: float = flag(0.0, "older name of warmup_steps as a share", least=0)
     weight_decay: float = flag(
@@ -270,9 +272,9 @@ class DPOConfig:
     disable_tqdm: bool | None = flag(None, "no progress bar; unset shows one at a terminal")
     report_to: list[str] = flag(
         ["none"], "loggers besides metrics.jsonl",
-        choices=("none", "tensorboard", "wandb", "trackio"))
+        choices=("none", "tensorboard", "wandb", "trackio", "mlflow"))
     run_name: str | None = flag(None, "name of the run in the loggers; unset is output_dir's name")
-    project: str = flag("huggingface", "project in the loggers (wandb, trackio)")
+    project: str = flag("huggingface", "project in the loggers (wandb, trackio), experiment in mlflow")
     eval_strategy: str = flag(
         "no", "when to evaluate; no is once, at the end, if there are pairs to evaluate on",
         choices=("no", "steps", "epoch"))
@@ -286,8 +288,8 @@ class DPOConfig:
     per_device_eval_batch_size: int = flag(
         8, "pairs in one forward of evaluation and of the reference pass", least=1)
     save_strategy: str = flag(
-        "steps", "when to write checkpoint-N, from which a run resumes",
-        choices=("no", "steps", "epoch"))
+        "steps", "when to write checkpoint-N, from which a run resumes; best is at each evaluation "
+        "that is better than all before", choices=("no", "steps", "epoch", "best"))
     save_steps: float = flag(
         500, "steps between checkpoints; below 1, a share of all steps", least=0)
     save_total_limit: int | None = flag(None, "keep at most N checkpoints", least=1)
@@ -312,6 +314,9 @@ class DPOConfig:
 
     push_to_hub: bool = flag(
         False, "at the end, upload output_dir with a model card; needs a token", "the hub")
+    hub_strategy: str = flag(
+        "every_save", "when to upload: what each checkpoint trained, while training goes on, and "
+        "the end; or only the end", choices=("every_save", "end"))
     hub_model_id: str | None = flag(
         None, "owner/name of the repository; unset is output_dir's name, in your own account")
     hub_private_repo: bool | None = flag(

@@ -16,6 +16,7 @@ from parts.config import DPOConfig
 from parts.output import claim, write_atomically
 from parts.position import Position
 from parts.schedule import Schedule
+from parts.screen import escape_unknown
 
 Logger = Callable[[dict], None]  # takes a line of metrics
 
@@ -51,6 +52,7 @@ class Log:
         self, c: DPOConfig, first: bool, make_panel: Callable[..., Any] | None = None,
         on_log: Logger | None = None,
     ):
+        escape_unknown()
         self.directory = Path(c.output_dir)
         self.first = first
         hidden = not sys.stderr.isatty() if c.disable_tqdm is None else c.disable_tqdm

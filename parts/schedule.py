@@ -9,6 +9,7 @@ from torch import nn
 
 from parts.config import DPOConfig
 from parts.custom_optimizer import make_custom
+from parts.rates import Moment, learning_rate
 
 
 class Schedule(NamedTuple):
@@ -19,7 +20,7 @@ class Schedule(NamedTuple):
     total_steps: int
     log_every: int
     eval_every: int  # 0: at the end only
-    save_every: int  # 0: never
+    save_every: int  # 0: never; beyond total_steps: only the best evaluations
     warmup: int  # steps
 
     def epoch(self, step: int) -> float:
@@ -33,18 +34,9 @@ class Schedule(NamedTuple):
         return step == self.total_steps or (self.eval_every > 0 and step % self.eval_every == 0)
 
     def learning_rate(self, c: DPOConfig, step: int) -> float:
-        """Return the learning rate of a step: linear warm-up, then the schedule.
-
-        It depends on the step alone, so a resume needs no state.
-        """
-        if step < self.warmup and c.lr_scheduler_type != "constant":
-            return c.learning_rate * step / max(1, self.warmup)
-        done = (step - self.warmup) / max(1, self.total_steps - self.warmup)
-        if c.lr_scheduler_type == "linear":
-            return c.learning_rate * max(0.0, 1 - done)
-        if c.lr_scheduler_type == "cosine":
-            return c.learning_rate * (0.5 * (1 + math.cos(math.pi * min(1.0, done))))
-        return c.learning_rate
+        """Return the learning rate of a step; parts/rates.py has the shapes."""
+        at = Moment(step, self.warmup, self.total_steps, c.learning_rate)
+        return learning_rate(c.lr_scheduler_type, c.lr_scheduler_kwargs, at)
 
 
 def make_schedule(c: DPOConfig, pairs: int, global_batch: int) -> Schedule:
@@ -59,7 +51,8 @@ def make_schedule(c: DPOConfig, pairs: int, global_batch: int) -> Schedule:
         return int(steps) if steps >= 1 else max(1, math.ceil(steps * total))
 
     def by_strategy(strategy: str, steps: float) -> int:
-        return {"no": 0, "epoch": per_epoch, "steps": every(steps)}[strategy]
+        steps_of = {"no": 0, "epoch": per_epoch, "steps": every(steps), "best": total + 1}
+        return steps_of[strategy]
 
     warmup = c.warmup_steps or c.warmup_ratio
     return Schedule(

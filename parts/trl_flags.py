@@ -25,7 +25,7 @@ NO_EFFECT = set("""
     logging_nan_inf_filter log_level log_level_replica log_on_each_node skip_memory_metrics
     overwrite_output_dir do_train do_eval prediction_loss_only include_num_input_tokens_seen
     average_tokens_across_devices ignore_bias_buffers lora_task_type torch_empty_cache_steps
-    use_liger_kernel hub_strategy hub_always_push bnb_4bit_quant_storage save_safetensors
+    use_liger_kernel hub_always_push bnb_4bit_quant_storage save_safetensors
     half_precision_backend trust_remote_code tf32""".split())
 
 # Older, or other, names of an option.
@@ -91,7 +91,6 @@ REASONS = {
     ("none", "--use_cpu, or a CUDA GPU"): "tpu_num_cores",
     ("none", "--adam_beta1, --adam_beta2, --adam_epsilon, --weight_decay"): "optim_args",
     ("false", "--optim adamw_torch"): "adafactor",
-    ("none", "--lr_scheduler_type with --warmup_steps"): "lr_scheduler_kwargs",
     ("0", "--label_smoothing, which is DPO's"): "label_smoothing_factor",
     ("none", "leave it out: nccl on GPUs, gloo elsewhere"): "ddp_backend",
     ("none", "torchrun --nproc_per_node=N dpo.py --fsdp"):

@@ -424,6 +424,7 @@ REASONS = {
         (has(f_alpha_divergence_coef=0.0), "alpha = 0 divides by 0"),
         (has(f_alpha_divergence_coef=1e-9), "1 - u^-alpha without expm1 loses its digits"),
         (both(takes("discopop"), lambda c: "f_divergence_type" in c["params"]), "discopop ignores f_divergence_type"),
+        (both(takes("ipo"), lambda c: "f_divergence_type" in c["params"]), "ipo: the divergence of r/n, not that of r over n"),
         (far_out, "u^-alpha is held at the largest float, not at e^80"),
     ],
 }

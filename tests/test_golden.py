@@ -4,15 +4,22 @@ import hashlib
 import importlib.util
 import json
 import math
+import shutil
 import subprocess
 import sys
+import types
 from collections import Counter
 from pathlib import Path
 
 import conformance
 import pytest
+import textbook
 import torch
 from conformance import GOLDEN, case_difference, load_cases, tensors
+
+import dpo
+import model as models
+from parts.files import read_json
 
 TESTS = Path(__file__).resolve().parent
 CASES = load_cases()
@@ -453,3 +460,54 @@ def test_trl_counts_an_exact_tie_as_a_loss(trl):
 def test_trl018_is_not_mistaken_for_the_installed_trl(trl):
     with pytest.raises(conformance.Missing, match="found: pip install --no-deps --target DIR trl==0.18.2"):
         conformance.trl018(BY_NAME["sigmoid/ordinary"])
+
+
+# A difference that is not in TRL's losses but in the models that it trains: transformers gives the input embedding of
+# the pad token no gradient (nn.Embedding's padding_idx), and in many chat models that token also ends every turn.
+
+
+def pad_token_gradients(directory, pad: int) -> tuple[dict, dict]:
+    """(ours, transformers'): gradients of DPO's loss on two pairs, whose prompts have the token 2 in their middle."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    pair = lambda *ids: types.SimpleNamespace(prompt_ids=ids[0], chosen_ids=ids[1], rejected_ids=ids[2], rejected_prompt_ids=None)
+    pairs = [pair([1, 5, 2, 7], [8, 9, 2], [10, 2]), pair([1, 6, 6, 2, 4, 2], [11, 2], [12, 5, 2])]
+    ours = models.load_model(directory, torch.float64)
+    config = transformers.AutoConfig.from_pretrained(directory, pad_token_id=pad)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=torch.float64)
+    theirs.logits = lambda row, positions, spans: theirs(row[None], position_ids=positions[None]).logits[0]
+    reference = models.load_model(directory, torch.float64)
+    for model in (ours, theirs):
+        textbook.dpo_loss(model, reference, pairs, beta=0.3).mean().backward()
+    return tuple({name: p.grad for name, p in model.named_parameters()} for model in (ours, theirs))
+
+
+def test_transformers_gives_the_embedding_of_the_pad_token_no_gradient(tiny):
+    for pad in (0, 2):  # a token that does not occur; the one that ends a turn
+        ours, theirs = pad_token_gradients(tiny, pad)
+        assert ours.keys() == theirs.keys()
+        apart = {name: float((ours[name] - theirs[name]).norm() / ours[name].norm()) for name in ours}
+        differing = {name for name in ours if apart[name] > 1e-5}  # its norms are in float32
+        assert differing == (set() if pad == 0 else {"model.embed_tokens.weight"})
+    one, other = (grads["model.embed_tokens.weight"] for grads in (ours, theirs))
+    assert one[2].norm() > 1e-3 and other[2].norm() == 0
+    rest = torch.arange(len(one)) != 2
+    assert (one[rest] - other[rest]).norm() < 1e-5 * one[rest].norm()
+
+
+def test_the_trainer_trains_the_embedding_of_the_pad_token(tiny, tmp_path):
+    """Though config.json names it as the pad token: a run with it is the run without it, and its row moves."""
+    config = read_json(tiny / "config.json")
+    rows = [{"prompt": "the </s> cat", "chosen": " sees", "rejected": " runs"}, {"prompt": "a </s> dog", "chosen": " runs", "rejected": " sees"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = []
+    for name, more in (("plain", {}), ("pad", {"pad_token_id": 2})):
+        shutil.copytree(tiny, tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps(config | more))
+        c = dpo.DPOConfig(
+            model_name_or_path=str(tmp_path / name), dataset_name=str(tmp_path / "rows.jsonl"), output_dir=str(tmp_path / f"{name}-out"),
+            cache_dir=str(tmp_path / "cache"), use_cpu=True, bf16=False, learning_rate=1e-2, max_steps=2, save_strategy="no")
+        trainer = dpo.DPOTrainer(args=c)
+        trainer.train()
+        found.append(trainer.model.get_parameter("model.embed_tokens.weight").detach())
+    before = models.load_model(tiny).get_parameter("model.embed_tokens.weight").detach()
+    assert torch.equal(found[0], found[1]) and (found[0][2] - before[2]).norm() > 1e-3

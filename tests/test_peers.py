@@ -117,7 +117,8 @@ CASES = {  # name: (shared flags, ours alone, TRL's alone)
     **{f"{name}, smoothed": (EIGHT | {"loss_type": [name], "label_smoothing": 0.15}, {}, {})
        for name in ("aot", "aot_unpaired")},
     **{f"{name}, {kind}": ({"loss_type": [name], "f_divergence_type": kind} | smoothed, {}, {})
-       for name, smoothed in (("sigmoid", {}), ("hinge", {}), ("discopop", {}), ("robust", {"label_smoothing": 0.1}),
+       for name, smoothed in (("sigmoid", {}), ("hinge", {}), ("discopop", {}), ("ipo", {"beta": 1.0}),
+                              ("sigmoid_norm", {"beta": 5.0}), ("robust", {"label_smoothing": 0.1}),
                               ("exo_pair", {"label_smoothing": 1e-3}))
        for kind in ("forward_kl", "js_divergence")},
     "sigmoid, alpha 0.3": (ALPHA, {"f_alpha_divergence_coef": 0.3}, {"f_alpha_divergence_coef": 0.7}),

@@ -3,6 +3,7 @@
 import dataclasses
 import doctest
 import json
+import re
 
 import numpy as np
 import pytest
@@ -134,11 +135,39 @@ def test_a_peft_configuration_becomes_our_flags(tiny, settings):
     assert (saved["r"], saved["lora_alpha"], saved["use_rslora"]) == (4, 12, True)
     assert sorted(saved["target_modules"]) == ["down_proj", "q_proj", "v_proj"]
     flags = objects.lora_flags({"r": 4, "target_modules": "all-linear"}, settings)
-    assert flags == ({"use_peft": True, "lora_r": 4, "lora_target_modules": ["all-linear"]}, {})
+    assert flags == ({"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}, {})
     with pytest.raises(ValueError, match="peft_config is of the type IA3; only LoRA"):
         objects.lora_flags(peft.IA3Config(), settings)
     with pytest.raises(ValueError, match="peft_config: bias='all' has no counterpart here"):
         objects.lora_flags(peft.LoraConfig(bias="all"), settings)
+
+
+@pytest.mark.parametrize("pattern, chosen", [
+    (r".*layers\.1\..*(q|up)_proj", ["1.mlp.up_proj", "1.self_attn.q_proj"]),
+    (r"model\.layers\.\d+\.self_attn\.v_proj", ["0.self_attn.v_proj", "1.self_attn.v_proj"])])
+def test_target_modules_as_one_string_is_pefts_pattern(tiny, settings, pattern, chosen):
+    """The modules that PEFT wraps, from a configuration, a dict, a flag of Python and the command line."""
+    peft = pytest.importorskip("peft", reason="needs peft")
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    theirs = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(tiny), peft.LoraConfig(target_modules=pattern))
+    wrapped = sorted({n.partition(".lora_A")[0].partition("layers.")[2] for n, _ in theirs.named_parameters() if ".lora_A" in n})
+    assert wrapped == chosen
+    flag = dataclasses.replace(settings, use_peft=True, lora_target_modules=pattern)
+    listed = dpo.parse_config(["--use_peft", "--lora_target_modules", pattern]).lora_target_modules
+    command = dataclasses.replace(settings, use_peft=True, lora_target_modules=listed)
+    ways = [(settings, peft.LoraConfig(r=4, target_modules=pattern)), (settings, {"r": 4, "target_modules": pattern}),
+            (flag, None), (command, None)]
+    for args, config in ways:
+        trainer = DPOTrainer(model=str(tiny), args=args, train_dataset=ROWS, peft_config=config)
+        assert sorted(n.partition("layers.")[2] for n in models.lora_modules(trainer.model)) == chosen
+        assert trainer.lora["target_modules"] == pattern
+
+
+@pytest.mark.parametrize("pattern, words", [("q_pro(", "no pattern"), ("q_proj$", "no such module")])
+def test_a_pattern_that_is_none_or_matches_nothing_is_refused(tiny, settings, pattern, words):
+    args = dataclasses.replace(settings, use_peft=True, lora_target_modules=pattern)
+    with pytest.raises(ValueError, match=f"--lora_target_modules {re.escape(pattern)}: {words}"):
+        DPOTrainer(model=str(tiny), args=args, train_dataset=ROWS)
 
 
 def test_settings_of_peft_that_have_no_flag_are_taken_too(tiny, settings):

@@ -1,6 +1,7 @@
 # ruff: noqa: F811  pytest hands fixtures over by their names
 """QLoRA through the trainer: its flags, its files, and its numbers beside a wide model with the same weights."""
 
+import json
 import math
 
 import pytest
@@ -12,9 +13,10 @@ from test_nf4 import file_of
 
 import dpo
 import model as models
-from extras import merge
+from extras import chat, merge, score
 from extras.models import nf4
 from extras.models.opening import load_adapted, load_model
+from extras.models.speaker import load as load_speaker
 from parts import trl_flags
 from parts.files import read_json
 
@@ -189,3 +191,41 @@ def test_the_names_and_defaults_are_trls():
     names = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
     assert all(theirs[name] == ours[name] for name in names)
     assert "bnb_4bit_quant_storage" in theirs.keys() & trl_flags.NO_EFFECT
+
+
+@pytest.mark.parametrize("kind", [dict(), dict(bnb_4bit_quant_type="fp4", use_bnb_nested_quant=True, bf16=True),
+                                  dict(bnb_4bit_compute_dtype="bfloat16")], ids=str)
+def test_the_rewards_of_extras_score_are_those_of_the_runs_last_evaluation(run, pairs_file, tmp_path, kind):
+    """Of a wide base they would be others: the LoRA was trained on the 4-bit one."""
+    run("out", **NF4, **kind, eval_dataset_name=str(pairs_file))
+    last = read_metrics(tmp_path / "out")[-1]
+
+    def margin(*more) -> float:
+        output = tmp_path / "scores.jsonl"
+        words = [str(tmp_path / "out"), str(pairs_file), "--cache_dir", str(tmp_path / "cache"), "--use_cpu", "--output", str(output)]
+        assert score.main([*words, *more]) == 0
+        rows = [json.loads(line) for line in output.read_text().splitlines()]
+        return sum(row["margin"] for row in rows) / len(rows)
+
+    assert margin() == pytest.approx(last["eval_rewards/margins"], abs=2e-6)
+    options = read_json(tmp_path / "out" / "dpo_config.json")
+    for name in ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_compute_dtype"):
+        options.pop(name)
+    (tmp_path / "out" / "dpo_config.json").write_text(json.dumps(options | {"load_in_4bit": False}))
+    assert abs(margin() - last["eval_rewards/margins"]) > 1e-4
+
+
+def test_extras_chat_answers_with_the_runs_4_bit_base(run, tmp_path):
+    trainer_steps, _ = run("out", **NF4, bnb_4bit_quant_type="fp4")
+    speaker = load_speaker(str(tmp_path / "out"), chat.make_parser().parse_args([str(tmp_path / "out"), "--device", "cpu"]))
+    expected, _ = load_adapted(tmp_path / "out", torch.float32, four_bit=dict(quant_type="fp4"))
+    assert speaker.model.four_bit and trainer_steps
+    packed = {name: module.state.packed for name, module in expected.named_modules() if hasattr(module, "state")}
+    found = {name: module.state.packed for name, module in speaker.model.named_modules() if hasattr(module, "state")}
+    assert packed.keys() == found.keys() and packed and all(torch.equal(packed[n], found[n]) for n in packed)
+
+
+def test_a_merged_qlora_is_scored_wide(run, pairs_file, tmp_path):
+    run("out", **NF4, merge_adapter=True)
+    words = [str(tmp_path / "out"), str(pairs_file), "--cache_dir", str(tmp_path / "cache"), "--use_cpu"]
+    assert score.main(words) == 0

@@ -154,7 +154,7 @@ def test_prompts_of_a_file_are_answered_and_two_ranks_say_what_one_says(tiny, pa
             "--generate_during_eval: there are no pairs",
         ),
         (dict(report_to=["none", "wandb"]), "none goes with no other"),
-        (dict(report_to=["mlflow"]), "--report_to mlflow: expected one of"),
+        (dict(report_to=["comet_ml"]), "--report_to comet_ml: expected one of"),
         (dict(run_name="x"), "--run_name x: read only with --report_to"),
     ],
 )
@@ -171,7 +171,7 @@ def test_what_cannot_be_is_refused_before_training(more, message, tiny, pairs_fi
 
 def test_a_logger_that_is_not_installed_says_what_to_install(tiny, pairs_file, tmp_path, monkeypatch):
     monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
-    for name in ("wandb", "tensorboard", "trackio"):
+    for name in ("wandb", "tensorboard", "trackio", "mlflow"):
         with pytest.raises(ValueError, match=f"--report_to {name}: not installed; pip install {name}"):
             dpo.DPOTrainer(args=dpo.DPOConfig(**settings(tiny, pairs_file, tmp_path, report_to=[name])))
 
@@ -181,7 +181,8 @@ def test_wandb_and_trackio_get_every_line(tiny, pairs_file, tmp_path, monkeypatc
     seen = {"wandb": [], "trackio": []}
 
     def stand_in(name):
-        run = types.SimpleNamespace(log=lambda metrics, step=None: seen[name].append((metrics, step)))
+        run = types.SimpleNamespace(id="a1", log=lambda metrics, step=None: seen[name].append((metrics, step)),
+                                    define_metric=lambda *names, **options: None)
         module = types.ModuleType(name)
         module.init = lambda **given: seen[name].append(given) or run
         module.Table = lambda columns, rows: [columns, *rows]

@@ -37,6 +37,16 @@ class Sampling(NamedTuple):
     stop_ids: frozenset[int] = frozenset()
 
 
+def end_tokens(model: Decoder, eos_token_id: int | None) -> frozenset[int]:
+    """Return what ends an answer: the tokenizer's end, and all of generation_config.json.
+
+    Without that file, config.json's: many chat models end a turn and a text with different tokens.
+    """
+    file = model.generation_config or {}
+    ends = file.get("eos_token_id", model.raw_config.get("eos_token_id"))
+    return frozenset({*(ends if isinstance(ends, list) else [ends]), eos_token_id} - {None})
+
+
 def check_sampling(o: Sampling) -> None:
     """Raise ValueError for an option out of its range."""
     rules = {

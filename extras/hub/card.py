@@ -1,4 +1,4 @@
-"""Push the trained model to the hub, with a model card: --push_to_hub."""
+"""Write the model card that a run is pushed to the hub with (extras/hub/pushing.py)."""
 
 import json
 import platform
@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import yaml
 
-from extras.hub import client
 from extras.hub.client import is_hub_id
 from extras.watch.picture import PICTURE, write_picture
 from parts.conversations import find_templates
@@ -82,26 +81,6 @@ from transformers import AutoTokenizer
 
 model = AutoPeftModelForCausalLM.from_pretrained("{id}")
 tokenizer = AutoTokenizer.from_pretrained("{id}")"""
-
-
-def create_repository(c: Any, output_dir: Path, ranks: Any) -> str:
-    """Create the repository if it is missing; return its full id.
-
-    Its name is --hub_model_id, else output_dir's. `c` are the run's options (DPOConfig); only
-    rank 0 asks the hub.
-    """
-    name = c.hub_model_id or output_dir.resolve().name
-    make = lambda: {"id": client.create(name, c.hub_private_repo, c.hub_token)}
-    return ranks.from_first(make)["id"]
-
-
-def push(output_dir: Path, c: Any, repo_id: str, dataset_name: str, message: str) -> str:
-    """Write the card and upload output_dir, on one rank; return the address of the commit."""
-    settings = vars(c) | {"dataset_name": dataset_name}
-    write_card(output_dir, settings, vars(type(c)()), repo_id)
-    return client.push(
-        output_dir, repo_id, revision=c.hub_revision, token=c.hub_token, message=message
-    )
 
 
 def write_card(

@@ -230,7 +230,7 @@ def list_files(name: str, directory: Path) -> list[str]:
 # Back to the hub
 
 # Files of an output directory that are not uploaded: fnmatch patterns.
-LEFT_OUT = ["checkpoint-*/*", "runs/*", "dpo_config.json", ".*", "*/.*"]
+LEFT_OUT = ["checkpoint-*/*", "runs/*", "dpo_config.json", "loggers.json", ".*", "*/.*"]
 
 
 def create(repo_id: str, private: bool | None = None, token: str | None = None) -> str:

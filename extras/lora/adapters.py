@@ -5,6 +5,7 @@ for a while. So one adapter can be the reference of another without a second mod
 """
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from extras.lora.peft_files import adapter_home, load_adapter, read_settings
 from extras.lora.targets import add_lora
 from model import lora_modules, replace_module
 from parts.config import DPOConfig
+
+PATTERN_SIGNS = set(r"\*+?()[]{}|^$")  # no name of a module has one
 
 
 @contextmanager
@@ -93,10 +96,26 @@ def fresh_settings(c: DPOConfig, more: dict) -> dict:
         "use_rslora": c.use_rslora,
         "use_dora": c.use_dora,
         "r": c.lora_r,
-        "target_modules": c.lora_target_modules,
+        "target_modules": targets_of(c.lora_target_modules),
         "target_parameters": c.lora_target_parameters,
         "modules_to_save": c.lora_modules_to_save,
         "base_model_name_or_path": c.model_name_or_path}
+
+
+def targets_of(given: list[str] | str | None) -> list[str] | str | None:
+    """Return names as a list, and one word with the signs of a pattern as PEFT's pattern, a str.
+
+    A pattern must match the whole name of a module in the model's files. Raises ValueError for one
+    that is no regular expression.
+    """
+    words = [given] if isinstance(given, str) else given
+    if not words or len(words) > 1 or not set(words[0]) & PATTERN_SIGNS:
+        return words
+    try:
+        re.compile(words[0])
+    except re.error as error:
+        raise ValueError(f"--lora_target_modules {words[0]}: no pattern ({error})") from None
+    return words[0]
 
 
 def activate_named(model: nn.Module, name: str | None) -> dict:

@@ -10,7 +10,9 @@
 A plain model needs none of this: model.load_model opens it.
 """
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,23 @@ def model_directory(
 
 def is_adapter(directory: str | Path) -> bool:
     return (Path(directory) / "adapter_config.json").exists()
+
+
+def run_options(directory: str | Path) -> dict[str, Any]:
+    """Return the options of the run whose output this directory is; {} if it is another's."""
+    path = Path(directory) / "dpo_config.json"
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+
+
+def four_bit_of(options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the settings of `load_model`'s `four_bit` that a run's options ask for."""
+    if not options.get("load_in_4bit"):
+        return None
+    compute_dtype = options.get("bnb_4bit_compute_dtype")
+    return {
+        "quant_type": options.get("bnb_4bit_quant_type", "nf4"),
+        "nested": options.get("use_bnb_nested_quant", False),
+        "compute_dtype": compute_dtype and getattr(torch, compute_dtype)}
 
 
 def tokenizer_home(directory: str, ranks: Any = None) -> str:

@@ -10,7 +10,13 @@ from torch import nn
 from extras.lora.adapters import activate_named, fresh_settings
 from extras.lora.targets import add_lora
 from extras.models.objects import from_object
-from extras.models.opening import load_adapted, model_directory, open_pictures, tokenizer_home
+from extras.models.opening import (
+    four_bit_of,
+    load_adapted,
+    model_directory,
+    open_pictures,
+    tokenizer_home,
+)
 from extras.rows.pictures import open_tokenizer
 from model import Decoder
 from parts.config import DPOConfig
@@ -82,13 +88,7 @@ def loading_options(c: DPOConfig, ranks: Ranks) -> dict[str, Any]:
 
     They serve for the policy and for a reference that is another model.
     """
-    compute_dtype = None
-    if c.bnb_4bit_compute_dtype is not None:
-        compute_dtype = getattr(torch, c.bnb_4bit_compute_dtype)
-    four_bit = {
-        "quant_type": c.bnb_4bit_quant_type, "nested": c.use_bnb_nested_quant,
-        "compute_dtype": compute_dtype}
     return {
         "dtype": getattr(torch, c.dtype), "max_length": c.max_length, "ranks": ranks,
-        "four_bit": four_bit if c.load_in_4bit else None,
+        "four_bit": four_bit_of(vars(c)),
         "device": "meta" if loading_device(c, ranks).type == "meta" else "cpu"}

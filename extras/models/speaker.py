@@ -7,8 +7,15 @@ from typing import Any, NamedTuple
 import torch
 
 from data import Tokenizer
-from extras.decoder.generate import Sampling, check_sampling
-from extras.models.opening import load_adapted, model_directory, tokenizer_home
+from extras.decoder.generate import Sampling, check_sampling, end_tokens
+from extras.models.opening import (
+    four_bit_of,
+    is_adapter,
+    load_adapted,
+    model_directory,
+    run_options,
+    tokenizer_home,
+)
 from extras.rows.pictures import open_tokenizer
 from model import Decoder
 
@@ -41,11 +48,18 @@ class Speaker(NamedTuple):
 
 
 def load(name: str, args: argparse.Namespace) -> Speaker:
-    """Load a checkpoint, or an adapter on the base that it names. Raises ValueError."""
+    """Load a checkpoint, or an adapter on the base that it names. Raises ValueError.
+
+    The adapter of a QLoRA run gets the base that it was trained on: in the run's 4 bits.
+    """
     directory = model_directory(name)
+    run = run_options(directory)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-    model, _ = load_adapted(directory, getattr(torch, dtype), args.max_length, device=device)
+    usual = "bfloat16" if device.startswith("cuda") else "float32"
+    dtype = args.dtype or ("bfloat16" if run.get("dtype") == "bfloat16" else usual)
+    model, _ = load_adapted(
+        directory, getattr(torch, dtype), args.max_length, device=device,
+        four_bit=four_bit_of(run) if is_adapter(directory) else None)
     tokenizer = open_tokenizer(tokenizer_home(directory), args.chat_template)
     raw = args.raw or not tokenizer.templates
     if raw and args.system is not None:
@@ -76,10 +90,9 @@ def read_sampling(model: Decoder, tokenizer: Tokenizer, args: argparse.Namespace
             chosen[name] = value
     if args.greedy:
         chosen["temperature"] = 0.0
-    ends = file.get("eos_token_id", model.raw_config.get("eos_token_id"))
-    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     sampling = Sampling(
-        **chosen, seed=args.seed, max_new_tokens=args.max_new_tokens, stop_ids=frozenset(ends))
+        **chosen, seed=args.seed, max_new_tokens=args.max_new_tokens,
+        stop_ids=end_tokens(model, tokenizer.eos_token_id))
     check_sampling(sampling)
     return sampling
 

@@ -305,8 +305,7 @@ def lora_flags(config: Any, args: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     for name, value in entries.items():
         flag = PEFT_FLAGS.get(name, name)
         if flag in type(args).__dataclass_fields__:
-            listed = [value] if name == "target_modules" and isinstance(value, str) else value
-            flags[flag] = sorted(value) if isinstance(value, set) else listed
+            flags[flag] = sorted(value) if isinstance(value, set) else value
         elif name in DEFAULTS:
             more[name] = sorted(value) if isinstance(value, set) else value
         elif name not in PEFT_SILENT and value != plain.get(name) and value:

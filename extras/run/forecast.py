@@ -62,7 +62,7 @@ def count(config: models.ModelConfig, run: Run) -> dict[str, int]:
     with torch.device("meta"):
         model = build(config)
         if run.rank:
-            targets = list(run.targets)
+            targets = run.targets if isinstance(run.targets, str) else list(run.targets)
             add_lora(model, {"r": run.rank, "lora_alpha": run.rank, "target_modules": targets})
     held = 0
     seen = set()  # a tied weight is counted once
@@ -197,7 +197,7 @@ def run_of(trainer: Any) -> Run:
         fsdp=trainer.place.is_sharded, weights=c.dtype,
         bf16=trainer.precision.half is torch.bfloat16, checkpointing=c.gradient_checkpointing,
         live_ref=trainer.reference.model is not None, rank=trainer.lora.get("r", 0),
-        targets=tuple(targets), four_bit=four_bit, device=trainer.ranks.device.type)
+        targets=targets if isinstance(targets, str) else tuple(targets), four_bit=four_bit, device=trainer.ranks.device.type)
 
 
 def describe(trainer: Any) -> list[str]:

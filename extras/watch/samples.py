@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from extras.decoder.generate import Sampling, complete
+from extras.decoder.generate import Sampling, complete, end_tokens
 from extras.rows.prompts import read_prompts
 from model import ModelConfig
 from parts.configs import check_length
@@ -36,11 +36,10 @@ class Samples:
                 "--generate_during_eval: no prompt to answer; give --generate_prompts FILE"
             )
         longest = max(len(ids) for _, ids in self.prompts)
-        ends = frozenset({trainer.tokenizer.eos_token_id} - {None})
         self.sampling = Sampling(
             seed=trainer.args.seed,
             max_new_tokens=room(trainer.model.config, longest),
-            stop_ids=ends,
+            stop_ids=end_tokens(trainer.model, trainer.tokenizer.eos_token_id),
         )
 
     @torch.no_grad()
