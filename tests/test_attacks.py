@@ -182,7 +182,7 @@ def test_a_checkpoint_before_the_first_step_that_was_applied_is_written_and_resu
 def test_a_logger_that_cannot_be_started_ends_the_run_in_one_message(flags, capsys, monkeypatch):
     from extras.watch import loggers
 
-    def trackio(c, step):
+    def trackio(c, step, ids):
         raise RuntimeError("no key")
 
     monkeypatch.setattr(loggers, "trackio", trackio)
