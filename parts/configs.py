@@ -32,6 +32,18 @@ def read_fields(raw: dict, max_length: int | None = None) -> dict:
                          f"({error!r:.200})") from None
 
 
+def check_supported(raw: dict) -> None:
+    """Raise ValueError for a model that cannot be trained, from its config.json: before its weights
+    are fetched. The family comes first, then how it is quantized."""
+    quantized = raw.get("quantization_config") or {}
+    read_fields({k: v for k, v in raw.items() if k != "quantization_config"})
+    method = quantized.get("quant_method", "bitsandbytes")
+    if quantized and (method != "bitsandbytes" or not quantized.get("load_in_4bit")):
+        raise ValueError(
+            f"the checkpoint is quantized ({method}); use the original one in bf16, fp16 or float32, or "
+            "one in bitsandbytes' 4 bits")
+
+
 def text_fields(raw: dict, max_length: int | None) -> dict:
     """Return the fields of a decoder that reads text alone."""
     family = find_family(raw)

@@ -182,12 +182,6 @@ def find_family(raw: dict) -> Family:
     """Return the Family of a config.json. Raises ValueError, saying why, where there is none."""
     name = raw.get("model_type")
     known = ", ".join(FAMILIES)
-    quantized = raw.get("quantization_config")
-    if quantized:
-        raise ValueError(
-            f"the checkpoint is quantized ({quantized.get('quant_method', 'method unknown')}); "
-            "use the original one in bf16, fp16 or float32 (those in bitsandbytes' 4 bits are "
-            "opened by load_model of extras/models/opening.py)")
     if raw.get("is_encoder_decoder"):
         raise ValueError(
             f"model_type {name!r} is an encoder-decoder model; only decoders are supported")
@@ -206,4 +200,10 @@ def find_family(raw: dict) -> Family:
     if remote and not remote.lower().startswith(own):
         raise ValueError(f"auto_map names code of its own ({remote}) for model_type {name!r}; "
                          "remote code is never run")
+    quantized = raw.get("quantization_config")
+    if quantized:
+        raise ValueError(
+            f"the checkpoint is quantized ({quantized.get('quant_method', 'method unknown')}); "
+            "use the original one in bf16, fp16 or float32 (those in bitsandbytes' 4 bits are "
+            "opened by load_model of extras/models/opening.py)")
     return FAMILIES[name]

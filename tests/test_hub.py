@@ -166,6 +166,20 @@ show([all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters())), le
     assert sorted(server.downloaded()) == sorted(sharded)
 
 
+@pytest.mark.parametrize("change, words", [
+    (dict(model_type="mamba"), "org/tiny: model_type 'mamba' is not supported"),
+    (dict(model_type="mamba", quantization_config={"quant_method": "fp8"}), "model_type 'mamba' is not supported"),
+    (dict(quantization_config={"quant_method": "awq", "bits": 4}), "org/tiny: the checkpoint is quantized (awq)"),
+    (dict(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}), "quantized (bitsandbytes)")],
+    ids=["family", "family first", "awq", "8 bits"])
+def test_a_model_that_cannot_be_trained_is_refused_before_its_weights_are_fetched(server, client, tiny, change, words):
+    files = {path.name: path.read_bytes() for path in tiny.iterdir()}
+    files["config.json"] = json.dumps(json.loads(files["config.json"]) | change).encode()
+    server.add("model", "org/tiny", files)
+    assert words in client("show(hub.local_model('org/tiny'))")["error"]
+    assert "config.json" in server.downloaded() and "model.safetensors" not in server.downloaded()
+
+
 def test_an_adapter_is_fetched_without_a_config(server, client):
     files = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x", "tokenizer.json": b"{}"}
     server.add("model", "org/tiny", files | NOT_NEEDED)

@@ -18,6 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from parts.configs import check_supported
+from parts.files import read_json
 from parts.rows import names_in, on_hub
 from parts.splits import DATA_FILE, local_split, read_card, split_files
 from parts.tokenizer_files import TOKENIZER_FILES
@@ -133,11 +135,22 @@ def local_model(name: str, revision: str | None = None) -> Path:
     with explained(name, "model", revision):
         directory = fetch(name, "model", revision, SMALL_FILES)
         weights = weight_files(directory)
+        check_config(name, directory)
         fetch(name, "model", directory.name, [glob.escape(file) for file in weights])
         missing = [file for file in weights if not (directory / file).exists()]
         if missing:
             raise ValueError(f"{name}: {why_missing(name, directory.name, missing)}")
     return directory
+
+
+def check_config(name: str, directory: Path) -> None:
+    """Raise ValueError for a model that cannot be trained, before gigabytes of it are fetched."""
+    path = directory / "config.json"
+    if path.exists() and not (directory / "adapter_config.json").exists():
+        try:
+            check_supported(read_json(path))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
 
 def same_model(name: str, revision: str | None, ranks: Any) -> Path:
@@ -184,8 +197,9 @@ def local_dataset(
 
     Several names have commas between them. The files of a split are found as `datasets` finds
     them: by the `configs` in README.md, else by names such as data/train-00000-of-00002.parquet,
-    train.jsonl, train/...; `config` names one of the configs or, without them, a directory. Raises ValueError for a data set that does not exist, is gated or
-    private, cannot be reached, is in another format, or is parquet without pyarrow.
+    train.jsonl, train/...; `config` names one of the configs or, without them, a directory. Raises
+    ValueError for a data set that does not exist, is gated or private, cannot be reached, is in
+    another format, or is parquet without pyarrow.
     """
     names = names_in(name)
     if len(names) > 1:
