@@ -179,6 +179,10 @@ class DPOTrainer:
         self.args = c
         self.ranks = start_ranks(c.use_cpu, c.ddp_timeout)
         agree(self.ranks, {name: value for name, value in vars(c).items() if name not in OWN})
+        if c.dtype == "auto":
+            from extras.models.opening import own_dtype
+
+            c.dtype = own_dtype(c, self.ranks)
         self.precision = choose_precision(c, self.ranks.device)
         self.log = Log(c, self.ranks.first, panel_maker(), given.get("on_log"))
         self.position = Position(scaling={"scale": 2.0**16 if c.fp16 else 1.0, "since": 0})
@@ -210,8 +214,7 @@ class DPOTrainer:
 
             compile_blocks(self.model)
         checks.check_model(c, self.model.config, self.model.raw_config)
-        for line in checks.warnings(c, self.lora):
-            self.log.say(line)
+        checks.warn(c, self.lora, self.log.say)
         self.aux_coef = opened.aux_coef(c, self.model.config)
         self.max_tokens = opened.max_tokens(c, self.model.config, self.ranks.device)
 

@@ -1,6 +1,7 @@
 """Refuse options that cannot be run, by name and with the reason, before anything is read."""
 
 import math
+from collections.abc import Callable
 from dataclasses import Field, fields
 from typing import Any
 
@@ -234,17 +235,17 @@ def check_tokens(c: DPOConfig, store: Any, vocab_size: int, tokenizer_size: int)
             "tokens); give the tokenizer that belongs to the model, or leave such rows out")
 
 
-def warnings(c: DPOConfig, lora: dict) -> list[str]:
-    """What will surprise in a run that is otherwise sound, as lines."""
+def warn(c: DPOConfig, lora: dict, say: Callable[[str], None]) -> None:
+    """Say what will surprise in a run that is otherwise sound."""
     if c.dtype != "bfloat16" or lora or c.learning_rate == 0:
-        return []
+        return
     # AdamW moves a weight by about the learning rate; bfloat16 rounds away what is below 1/512 of
     # it.
     largest = c.learning_rate * 2**9
-    return [
+    say(
         f"--dtype bfloat16: at --learning_rate {c.learning_rate:g} a step moves only weights below "
         f"about {largest:.1g} in size, all others are rounded back; --bf16 over float32 weights "
-        "trains them all"]
+        "trains them all")
 
 
 def check_dropout(c: DPOConfig, raw_config: dict[str, Any]) -> None:

@@ -75,7 +75,8 @@ class DPOConfig:
     model_name_or_path: str | None = flag(None, "directory or hub id of the model to train")
     model_revision: str | None = flag(
         None, "branch, tag or commit of a model on the hub (also --revision)")
-    dtype: str = flag("float32", "type of the weights", choices=DTYPES)
+    dtype: str = flag(
+        "float32", "type of the weights; auto is that of the model's files", choices=(*DTYPES, "auto"))
     save_dtype: str | None = flag(
         None, "type of the weights in the saved model; auto is that of the model's own files, "
         "unset that of training; checkpoints are always written as they are trained",

@@ -181,3 +181,14 @@ def test_the_model_is_saved_in_the_type_that_is_asked_for(given, saved, tiny, pa
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == str(saved).removeprefix("torch.")
     kept = load_file(tmp_path / "out" / "checkpoint-2" / "model.safetensors")
     assert all(tensor.dtype == torch.float32 for tensor in kept.values())
+
+
+def test_dtype_auto_is_the_type_of_the_models_files(tiny, pairs_file, tmp_path):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    write(model / "config.json", config | {"torch_dtype": "bfloat16"})
+    trainer = train(options(model, pairs_file, tmp_path, dtype="auto"))
+    assert next(trainer.model.parameters()).dtype == torch.bfloat16 and trainer.args.dtype == "bfloat16"
+    write(model / "config.json", config | {"torch_dtype": "float16"})
+    with pytest.raises(ValueError, match="--dtype auto: the files of .* are in float16; give --dtype float32"):
+        train(options(model, pairs_file, tmp_path, dtype="auto"))

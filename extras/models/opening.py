@@ -21,6 +21,7 @@ from torch import nn
 
 import model as models
 from model import Decoder, ModelConfig
+from parts.files import read_json
 from parts.rows import on_hub
 from parts.weights import open_checkpoint
 
@@ -46,6 +47,27 @@ def model_directory(
     from extras.lora.peft_files import adapter_home
 
     return adapter_home(directory, adapter)
+
+
+def own_dtype(c: Any, ranks: Any) -> str:
+    """Return what --dtype auto means: the type that config.json says its files have.
+
+    `c` is the run's DPOConfig. Raises ValueError for float16, in which weights are not trained.
+    """
+    directory = model_directory(
+        c.model_name_or_path, ranks, c.model_revision, c.model_adapter_name)
+    if is_adapter(directory):
+        from extras.lora.peft_files import find_base, read_settings
+
+        directory = find_base(read_settings(Path(directory)), ranks)
+    raw = read_json(Path(directory) / "config.json")
+    text = raw | (raw.get("text_config") or {})
+    dtype = text.get("dtype") or text.get("torch_dtype") or "float32"
+    if dtype not in ("float32", "bfloat16", "float64"):
+        raise ValueError(
+            f"--dtype auto: the files of {c.model_name_or_path} are in {dtype}; give --dtype float32, "
+            "or bfloat16")
+    return dtype
 
 
 def is_adapter(directory: str | Path) -> bool:
