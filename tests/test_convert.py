@@ -143,7 +143,7 @@ def test_the_trainer_reads_each_form_or_names_the_command(tmp_path):
     from parts.turns import split_row
 
     read = []
-    for name, (row, expected) in FORMS.items():
+    for name, (row, _) in FORMS.items():
         try:
             prompt, _, _ = split_row(renamed(row), need_rejected=True)
         except DataError as error:
