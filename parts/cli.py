@@ -4,8 +4,6 @@ combination."""
 import argparse
 import json
 import math
-import os
-import sys
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, NoReturn

@@ -4,6 +4,7 @@ import dataclasses
 import enum
 import json
 import os
+from functools import partial
 
 import pytest
 import yaml
@@ -137,8 +138,8 @@ def test_each_documented_option_works_is_named_or_refused_from_python_as_from_th
     for name in sorted(fields.keys() - {"datasets"}):  # only --config has it
         default = defaults().get(name)
         for value in (default, other_than(name, fields[name], default)):
-            both = (verdict(lambda: dpo.DPOConfig(**{name: value}), name, capsys),
-                    verdict(lambda: dpo.parse_config([*BASE, f"--{name}", *words_of(value)]), name, capsys))
+            both = (verdict(partial(dpo.DPOConfig, **{name: value}), name, capsys),
+                    verdict(partial(dpo.parse_config, [*BASE, f"--{name}", *words_of(value)]), name, capsys))
             table[name, value == default] = both[0][0]
             if both[0] != both[1]:
                 wrong.append((name, value, *both))
