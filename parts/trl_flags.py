@@ -5,6 +5,7 @@ with what to use instead. Also here: older names of our own options, and what on
 files have. Used where a command line or a file names an option that is not ours.
 """
 
+import dataclasses
 import difflib
 import enum
 import functools
@@ -201,7 +202,7 @@ def takes_trls(config: type) -> type:
 
     @functools.wraps(make)
     def init(self: Any, *values: Any, **options: Any) -> None:
-        known = config.__dataclass_fields__
+        known = {field.name: field for field in dataclasses.fields(config)}
         own = {}
         for name, value in options.items():
             takes_none = name in known and "None" in str(known[name].type)

@@ -20,7 +20,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> tuple[Path, Path]:
     """(wheel, source archive), built from a copy of the repository."""
-    pytest.importorskip("setuptools", reason="needs setuptools")
+    pytest.importorskip("setuptools", minversion="77", reason="needs setuptools 77")
     home = tmp_path_factory.mktemp("built")
     (home / "source").mkdir()
     for path in filter(Path.is_file, ROOT.iterdir()):
