@@ -146,9 +146,12 @@ def local_model(name: str, revision: str | None = None) -> Path:
 def check_config(name: str, directory: Path) -> None:
     """Raise ValueError for a model that cannot be trained, before gigabytes of it are fetched."""
     path = directory / "config.json"
-    if path.exists() and not (directory / "adapter_config.json").exists():
+    if not path.exists() or (directory / "adapter_config.json").exists():
+        return
+    raw = read_json(path)
+    if "model_type" in raw:  # else it is no model, which its other files tell better
         try:
-            check_supported(read_json(path))
+            check_supported(raw)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
 
