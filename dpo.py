@@ -9,7 +9,7 @@ answers, relative to a reference model.
 
 A step takes per_device_train_batch_size x ranks x gradient_accumulation_steps pairs. Its loss is
 the sum of the pairs' losses over their number, however they are cut into forwards and dealt to
-ranks: that changes the speed, never the result.
+ranks: that changes the speed, never the result (but for the experts' balancing loss, and dropout).
 
 Reading order: `DPOTrainer.train`, `train_step`, `pair_logps`, losses.py; then data.py, model.py.
 """
