@@ -123,6 +123,8 @@ class Checkpoints:
         state = found["state"]
         self.adopt_batch(state["run"])
         differs = self.differences(state["run"])
+        if not is_asked and not differs and self.has_other_end(state["run"]):
+            differs = ["it had another number of steps"]
         if differs and not is_asked:
             trainer.log.say(
                 f"{directory}: of another run ({differs[0]}); starting from the beginning")
@@ -134,7 +136,13 @@ class Checkpoints:
         total = trainer.schedule.total_steps
         if state["step"] > total:
             raise ValueError(
-                f"{directory}: step {state['step']} is beyond the {total} steps of this run")
+                f"{directory}: step {state['step']} is beyond the {total} steps of this run; raise "
+                "--num_train_epochs or --max_steps, or name an earlier checkpoint")
+        before = state["run"].get("total_steps")
+        if before != total:
+            trainer.log.say(
+                f"{directory}: of a run of {before} steps, which now has {total}; from here on the "
+                f"learning rate is that of {total}")
         if trainer.make_other is None:
             trainer.ranks.from_first(partial(check_moments, directory, trainer.model))
         self.found = Found(directory, state)
@@ -148,8 +156,8 @@ class Checkpoints:
         say = self.trainer.log.say
         damage: list[str] = []
         candidates = in_directory(home)[::-1] if newest else [Path(str(asked))]
-        if newest and not self.trainer.args.force_resume:  # those of earlier runs only if all are
-            candidates = sorted(candidates, key=self.is_of_another_run)
+        if newest and not self.trainer.args.force_resume:
+            candidates = sorted(candidates, key=self.distance)
         for directory in candidates:
             if not newest and not (directory / STATE).exists():
                 raise ValueError(f"--resume_from_checkpoint {directory}: no checkpoint there")
@@ -168,16 +176,21 @@ class Checkpoints:
         say(f"{home}: {'; '.join(damage) or 'no checkpoint yet'}, starting from the beginning")
         return None
 
-    def is_of_another_run(self, directory: Path) -> bool:
+    def distance(self, directory: Path) -> int:
+        """Return 0 for a checkpoint of this run, 1 if that had another number of steps, else 2."""
         try:
-            return bool(self.differences(read_json(directory / STATE)["run"]))
+            run = read_json(directory / STATE)["run"]
+            return 2 if self.differences(run) else int(self.has_other_end(run))
         except (ValueError, KeyError, TypeError):
-            return False  # damaged: named where it is read
+            return 0  # damaged: named where it is read
+
+    def has_other_end(self, run: dict) -> bool:
+        return run.get("total_steps") != self.trainer.schedule.total_steps
 
     def of_run(self) -> dict[str, Any]:
         """Return what a checkpoint must share with the run that resumes from it.
 
-        `cut` says how its global batch is made up, and may differ.
+        Two may differ: `cut`, how its global batch is made up, and `total_steps`.
         """
         trainer = self.trainer
         c = trainer.args
@@ -207,7 +220,7 @@ class Checkpoints:
         found = []
         before = vars(DPOConfig()) | run
         for name, value in self.of_run().items():
-            if name != "cut" and before.get(name) != value:
+            if name not in ("cut", "total_steps") and before.get(name) != value:
                 found.append(f"{name} was {before.get(name)!r} there and is {value!r} now")
         return found
 
@@ -233,27 +246,42 @@ class Checkpoints:
     def after(self, evaluated: dict) -> bool:
         """Save if a checkpoint is due; return whether to stop training now.
 
-        It is due by --save_steps, because `evaluated` is the best so far, or because the process
-        was told to leave.
+        It is due by --save_steps, at the last step, because `evaluated` is the best so far, or
+        because the process was told to leave. As in transformers, --save_strategy best writes
+        none at the last step, and steps none where the run stops early.
         """
         trainer = self.trainer
+        c = trainer.args
         every = trainer.schedule.save_every
         if not every:
             return False
         step = trainer.position.step
-        judges = trainer.args.load_best_model_at_end or trainer.args.save_strategy == "best"
+        judges = c.load_best_model_at_end or c.save_strategy == "best"
         best = bool(evaluated) and judges and self.judge(evaluated)
-        if step % every == 0 or best or self.leaving:
+        patience = c.early_stopping_patience
+        stops = patience is not None and trainer.position.best["waited"] >= patience
+        if c.save_strategy == "epoch":
+            is_last = stops or step == trainer.schedule.total_steps
+        else:
+            is_last = c.save_strategy == "steps" and step == trainer.schedule.total_steps
+        if step % every == 0 or best or self.leaving or is_last:
+            self.save_or_end()
+        if stops and not self.leaving:
+            trainer.log.say(
+                f"step {step}: no evaluation was better than that of step "
+                f"{trainer.position.best['step']}; stopping early")
+        return stops or self.leaving
+
+    def save_or_end(self) -> None:
+        """Save; where the disk has no room for it after the last step, still write the model."""
+        trainer = self.trainer
+        try:
             self.save()
-        if self.leaving:
-            return True
-        patience = trainer.args.early_stopping_patience
-        if patience is None or trainer.position.best["waited"] < patience:
-            return False
-        trainer.log.say(
-            f"step {step}: no evaluation was better than that of step "
-            f"{trainer.position.best['step']}; stopping early")
-        return True
+        except OSError:
+            if trainer.position.step == trainer.schedule.total_steps:
+                trainer.save_model()
+                trainer.log.say(f"the model of the last step is in {trainer.log.directory}")
+            raise
 
     def judge(self, evaluated: dict) -> bool:
         """Tell whether an evaluation is the best so far, and count those since the best.
@@ -290,7 +318,10 @@ class Checkpoints:
         sys.exit(128 + (self.signal or signal.SIGTERM))
 
     def load_best(self) -> None:
-        """Make the best checkpoint's weights the model's, with --load_best_model_at_end."""
+        """Make the best checkpoint's weights the model's, with --load_best_model_at_end.
+
+        As in transformers, --save_total_limit 1 then keeps that checkpoint alone.
+        """
         trainer = self.trainer
         best = trainer.position.best
         if trainer.args.load_best_model_at_end and best["step"] not in (0, trainer.position.step):
@@ -303,6 +334,10 @@ class Checkpoints:
             self.read_weights(directory)
             trainer.log.say(
                 f"the best model is that of step {best['step']}, {best['name']} {best['value']:g}")
+            if trainer.ranks.first and trainer.args.save_total_limit == 1:
+                for other in self.of_this_run():
+                    if other != directory:
+                        shutil.rmtree(other)
 
     # Writing
 
@@ -382,14 +417,20 @@ class Checkpoints:
             sync(path)
 
     def is_of_run(self, directory: Path) -> bool:
-        """Whether a checkpoint was written by this run: one of an earlier run in the same directory
-        may have a higher number."""
+        """Whether a checkpoint was written by this run, or by the one that it goes on from: one of
+        an earlier run in the same directory may have a higher number."""
         try:
             run = read_json(directory / STATE)["run"]
         except (ValueError, KeyError, TypeError):
             return False
         step = int(directory.name.removeprefix("checkpoint-"))
-        return not self.differences(run) and step <= self.trainer.position.step
+        last = self.trainer.position.step
+        if self.has_other_end(run):
+            last = self.found.state["step"] if self.found else 0
+        return not self.differences(run) and step <= last
+
+    def of_this_run(self) -> list[Path]:
+        return [p for p in in_directory(self.trainer.log.directory) if self.is_of_run(p)]
 
     def remove_old(self) -> None:
         """Keep at most --save_total_limit checkpoints, and always the best one and the newest."""
@@ -397,7 +438,7 @@ class Checkpoints:
         limit = trainer.args.save_total_limit
         if limit is None:
             return
-        found = [p for p in in_directory(trainer.log.directory) if self.is_of_run(p)]
+        found = self.of_this_run()
         best = Path(trainer.position.best["directory"] or "").name
         spare = [p for p in found[:-1] if p.name != best]
         for old in spare[: max(0, len(found) - limit)]:

@@ -289,8 +289,8 @@ class DPOConfig:
     per_device_eval_batch_size: int = flag(
         8, "pairs in one forward of evaluation and of the reference pass", least=1)
     save_strategy: str = flag(
-        "steps", "when to write checkpoint-N, from which a run resumes; best is at each evaluation "
-        "that is better than all before", choices=("no", "steps", "epoch", "best"))
+        "steps", "when to write checkpoint-N, from which a run resumes: also at the last step; best "
+        "is at each evaluation that is better than all before", choices=("no", "steps", "epoch", "best"))
     save_steps: float = flag(
         500, "steps between checkpoints; below 1, a share of all steps", least=0)
     save_total_limit: int | None = flag(None, "keep at most N checkpoints", least=1)
@@ -305,7 +305,8 @@ class DPOConfig:
     early_stopping_threshold: float = flag(
         0.0, "how much better an evaluation must be to count", least=0)
     resume_from_checkpoint: str | None = flag(
-        None, "true (the newest in output_dir) or a checkpoint-N directory")
+        None, "true (the newest in output_dir) or a checkpoint-N directory; more epochs or steps "
+        "than that run had make it longer")
     force_resume: bool = flag(
         False, "resume even if data or settings are not those of the checkpoint")
     dry_run: bool = flag(

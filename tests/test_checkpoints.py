@@ -103,11 +103,160 @@ def test_changed_settings_and_data_are_refused_by_name_unless_forced(run, pairs_
     other = tmp_path / "other.jsonl"
     other.write_text("".join(pairs_file.read_text().splitlines(True)[:22]))
     for changed, words in ((dict(weight_decay=0.1), "weight_decay was 0.0 there and is 0.1"), (dict(dataset_name=str(other)), "data"),
-                           (dict(adam_beta2=0.9), "adam_beta2"), (dict(num_train_epochs=3.0), "total_steps was 6")):
+                           (dict(adam_beta2=0.9), "adam_beta2")):
         with pytest.raises(ValueError, match=words):
             run(resume_from_checkpoint="true", **changed)
     lines, _ = run(resume_from_checkpoint="true", force_resume=True, num_train_epochs=3.0, learning_rate=1e-4)
     assert [m["step"] for m in lines] == list(range(1, 10))
+
+
+# Which steps have a checkpoint
+
+LOSSES = [5, 3, 4, 4, 4, 4.5]
+EVALUATED = dict(eval_fraction=0.2, eval_strategy="steps", eval_steps=1, losses=LOSSES)
+
+
+@pytest.mark.parametrize("options", [
+    dict(save_steps=4), dict(save_steps=100), dict(save_steps=2, max_steps=5), dict(save_steps=0.4), dict(save_strategy="no"),
+    dict(save_strategy="epoch", num_train_epochs=1.5), dict(save_strategy="epoch", max_steps=4),
+    dict(save_steps=2, max_steps=5, save_total_limit=1), dict(save_steps=2, max_steps=5, save_total_limit=2),
+    dict(save_strategy="best", **EVALUATED), dict(save_strategy="best", save_total_limit=1, **EVALUATED),
+    dict(load_best_model_at_end=True, save_steps=1, save_total_limit=1, **EVALUATED),
+    dict(load_best_model_at_end=True, save_steps=1, save_total_limit=2, **EVALUATED),
+    dict(load_best_model_at_end=True, save_steps=1, early_stopping_patience=2, **EVALUATED),
+], ids=str)
+def test_the_checkpoints_of_a_run_are_those_of_transformers(run, tmp_path, evaluations, options):
+    """A run of 24 pairs in steps of 8, beside transformers' Trainer with the same numbers of steps and losses."""
+    given = dict(options)
+    losses = given.pop("losses", [])
+    evaluations(losses)
+    run(**given, per_device_train_batch_size=6 if losses else 8)
+    ours = [p.name for p in checkpoints.in_directory(tmp_path / "out")]
+    assert ours == transformers_checkpoints(tmp_path / "peer", options, losses)
+
+
+def transformers_checkpoints(directory, options: dict, losses: list) -> list[str]:
+    """The checkpoints that its Trainer leaves of a line's fit, where its evaluations report `losses`."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    rows = [{"x": torch.ones(2), "labels": torch.ones(1)} for _ in range(24)]
+    best = dict(metric_for_best_model="score", greater_is_better=False) if losses else {}
+    given = {k: v for k, v in options.items() if k in transformers.TrainingArguments.__dataclass_fields__}
+    args = transformers.TrainingArguments(
+        output_dir=str(directory), use_cpu=True, report_to="none", disable_tqdm=True, per_device_train_batch_size=8, **best,
+        **dict(num_train_epochs=2.0, save_steps=2) | given)
+    values = iter(losses)
+    patience = options.get("early_stopping_patience")
+    transformers.Trainer(
+        Line(), args, train_dataset=rows, eval_dataset=rows, compute_metrics=lambda _: {"score": next(values)},
+        callbacks=[] if patience is None else [transformers.EarlyStoppingCallback(patience)]).train()
+    return [p.name for p in checkpoints.in_directory(directory)]
+
+
+class Line(torch.nn.Module):
+    """y = w x + b by least squares."""
+
+    def __init__(self):
+        super().__init__()
+        self.line = torch.nn.Linear(2, 1)
+
+    def forward(self, x, labels):
+        y = self.line(x)
+        return {"loss": (y - labels).square().mean(), "logits": y}
+
+
+def test_where_the_last_checkpoint_does_not_fit_the_model_is_written_all_the_same(run, tmp_path, monkeypatch, capsys):
+    _, weights = run("whole", save_steps=100)
+
+    def full(tensors, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(OSError, match="checkpoint-6: cannot be written .*No space left"):
+        run("full", save_steps=100)
+    assert f"the model of the last step is in {tmp_path / 'full'}" in capsys.readouterr().out
+    found = load_file(tmp_path / "full" / "model.safetensors")
+    assert all(torch.equal(t, found[n]) for n, t in weights.items())
+
+
+# A run that gets another end
+
+
+def test_a_longer_run_goes_on_from_the_last_checkpoint_as_if_it_had_never_ended(run, tmp_path, capsys):
+    """3 steps an epoch: step 7 is the first of the third epoch, in its own order."""
+    options = dict(lr_scheduler_type="constant", save_steps=100)
+    whole = run("whole", num_train_epochs=4.0, **options)
+    run("cut", num_train_epochs=2.0, **options)
+    assert_bitwise(whole, run("cut", num_train_epochs=4.0, resume_from_checkpoint="true", **options))
+    assert "checkpoint-6: of a run of 6 steps, which now has 12; from here on the learning rate is that of 12" in capsys.readouterr().out
+    run("steps", max_steps=7, **options)
+    assert_bitwise(whole, run("steps", max_steps=12, save_total_limit=1, resume_from_checkpoint="true", **options))
+    assert [p.name for p in checkpoints.in_directory(tmp_path / "steps")] == ["checkpoint-12"]
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine_with_min_lr"])
+def test_from_the_checkpoint_on_the_learning_rate_is_that_of_the_new_total(run, monkeypatch, kind):
+    options = dict(lr_scheduler_type=kind, warmup_steps=0.5, save_steps=100)
+    options["lr_scheduler_kwargs"] = {"min_lr_rate": 0.1} if kind != "linear" else None
+    run("cut", max_steps=6, **options)
+    extended = run("cut", max_steps=11, resume_from_checkpoint="true", **options)
+    keep = dpo.make_schedule
+
+    def changes(c, pairs, size):
+        before, after = (keep(dpo.replace(c, max_steps=steps), pairs, size) for steps in (6, 11))
+        rate = lambda self, c, step: type(before).learning_rate(before if step < 6 else after, c, step)
+        return type("Changes", (type(after),), {"learning_rate": rate})(*after)
+
+    monkeypatch.setattr(dpo, "make_schedule", changes)
+    assert_bitwise(run("whole", max_steps=11, **options), extended)
+
+
+def test_the_learning_rates_of_a_longer_run_are_those_of_transformers(run, tmp_path):
+    """But for the first new step, at which transformers still takes the rate that the shorter run had left: 0."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+
+    def theirs(epochs, asked=None):
+        args = transformers.TrainingArguments(
+            output_dir=str(tmp_path / "peer"), use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=1,
+            per_device_train_batch_size=8, num_train_epochs=epochs, learning_rate=3e-3, lr_scheduler_type="linear")
+        trainer = transformers.Trainer(Line(), args, train_dataset=[{"x": torch.ones(2), "labels": torch.ones(1)}] * 24)
+        trainer.train(resume_from_checkpoint=asked)
+        return [line["learning_rate"] for line in trainer.state.log_history if "learning_rate" in line]
+
+    theirs(2)
+    run()
+    ours = [line["learning_rate"] for line in run(num_train_epochs=3.0, resume_from_checkpoint="true")[0]]
+    peer = theirs(3, True)
+    assert peer[6] == 0 and ours[6] == pytest.approx(3e-3 * 3 / 9)
+    assert ours[:6] + ours[7:] == pytest.approx(peer[:6] + peer[7:])
+
+
+def test_a_run_may_end_earlier_but_not_before_its_checkpoint(run, tmp_path):
+    options = dict(lr_scheduler_type="constant", save_steps=4)
+    run(max_steps=8, **options)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-8")
+    with pytest.raises(ValueError, match=r"checkpoint-4: step 4 is beyond the 3 steps .*; raise --num_train_epochs or --max_steps"):
+        run(max_steps=3, resume_from_checkpoint="true", **options)
+    shorter = run(max_steps=5, resume_from_checkpoint="true", **options)
+    assert_bitwise(run("whole", max_steps=5, **options), shorter)
+
+
+def test_of_two_runs_in_a_directory_the_one_of_this_length_is_resumed(run, tmp_path):
+    """The older, shorter one got further than the run that was cut short after its second step."""
+    whole = run("whole", max_steps=9)
+    run("cut", max_steps=6, save_steps=100)
+    run("cut", max_steps=9, save_steps=4, save_total_limit=1)
+    assert {p.name for p in checkpoints.in_directory(tmp_path / "cut")} == {"checkpoint-6", "checkpoint-9"}
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-9")
+    assert_bitwise(whole, run("cut", max_steps=9, resume_from_checkpoint="true"))
+
+
+def test_a_worker_that_restarts_does_not_go_on_from_a_shorter_run(run, monkeypatch, capsys):
+    run(max_steps=4)
+    whole = run("whole", max_steps=6)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert_bitwise(whole, run(max_steps=6))
+    assert "of another run (it had another number of steps); starting from the beginning" in capsys.readouterr().out
 
 
 def test_what_changes_no_weight_may_change_on_resume(run, tmp_path):
@@ -115,7 +264,7 @@ def test_what_changes_no_weight_may_change_on_resume(run, tmp_path):
     run("cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoint-6")
     assert_bitwise(whole, run("cut", resume_from_checkpoint="true", save_steps=5, gradient_checkpointing=True, save_total_limit=1))
-    assert [p.name for p in checkpoints.in_directory(tmp_path / "cut")] == ["checkpoint-5"]
+    assert [p.name for p in checkpoints.in_directory(tmp_path / "cut")] == ["checkpoint-6"]
 
 
 def test_every_option_is_either_compared_or_may_differ():
@@ -174,10 +323,10 @@ BEST = dict(eval_fraction=0.2, eval_strategy="steps", eval_steps=1.0, load_best_
             per_device_train_batch_size=6)  # 18 pairs are trained on in 6 steps, 5 evaluated
 
 
-def test_the_best_checkpoint_is_kept_and_is_what_the_run_ends_with(run, tmp_path, evaluations):
+def test_the_best_checkpoint_alone_is_kept_and_is_what_the_run_ends_with(run, tmp_path, evaluations):
     evaluations([5, 3, 4, 4, 4, 4.5])
     _, weights = run(**BEST | dict(save_steps=1))
-    assert [p.name for p in checkpoints.in_directory(tmp_path / "out")] == ["checkpoint-2", "checkpoint-6"]
+    assert [p.name for p in checkpoints.in_directory(tmp_path / "out")] == ["checkpoint-2"]
     best = load_file(tmp_path / "out" / "checkpoint-2" / "model.safetensors")
     assert all(torch.equal(t, weights[n]) for n, t in best.items())
 

@@ -112,7 +112,7 @@ def test_a_resume_takes_the_newest_checkpoint_of_its_own_run(tiny, pairs_file, t
     mine = settings | dict(max_steps=5, save_steps=2, beta=0.5)
     train(mine)
     resumed = DPOTrainer(args=DPOConfig(**mine, resume_from_checkpoint="true"))
-    assert resumed.checkpoints.found.directory.name == "checkpoint-4"
+    assert resumed.checkpoints.found.directory.name == "checkpoint-5"
 
 
 # Models and tokenizers

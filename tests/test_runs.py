@@ -317,9 +317,10 @@ def test_mlflow_gets_every_line_the_options_and_the_samples(train, logged, tmp_p
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
-def test_a_resumed_run_goes_on_with_its_run_in_the_logger(name, train, logged):
+def test_a_resumed_run_goes_on_with_its_run_in_the_logger(name, train, logged, tmp_path):
     both = [name, "mlflow" if name == "wandb" else "wandb"]
     train(report_to=both, save_steps=4)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-6")
     train(report_to=both, save_steps=4, resume_from_checkpoint="true")
     assert [run_id for run_id, _ in logged.started] == ["run0", "run1", "run0", "run1"]
     steps = [step for step, _ in logged.runs["run0"]]
