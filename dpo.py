@@ -98,7 +98,7 @@ class Reference:
         with self.active() as model, eval_mode(model):
             there = batch.to(next(model.parameters()).device)
             with self.precision.autocast(there.input_ids.device):
-                logps = model(there).logps
+                logps = model(there, statistics=False).logps
             head = losses.completion_sums(logps, there.lengths, 0.0)
             rest = losses.completion_sums(logps, there.lengths) - head
             return torch.stack([head, rest], -1).to(batch.input_ids.device)

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from parts.configs import read_fields
 from parts.files import write_json
-from parts.head import ChunkedLogps
+from parts.head import KEPT, ChunkedLogps, How
 from parts.kernels import ACTIVATIONS, RMSNorm, Rotation, SwiGLU, compute_dtype
 from parts.names import file_name, find_places
 from parts.ropes import Rope
@@ -465,13 +465,13 @@ class Stack(nn.Module):
 
 
 class TokenLogps(NamedTuple):
-    """Of each scored token; (N,), nats, float32 or wider. Only logps, aux_loss carry gradients."""
+    """Of each scored token; (N,), nats, float32 or wider; statistics not asked for are None."""
 
-    logps: Tensor
-    entropy: Tensor  # of the predicted distribution
-    log_sum_sq_probs: Tensor  # log sum_v p_v^2, which WPO needs
-    mean_logits: Tensor  # over the vocabulary
-    is_top1: Tensor  # bool: the target is the likeliest token
+    logps: Tensor  # this and aux_loss alone carry gradients
+    entropy: Tensor | None = None  # of the predicted distribution
+    log_sum_sq_probs: Tensor | None = None  # log sum_v p_v^2, which WPO needs
+    mean_logits: Tensor | None = None  # over the vocabulary
+    is_top1: Tensor | None = None  # bool: the target is the likeliest token
     aux_loss: Tensor | None = None  # (): load balancing over experts, unscaled
 
 
@@ -500,14 +500,15 @@ class Decoder(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, batch: Stream) -> TokenLogps:
+    def forward(self, batch: Stream, statistics: bool = True) -> TokenLogps:
         """Return log-probs of the batch's `targets` (N,) at its positions `score_index` (N,).
 
         Head and loss terms belong to the forward, so that DDP and FSDP see all parameters used.
         """
         hidden, routed = self.model(batch)
         terms = self.head_terms(hidden[batch.score_index])
-        out = token_logps(terms, batch.targets, self.config.final_softcap)
+        keep = 0 if self.model.gradient_checkpointing else KEPT
+        out = token_logps(terms, batch.targets, self.config.final_softcap, keep, statistics)
         if self.config.moe is None:
             return out
         from extras.decoder.moe import load_balancing_loss
@@ -540,17 +541,16 @@ class Decoder(nn.Module):
 # The head; its chunks are in parts/head.py
 
 
-def token_logps(terms: list[tuple[Tensor, Tensor]], targets: Tensor,
-                softcap: float | None = None) -> TokenLogps:
+def token_logps(terms: list[tuple[Tensor, Tensor]], targets: Tensor, softcap: float | None = None,
+                keep: int = KEPT, statistics: bool = True) -> TokenLogps:
     """log softmax(sum_k x_k w_k^T) at `targets` (N,), x_k (N, C_k), w_k (V, C_k), in chunks of N.
 
     Matrix products run in the autocast type if there is one, all after them in float32 or wider.
-    Logits are computed again in backward: kept, they would be the largest tensor of the step.
     """
-    compute = compute_dtype(terms[0][0])
-    tensors = [tensor for term in terms for tensor in term]
+    keep = keep if torch.is_grad_enabled() else 0
+    how = How(softcap, compute_dtype(terms[0][0]), HEAD_CHUNK, keep, statistics)
     with torch.autocast(targets.device.type, enabled=False):
-        return TokenLogps(*ChunkedLogps.apply(targets, softcap, compute, HEAD_CHUNK, *tensors))
+        return TokenLogps(*ChunkedLogps.apply(targets, how, *(t for term in terms for t in term)))
 
 
 # LoRA; what is wrapped, and the other kinds of adapters, are in extras/lora

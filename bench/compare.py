@@ -76,6 +76,7 @@ ABLATIONS = {  # flags, or code that runs before dpo.main()
     "data.collate = functools.partial(data.collate, share_prefix=False)",
     "packing": {"max_tokens_per_forward": 1},
     "chunked_head": "import model; model.HEAD_CHUNK = 2**40",
+    "kept_logits": "import model; model.KEPT = 0",
     "checkpointing": {"gradient_checkpointing": True},
     "precomputed_reference": {"precompute_ref_log_probs": False},
     "compile": {"torch_compile": True},

@@ -1,58 +1,100 @@
 """The head's log-probs, in chunks: forward and backward."""
 
-from typing import Any, Iterator
+from typing import Any, Iterator, NamedTuple
 
 import torch
 from torch import Tensor
+
+KEPT = 8  # chunks whose gradient by the logits is kept for backward
+
+Terms = list[tuple[Tensor, Tensor]]  # inputs (N, C_k) and weights (V, C_k)
+
+
+class How(NamedTuple):
+    """How the head computes. Beside the soft-cap, nothing here changes more than rounding."""
+
+    softcap: float | None
+    compute: torch.dtype  # of the matrix products
+    chunk: int  # logits held at once
+    keep: int  # chunks kept for backward; 0 where there is no backward, or memory counts more
+    statistics: bool = True  # or the log-probs alone
+
+    @property
+    def wide(self) -> torch.dtype:
+        return torch.promote_types(self.compute, torch.float32)
 
 
 class ChunkedLogps(torch.autograd.Function):
     """Log-probs whose (N, V) logits exist one chunk at a time.
 
-    They are scored and dropped in forward, and computed again in backward: kept, they would be the
-    largest tensor of the step, and computing them again is one product of three.
-    d logp / d logits = onehot(target) - softmax(logits), so backward needs nothing else.
+    D = d logp / d logits = onehot(target) - softmax(logits) is independent of the loss, so forward
+    can write it over the logits. Where weights learn, it keeps D of the first `keep` chunks, and
+    backward computes the logits of the others again, one product of four: kept whole, D would be
+    the largest tensor of the step. Where the inputs alone learn (LoRA), it multiplies D by the
+    weight at once and drops it, and backward has no product left.
     """
 
     @staticmethod
-    def forward(ctx, targets: Tensor, softcap: float | None, compute: torch.dtype, budget: int,
-                *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.budget = budget
-        ctx.softcap = softcap
-        ctx.compute = compute
+    def forward(ctx, targets: Tensor, how: How, *tensors: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weights = ctx.needs_input_grad[2::2], ctx.needs_input_grad[3::2]
+        ctx.how = how
         ctx.dtypes = [t.dtype for t in tensors]
-        wide = torch.promote_types(compute, torch.float32)
-        tensors = [t.to(compute) for t in tensors]  # once, for backward too
-        ctx.save_for_backward(targets, *tensors)
+        ctx.inputs_alone = how.keep > 0 and any(inputs) and not any(weights)
+        tensors = [t.to(how.compute) for t in tensors]  # once, for backward too
         terms = list(zip(tensors[0::2], tensors[1::2]))
+        slopes = [torch.empty_like(x, dtype=how.wide) for x, _ in terms if ctx.inputs_alone]
+        keep = how.keep if any(weights) else 0
+        kept = []
         out = []
-        for rows in chunks(targets, len(terms[0][1]), budget):
-            chunk = chunk_logits(terms, rows, softcap)  # (n, V)
-            for logits, at in few_rows(budget, chunk, targets[rows]):
-                out.append(score_rows(logits.to(wide), at))
+        for rows in chunks(targets, len(terms[0][1]), how.chunk):
+            logits = chunk_logits(terms, rows, how.softcap)  # (n, V)
+            keeps = ctx.inputs_alone or len(kept) < keep
+            out += score_chunk(logits, targets[rows], how, keeps)
+            for slope, (_, w) in zip(slopes, terms):
+                slope[rows] = (logits @ w).to(how.wide)
+            if keeps and not ctx.inputs_alone:
+                kept.append(logits)
+        ctx.save_for_backward(*(slopes if ctx.inputs_alone else (targets, *tensors, *kept)))
         out = [torch.cat(column) for column in zip(*out)]
         ctx.mark_non_differentiable(*out[1:])
         return tuple(out)
 
     @staticmethod
     def backward(ctx, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        targets, *tensors = ctx.saved_tensors
-        terms = list(zip(tensors[0::2], tensors[1::2]))
-        # gradients are summed in float32 at least, or the number of chunks would show in bfloat16
-        wide = torch.promote_types(ctx.compute, torch.float32)
-        grads = [torch.empty(t.shape, dtype=wide, device=t.device) if needed else None
-                 for t, needed in zip(tensors, ctx.needs_input_grad[4:])]
-        for rows in chunks(targets, len(terms[0][1]), ctx.budget):
-            d = chunk_logits(terms, rows, ctx.softcap)  # (n, V), overwritten by its gradient
-            for logits, *at in few_rows(ctx.budget, d, targets[rows], grad[rows]):
-                logits.copy_(grad_logits(logits, *at, ctx.softcap))
-            for (x, w), grad_x, grad_w in zip(terms, grads[0::2], grads[1::2]):
-                if grad_x is not None:
-                    grad_x[rows] = (d @ w).to(wide)
-                if grad_w is not None:
-                    add_product(grad_w, d.T, x[rows], first=rows.start == 0)
+        how = ctx.how
+        if ctx.inputs_alone:
+            grads = [g for slope in ctx.saved_tensors for g in (slope * grad[:, None], None)]
+        else:
+            grads = product_grads(ctx, grad)
         grads = [g if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes)]
-        return None, None, None, None, *grads
+        return None, None, *grads
+
+
+def product_grads(ctx, grad: Tensor) -> list[Tensor | None]:
+    """Return the gradients of inputs and weights, chunk by chunk.
+
+    They are summed in float32 at least, or the number of chunks would show in bfloat16.
+    """
+    how = ctx.how
+    count = len(ctx.dtypes)
+    targets, *saved = ctx.saved_tensors
+    tensors, kept = saved[:count], saved[count:]
+    terms = list(zip(tensors[0::2], tensors[1::2]))
+    grads = [torch.empty(t.shape, dtype=how.wide, device=t.device) if needed else None
+             for t, needed in zip(tensors, ctx.needs_input_grad[2:])]
+    for i, rows in enumerate(chunks(targets, len(terms[0][1]), how.chunk)):
+        if i < len(kept):
+            d = kept[i]
+        else:
+            d = chunk_logits(terms, rows, how.softcap)
+            score_chunk(d, targets[rows], how._replace(statistics=False), slopes=True)
+        g = grad[rows, None]  # applied in float32, beside D, which is far larger than the inputs
+        for (x, w), grad_x, grad_w in zip(terms, grads[0::2], grads[1::2]):
+            if grad_x is not None:
+                torch.mul(d @ w, g, out=grad_x[rows])
+            if grad_w is not None:
+                add_product(grad_w, d.T, (x[rows] * g).to(d.dtype), first=i == 0)
+    return grads
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
@@ -85,8 +127,7 @@ def chunk_rows(vocab_size: int, device: str, budget: int) -> int:
     return max(16, size // vocab_size)
 
 
-def chunk_logits(terms: list[tuple[Tensor, Tensor]], rows: slice,
-                 softcap: float | None) -> Tensor:  # (n, V)
+def chunk_logits(terms: Terms, rows: slice, softcap: float | None) -> Tensor:  # (n, V)
     (x, w), *more = terms
     logits = x[rows] @ w.T
     for x, w in more:
@@ -103,23 +144,33 @@ def few_rows(budget: int, logits: Tensor, *more: Tensor) -> Iterator[tuple[Tenso
     return zip(*(t.split(size) for t in (logits, *more)))
 
 
-def score_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:  # five (n,)
-    """Return TokenLogps of some rows, in few passes over them; overwrites `logits`."""
-    mean = logits.mean(-1)
-    top = logits.amax(-1)
-    at_target = logits.gather(-1, targets[:, None]).squeeze(-1)
-    logits -= top[:, None]  # z, at most 0
-    e = logits.exp()
-    total = e.sum(-1)
-    entropy = total.log() - logits.mul_(e).sum(-1) / total  # log sum e^z - sum p z
-    log_sum_sq = e.square_().sum(-1).log() - 2 * total.log()
-    return at_target - top - total.log(), entropy, log_sum_sq, mean, at_target == top
+def score_chunk(logits: Tensor, targets: Tensor, how: How, slopes: bool) -> list[list[Tensor]]:
+    """Return the TokenLogps of groups of rows; overwrite the logits by D if asked."""
+    out = []
+    for rows, at in few_rows(how.chunk, logits, targets[:, None]):
+        log_p = rows.log_softmax(-1, dtype=how.wide)
+        out.append([log_p.gather(-1, at).squeeze(-1)])
+        if slopes or how.statistics:
+            p = log_p.exp()
+        if how.statistics:
+            out[-1] += statistics(rows, log_p, p, at)
+        if slopes:
+            write_slopes(rows, p, at, how)
+    return out
 
 
-def grad_logits(logits: Tensor, targets: Tensor, grad: Tensor,
-                softcap: float | None) -> Tensor:  # (n, V)
-    """grad * (onehot - softmax), through the soft-cap: d/dx cap tanh(x/cap) = 1 - (y/cap)^2."""
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    d = logits.softmax(-1, dtype=wide).mul_(-grad[:, None])
-    d.scatter_add_(-1, targets[:, None], grad[:, None].to(wide))
-    return d if softcap is None else d.mul_(1 - (logits.to(wide) / softcap) ** 2)
+def statistics(logits: Tensor, log_p: Tensor, p: Tensor, at: Tensor) -> list[Tensor]:  # four (n,)
+    """Return the rest of TokenLogps; overwrites `log_p`."""
+    entropy = -log_p.mul_(p).sum(-1)
+    log_sum_sq = 2 * torch.linalg.vector_norm(p, dim=-1).log()
+    mean = logits.mean(-1, dtype=p.dtype)
+    is_top1 = logits.gather(-1, at).squeeze(-1) == logits.amax(-1)
+    return [entropy, log_sum_sq, mean, is_top1]
+
+
+def write_slopes(logits: Tensor, p: Tensor, at: Tensor, how: How) -> None:
+    """logits = onehot - p, through the soft-cap: d/dx cap tanh(x/cap) = 1 - (y/cap)^2."""
+    d = p.neg_().scatter_add_(-1, at, p.new_ones(at.shape))
+    if how.softcap is not None:
+        d.mul_(1 - (logits.to(how.wide) / how.softcap) ** 2)
+    logits.copy_(d)

@@ -199,9 +199,9 @@ def test_chunked_head_equals_dense(softcap, lora, monkeypatch):
     log_p = logits.log_softmax(-1)
     dense = log_p.gather(-1, targets[:, None])[:, 0]
     expected = torch.autograd.grad((dense * weights).sum(), tensors)
-    for chunk in (2**24, 20 * V):  # one chunk; four, the last one ragged
+    for chunk, keep in ((2**24, 8), (20 * V, 8), (20 * V, 2), (20 * V, 0)):  # one chunk; four, the last one ragged
         monkeypatch.setattr(models, "HEAD_CHUNK", chunk)
-        got = models.token_logps(list(zip(tensors[0::2], tensors[1::2])), targets, softcap)
+        got = models.token_logps(list(zip(tensors[0::2], tensors[1::2])), targets, softcap, keep)
         assert (got.logps - dense).abs().max() < 1e-10
         assert (got.entropy + (log_p.exp() * log_p).sum(-1)).abs().max() < 1e-10
         assert (got.log_sum_sq_probs - (2 * log_p).logsumexp(-1)).abs().max() < 1e-10
@@ -209,6 +209,45 @@ def test_chunked_head_equals_dense(softcap, lora, monkeypatch):
         assert (got.is_top1 == (logits.argmax(-1) == targets)).all()
         for g, e in zip(torch.autograd.grad((got.logps * weights).sum(), tensors), expected, strict=True):
             assert (g - e).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_kept_chunks_of_the_head_equal_those_computed_again_to_the_bit(dtype, monkeypatch):
+    torch.manual_seed(0)
+    targets = torch.randint(0, 61, (75,))
+    x, w = torch.randn(75, 8, dtype=dtype, requires_grad=True), torch.randn(61, 8, dtype=dtype, requires_grad=True)
+    monkeypatch.setattr(models, "HEAD_CHUNK", 20 * 61)
+    found = []
+    for keep in (8, 2, 0):
+        logps = models.token_logps([(x, w)], targets, 3.0, keep).logps
+        saved = [t for t in logps.grad_fn.saved_tensors if t.shape[-1:] == (61,) and t.dim() == 2]
+        assert len(saved) == min(keep, 4)
+        found.append((logps, *torch.autograd.grad(logps.square().sum(), (x, w))))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_frozen_head_computes_its_gradient_in_forward_and_keeps_no_logits(softcap, monkeypatch):
+    torch.manual_seed(0)
+    targets, slope = torch.randint(0, 61, (75,)), torch.randn(75, dtype=torch.float64)
+    terms = [(torch.randn(75, n, dtype=torch.float64, requires_grad=True), torch.randn(61, n, dtype=torch.float64)) for n in (8, 3)]
+    inputs = [x for x, _ in terms]
+    monkeypatch.setattr(models, "HEAD_CHUNK", 20 * 61)
+    frozen = models.token_logps(terms, targets, softcap).logps
+    assert [tuple(t.shape) for t in frozen.grad_fn.saved_tensors] == [(75, 8), (75, 3)]
+    learning = models.token_logps([(x, w.requires_grad_()) for x, w in terms], targets, softcap).logps
+    assert torch.equal(frozen, learning)
+    for a, b in zip(*(torch.autograd.grad((logps * slope).sum(), inputs) for logps in (frozen, learning)), strict=True):
+        assert (a - b).abs().max() < 1e-12 and a.abs().max() > 0.1
+
+
+def test_the_head_without_statistics_gives_the_same_log_probs_and_no_more():
+    model = make(LLAMA)
+    whole = model(models.Stream(*stream(MIXED)))
+    lean = model(models.Stream(*stream(MIXED)), statistics=False)
+    assert torch.equal(lean.logps, whole.logps)
+    assert lean[1:] == (None,) * 5 and all(t is not None for t in whole[1:5])
 
 
 def test_chunk_size_does_not_show_in_bf16_weight_gradients(monkeypatch):

@@ -18,7 +18,7 @@ import model as models
 from extras.lora.targets import add_lora
 from extras.models.opening import build
 from parts.checks import needs_reference, precomputes_reference
-from parts.head import chunk_rows
+from parts.head import KEPT, chunk_rows
 
 # What a block saves for its backward: bytes per token and unit of (hidden, all query heads, all kv
 # heads, MLP). float32: x and its norm, twice; q, q rotated, the heads' output; k, k rotated, v;
@@ -105,10 +105,13 @@ def activations(c: models.ModelConfig, run: Run, block: int) -> tuple[int, int]:
     wide = 8 if run.weights == "float64" else 4
     ends = wide * (c.hidden_size * (run.tokens + run.scored) + 2 * c.head_dim * run.tokens)
     saved = block_activations(c, run, block)
-    rows = min(run.scored, chunk_rows(c.vocab_size, run.device, models.HEAD_CHUNK))
-    few = min(rows, 32 if run.device == "cpu" else max(16, models.HEAD_CHUNK // c.vocab_size))
+    chunk = chunk_rows(c.vocab_size, run.device, models.HEAD_CHUNK)
+    kept = 0 if run.rank or run.checkpointing else min(run.scored, KEPT * chunk)
+    rows = min(run.scored - kept, chunk)
+    few = min(run.scored, 32 if run.device == "cpu" else max(16, models.HEAD_CHUNK // c.vocab_size))
     narrow = 2 if run.bf16 else wide
     logits = c.vocab_size * (narrow * rows + 8 * few)  # a few rows in float32, twice
+    ends += c.vocab_size * narrow * kept  # logits, as their gradients
     head = logits + 4 * c.hidden_size * (run.scored + (0 if run.rank else c.vocab_size))
     mlp = (5 if run.bf16 else 10) * run.tokens * c.intermediate_size
     if run.checkpointing:
