@@ -61,12 +61,13 @@ class ModelConfig:
     windows: tuple[int | None, ...] = ()  # per layer; None attends to everything before
     rope_layers: tuple[str | None, ...] = ()  # per layer: which of `ropes`; None does not rotate
     ropes: dict[str, Rope] = field(default_factory=dict)
-    norm: str = "rms"  # or "layer"
+    norm: str = "rms"  # or "layer", "layer without bias"
     norm_offset: bool = False  # Gemma: scale by 1 + weight
     # names of the norms before attention, after it, before the MLP, after it
     block_norms: tuple[str | None, ...] = (
         "input_layernorm", None, "post_attention_layernorm", None)
-    qk_norm: str | None = None  # "head": over each head; "full": over all heads together
+    # "full": over all heads together; "head": over each; "rotated": over each, after the rotation
+    qk_norm: str | None = None
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -119,8 +120,8 @@ class Stream(NamedTuple):
 
 
 def rotary_tables(ropes: dict[str, Rope], position_ids: Tensor,
-                  dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return {name: (cos, sin)}, each (T, 1, rotated dims).
+                  dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, bool]]:
+    """Return {name: (cos, sin, whether dims are interleaved)}, each (T, 1, rotated dims).
 
     Angles are float32 whatever the model is: in bfloat16 positions beyond 256 would coincide.
     """
@@ -132,14 +133,14 @@ def rotary_tables(ropes: dict[str, Rope], position_ids: Tensor,
             angles = position_ids.float()[:, None] * freq  # (T, D/2)
             angles = torch.cat([angles, angles], -1)[:, None]  # (T, 1, D)
             cos, sin = angles.cos() * rope.factor, angles.sin() * rope.factor
-            tables[name] = (cos.to(dtype), sin.to(dtype))
+            tables[name] = (cos.to(dtype), sin.to(dtype), rope.interleaved)
     return tables
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (T, H, D)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:  # (T, H, D)
     """Rotate the first `cos.shape[-1]` dims of each head: x cos + rotate_half(x) sin."""
     size = cos.shape[-1]
-    rotated = Rotation.apply(x[..., :size], cos, sin)
+    rotated = Rotation.apply(x[..., :size], cos, sin, interleaved)
     rest = x[..., size:]
     return torch.cat([rotated, rest.to(rotated.dtype)], -1) if rest.shape[-1] else rotated
 
@@ -274,9 +275,9 @@ class Norm(nn.Module):
         super().__init__()
         self.eps = config.norm_eps
         self.offset = config.norm_offset
-        self.layer = config.norm == "layer"
+        self.layer = config.norm != "rms"
         self.weight = nn.Parameter(torch.ones(size))
-        self.bias = nn.Parameter(torch.zeros(size)) if self.layer else None
+        self.bias = nn.Parameter(torch.zeros(size)) if config.norm == "layer" else None
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = compute_dtype(x)
@@ -336,6 +337,8 @@ class Attention(nn.Module):
         if self.rope is not None:
             q = rotate(q, *tables[self.rope])
             k = rotate(k, *tables[self.rope])
+        if self.config.qk_norm == "rotated":
+            q, k = self.q_norm(q), self.k_norm(k)
         out = plans[self.window](q, k, v)  # (T, H, D)
         return self.o_proj(out.flatten(1))
 
@@ -602,11 +605,6 @@ class LoraLinear(nn.Module):
 def lora_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return {name: wrapper} of all adapters, whatever their kind."""
     return {n: m for n, m in model.named_modules() if hasattr(m, "base_layer")}
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 @contextmanager

@@ -49,7 +49,8 @@ def text_fields(raw: dict, max_length: int | None) -> dict:
     family = find_family(raw)
     c = read_keys(family.rename(raw), family.keys)
     bias = bool(c.get("attention_bias"))
-    ropes = {} if family.features.get("learned_positions") else read_ropes(c, max_length)
+    ropes = {} if family.features.get("learned_positions") else read_ropes(
+        c, max_length, family.interleaved)
     fields = {k: c[k] for k in SAME} | dict(
         model_type=raw["model_type"],
         num_key_value_heads=c["num_key_value_heads"] or c["num_attention_heads"],
@@ -117,6 +118,7 @@ def read_layers(c: dict, family: Family, ropes: dict[str, Rope]) -> dict:
         slides = [t == "sliding_attention" for t in types]
     else:
         slides = [family.slides(i, c) for i in range(n)]
+    c["slides"] = slides
     window = None
     if c.get("use_sliding_window", True):
         window = c.get("sliding_window") or None

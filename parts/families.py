@@ -19,9 +19,10 @@ class Family(NamedTuple):
     keys: dict  # keys of config.json it reads besides COMMON, with their defaults
     # whether layer i has the window, where the file has no layer_types
     slides: Callable = lambda i, c: False
-    turns: Callable = lambda i, c: True  # whether layer i has rotary embeddings
+    turns: Callable = lambda i, c: True  # whether layer i has rotary embeddings; c["slides"] too
     more: Callable = lambda c: {}  # further fields of ModelConfig
     rename: Callable = lambda raw: raw  # config.json with Llama's keys
+    interleaved: bool = False  # rotates neighbouring dims, as GPT-J does
 
 
 REQUIRED = object()  # in place of a default
@@ -35,7 +36,7 @@ COMMON = dict(
 # Keys of config.json that change nothing in a forward pass without dropout.
 HARMLESS = re.compile(r"""(?x) ^( architectures | model_type | auto_map | (torch_)?dtype
     | transformers_version | _name_or_path | tokenizer_class
-    | (bos|eos|pad|unk|sep|decoder_start|forced_eos)_token_id | initializer_range
+    | (bos|eos|pad|unk|sep|eod|decoder_start|forced_eos)_token_id | initializer_range
     | use_cache | cache_implementation | pretraining_tp | gradient_checkpointing | .*dropout
     | .*_pdrop | summary_.* | task_specific_params | n_ctx | max_sequence_length
     | max_window_layers | sliding_window_size | _sliding_window_pattern
@@ -65,6 +66,8 @@ QWEN_MOE_KEYS = MOE_KEYS | dict(
 SANDWICH = ("input_layernorm", "post_attention_layernorm",
             "pre_feedforward_layernorm", "post_feedforward_layernorm")
 OLMO2_NORMS = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+GLM4_NORMS = ("input_layernorm", "post_self_attn_layernorm",
+              "post_attention_layernorm", "post_mlp_layernorm")
 
 
 def gemma(c: dict) -> dict:
@@ -104,6 +107,17 @@ def moe(c: dict) -> dict:
         router_aux_loss_coef=c["router_aux_loss_coef"]))
 
 
+def without(raw: dict, said: dict, unread: tuple[str, ...] = ()) -> dict:
+    """Leave out keys that are not read, and those that only say what the family does anyway.
+
+    Raises ValueError where they say something else.
+    """
+    odd = [f"{k} = {raw[k]!r}" for k, v in said.items() if raw.get(k) not in (None, v)]
+    if odd:
+        raise ValueError(f"config.json: {', '.join(odd)} is not supported")
+    return {k: v for k, v in raw.items() if k not in said and k not in unread}
+
+
 LLAMA_KEYS = {
     "gpt2": {"n_embd": "hidden_size", "n_head": "num_attention_heads",
              "n_layer": "num_hidden_layers", "n_positions": "max_position_embeddings",
@@ -115,14 +129,43 @@ LLAMA_KEYS = {
 
 def llama_keys(raw: dict) -> dict:
     """Give GPT-2's or GPT-NeoX's config.json Llama's names for what Llama has too."""
-    raw = dict(raw)
-    if raw.pop("scale_attn_weights", True) is False:
-        raise ValueError("config.json: scale_attn_weights = False is not supported")
+    raw = without(raw, dict(scale_attn_weights=True))
     names = LLAMA_KEYS[raw["model_type"]]
     raw = {names.get(k, k): v for k, v in raw.items()}
     if raw.get("intermediate_size") is None and "hidden_size" in raw:
         raw["intermediate_size"] = 4 * raw["hidden_size"]
     return raw
+
+
+def cohere2_keys(raw: dict) -> dict:
+    """Give Cohere2's config.json Llama's names."""
+    raw = without(raw, dict(
+        use_parallel_block=True, use_gated_activation=True, use_embedding_sharing=True,
+        position_embedding_type="rope_gptj", rotary_pct=1.0, layer_switch=4,
+        order_of_interleaved_layers="local_attn_first"), ("use_parallel_embedding",))
+    return {"rms_norm_eps" if k == "layer_norm_eps" else k: v for k, v in raw.items()}
+
+
+HUNYUAN_UNREAD = (
+    "cla_share_factor", "dense_list", "pool_type", "org_vocab_size", "mask_init_id", "pad_id",
+    "im_start_id", "im_end_id", "im_newline_id", "text_start_id", "text_end_id")
+
+
+def hunyuan_keys(raw: dict) -> dict:
+    """Stretch the base by `alpha`: what its files call "dynamic" does not depend on the length.
+
+    Its files have keys of relatives with pictures, with classes or with shared keys and values.
+    """
+    raw = without(raw, dict(
+        use_qk_norm=True, use_rotary_pos_emb=True, norm_type="rms",
+        attention_head_dim=raw.get("head_dim")), HUNYUAN_UNREAD)
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not rope.get("alpha"):
+        return raw
+    dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+    theta = rope.get("rope_theta") or raw.get("rope_theta", COMMON["rope_theta"])
+    theta *= rope["alpha"] ** (dim / (dim - 2))
+    return raw | dict(rope_scaling=None, rope_parameters=dict(rope_theta=theta))
 
 
 FAMILIES = {
@@ -146,6 +189,42 @@ FAMILIES = {
         dict(fused_qkv="blocks", fused_gate_up=True), dict(sliding_window=None),
         slides=lambda i, c: True),
     "olmo2": Family(dict(block_norms=OLMO2_NORMS, qk_norm="full"), BIAS),
+    "olmo3": Family(
+        dict(block_norms=OLMO2_NORMS, qk_norm="full"),
+        BIAS | dict(rope_theta=5e5, rope_local_base_freq=None, sliding_window=4096,
+                    layer_types=None),
+        slides=lambda i, c: (i + 1) % 4 != 0),
+    "exaone4": Family(
+        dict(block_norms=OLMO2_NORMS, qk_norm="head"),
+        dict(sliding_window=4096, sliding_window_pattern=None, layer_types=None),
+        slides=lambda i, c: (i + 1) % (c["sliding_window_pattern"] or 4) != 0,
+        turns=lambda i, c: c["slides"][i] or not c["sliding_window"]),
+    "seed_oss": Family(
+        {}, dict(attention_bias=True, attention_out_bias=False, mlp_bias=False, head_dim=128,
+                 num_key_value_heads=8),
+        more=lambda c: dict(o_bias=c["attention_out_bias"])),
+    "arcee": Family(
+        dict(gated_mlp=False), BIAS | dict(mlp_bias=False, hidden_act="relu2")),
+    "ministral3": Family(
+        {}, dict(rope_parameters=REQUIRED, head_dim=128, sliding_window=None),
+        slides=lambda i, c: True),
+    "glm4": Family(
+        dict(block_norms=GLM4_NORMS, fused_gate_up=True, o_bias=False),
+        dict(attention_bias=True, head_dim=128, partial_rotary_factor=0.5), interleaved=True),
+    "cohere2": Family(
+        dict(norm="layer without bias", parallel_residual=True,
+             block_norms=("input_layernorm", None, "input_layernorm", None)),
+        BIAS | dict(tie_word_embeddings=True, logit_scale=0.0625, sliding_window=4096,
+                    sliding_window_pattern=4, layer_types=None),
+        slides=lambda i, c: (i + 1) % c["sliding_window_pattern"] != 0,
+        turns=lambda i, c: c["slides"][i] and bool(c["sliding_window"]),
+        more=lambda c: dict(logit_scale=c["logit_scale"]), rename=cohere2_keys, interleaved=True),
+    "hunyuan_v1_dense": Family(
+        dict(qk_norm="rotated", other_names=True), BIAS, rename=hunyuan_keys),
+    "ernie4_5": Family(
+        {}, dict(use_bias=False, head_dim=128, tie_word_embeddings=True, rope_theta=5e5),
+        more=lambda c: dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), c["use_bias"]),
+        interleaved=True),
     "smollm3": Family(
         {}, BIAS | WINDOW | dict(mlp_bias=False, tie_word_embeddings=True, rope_theta=2e6,
                                  no_rope_layers=None, no_rope_layer_interval=4),
@@ -197,7 +276,7 @@ def find_family(raw: dict) -> Family:
         raise ValueError(f"model_type {name!r} is not supported{why}; supported are {known}")
     # files of a supported family often still name the code it had before transformers took it in
     own = name.removesuffix("_text").replace("_", "")
-    if remote and not remote.lower().startswith(own):
+    if remote and not remote.replace("_", "").lower().startswith(own):
         raise ValueError(f"auto_map names code of its own ({remote}) for model_type {name!r}; "
                          "remote code is never run")
     quantized = raw.get("quantization_config")

@@ -12,7 +12,8 @@ from torch import Tensor
 
 tanh_gelu = partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {
-    "silu": F.silu, "gelu": F.gelu, "gelu_new": tanh_gelu, "gelu_pytorch_tanh": tanh_gelu}
+    "silu": F.silu, "gelu": F.gelu, "gelu_new": tanh_gelu, "gelu_pytorch_tanh": tanh_gelu,
+    "relu2": lambda x: F.relu(x).square()}
 # those of image encoders
 TOWER_ACTIVATIONS = ACTIVATIONS | {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
 
@@ -67,19 +68,24 @@ class SwiGLU(torch.autograd.Function):
 class Rotation(torch.autograd.Function):
     """(a cos - b sin, b cos + a sin) of the halves (a, b) of the last dim.
 
-    Its gradient rotates back: the same with -sin.
+    Its gradient rotates back: the same with -sin. With `interleaved` a and b are the even and the
+    odd dims; the result has them as halves all the same, which no product of query and key sees.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.dtype = x.dtype
-        return turn(x, cos, sin)
+        ctx.interleaved = interleaved
+        return turn(torch.cat([x[..., ::2], x[..., 1::2]], -1) if interleaved else x, cos, sin)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return turn(grad, cos, -sin).to(ctx.dtype), None, None
+        grad = turn(grad, cos, -sin).to(ctx.dtype)
+        if ctx.interleaved:
+            grad = torch.stack(grad.chunk(2, -1), -1).flatten(-2)
+        return grad, None, None, None
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

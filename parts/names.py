@@ -28,7 +28,10 @@ MODULES = {
         "model.layers.*.self_attn.qkv_proj": "gpt_neox.layers.*.attention.query_key_value",
         "model.layers.*.self_attn.o_proj": "gpt_neox.layers.*.attention.dense",
         "model.layers.*.mlp.up_proj": "gpt_neox.layers.*.mlp.dense_h_to_4h",
-        "model.layers.*.mlp.down_proj": "gpt_neox.layers.*.mlp.dense_4h_to_h"}}
+        "model.layers.*.mlp.down_proj": "gpt_neox.layers.*.mlp.dense_4h_to_h"},
+    "hunyuan_v1_dense": {
+        "model.layers.*.self_attn.q_norm": "model.layers.*.self_attn.query_layernorm",
+        "model.layers.*.self_attn.k_norm": "model.layers.*.self_attn.key_layernorm"}}
 # how files of GPT-NeoX still name what transformers 5 calls lm_head
 OLDER = {"embed_out": "lm_head"}
 TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # GPT-2 keeps (in, out)

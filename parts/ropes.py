@@ -15,28 +15,31 @@ class Rope(NamedTuple):
 
     frequencies: tuple[float, ...]
     factor: float = 1.0  # on cos and sin
-    limit: int | None = None  # tokens; a longer sequence would need other frequencies
+    limit: int | None = None  # tokens; a longer sequence would need other numbers
+    interleaved: bool = False  # the pairs of dims are (2i, 2i + 1), not (i, i + D/2)
 
 
 ROPE_KEYS = {  # rope_type -> the keys it reads besides those of all
     "default": (), "linear": ("factor",), "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
-             "truncate"),
+             "truncate", "llama_4_scaling_beta", "max_position_embeddings"),
     "longrope": ("factor", "attention_factor", "short_factor", "long_factor")}
 ORIGINAL = "original_max_position_embeddings"
 
 
-def read_ropes(c: dict, max_length: int | None) -> dict[str, Rope]:
+def read_ropes(c: dict, max_length: int | None, interleaved: bool = False) -> dict[str, Rope]:
     """Read `rope_parameters` or the older keys.
 
     Returns {"full_attention": Rope}, with "sliding_attention" where those layers differ.
     """
     given = c["rope_scaling"] or c["rope_parameters"] or {}
     ropes = {k: v for k, v in given.items() if isinstance(v, dict)} or {"full_attention": given}
-    if "rope_local_base_freq" in c:  # Gemma 3: layers with a window have a base of their own
+    # Gemma 3: layers with a window have a base of their own; OLMo 3: they are not stretched
+    if "rope_local_base_freq" in c:
         ropes = {"sliding_attention": {"rope_theta": c["rope_local_base_freq"]}} | ropes
-    return {name: read_rope(rope, c, max_length) for name, rope in ropes.items()}
+    return {name: read_rope(rope, c, max_length)._replace(interleaved=interleaved)
+            for name, rope in ropes.items()}
 
 
 def read_rope(given: dict, c: dict, max_length: int | None) -> Rope:
@@ -95,6 +98,9 @@ def yarn(rope: dict, freq: Tensor) -> Rope:
 
     Dims that turn more than `beta_fast` times within the pretraining length are kept, those that
     turn less than `beta_slow` times are divided by `factor`, with a linear ramp between.
+
+    With `llama_4_scaling_beta` queries beyond the pretraining length have other scales. Up to it
+    the scale is 1, so that length is the limit.
     """
     scale = rope["factor"]
     half = len(freq)
@@ -115,7 +121,8 @@ def yarn(rope: dict, freq: Tensor) -> Rope:
     ramp = (torch.arange(half, dtype=torch.float32) - low) / (high - low)
     stretched = ramp.clamp(0, 1)
     freq = freq / scale * stretched + freq * (1 - stretched)
-    return Rope(tuple(freq.tolist()), yarn_factor(rope))
+    limit = rope[ORIGINAL] if rope.get("llama_4_scaling_beta") else None
+    return Rope(tuple(freq.tolist()), yarn_factor(rope), limit)
 
 
 def yarn_factor(rope: dict) -> float:

@@ -23,6 +23,7 @@ from test_model import (
 )
 
 import model as models
+from extras.decoder.generate import Sampling, complete
 from extras.lora.peft_files import load_adapter, save_adapter
 from extras.models.opening import build
 from parts.configs import check_length
@@ -37,6 +38,7 @@ SIZES = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_lay
              num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 EXPERTS = SIZES | dict(num_experts=5, num_experts_per_tok=2)
 NARROW = SIZES | dict(head_dim=12)
+FOUR = SIZES | dict(num_hidden_layers=4)  # every fourth layer has no window
 SLIDING, FULL = "sliding_attention", "full_attention"
 LONG = dict(rope_type="longrope", rope_theta=1e4, partial_rotary_factor=0.75, short_factor=[1.0, 1.3, 1.7],
             long_factor=[2.0, 5.0, 9.0])
@@ -66,6 +68,21 @@ CASES = {
     "phi3": ("phi3", SIZES | dict(sliding_window=5)),
     "phi3 longrope": ("phi3", SIZES | dict(rope_parameters=LONG, original_max_position_embeddings=32)),
     "olmo2": ("olmo2", SIZES),
+    "olmo3": ("olmo3", FOUR | dict(sliding_window=5, rope_parameters={
+        FULL: YARN, SLIDING: dict(rope_type="default", rope_theta=1e4)})),
+    "exaone4": ("exaone4", SIZES | dict(sliding_window=5, sliding_window_pattern=2)),
+    "exaone4 full": ("exaone4", SIZES | dict(sliding_window=None, layer_types=[FULL] * 3)),
+    "seed_oss": ("seed_oss", NARROW | dict(attention_out_bias=True, mlp_bias=True, attention_dropout=0.0,
+                                            residual_dropout=0.0)),
+    "arcee": ("arcee", SIZES | dict(mlp_bias=True)),
+    "ministral3": ("ministral3", NARROW | dict(rope_parameters=YARN | dict(
+        original_max_position_embeddings=128, beta_fast=4.0, mscale=1.0, mscale_all_dim=1.0,
+        llama_4_scaling_beta=0.1))),
+    "glm4": ("glm4", NARROW),
+    "cohere2": ("cohere2", FOUR | dict(sliding_window=5, logit_scale=0.5)),
+    "hunyuan": ("hunyuan_v1_dense", NARROW | dict(attention_bias=True, rope_parameters=dict(
+        rope_type="dynamic", rope_theta=1e4, factor=1.0, alpha=50.0))),
+    "ernie4_5": ("ernie4_5", NARROW | dict(use_bias=True)),
     "smollm3": ("smollm3", SIZES | dict(no_rope_layer_interval=2)),
     "granite": ("granite", SIZES | dict(embedding_multiplier=3.0, attention_multiplier=0.2, residual_multiplier=0.5,
                                         logits_scaling=2.0)),
@@ -83,6 +100,7 @@ CASES = {
 }
 SPARSE = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"]
 SOFTCAPPED = ("gemma2",)
+LIMITED = {"gpt2": 64, "llama dynamic": 64, "phi3 longrope": 32}  # tokens that the positions reach
 PAIRS = random_pairs([(7, 5, 9), (1, 1, 12), (9, 6, 2)])
 
 
@@ -269,6 +287,18 @@ def test_stream_equals_unshared_and_checkpointed(case):
         assert_same_gradients(got, expected_gradients, 1e-10)
 
 
+@pytest.mark.parametrize("new", [8, pytest.param(100, marks=pytest.mark.slow)])
+def test_greedy_answers_equal_transformers(case, new):
+    """`new` tokens, or as many as there are positions."""
+    name, theirs, directory = case
+    ours = models.load_model(directory)
+    prompt = PAIRS[0][0]
+    new = min(new, LIMITED.get(name, 200) - len(prompt))
+    theirs.generation_config.eos_token_id = None
+    expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=new, do_sample=False)[0, len(prompt):]
+    assert complete(ours, [prompt], Sampling(temperature=0, max_new_tokens=new))[0] == expected.tolist()
+
+
 # Both generations of config.json
 
 
@@ -279,8 +309,9 @@ def older(raw: dict) -> dict:
     rope = raw.pop("rope_parameters", None)
     if rope is None:
         return raw
-    if FULL in rope:  # Gemma 3
-        raw["rope_local_base_freq"] = rope[SLIDING]["rope_theta"]
+    if FULL in rope:  # Gemma 3, OLMo 3
+        if raw["model_type"] == "gemma3_text":
+            raw["rope_local_base_freq"] = rope[SLIDING]["rope_theta"]
         rope = rope[FULL]
     rope = dict(rope)
     theta, fraction = rope.pop("rope_theta"), rope.pop("partial_rotary_factor", None)
@@ -298,6 +329,8 @@ def test_older_files_mean_the_same(case):
     name, theirs, directory = case
     new = json.loads((directory / "config.json").read_text())
     assert "dtype" in new and ("rope_parameters" in new) == (name != "gpt2")
+    if name == "ministral3":
+        return  # is younger
     assert models.read_config(older(new)) == models.read_config(new)
     if name != "gemma3":  # whose layers here follow no rule
         without = {k: v for k, v in older(new).items() if k not in ("layer_types", "no_rope_layers")}
@@ -341,6 +374,61 @@ PUBLISHED = {
                  activation_function="gelu_new", layer_norm_epsilon=1e-5, attn_pdrop=0.1, embd_pdrop=0.1,
                  resid_pdrop=0.1, summary_type="cls_index", summary_proj_to_labels=True, summary_use_proj=True,
                  summary_first_dropout=0.1, task_specific_params={"text-generation": {"max_length": 50}}),
+    "Olmo-3-7B-Instruct": dict(
+        model_type="olmo3", vocab_size=100278, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=32, rms_norm_eps=1e-6, max_position_embeddings=65536,
+        rope_theta=500000, sliding_window=4096, attention_bias=False, rope_scaling=dict(
+            attention_factor=1.2079441541679836, beta_fast=32.0, beta_slow=1.0, factor=8.0, rope_type="yarn",
+            original_max_position_embeddings=8192)),
+    "EXAONE-4.0-32B": dict(
+        model_type="exaone4", vocab_size=102400, hidden_size=5120, intermediate_size=27392, num_hidden_layers=64,
+        num_attention_heads=40, num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-5, max_position_embeddings=131072,
+        rope_theta=1000000, sliding_window=4096, sliding_window_pattern="LLLG", layer_types=[
+            FULL if i % 4 == 3 else SLIDING for i in range(64)], rope_scaling=dict(
+            factor=16.0, high_freq_factor=4.0, low_freq_factor=1.0, original_max_position_embeddings=8192,
+            rope_type="llama3"), tie_word_embeddings=False),
+    "Seed-OSS-36B-Instruct": dict(
+        model_type="seed_oss", vocab_size=155136, hidden_size=5120, intermediate_size=27648, num_hidden_layers=64,
+        num_attention_heads=80, num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-6, max_position_embeddings=524288,
+        rope_theta=1e7, rope_scaling=dict(rope_type="default"), attention_bias=True, attention_out_bias=False,
+        mlp_bias=False, residual_dropout=0.1, tie_word_embeddings=False),
+    "AFM-4.5B": dict(
+        model_type="arcee", vocab_size=128004, hidden_size=2560, intermediate_size=18432, num_hidden_layers=36,
+        num_attention_heads=20, num_key_value_heads=4, head_dim=128, hidden_act="relu2", rms_norm_eps=1e-5,
+        max_position_embeddings=65536, rope_theta=10000.0, rope_scaling=dict(
+            beta_fast=32.0, beta_slow=1.0, factor=20.0, mscale=1.0, original_max_position_embeddings=4096,
+            rope_type="yarn", type="yarn"), attention_bias=False, mlp_bias=False, tie_word_embeddings=False),
+    "Devstral-2-123B-Instruct-2512": dict(
+        model_type="ministral3", vocab_size=131072, hidden_size=12288, intermediate_size=28672, num_hidden_layers=88,
+        num_attention_heads=96, num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-5, max_position_embeddings=262144,
+        sliding_window=None, tie_word_embeddings=False, rope_parameters=dict(
+            beta_fast=4.0, beta_slow=1.0, factor=64.0, llama_4_scaling_beta=0.0, mscale=1.0, mscale_all_dim=0.0,
+            original_max_position_embeddings=4096, rope_theta=1e6, rope_type="yarn", type="yarn")),
+    "GLM-4-9B-0414": dict(
+        model_type="glm4", vocab_size=151552, hidden_size=4096, intermediate_size=13696, num_hidden_layers=40,
+        num_attention_heads=32, num_key_value_heads=2, head_dim=128, rms_norm_eps=1e-5, max_position_embeddings=32768,
+        partial_rotary_factor=0.5, rope_theta=10000.0, attention_bias=True, tie_word_embeddings=False),
+    "c4ai-command-r7b-12-2024": dict(
+        model_type="cohere2", vocab_size=256000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, layer_norm_eps=1e-5, logit_scale=0.25,
+        max_position_embeddings=8192, rope_theta=50000, rope_scaling=None, sliding_window=4096,
+        sliding_window_pattern=4, layer_switch=4, order_of_interleaved_layers="local_attn_first",
+        position_embedding_type="rope_gptj", rotary_pct=1.0, use_embedding_sharing=True, use_gated_activation=True,
+        use_parallel_block=True, use_parallel_embedding=True, cache_implementation="hybrid"),
+    "Hy-MT2-7B": dict(
+        model_type="hunyuan_v1_dense", vocab_size=128167, org_vocab_size=128167, hidden_size=4096,
+        intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+        attention_head_dim=128, rms_norm_eps=1e-5, max_position_embeddings=262144, norm_type="rms", mlp_bias=False,
+        add_classification_head=False, cla_share_factor=2, class_num=0, dense_list=[4096, 0], im_end_id=5,
+        im_newline_id=11, im_start_id=4, mask_init_id=12, pad_id=127961, pool_type="last", pretraining_tp=1,
+        sep_token_id=127962, text_end_id=7, text_start_id=6, use_cla=False, use_qk_norm=True, use_rotary_pos_emb=True,
+        tie_word_embeddings=True, rope_theta=10000.0, rope_scaling=dict(
+            alpha=1000.0, beta_fast=32, beta_slow=1, factor=1.0, mscale=1.0, mscale_all_dim=1.0, type="dynamic")),
+    "ERNIE-4.5-0.3B-PT": dict(
+        model_type="ernie4_5", vocab_size=103424, hidden_size=1024, intermediate_size=3072, num_hidden_layers=18,
+        num_attention_heads=16, num_key_value_heads=2, head_dim=128, rms_norm_eps=1e-5, max_position_embeddings=131072,
+        rope_theta=500000, use_bias=False, tie_word_embeddings=True,
+        auto_map={"AutoModelForCausalLM": "modeling_ernie4_5.Ernie4_5_ForCausalLM"}),
     "Qwen3-30B-A3B": dict(model_type="qwen3_moe", vocab_size=151936, hidden_size=2048, intermediate_size=6144,
                           num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
                           hidden_act="silu", rms_norm_eps=1e-6, max_position_embeddings=40960, max_window_layers=48,
@@ -374,6 +462,11 @@ def test_gemma1_gelu_means_its_tanh_form():
     (dict(model_type="gpt2", scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx = True: not"),
     (dict(model_type="gemma2", use_bidirectional_attention=True), "use_bidirectional_attention = True"),
     (dict(model_type="gemma3_text", attn_logit_softcapping=50.0), "attn_logit_softcapping = 50.0: not understood"),
+    (dict(model_type="cohere2", layer_norm_eps=1e-5, use_parallel_block=False), "use_parallel_block = False is not supported"),
+    (dict(model_type="cohere2", layer_norm_eps=1e-5, rotary_pct=0.5), "rotary_pct = 0.5 is not supported"),
+    (dict(model_type="hunyuan_v1_dense", use_cla=True), "use_cla = True: not understood"),
+    (dict(model_type="hunyuan_v1_dense", use_qk_norm=False), "use_qk_norm = False is not supported"),
+    (dict(model_type="ministral3"), "rope_parameters: missing"),
     (dict(model_type="phi3", rope_scaling=dict(LONG, short_factor=[1.0])), "longrope has 1 factors for 3 rotated"),
     (dict(model_type="phi3", rope_scaling=dict(type="longrope", long_factor=[1.0])), "'longrope' needs 'short_factor'"),
     (dict(rope_scaling=dict(type="yarn")), "rope_type 'yarn' needs 'factor'"),

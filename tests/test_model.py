@@ -477,7 +477,7 @@ import sys, torch, model
 for name in sys.argv[1:]:
     m = model.load_model(name)
     assert name != "llama" or "torch._dynamo" not in sys.modules  # which would take seconds to import
-    model.replace_module(m, "lm_head", model.LoraLinear(m.lm_head, 2, 4, 0.0))
+    m.lm_head = model.LoraLinear(m.lm_head, 2, 4, 0.0)
     ids = torch.arange(3, 9)
     spans = torch.tensor([[0, 6, 0, 0]])
     m(model.Stream(ids, torch.arange(6), spans, torch.arange(5), ids[1:])).logps.sum().backward()

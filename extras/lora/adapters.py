@@ -15,8 +15,8 @@ from torch import nn
 
 from extras.lora import kinds
 from extras.lora.peft_files import adapter_home, load_adapter, read_settings
-from extras.lora.targets import add_lora
-from model import lora_modules, replace_module
+from extras.lora.targets import add_lora, replace_module
+from model import lora_modules
 from parts.config import DPOConfig
 
 PATTERN_SIGNS = set(r"\*+?()[]{}|^$")  # no name of a module has one

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from extras.lora import kinds
+from extras.lora.targets import replace_module
 from extras.models.nf4 import (
     Experts4bit,
     Linear4bit,
@@ -15,7 +16,7 @@ from extras.models.nf4 import (
     requantize,
     wide_module,
 )
-from model import lora_modules, replace_module
+from model import lora_modules
 from parts.names import Place
 
 

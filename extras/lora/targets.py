@@ -15,7 +15,7 @@ from torch import nn
 
 from extras.decoder.moe import Experts, Router
 from extras.lora import kinds
-from model import LoraLinear, ModelConfig, replace_module
+from model import LoraLinear, ModelConfig
 from parts.names import file_name
 
 # Settings of a PEFT adapter that say what is wrapped and how, with the defaults of those that a
@@ -49,6 +49,11 @@ def add_lora(model: nn.Module, settings: dict) -> list[str]:
     for name, make in chosen.items():
         replace_module(model, name, make())
     return list(chosen)
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 def choose(model: nn.Module, settings: dict) -> dict[str, Callable]:
