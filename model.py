@@ -27,8 +27,8 @@ from torch.utils.checkpoint import checkpoint
 
 from parts.configs import read_fields
 from parts.files import write_json
-from parts.head import KEPT, ChunkedLogps, How
-from parts.kernels import ACTIVATIONS, RMSNorm, Rotation, SwiGLU, compute_dtype
+from parts.head import KEPT, How, chunked_logps
+from parts.kernels import ACTIVATIONS, compute_dtype, rms_norm, rotation, swiglu
 from parts.names import file_name, find_places
 from parts.ropes import Rope
 from parts.varlen import has_flash, plan_varlen
@@ -140,7 +140,7 @@ def rotary_tables(ropes: dict[str, Rope], position_ids: Tensor,
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:  # (T, H, D)
     """Rotate the first `cos.shape[-1]` dims of each head: x cos + rotate_half(x) sin."""
     size = cos.shape[-1]
-    rotated = Rotation.apply(x[..., :size], cos, sin, interleaved)
+    rotated = rotation(x[..., :size], cos, sin, interleaved)
     rest = x[..., size:]
     return torch.cat([rotated, rest.to(rotated.dtype)], -1) if rest.shape[-1] else rotated
 
@@ -285,9 +285,7 @@ class Norm(nn.Module):
             return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps).to(dtype)
         wide = torch.promote_types(x.dtype, torch.float32)
         weight = self.weight.to(wide) + 1 if self.offset else self.weight.to(wide)
-        if x.device.type == "cpu":
-            return RMSNorm.apply(x, weight, self.eps, dtype)
-        return F.rms_norm(x.to(wide), x.shape[-1:], weight, self.eps).to(dtype)
+        return rms_norm(x, weight, self.eps, dtype)
 
 
 class Attention(nn.Module):
@@ -369,7 +367,7 @@ class MLP(nn.Module):
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
         if self.act is F.silu:
-            return self.down_proj(SwiGLU.apply(gate, up))
+            return self.down_proj(swiglu(gate, up))
         return self.down_proj(self.act(gate) * up)
 
 
@@ -553,7 +551,7 @@ def token_logps(terms: list[tuple[Tensor, Tensor]], targets: Tensor, softcap: fl
     keep = keep if torch.is_grad_enabled() else 0
     how = How(softcap, compute_dtype(terms[0][0]), HEAD_CHUNK, keep, statistics)
     with torch.autocast(targets.device.type, enabled=False):
-        return TokenLogps(*ChunkedLogps.apply(targets, how, *(t for term in terms for t in term)))
+        return TokenLogps(*chunked_logps(targets, how, *(t for term in terms for t in term)))
 
 
 # LoRA; what is wrapped, and the other kinds of adapters, are in extras/lora

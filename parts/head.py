@@ -24,6 +24,24 @@ class How(NamedTuple):
         return torch.promote_types(self.compute, torch.float32)
 
 
+def chunked_logps(targets: Tensor, how: How, *tensors: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the fields of TokenLogps; inside torch.compile (see kernels.py) of all rows at once.
+
+    `tensors` are x_0, w_0, x_1, w_1, ...: the logits are sum_k x_k w_k^T.
+    """
+    if not torch.compiler.is_compiling():
+        return ChunkedLogps.apply(targets, how, *tensors)
+    tensors = [t.to(how.compute) for t in tensors]
+    logits = sum(x @ w.T for x, w in zip(tensors[0::2], tensors[1::2]))
+    if how.softcap is not None:
+        logits = torch.tanh(logits / how.softcap) * how.softcap
+    at = targets[:, None]
+    log_p = logits.log_softmax(-1, dtype=how.wide)
+    fixed = log_p.detach()
+    rest = statistics(logits.detach(), fixed.clone(), fixed.exp(), at) if how.statistics else []
+    return log_p.gather(-1, at).squeeze(-1), *rest
+
+
 class ChunkedLogps(torch.autograd.Function):
     """Log-probs whose (N, V) logits exist one chunk at a time.
 

@@ -1,7 +1,9 @@
 """Activations by name, and norm, SwiGLU and rotation with their backward passes written by hand.
 
 Each computes the plain formula in its docstring. They exist because on a CPU, where memory traffic
-decides, PyTorch's own keep more tensors for backward or go over them more often.
+decides, PyTorch's own keep more tensors for backward or go over them more often. Inside
+torch.compile the plain formulas are taken: the compiler fuses those itself, and in torch 2.11 it
+gives wrong gradients for operations in place inside an autograd Function.
 """
 
 from functools import partial
@@ -22,6 +24,13 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the type that a matrix product of x runs in: autocast's where it is on."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight, in the type of the weight, rounded to `dtype`."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return RMSNorm.apply(x, weight, eps, dtype)
+    return F.rms_norm(x.to(weight.dtype), x.shape[-1:], weight, eps).to(dtype)
 
 
 class RMSNorm(torch.autograd.Function):
@@ -51,6 +60,11 @@ class RMSNorm(torch.autograd.Function):
         return g.to(x.dtype), grad_weight, None, None
 
 
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up"""
+    return F.silu(gate) * up if torch.compiler.is_compiling() else SwiGLU.apply(gate, up)
+
+
 class SwiGLU(torch.autograd.Function):
     """silu(gate) * up. Keeps two tensors for backward instead of three."""
 
@@ -63,6 +77,14 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+def rotation(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """(a cos - b sin, b cos + a sin) of the halves (a, b), or even and odd dims, of the last dim."""
+    if not torch.compiler.is_compiling():
+        return Rotation.apply(x, cos, sin, interleaved)
+    a, b = (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
+    return torch.cat([a, b], -1) * cos + torch.cat([-b, a], -1) * sin
 
 
 class Rotation(torch.autograd.Function):

@@ -287,39 +287,6 @@ def test_gradient_checkpointing_is_bitwise():
 # Attention plans
 
 
-def emulated_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
-    """What `varlen_attn` computes, in a loop: the causal mask is aligned bottom-right."""
-    assert enable_gqa and window_size[1] == 0
-    out = []
-    for i in range(len(cu_q) - 1):
-        rows, keys = slice(cu_q[i], cu_q[i + 1]), slice(cu_k[i], cu_k[i + 1])
-        n, m = rows.stop - rows.start, keys.stop - keys.start
-        assert n <= max_q and m <= max_k
-        group = q.shape[1] // k.shape[1]
-        kk, vv = (x[keys].repeat_interleave(group, 1) for x in (k, v))
-        distance = torch.arange(m - n, m)[:, None] - torch.arange(m)
-        seen = (distance >= 0) if window_size[0] < 0 else (distance >= 0) & (distance <= window_size[0])
-        scores = (torch.einsum("qhd,khd->hqk", q[rows], kk) * scale).masked_fill(~seen, -math.inf)
-        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), vv))
-    return torch.cat(out)
-
-
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
-@pytest.mark.parametrize("shared", [True, False])
-def test_varlen_plan_attends_as_the_plain_path(name, shared, monkeypatch):
-    """The layout that the CUDA kernel is given, with the kernel's arithmetic emulated."""
-    import torch.nn.attention.varlen as varlen
-
-    model = make(CORE[name])
-    plain = model(models.Stream(*stream(MIXED, shared))).logps
-    expected = gradients(model, plain.sum())
-    monkeypatch.setattr(varlen, "varlen_attn", emulated_varlen)
-    monkeypatch.setattr(models, "has_flash", lambda *kind: True)
-    fast = model(models.Stream(*stream(MIXED, shared))).logps
-    assert (fast - plain).abs().max() < 1e-10
-    assert_same_gradients(gradients(model, fast.sum()), expected, 1e-10)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
 def test_varlen_kernel_equals_the_plain_path(name):

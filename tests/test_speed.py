@@ -46,6 +46,21 @@ def test_compiled_modules_equal_plain_ones_at_every_length_with_one_graph_each()
     assert 0 < graphs_of_compiled_equal_to_plain("aot_eager") <= 4  # more: lengths or layers were compiled anew
 
 
+def test_a_whole_model_inside_torch_compile_has_the_plain_ones_gradients():
+    """Norm, SwiGLU, rotation and head in one compiled function; torch 2.11 would get operations in place inside Functions wrong."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = models.Decoder(models.read_config(CONFIG)).double()
+    batch = make_batch(3, 0)
+    expected, plain = logps_and_grads(model, batch), model(batch)
+    compiled = torch.compile(lambda: model(batch), backend="aot_eager")
+    model.zero_grad()
+    out = compiled()
+    out.logps.sum().backward()
+    torch.testing.assert_close([out.logps.detach(), *(p.grad for p in model.parameters())], expected, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(out[1:5], plain[1:5], rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.slow
 def test_inductor_kernels_equal_plain_ones():
     assert 0 < graphs_of_compiled_equal_to_plain("inductor") <= 4

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parts.kernels import TOWER_ACTIVATIONS
-from parts.varlen import has_flash
+from parts.varlen import attend_both_ways, has_flash
 
 
 def attend_within(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:  # (P, H, D)
@@ -17,10 +17,7 @@ def attend_within(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor
     length go as one batch.
     """
     if has_flash(q.device, v.dtype, head_dim=q.shape[-1]):
-        from torch.nn.attention.varlen import varlen_attn
-
-        ends = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int().to(q.device)
-        return varlen_attn(q, k, v, ends, ends, max(lengths), max(lengths))
+        return attend_both_ways(q, k, v, lengths)
     sizes = torch.tensor(lengths)
     starts = sizes.cumsum(0) - sizes
     rows = []
