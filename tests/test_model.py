@@ -1,7 +1,6 @@
 """The decoder: equal to transformers, to padded sequences, to itself under every saving trick; files in and out."""
 
 import json
-import math
 import shutil
 import subprocess
 import sys
