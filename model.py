@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from parts.configs import read_fields
 from parts.files import write_json
 from parts.head import KEPT, How, chunked_logps
-from parts.kernels import ACTIVATIONS, compute_dtype, rms_norm, rotation, swiglu
+from parts.kernels import ACTIVATIONS, add_low_rank, compute_dtype, rms_norm, rotation, swiglu
 from parts.names import file_name, find_places
 from parts.ropes import Rope
 from parts.varlen import has_flash, plan_varlen
@@ -572,8 +572,7 @@ class LoraLinear(nn.Module):
         self.enabled = True
         self.dropout = nn.Dropout(dropout)
         weight = base.weight  # asked for once: in 4 bits it is made wide on the way
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        place = dict(device=weight.device, dtype=wide)
+        place = dict(device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
         self.lora_A = nn.Linear(base.in_features, rank, bias=False, **place)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False, **place)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
@@ -588,7 +587,8 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.base_layer(x)
-        return out + self.lora_B(self.low_rank(x)).to(out.dtype) if self.enabled else out
+        A, B = self.lora_A.weight, self.lora_B.weight
+        return add_low_rank(out, self.dropout(x), A, B, self.scaling) if self.enabled else out
 
     def terms(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
         """As `Decoder.head_terms` has them."""

@@ -119,3 +119,38 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     out[..., :half].addcmul_(x[..., half:], sin, value=-1)
     out[..., half:].addcmul_(x[..., :half], sin)
     return out
+
+
+class LowRank(torch.autograd.Function):
+    """out + s (x a^T) b^T, in the type of `out`, which it overwrites; LoRA's a (r, C), b (V, r).
+
+    With g = s grad b: dx = g a, da = g^T x, db = s grad^T (x a^T). Keeps x itself, the tensor that
+    other adapters on the same input keep too, where a wide `a` would keep a wide copy for each.
+    """
+
+    @staticmethod
+    def forward(ctx, out: Tensor, x: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
+        x = x.to(out.dtype)
+        low = x.flatten(0, -2) @ a.to(x.dtype).T  # (T, r)
+        ctx.save_for_backward(x, low, a, b)
+        ctx.s = s
+        ctx.mark_dirty(out)
+        out.flatten(0, -2).addmm_(low, b.to(x.dtype).T, alpha=s)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, low, a, b = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        g = (rows @ b.to(x.dtype)).mul_(ctx.s)
+        grad_x = (g @ a.to(x.dtype)).view(x.shape) if ctx.needs_input_grad[1] else None
+        grad_b = (rows.T @ low).to(b.dtype).mul_(ctx.s)
+        return grad, grad_x, (g.T @ x.flatten(0, -2)).to(a.dtype), grad_b, None
+
+
+def add_low_rank(out: Tensor, x: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
+    """Return out + s (x a^T) b^T; see LowRank, which PyTorch's compiler would get wrong."""
+    if torch.compiler.is_compiling():
+        low = F.linear(x.to(out.dtype), a.to(out.dtype))
+        return out + s * F.linear(low, b.to(out.dtype))
+    return LowRank.apply(out, x, a, b, s)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import model as models
 from extras.lora.peft_files import load_adapter, save_adapter
 from extras.lora.targets import add_lora
+from parts import kernels
 from parts.configs import check_length
 from parts.varlen import VarlenPlan
 
@@ -597,6 +598,40 @@ def test_lora_over_a_bf16_base_trains_in_float32(monkeypatch):
     wide = gradients(exact, exact.eval()(models.Stream(*stream(MIXED))).logps.sum())
     for n, g in trained.items():
         assert torch.cosine_similarity(g.flatten(), wide[n].flatten(), dim=0) > 0.95, n
+
+
+def lora_product(dtype, adapter_dtype, seed=0):
+    """The inputs of LowRank: what the base gave, its input, A, B."""
+    torch.manual_seed(seed)
+    shapes = ((9, 12), (9, 8), (3, 8), (12, 3))
+    kinds = (dtype, dtype, adapter_dtype, adapter_dtype)
+    return [torch.randn(*shape, dtype=kind, requires_grad=True) for shape, kind in zip(shapes, kinds)]
+
+
+def test_the_lora_product_equals_its_formula_in_value_and_gradient():
+    tensors = lora_product(torch.float64, torch.float64)
+    out, x, a, b = tensors
+    slope = torch.randn(9, 12, dtype=torch.float64)
+    plain = out + 0.7 * (x @ a.T) @ b.T
+    fast = kernels.add_low_rank(out * 1, x, a, b, 0.7)
+    assert (plain - fast).abs().max() < 1e-12
+    grads = [torch.autograd.grad((y * slope).sum(), tensors) for y in (plain, fast)]
+    assert all((g - e).abs().max() < 1e-12 for g, e in zip(*grads, strict=True))
+
+
+def test_the_lora_product_keeps_the_input_itself_and_gives_float32_gradients():
+    """In bfloat16, beside the formula in float32: no worse than rounding, and no wide copy of the input."""
+    tensors = lora_product(torch.bfloat16, torch.float32)
+    out, x, a, b = tensors
+    slope = torch.randn(9, 12)
+    fast = kernels.add_low_rank(out * 1, x, a, b, 0.7)
+    kept = fast.grad_fn.saved_tensors
+    assert kept[0].data_ptr() == x.data_ptr() and kept[1].shape == (9, 3) and kept[2] is a and kept[3] is b
+    plain = out.float() + 0.7 * (x.float() @ a.T) @ b.T
+    grads = [torch.autograd.grad((y * slope).sum(), tensors) for y in (plain, fast)]
+    assert [g.dtype for g in grads[1]] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
+    for e, g in ((plain, fast), *zip(*grads, strict=True)):
+        assert (g.float() - e.float()).norm() < 0.01 * e.float().norm()
 
 
 def test_lora_dropout_acts_in_training_only():
