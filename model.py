@@ -16,7 +16,6 @@ import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -28,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from parts.configs import read_fields
 from parts.files import write_json
 from parts.head import KEPT, How, chunked_logps
-from parts.kernels import ACTIVATIONS, add_low_rank, compute_dtype, rms_norm, rotation, swiglu
+from parts.kernels import ACTIVATIONS, add_low_rank, compute_dtype, cut, rms_norm, rotation, swiglu
 from parts.names import file_name, find_places
 from parts.ropes import Rope
 from parts.varlen import has_flash, plan_varlen
@@ -83,6 +82,8 @@ class ModelConfig:
     embed_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+    output_gate: bool = False  # q_proj makes a gate too: its sigmoid scales attention's output
+    mixer: dict | None = None  # another token mixer, in the layers it names: make_mixer
     moe: dict | None = None  # read by extras/decoder/moe.py
     vision: dict | None = None  # read by extras/decoder/vision.py
     other_names: bool = False  # its files name or lay out parameters otherwise
@@ -207,28 +208,6 @@ def span_mask(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:  # (
     return seen if window is None else seen & (distance < window)
 
 
-def cut(x: Tensor, ranges: list[tuple[tuple[int, int], ...]]) -> list[Tensor]:
-    """Return the stretches [a, b) of x, joined where an entry has several.
-
-    By one split, whose gradient is one concatenation: the gradient of each slice would be a tensor
-    as long as x, mostly zeros, and there are as many slices as completions.
-    """
-    edges = {0, len(x)}
-    for stretches in ranges:
-        for stretch in stretches:
-            edges.update(stretch)
-    edges = sorted(edges)
-    number = {edge: i for i, edge in enumerate(edges)}
-    pieces = x.split([b - a for a, b in pairwise(edges)])
-    out = []
-    for stretches in ranges:
-        parts = []
-        for a, b in stretches:
-            parts += pieces[number[a] : number[b]]
-        out.append(torch.cat(parts) if len(parts) > 1 else parts[0])
-    return out
-
-
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
                     scale: float) -> Tensor:  # (n, H, D)
     K = k.shape[1]
@@ -255,10 +234,16 @@ def plan_attention(config: ModelConfig, spans: Tensor, position_ids: Tensor,
     """Return {window: plan} for one stream."""
     device = position_ids.device
     if has_flash(device, dtype, config.head_dim, config.attn_softcap):
-        return plan_varlen(config, spans, device)
-    attention = choose_attention(config)
-    return {window: CallPlan(plan_calls(spans, position_ids, window), attention)
-            for window in set(config.windows)}
+        plans: dict = plan_varlen(config, spans, device)
+    else:
+        attention = choose_attention(config)
+        plans = {window: CallPlan(plan_calls(spans, position_ids, window), attention)
+                 for window in set(config.windows)}
+    if config.mixer is None:
+        return plans
+    from extras.decoder.gated_delta import plan_chunks
+
+    return plans | {"linear_attn": (plan_chunks(spans, config.mixer["width"], device), None)}
 
 
 # Modules
@@ -302,7 +287,8 @@ class Attention(nn.Module):
         if config.fused_qkv:
             self.qkv_proj = nn.Linear(C, q_size + 2 * k_size, bias=config.qkv_bias)
         else:
-            self.q_proj = nn.Linear(C, q_size, bias=config.qkv_bias)
+            gates = q_size if config.output_gate else 0
+            self.q_proj = nn.Linear(C, q_size + gates, bias=config.qkv_bias)
             self.k_proj = nn.Linear(C, k_size, bias=config.qkv_bias)
             self.v_proj = nn.Linear(C, k_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_size, C, bias=config.o_bias)
@@ -311,33 +297,37 @@ class Attention(nn.Module):
             self.q_norm = Norm(q_size if full else config.head_dim, config)
             self.k_norm = Norm(k_size if full else config.head_dim, config)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q (T, H, D), k (T, K, D) and v (T, K, D)."""
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return q (T, H, D), k (T, K, D), v (T, K, D), and the gate (T, H, D) if there is one."""
         c = self.config
         H = c.num_attention_heads
         K = c.num_key_value_heads
         D = c.head_dim
+        gate = None
         if c.fused_qkv == "heads":
-            return self.qkv_proj(x).view(-1, H, 3, D).unbind(2)
+            return *self.qkv_proj(x).view(-1, H, 3, D).unbind(2), gate
         if c.fused_qkv:
             q, k, v = self.qkv_proj(x).split([H * D, K * D, K * D], -1)
         else:
             q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if c.output_gate:
+            q, gate = q.view(-1, H, 2 * D).chunk(2, -1)
         if c.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.view(-1, H, D), k.view(-1, K, D), v.view(-1, K, D)
         if c.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v
+        return q, k, v, gate
 
     def forward(self, x: Tensor, tables: dict, plans: dict) -> Tensor:  # (T, C)
-        q, k, v = self.project(x)
+        q, k, v, gate = self.project(x)
         if self.rope is not None:
             q = rotate(q, *tables[self.rope])
             k = rotate(k, *tables[self.rope])
         if self.config.qk_norm == "rotated":
             q, k = self.q_norm(q), self.k_norm(k)
         out = plans[self.window](q, k, v)  # (T, H, D)
+        out = out if gate is None else out * gate.sigmoid()
         return self.o_proj(out.flatten(1))
 
 
@@ -380,13 +370,23 @@ def make_mlp(config: ModelConfig, layer: int) -> nn.Module:
     return SparseMLP(config.hidden_size, config.moe, ACTIVATIONS[config.hidden_act], shared)
 
 
+def make_mixer(config: ModelConfig, layer: int) -> tuple[str, nn.Module]:
+    """Return what mixes the tokens of a layer, and its name in the block."""
+    if config.mixer is None or not config.mixer["layers"][layer]:
+        return "self_attn", Attention(config, layer)
+    from extras.decoder.gated_delta import GatedDelta
+
+    return "linear_attn", GatedDelta(config)
+
+
 class Block(nn.Module):
     """Norm, attention, norm, MLP, with residuals; the family says which of four norms exist."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.config = config
-        self.self_attn = Attention(config, layer)
+        self.mixer, mixer = make_mixer(config, layer)
+        self.add_module(self.mixer, mixer)
         self.mlp = make_mlp(config, layer)
         for name in filter(None, config.block_norms):
             self.add_module(name, Norm(config.hidden_size, config))
@@ -398,7 +398,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, tables: dict, plans: dict) -> tuple[Tensor, Tensor | None]:
         """Return hidden states (T, C), and the router's logits (T, experts) of a sparse layer."""
         scale = self.config.residual_scale
-        out = self.self_attn(self.norm(0, x), tables, plans)
+        out = getattr(self, self.mixer)(self.norm(0, x), tables, plans)
         attended = torch.add(x, self.norm(1, out), alpha=scale)
         out = self.mlp(self.norm(2, x if self.config.parallel_residual else attended))
         out, router_logits = out if isinstance(out, tuple) else (out, None)

@@ -43,7 +43,7 @@ HARMLESS = re.compile(r"""(?x) ^( architectures | model_type | auto_map | (torch
     | reorder_and_upcast_attn | full_attn_mod | interpolate_factor | _?attn_implementation.*
     | output_(attentions|hidden_states) | (use_)?return_dict | id2label | label2id | problem_type
     | is_decoder | m(ax|in)_length | do_sample | temperature | top_[kp] | num_beams
-    | repetition_penalty | unsloth_.* | transformers\.js_config )$""")
+    | repetition_penalty | mamba_ssm_dtype | mtp_.* | unsloth_.* | transformers\.js_config )$""")
 
 # Groups of keys that several families read.
 BIAS = dict(attention_bias=False)
@@ -62,9 +62,17 @@ QWEN_MOE_KEYS = MOE_KEYS | dict(
     moe_intermediate_size=REQUIRED, norm_topk_prob=False, decoder_sparse_step=1,
     mlp_only_layers=None)
 
+# Qwen3-Next and Qwen3.5
+DELTA_KEYS = BIAS | dict(
+    linear_conv_kernel_dim=4, linear_key_head_dim=128, linear_value_head_dim=128,
+    linear_num_key_heads=16, linear_num_value_heads=32, layer_types=None,
+    full_attention_interval=4, head_dim=256, partial_rotary_factor=0.25)
+SHARED_KEYS = dict(moe_intermediate_size=REQUIRED, shared_expert_intermediate_size=REQUIRED)
+
 # Norms before attention, after it, before the MLP, after it.
 SANDWICH = ("input_layernorm", "post_attention_layernorm",
             "pre_feedforward_layernorm", "post_feedforward_layernorm")
+DELTA = dict(norm_offset=True, qk_norm="head", output_gate=True)
 OLMO2_NORMS = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 GLM4_NORMS = ("input_layernorm", "post_self_attn_layernorm",
               "post_attention_layernorm", "post_mlp_layernorm")
@@ -116,6 +124,38 @@ def without(raw: dict, said: dict, unread: tuple[str, ...] = ()) -> dict:
     if odd:
         raise ValueError(f"config.json: {', '.join(odd)} is not supported")
     return {k: v for k, v in raw.items() if k not in said and k not in unread}
+
+
+def delta(c: dict, fused: bool = False) -> dict:
+    """Read what extras/decoder/gated_delta.py needs; `fused` is how its projections are cut."""
+    types = c["layer_types"]
+    if not types:
+        every = c["full_attention_interval"]
+        types = ["full_attention" if (i + 1) % every == 0 else "linear_attention"
+                 for i in range(c["num_hidden_layers"])]
+    odd = sorted({*types} - {"full_attention", "linear_attention"})
+    if odd:
+        raise ValueError(f"config.json: layer_types names {', '.join(odd)}; linear_attention and "
+                         "full_attention are known")
+    key_heads, value_heads = c["linear_num_key_heads"], c["linear_num_value_heads"]
+    if value_heads % key_heads:
+        raise ValueError(f"config.json: linear_num_value_heads = {value_heads} is no multiple of "
+                         f"linear_num_key_heads = {key_heads}")
+    return dict(mixer=dict(
+        layers=tuple(t == "linear_attention" for t in types), fused=fused, key_heads=key_heads,
+        value_heads=value_heads, key_size=c["linear_key_head_dim"],
+        value_size=c["linear_value_head_dim"], width=c["linear_conv_kernel_dim"]))
+
+
+def without_axes(raw: dict) -> dict:
+    """Drop how Qwen3.5 shares its rotation among time, height and width: in text they are equal."""
+    raw = without(raw, dict(attn_output_gate=True, output_gate_type="swish"))
+    for key in ("rope_parameters", "rope_scaling"):
+        if isinstance(raw.get(key), dict):
+            raw[key] = {k: v for k, v in raw[key].items() if not k.startswith("mrope_")}
+    if "moe_intermediate_size" in raw:  # no layer is dense
+        raw.setdefault("intermediate_size", raw["moe_intermediate_size"])
+    return raw
 
 
 LLAMA_KEYS = {
@@ -254,6 +294,14 @@ FAMILIES = {
     "olmoe": Family(
         dict(qk_norm="full", other_names=True),
         MOE_KEYS | BIAS | dict(norm_topk_prob=False, router_aux_loss_coef=0.01), more=moe),
+    "qwen3_next": Family(
+        DELTA | dict(other_names=True),
+        QWEN_MOE_KEYS | DELTA_KEYS | SHARED_KEYS | dict(norm_topk_prob=True),
+        more=lambda c: moe(c) | delta(c, fused=True)),
+    "qwen3_5_text": Family(DELTA, DELTA_KEYS, more=delta, rename=without_axes),
+    "qwen3_5_moe_text": Family(
+        DELTA | dict(other_names=True), MOE_KEYS | DELTA_KEYS | SHARED_KEYS,
+        more=lambda c: moe(c) | delta(c), rename=without_axes),
 }
 
 

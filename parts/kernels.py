@@ -1,4 +1,4 @@
-"""Activations by name, and norm, SwiGLU and rotation with their backward passes written by hand.
+"""Activations by name; norm, SwiGLU, rotation, LoRA and slices, with backward passes that are fast.
 
 Each computes the plain formula in its docstring. They exist because on a CPU, where memory traffic
 decides, PyTorch's own keep more tensors for backward or go over them more often. Inside
@@ -7,6 +7,7 @@ gives wrong gradients for operations in place inside an autograd Function.
 """
 
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -154,3 +155,25 @@ def add_low_rank(out: Tensor, x: Tensor, a: Tensor, b: Tensor, s: float) -> Tens
         low = F.linear(x.to(out.dtype), a.to(out.dtype))
         return out + s * F.linear(low, b.to(out.dtype))
     return LowRank.apply(out, x, a, b, s)
+
+
+def cut(x: Tensor, ranges: list[tuple[tuple[int, int], ...]]) -> list[Tensor]:
+    """Return the stretches [a, b) of x, joined where an entry has several.
+
+    By one split, whose gradient is one concatenation: the gradient of each slice would be a tensor
+    as long as x, mostly zeros, and there are as many slices as completions.
+    """
+    edges = {0, len(x)}
+    for stretches in ranges:
+        for stretch in stretches:
+            edges.update(stretch)
+    edges = sorted(edges)
+    number = {edge: i for i, edge in enumerate(edges)}
+    pieces = x.split([b - a for a, b in pairwise(edges)])
+    out = []
+    for stretches in ranges:
+        parts = []
+        for a, b in stretches:
+            parts += pieces[number[a] : number[b]]
+        out.append(torch.cat(parts) if len(parts) > 1 else parts[0])
+    return out

@@ -44,6 +44,9 @@ LONG = dict(rope_type="longrope", rope_theta=1e4, partial_rotary_factor=0.75, sh
             long_factor=[2.0, 5.0, 9.0])
 YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16)
 
+DELTA = dict(layer_types=["linear_attention", "linear_attention", FULL], full_attention_interval=3, head_dim=16, linear_num_key_heads=2,
+             linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=24)
+
 # name -> (model_type, configuration); windows of 5 and 6 are crossed by the pairs below
 CASES = {
     "llama": ("llama", SIZES | dict(attention_bias=True, mlp_bias=True)),
@@ -97,8 +100,13 @@ CASES = {
                                               mlp_only_layers=[1])),
     "qwen3_moe": ("qwen3_moe", EXPERTS | dict(moe_intermediate_size=16, norm_topk_prob=True, head_dim=12)),
     "olmoe": ("olmoe", EXPERTS),
+    "qwen3_next": ("qwen3_next", EXPERTS | DELTA | dict(
+        moe_intermediate_size=16, shared_expert_intermediate_size=24, mlp_only_layers=[1])),
+    "qwen3_5": ("qwen3_5_text", SIZES | DELTA),
+    "qwen3_5_moe": ("qwen3_5_moe_text", {k: v for k, v in EXPERTS.items() if k != "intermediate_size"} | DELTA | dict(
+        moe_intermediate_size=16, shared_expert_intermediate_size=24)),
 }
-SPARSE = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"]
+SPARSE = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "qwen3_next", "qwen3_5_moe"]
 SOFTCAPPED = ("gemma2",)
 LIMITED = {"gpt2": 64, "llama dynamic": 64, "phi3 longrope": 32}  # tokens that the positions reach
 PAIRS = random_pairs([(7, 5, 9), (1, 1, 12), (9, 6, 2)])
@@ -116,9 +124,12 @@ def random_model(name: str):
     config = transformers.AutoConfig.for_model(family, **config)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention(name))
     with torch.no_grad():
-        for p in model.parameters():
+        for n, p in model.named_parameters():
             scale = p.shape[-1] ** -0.5 if p.dim() > 1 else 0.2
             p.copy_(torch.randn_like(p) * scale + (p if p.dim() == 1 else 0))
+            if n.endswith("A_log"):
+                # states that last: of one that is gone at the next token, rounding decides over the output's sign
+                p -= 3
     return model.float().eval()
 
 

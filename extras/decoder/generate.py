@@ -2,7 +2,8 @@
 
 A sequence being written is a span, as in training, of which only the last token is new; the keys
 and values of the rest, and of the prompt that is its prefix, are cached. Samples of one prompt
-share it as the two completions of a pair do. What a sequence draws depends on the seed and on its
+share it as the two completions of a pair do. A layer with the gated delta rule keeps a state of each
+sequence instead, and of each prompt, from which its samples go on. What a sequence draws depends on the seed and on its
 own number, not on what is written beside it (up to rounding).
 
 Sizes: S sequences, V vocabulary, T new tokens, K kv heads, D head dim.
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from extras.decoder.gated_delta import plan_chunks
 from model import Call, CallPlan, Decoder, ModelConfig, choose_attention, span_mask
 from parts.configs import check_length
 from parts.varlen import has_flash, plan_varlen
@@ -129,6 +131,32 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
 
 
+class States(NamedTuple):
+    """What a layer with the gated delta rule keeps of a sequence, by the place where that starts:
+    the last inputs of its convolution, and its state.
+    """
+
+    kept: dict[int, tuple[Tensor, Tensor]]
+    rows: list[list[int]]  # the spans of this stream, as Cache has them
+
+    def starts(self, before: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what each span goes on from: its own, its prefix's, or zeros like `before` of all
+        spans and `state` of one."""
+        nothing = (before.unflatten(0, (len(self.rows), -1))[0], state)
+        found = []
+        for start, end, prefix_start, prefix_end, new in self.rows:
+            if new < end - start:
+                found.append(self.kept[start])
+            else:
+                found.append(self.kept[prefix_start] if prefix_end > prefix_start else nothing)
+        inputs, states = zip(*found)
+        return torch.cat(inputs), torch.stack(states)
+
+    def keep(self, inputs: Tensor, states: list[Tensor]) -> None:
+        for row, *found in zip(self.rows, inputs, states):
+            self.kept[row[0]] = tuple(found)
+
+
 class Cache:
     """Keys and values of all layers for a stream of `size` places.
 
@@ -140,19 +168,22 @@ class Cache:
     def __init__(self, size: int):
         self.size = size
         self.ids: list[int] = []
-        self.layers: list[tuple[Tensor, Tensor]] = []
+        # of each: keys and values, or States' `kept`
+        self.layers: list[tuple[Tensor, Tensor] | dict] = []
 
     def allocate(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         shape = (self.size, config.num_key_value_heads, config.head_dim)
         empty = lambda: torch.zeros(shape, dtype=dtype, device=device)
-        self.layers = [(empty(), empty()) for _ in config.windows]
+        have_states = config.mixer["layers"] if config.mixer else [False] * len(config.windows)
+        self.layers = [{} if has else (empty(), empty()) for has in have_states]
         self.position_ids = torch.zeros(self.size, dtype=torch.int64, device=device)
 
     def grow(self, size: int) -> None:
         """Make room for `size` places; what is cached stays."""
         if size > self.size:
             pad = lambda x: torch.cat([x, x.new_zeros(size - self.size, *x.shape[1:])])
-            self.layers = [(pad(k), pad(v)) for k, v in self.layers]
+            self.layers = [layer if isinstance(layer, dict) else tuple(map(pad, layer))
+                           for layer in self.layers]
             self.position_ids = pad(self.position_ids) if self.layers else None
             self.size = size
 
@@ -173,8 +204,14 @@ class Cache:
             attention = choose_attention(config)
             plans = {window: CallPlan(self.calls(rows, window), attention)
                      for window in set(config.windows)}
-        return [{window: CachedPlan(plans[window], keys, values, places)}
-                for window, (keys, values) in zip(config.windows, self.layers)]
+        chunks = None
+        if config.mixer is not None:
+            ends = spans[:, 4].cumsum(0)
+            alone = torch.stack([ends - spans[:, 4], ends, 0 * ends, 0 * ends], 1)
+            chunks = plan_chunks(alone, config.mixer["width"], device)
+        return [{"linear_attn": (chunks, States(layer, rows))} if isinstance(layer, dict)
+                else {window: CachedPlan(plans[window], *layer, places)}
+                for window, layer in zip(config.windows, self.layers)]
 
     def calls(self, rows: list[list[int]], window: int | None) -> list[Call]:
         """Return the attention calls of the new tokens, for a path without varlen attention."""
@@ -250,6 +287,8 @@ def read_prompts(
         if len(sequences) == 1:
             same = [a == b for a, b in zip(cache.ids, prompt[:-1])]
             known = same.index(False) if False in same else len(same)
+            if model.config.mixer is not None and known < len(cache.ids):
+                known = 0  # a state is that at its end, and of no earlier place
             cache.ids = list(prompt)
         start = sequence.start if samples == 1 else sequence.prefix[0]
         spans.append((start, start + len(prompt), 0, 0, len(prompt) - known))

@@ -76,8 +76,13 @@ def choose(model: nn.Module, settings: dict) -> dict[str, Callable]:
 
 
 def is_linear(name: str, model: nn.Module) -> bool:
+    """Tell whether a module can be a target.
+
+    Where PEFT takes some names for those of experts, it cannot reach a shared expert's layers.
+    """
     is_kind = isinstance(model.get_submodule(name), (nn.Linear, nn.Embedding))
-    return is_kind and not name.startswith(model.no_lora)
+    is_taken = has_shared(model.config) and name.rpartition(".")[2] in former_names(model.config)
+    return is_kind and not is_taken and not name.startswith(model.no_lora)
 
 
 def own_parameters(module: nn.Module) -> list[str]:
@@ -220,7 +225,16 @@ FORMER = {
     "mixtral": {
         "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj", "gate": "gate.weight"},
     "qwen3_moe": SWIGLU | {"gate": "gate.weight"},
-    "olmoe": SWIGLU | {"gate": "gate.weight"}}
+    "olmoe": SWIGLU | {"gate": "gate.weight"},
+    "qwen3_next": SWIGLU | {"gate": "gate.weight"}}
+
+
+def former_names(config: ModelConfig) -> dict[str, str]:
+    return FORMER.get(config.model_type, {})
+
+
+def has_shared(config: ModelConfig) -> bool:
+    return bool(config.moe and config.moe["shared_size"])
 
 
 def named_experts(settings: dict, config: ModelConfig) -> dict:
@@ -229,7 +243,7 @@ def named_experts(settings: dict, config: ModelConfig) -> dict:
     Gate and up are one stack now, which gets twice the rank. Raises ValueError where only one of
     them is named.
     """
-    former = FORMER.get(config.model_type, {})
+    former = former_names(config)
     targets = settings["target_modules"]
     if isinstance(targets, str) or not targets:
         return settings
@@ -248,7 +262,8 @@ def named_experts(settings: dict, config: ModelConfig) -> dict:
             f"--lora_target_modules {given}: the experts' {given} and {missing} are one matrix; "
             "name both, or neither")
     parameters = {*(settings["target_parameters"] or ()), *(former[end] for end in old.values())}
-    has_dense = any(not sparse for sparse in config.moe["sparse"])  # these layers keep the names
+    # dense layers keep the names
+    has_dense = not has_shared(config) and any(not sparse for sparse in config.moe["sparse"])
     kept = [t for t in targets if t not in old or (has_dense and old[t] != "gate")]
     ranks = settings["rank_pattern"] or {}
     alphas = settings["alpha_pattern"] or {}

@@ -1,0 +1,227 @@
+"""Layers with the gated delta rule (arXiv:2412.06464) in place of attention: Qwen3-Next, Qwen3.5.
+
+Each value head has a state S (dk, dv), which every token lets decay and corrects:
+
+    S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T         o_t = S_t^T q_t
+
+It is computed a chunk of tokens at a time (section 3.3): matrix products inside all chunks at
+once, then one step per chunk along each sequence. A completion's first chunk starts from the state
+after its prompt: the state forks, and the prompt is computed once. Spans lie side by side in a
+step.
+
+Sizes: T tokens, S spans, N chunks of n tokens, K key heads, r value heads of each, H = K r, dk and
+dv of a head, D = 2 K dk + H dv, W tokens of the convolution.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parts.kernels import ACTIVATIONS, rms_norm, swiglu
+
+CHUNK = 64
+
+
+class ChunkPlan(NamedTuple):
+    """How the spans of a stream are cut into chunks, in the order of the steps that compute them.
+    """
+
+    size: int  # n
+    place: Tensor  # (T,) of each token in the chunks laid end to end
+    steps: list[int]  # chunks of each step
+    # of each step but the first: which chunk of the step before each of its chunks goes on from
+    parents: list[Tensor]
+    ends: list[tuple[int, int]]  # of each span: step of its last chunk, and which chunk of it
+    # what the convolution reads, of each span the W - 1 tokens before it and its own: positions in
+    # the stream, and from T on those before the stream, W - 1 of each span
+    reads: Tensor  # (T + S (W - 1),)
+    kept: Tensor  # (T,) which of the convolution's results are those of the tokens
+    tails: Tensor  # (S, W - 1) what a token after the span would read before itself
+
+    def chunked(self, x: Tensor) -> Tensor:
+        """Lay x (T, ...) out as (N, n, ...); a chunk that is not full ends in zeros."""
+        rows = x.new_zeros(sum(self.steps) * self.size, *x.shape[1:])
+        return rows.index_copy(0, self.place, x).unflatten(0, (-1, self.size))
+
+
+def plan_chunks(
+    spans: Tensor, width: int, device: torch.device, chunk: int = CHUNK,
+) -> ChunkPlan:
+    """Plan one stream of spans (S, 4), each after its prefix; `width` is W."""
+    rows = spans.tolist()
+    length = rows[-1][1]
+    size = min(chunk, max(end - start for start, end, *_ in rows))
+    parents: list[list[int]] = []
+    found = {}  # span -> its last chunk (step, which chunk of it), the last W - 1 tokens up to its end
+    chunks = []  # (step, which chunk of it, first token, token after the last)
+    reads = []
+    for i, (start, end, *prefix) in enumerate(rows):
+        before = length + torch.arange(i * (width - 1), (i + 1) * (width - 1))
+        if prefix[1] > prefix[0] and tuple(prefix) not in found:
+            raise ValueError(f"the prefix {prefix} is no span that comes before")
+        (step, which), before = found.get(tuple(prefix), ((-1, 0), before))
+        for at in range(start, end, size):
+            step += 1
+            parents += [[]] if step == len(parents) else []
+            parents[step].append(which)
+            which = len(parents[step]) - 1
+            chunks.append((step, which, at, min(at + size, end)))
+        reads.append(torch.cat([before, torch.arange(start, end)]))
+        found[start, end] = (step, which), reads[-1][end - start :]
+    steps = list(map(len, parents))
+    place = torch.empty(length, dtype=torch.int64)
+    for step, which, a, b in chunks:
+        first = (sum(steps[:step]) + which) * size
+        place[a:b] = torch.arange(first, first + b - a)
+    kept = torch.arange(length) + (width - 1) * torch.repeat_interleave(
+        torch.arange(len(rows)), (spans[:, 1] - spans[:, 0]).cpu().long())
+    there = lambda x: x.to(device, non_blocking=True)
+    return ChunkPlan(
+        size=size, place=there(place), steps=steps,
+        parents=[there(torch.tensor(p)) for p in parents[1:]],
+        ends=[found[start, end][0] for start, end, *_ in rows], reads=there(torch.cat(reads)),
+        kept=there(kept), tails=there(torch.stack([found[a, b][1] for a, b, *_ in rows])))
+
+
+def delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, plan: ChunkPlan,
+    state: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Return o (T, H, dv), and the states (chunks, K, r, dk, dv) after each step.
+
+    q and k are (T, K, dk), v is (T, H, dv), g and beta (T, H). `state` is what the chunks of the
+    first step start from, None for zeros.
+    """
+    K = k.shape[1]
+    q, k = (plan.chunked(x).transpose(1, 2)[:, :, None] for x in (q, k))  # (N, K, 1, n, dk)
+    v = plan.chunked(v).unflatten(2, (K, -1)).permute(0, 2, 3, 1, 4)  # (N, K, r, n, dv)
+    g, beta = (
+        plan.chunked(x).unflatten(2, (K, -1)).permute(0, 2, 3, 1) for x in (g, beta))  # (N, K, r, n)
+    total = g.cumsum(-1)
+    # what is left at i of what was written at j, 0 for j > i
+    later = torch.ones(plan.size, plan.size, dtype=torch.bool, device=g.device).triu(1)
+    left = total[..., :, None] - total[..., None, :]
+    left = left.masked_fill(later, -torch.inf).exp()  # (N, K, r, n, n)
+    # new values u - w S: each token's correction, given the chunk's first state and its own earlier
+    # corrections (equations 8 to 10: the inverse is applied by solving)
+    decayed = total.exp()[..., None]
+    sides = torch.cat([v * beta[..., None], k * beta[..., None] * decayed], -1)
+    system = (k @ k.mT) * left * beta[..., None]
+    u, w = torch.linalg.solve_triangular(
+        system, sides, upper=False, unitriangular=True).split([v.shape[-1], k.shape[-1]], -1)
+    within = (q @ k.mT) * left
+    queries = q * decayed
+    keys = (k * (total[..., -1:] - total).exp()[..., None]).mT
+    whole = total[..., -1].exp()[..., None, None]
+    parts = (x.split(plan.steps) for x in (u, w, within, queries, keys, whole))
+    outs = []
+    states = []
+    for i, (u, w, within, queries, keys, whole) in enumerate(zip(*parts)):
+        if i > 0:
+            state = states[-1][plan.parents[i - 1]]
+        new = u if state is None else u - w @ state
+        out = within @ new
+        outs.append(out if state is None else out + queries @ state)
+        states.append(keys @ new if state is None else whole * state + keys @ new)
+    out = torch.cat(outs).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)  # (N n, H, dv)
+    return out[plan.place], states
+
+
+def convolve(x: Tensor, weight: Tensor, plan: ChunkPlan, before: Tensor) -> Tensor:  # (T, D)
+    """Return sum_j weight[:, j] x[t - W + 1 + j], over the tokens before t in its sequence.
+
+    x is (T, D), weight (D, W); `before` (S (W - 1), D) lies before the stream.
+    """
+    x = torch.cat([x, before])[plan.reads]
+    count = len(x) - weight.shape[1] + 1
+    out = sum(x[j : j + count] * w for j, w in enumerate(weight.T))
+    return out[plan.kept]
+
+
+class GatedNorm(nn.Module):
+    """RMSNorm(x) * weight * silu(gate), over each head."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return swiglu(gate, rms_norm(x, self.weight.to(x.dtype), self.eps, x.dtype))
+
+
+class GatedDelta(nn.Module):
+    """Convolution over a few tokens, the delta rule, a gated norm."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        c = config.mixer
+        C = config.hidden_size
+        self.heads = (c["key_heads"], c["value_heads"])
+        self.sizes = (c["key_size"], c["value_size"])
+        keys = c["key_heads"] * c["key_size"]
+        values = c["value_heads"] * c["value_size"]
+        self.split = [keys, keys, values]
+        self.fused = c["fused"]
+        if self.fused:
+            self.in_proj_qkvz = nn.Linear(C, 2 * keys + 2 * values, bias=False)
+            self.in_proj_ba = nn.Linear(C, 2 * c["value_heads"], bias=False)
+        else:
+            self.in_proj_qkv = nn.Linear(C, 2 * keys + values, bias=False)
+            self.in_proj_z = nn.Linear(C, values, bias=False)
+            self.in_proj_b = nn.Linear(C, c["value_heads"], bias=False)
+            self.in_proj_a = nn.Linear(C, c["value_heads"], bias=False)
+        channels = sum(self.split)
+        self.act = ACTIVATIONS[config.hidden_act]
+        self.conv1d = nn.Conv1d(channels, channels, c["width"], groups=channels, bias=False)
+        self.dt_bias = nn.Parameter(torch.ones(c["value_heads"]))
+        self.A_log = nn.Parameter(torch.zeros(c["value_heads"]))
+        self.norm = GatedNorm(c["value_size"], config.norm_eps)
+        self.out_proj = nn.Linear(values, C, bias=False)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return q, k, v side by side (T, D), the output's gate (T, H dv), b and a (T, H)."""
+        if not self.fused:
+            return self.in_proj_qkv(x), self.in_proj_z(x), self.in_proj_b(x), self.in_proj_a(x)
+        K, H = self.heads
+        dk, dv = self.sizes
+        values = H // K * dv
+        mixed = self.in_proj_qkvz(x).unflatten(1, (K, -1)).split([dk, dk, values, values], 2)
+        q, k, v, z = (part.flatten(1) for part in mixed)
+        b, a = self.in_proj_ba(x).unflatten(1, (K, 2, -1)).unbind(2)
+        return torch.cat([q, k, v], 1), z, b.flatten(1), a.flatten(1)
+
+    def forward(self, x: Tensor, tables: dict, plans: dict) -> Tensor:  # (T, C)
+        plan, memory = plans["linear_attn"]
+        qkv, z, b, a = self.project(x)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            qkv, z, b, a = (t.to(wide) for t in (qkv, z, b, a))
+            out = self.mix(qkv, b, a, plan, memory)  # (T, H, dv)
+            out = self.norm(out, z.view_as(out)).to(x.dtype)
+        return self.out_proj(out.flatten(1))
+
+    def mix(self, qkv: Tensor, b: Tensor, a: Tensor, plan: ChunkPlan, memory: Any) -> Tensor:
+        """Return o (T, H, dv). `memory` has what lies before the stream, None is nothing."""
+        K, H = self.heads
+        dk, dv = self.sizes
+        before, state = qkv.new_zeros(plan.tails.numel(), qkv.shape[1]), None
+        if memory is not None:
+            before, state = memory.starts(before, qkv.new_zeros(K, H // K, dk, dv))
+        weight = self.conv1d.weight[:, 0].to(qkv.dtype)
+        mixed = self.act(convolve(qkv, weight, plan, before))
+        q, k, v = (x.unflatten(1, (-1, size)) for x, size in zip(
+            mixed.split(self.split, 1), (dk, dk, dv)))
+        g = -self.A_log.to(a.dtype).exp() * F.softplus(a + self.dt_bias.to(a.dtype))
+        out, states = delta_rule(
+            unit(q) * dk**-0.5, unit(k), v, g, b.sigmoid(), plan, state)
+        if memory is not None:
+            memory.keep(torch.cat([qkv, before])[plan.tails], [states[i][j] for i, j in plan.ends])
+        return out
+
+
+def unit(x: Tensor) -> Tensor:
+    """Divide by the length, as the models were trained."""
+    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
