@@ -32,7 +32,7 @@ from torch import Tensor, nn
 import data
 import losses
 import model as models
-from parts import checks, faults, opened
+from parts import activations, checks, faults, opened
 from parts.checkpoints import Checkpoints, fingerprint, trained
 from parts.cli import ROOT, parse_config
 from parts.config import DPOConfig
@@ -208,11 +208,11 @@ class DPOTrainer:
         self.images = found.images
         self.model = found.model.to(opened.loading_device(c, self.ranks))
         self.model.train(not c.disable_dropout)
-        self.model.model.gradient_checkpointing = c.gradient_checkpointing
-        if c.torch_compile:
-            from extras.decoder.compiled import compile_blocks
+        self.model.model.run_block = activations.chosen(c)
+        if c.torch_compile or activations.are_special(c):
+            from extras.decoder.blocks import change_blocks
 
-            compile_blocks(self.model)
+            change_blocks(self.model, c, self.ranks.device)
         checks.check_model(c, self.model.config, self.model.raw_config)
         checks.warn(c, self.lora, self.log.say)
         self.aux_coef = opened.aux_coef(c, self.model.config)

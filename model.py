@@ -22,12 +22,13 @@ from typing import Any, Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from parts.activations import keep_all
 from parts.configs import read_fields
 from parts.files import write_json
 from parts.head import KEPT, How, chunked_logps
-from parts.kernels import ACTIVATIONS, add_low_rank, compute_dtype, cut, rms_norm, rotation, swiglu
+from parts.kernels import (
+    ACTIVATIONS, add_low_rank, compute_dtype, cut, product, rms_norm, rotation)
 from parts.names import file_name, find_places
 from parts.ropes import Rope
 from parts.varlen import has_flash, plan_varlen
@@ -339,6 +340,7 @@ class MLP(nn.Module):
         C = config.hidden_size
         bias = config.mlp_bias
         self.act = ACTIVATIONS[config.hidden_act]
+        self.product = product
         self.gated = config.gated_mlp
         self.fused = config.fused_gate_up
         if self.fused:
@@ -356,9 +358,7 @@ class MLP(nn.Module):
             gate, up = self.gate_up_proj(x).chunk(2, -1)
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
-        if self.act is F.silu:
-            return self.down_proj(swiglu(gate, up))
-        return self.down_proj(self.act(gate) * up)
+        return self.down_proj(self.product(self.act, gate, up))
 
 
 def make_mlp(config: ModelConfig, layer: int) -> nn.Module:
@@ -421,7 +421,7 @@ class Stack(nn.Module):
     def __init__(self, config: ModelConfig, make_vision: Callable | None = None):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
+        self.run_block: Callable = keep_all  # decides what a block keeps for its backward
         self.embed_tokens = make_embedding(config.vocab_size, config.hidden_size)
         if config.learned_positions:
             self.embed_positions = make_embedding(
@@ -447,8 +447,7 @@ class Stack(nn.Module):
         x = self.embed(stream.input_ids, stream.position_ids)
         tables = rotary_tables(c.ropes, stream.position_ids, x.dtype)
         if self.vision is not None:
-            x, tables = self.vision(
-                x, tables, stream.pictures, c.ropes, self.gradient_checkpointing)
+            x, tables = self.vision(x, tables, stream.pictures, c.ropes, self.run_block)
         planned = (c, stream.spans, stream.position_ids, compute_dtype(x))
         if cache is None:
             plans = [plan_attention(*planned)] * len(self.layers)
@@ -456,10 +455,7 @@ class Stack(nn.Module):
             plans = cache.plan(*planned)
         routed = []
         for layer, plan in zip(self.layers, plans):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, router_logits = checkpoint(layer, x, tables, plan, use_reentrant=False)
-            else:
-                x, router_logits = layer(x, tables, plan)
+            x, router_logits = self.run_block(layer, x, tables, plan)
             if router_logits is not None:
                 routed.append(router_logits)
         return self.norm(x), routed
@@ -508,7 +504,7 @@ class Decoder(nn.Module):
         """
         hidden, routed = self.model(batch)
         terms = self.head_terms(hidden[batch.score_index])
-        keep = 0 if self.model.gradient_checkpointing else KEPT
+        keep = KEPT if self.model.run_block is keep_all else 0
         out = token_logps(terms, batch.targets, self.config.final_softcap, keep, statistics)
         if self.config.moe is None:
             return out

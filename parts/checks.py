@@ -35,6 +35,10 @@ def check_config(c: DPOConfig) -> None:
         raise ValueError(
             "--sync_ref_model moves the reference; --precompute_ref_log_probs needs one that does "
             "not move")
+    if c.gradient_checkpointing == "selective" and c.torch_compile:
+        raise ValueError(
+            "--gradient_checkpointing selective with --torch_compile: the compiler already chooses "
+            "what norms and MLPs keep; leave one of them out")
     if c.load_in_8bit:
         raise ValueError(
             "--load_in_8bit: LLM.int8 rounds activations too, and which columns it leaves exact "
@@ -47,7 +51,8 @@ def check_field(option: Field, value: Any) -> None:
     choices = option.metadata["choices"]
     least = option.metadata["least"]
     for one in value if isinstance(value, list) else [value]:
-        if one is not None and choices and one not in choices:
+        told = str(one).lower() if isinstance(one, bool) else one
+        if one is not None and choices and told not in choices:
             raise ValueError(f"--{option.name} {one}: expected one of {', '.join(choices)}")
     if value is not None and least is not None and not least <= value < math.inf:
         raise ValueError(f"--{option.name} {value}: it must be {least} or more")

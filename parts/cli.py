@@ -53,7 +53,16 @@ def json_object(value: Any) -> dict[str, Any]:
     return found
 
 
+def truth_or_word(value: Any) -> bool | str:
+    """Take true and false as `truth` does, and any other word as it is."""
+    try:
+        return truth(value)
+    except KeyError:
+        return str(value)
+
+
 PARSERS = {
+    "bool | str": (truth_or_word, "true, false or a word"),
     "bool": (truth, "true or false"),
     "int": (whole_number, "a whole number"),
     "float": (number, "a number"),

@@ -86,8 +86,11 @@ class DPOConfig:
         None, "split parameters, gradients, optimizer state and reference across the ranks; also "
         "takes transformers' words: full_shard, shard_grad_op, auto_wrap, offload (to the CPU)",
         bare="full_shard")
-    gradient_checkpointing: bool = flag(
-        False, "recompute each block's activations in backward instead of keeping them")
+    gradient_checkpointing: bool | str = flag(
+        False, "recompute each block's activations in backward instead of keeping them; selective "
+        "does so only with those that take no matrix product", choices=("true", "false", "selective"))
+    activation_offloading: bool = flag(
+        False, "keep activations in the host's memory between forward and backward; for GPUs")
     freeze_vision_tower: bool = flag(
         True, "of a vision-language model, train everything but the image encoder")
     torch_compile: bool = flag(

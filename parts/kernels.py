@@ -6,6 +6,7 @@ torch.compile the plain formulas are taken: the compiler fuses those itself, and
 gives wrong gradients for operations in place inside an autograd Function.
 """
 
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
@@ -78,6 +79,11 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+def product(act: Callable, gate: Tensor, up: Tensor) -> Tensor:
+    """act(gate) * up."""
+    return swiglu(gate, up) if act is F.silu else act(gate) * up
 
 
 def rotation(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:

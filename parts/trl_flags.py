@@ -81,7 +81,7 @@ REASONS = {
     ("none", "--gradient_checkpointing"):
         "activation_checkpointing activation_checkpointing_kwargs",
     ("false", "--gradient_checkpointing, --max_tokens_per_forward or --ref_model_device cpu, to "
-     "bound memory"): "activation_offloading auto_find_batch_size",
+     "bound memory"): "auto_find_batch_size",
     ("false", "leave it out: nothing is compiled"): "jit_mode_eval use_ipex",
     ("none", "leave it out: nothing is compiled"):
         "torch_compile_backend torch_compile_mode torchdynamo",

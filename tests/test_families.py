@@ -24,8 +24,10 @@ from test_model import (
 
 import model as models
 from extras.decoder.generate import Sampling, complete
+from extras.decoder.memory import save_memory
 from extras.lora.peft_files import load_adapter, save_adapter
 from extras.models.opening import build
+from parts.activations import keep_all, recompute
 from parts.configs import check_length
 from parts.families import Family
 from parts.names import find_places
@@ -280,6 +282,12 @@ def test_trained_weights_reach_transformers(case, tmp_path):
     assert difference.abs().max() < (2e-4 if name in SOFTCAPPED else 2e-5)
 
 
+def keep_less(model, checkpointing):
+    model.model.run_block = recompute if checkpointing is True else keep_all
+    if checkpointing == "selective":
+        save_memory(model, checkpointing, False, torch.device("cpu"))
+
+
 def test_stream_equals_unshared_and_checkpointed(case):
     """float64, values and gradients: sharing the prompt and recomputing blocks change nothing."""
     name, _, directory = case
@@ -291,8 +299,8 @@ def test_stream_equals_unshared_and_checkpointed(case):
         return logps, gradients(model, (logps * weights).sum())
 
     expected, expected_gradients = run(False)
-    for checkpointing in (False, True):
-        model.model.gradient_checkpointing = checkpointing
+    for checkpointing in (False, True, "selective"):
+        keep_less(model, checkpointing)
         logps, got = run(True)
         assert (logps - expected).abs().max() < 1e-10
         assert_same_gradients(got, expected_gradients, 1e-10)
@@ -566,8 +574,8 @@ def test_auxiliary_loss_equals_transformers_on_padded_pairs(sparse):
     routers = [n for n in ours.layout if n.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight"))]
     expected_gradients = their_gradients(theirs, expected, ours.layout)
     assert len(routers) == sum(ours.config.moe["sparse"])
-    for checkpointing in (False, True):
-        ours.model.gradient_checkpointing = checkpointing
+    for checkpointing in (False, True, "selective"):
+        keep_less(ours, checkpointing)
         for shared in (True, False):
             aux = ours(models.Stream(*stream(PAIRS, shared))).aux_loss
             assert aux.shape == () and abs(aux.item() - expected.item()) < 1e-5

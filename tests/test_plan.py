@@ -14,6 +14,8 @@ import data
 import dpo
 import model as models
 from extras import plan
+from extras.decoder.memory import save_memory
+from parts.activations import keep_all, recompute
 
 
 class Counting(TorchDispatchMode):
@@ -69,7 +71,9 @@ def counted_peak(config, run, batches):
         quantize_linears(model, nested=run.four_bit == "nested")
     if run.rank:
         put_lora(model, run.rank, run.rank, 0.0, list(run.targets))
-    model.model.gradient_checkpointing = run.checkpointing
+    model.model.run_block = recompute if run.checkpointing is True else keep_all
+    if run.checkpointing == "selective":
+        save_memory(model, "selective", False, torch.device("cpu"))
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     reference = [p.detach().clone() for p in model.parameters()] if run.live_ref else []
@@ -92,6 +96,7 @@ SHAPES = {"square": {}, "deep": dict(num_hidden_layers=12), "wide": dict(hidden_
           "vocabulary": dict(vocab_size=5000), "tied": dict(vocab_size=2000, tie_word_embeddings=True),
           "all kv heads": dict(num_key_value_heads=4, head_dim=32)}
 MODES = {"float32": {}, "bf16": dict(bf16=True), "accumulated": dict(forwards=2), "checkpointing": dict(checkpointing=True),
+         "selective": dict(checkpointing="selective"), "selective, bf16": dict(checkpointing="selective", bf16=True),
          "live reference": dict(live_ref=True), "LoRA": dict(rank=4), "LoRA on all": dict(rank=4, targets=("all-linear",)),
          "QLoRA": dict(rank=4, targets=("all-linear",), four_bit="plain")}
 

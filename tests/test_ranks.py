@@ -74,6 +74,7 @@ MODES = {
     "float64": dict(dtype="float64"),
     "float64, LoRA, a hundred times the learning rate": LORA | dict(dtype="float64", learning_rate=1e-2),
     "gradient checkpointing": dict(gradient_checkpointing=True),
+    "selective checkpointing": dict(gradient_checkpointing="selective"),
     "a live reference": dict(precompute_ref_log_probs=False),
     "TR-DPO": dict(sync_ref_model=True, ref_model_sync_steps=2),
     "offload": dict(fsdp="full_shard auto_wrap offload"),

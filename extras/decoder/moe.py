@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parts.kernels import product
+
 
 class Router(nn.Module):
     """Choose `per_token` experts for each token, and their weights."""
@@ -44,6 +46,7 @@ class Experts(nn.Module):
     def __init__(self, hidden_size: int, moe: dict, act: Callable):
         super().__init__()
         self.act = act
+        self.product = product
         count = moe["experts"]
         self.gate_up_proj = nn.Parameter(torch.zeros(count, 2 * moe["size"], hidden_size))
         self.down_proj = nn.Parameter(torch.zeros(count, hidden_size, moe["size"]))
@@ -51,7 +54,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """Apply each expert to its rows of x: the first counts[0] are expert 0's, and so on."""
         gate, up = grouped_linear(x, self.gate_up_proj, counts).chunk(2, -1)
-        return grouped_linear(self.act(gate) * up, self.down_proj, counts)
+        return grouped_linear(self.product(self.act, gate, up), self.down_proj, counts)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:  # (n, out)

@@ -9,14 +9,16 @@ batch is encoded once, though both completions see it and rows may share it: `Pi
 tells which feature goes where.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from extras.decoder import qwen_vl
 from extras.decoder.in_stream import Pictures
 from extras.decoder.towers import Tower
 from model import ModelConfig
+from parts.activations import keep_all
 from parts.kernels import ACTIVATIONS
 
 
@@ -65,19 +67,16 @@ class Vision(nn.Module):
             self.projector = LlavaProjector(c) if c["kind"] == "llava" else ShuffleProjector(c)
 
     def encode(
-        self, pixels: Tensor, grids: Tensor, save_memory: bool = False,
+        self, pixels: Tensor, grids: Tensor, run_layer: Callable = keep_all,
     ) -> Tensor:  # (F, C)
         """Return the features of all images, one after another, in the decoder's size.
 
-        With `save_memory` a layer's activations are recomputed in backward instead of kept.
+        `run_layer` decides what a layer keeps for its backward.
         """
-        run = lambda layer, *args: layer(*args)
-        if save_memory and torch.is_grad_enabled():
-            run = lambda layer, *args: checkpoint(layer, *args, use_reentrant=False)
-        return self.projector(self.tower(pixels, grids, run))
+        return self.projector(self.tower(pixels, grids, run_layer))
 
     def forward(
-        self, x: Tensor, tables: dict, pictures: Pictures | None, ropes: dict, save_memory: bool,
+        self, x: Tensor, tables: dict, pictures: Pictures | None, ropes: dict, run_layer: Callable,
     ) -> tuple[Tensor, dict]:
         """Return the embeddings (T, C) with features in their places, and the rotary tables.
 
@@ -90,7 +89,7 @@ class Vision(nn.Module):
             if not learns:
                 return x, tables
             return x + 0 * self.encode(*self.blank(x.device)).sum(), tables
-        features = self.encode(pictures.pixels, pictures.grids, save_memory)
+        features = self.encode(pictures.pixels, pictures.grids, run_layer)
         features = features[pictures.source]  # (M, C)
         x = x.index_put((pictures.place,), features.to(x.dtype))
         if pictures.axes is not None:

@@ -26,6 +26,8 @@ from parts.head import KEPT, chunk_rows
 PER_TOKEN = {"float32": (16, 12, 12, 12), "bf16": (12, 11, 11, 6)}
 # What a frozen linear layer saves less: its input.
 FROZEN = {"float32": (4, 4, 0, 4), "bf16": (4, 2, 0, 2)}
+# What --gradient_checkpointing selective computes again: both norms, and gate * up.
+CHEAP = {"float32": (8, 0, 0, 4), "bf16": (4, 0, 0, 2)}
 
 
 class Run(NamedTuple):
@@ -38,7 +40,7 @@ class Run(NamedTuple):
     fsdp: bool = False  # weights, gradients, moments and reference are cut into `world` parts
     weights: str = "float32"
     bf16: bool = False  # autocast
-    checkpointing: bool = False
+    checkpointing: bool | str = False
     live_ref: bool = False  # a copy of the weights
     rank: int = 0  # of a LoRA; 0 trains all weights
     targets: tuple[str, ...] = ("q_proj", "v_proj")
@@ -88,9 +90,10 @@ def block_activations(c: models.ModelConfig, run: Run, block: int) -> int:
         c.intermediate_size)
     learns_all = not run.rank or "all-linear" in run.targets
     less = (0, 0, 0, 0) if learns_all else FROZEN[kind]
+    cheap = CHEAP[kind] if run.checkpointing == "selective" else (0, 0, 0, 0)
     per_token = 0
-    for size, saved, frozen in zip(sizes, PER_TOKEN[kind], less, strict=True):
-        per_token += size * (saved - frozen)
+    for size, saved, frozen, again in zip(sizes, PER_TOKEN[kind], less, cheap, strict=True):
+        per_token += size * (saved - max(frozen, again))
     per_token += 16 * run.rank * len(run.targets)
     casts = 2 * block if run.bf16 else 0  # autocast keeps the weights that it cast
     return run.tokens * per_token + casts
@@ -114,7 +117,7 @@ def activations(c: models.ModelConfig, run: Run, block: int) -> tuple[int, int]:
     ends += c.vocab_size * narrow * kept  # logits, as their gradients
     head = logits + 4 * c.hidden_size * (run.scored + (0 if run.rank else c.vocab_size))
     mlp = (5 if run.bf16 else 10) * run.tokens * c.intermediate_size
-    if run.checkpointing:
+    if run.checkpointing is True:
         inputs = c.num_hidden_layers * wide * c.hidden_size * run.tokens
         return ends + inputs, max(head, saved + mlp)
     return ends + c.num_hidden_layers * saved, max(head, mlp)
@@ -152,7 +155,7 @@ def flops(
 
     2 per weight and token forward, and twice that backward, less where weights are frozen.
     """
-    passes = (2 if run.rank else 3) + (1 if run.checkpointing else 0) + references
+    passes = (2 if run.rank else 3) + (1 if run.checkpointing is True else 0) + references
     attention = (
         2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length)
     per_token = 2 * count(config, run)["matrices"] + attention
