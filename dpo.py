@@ -14,7 +14,7 @@ ranks: that changes the speed, never the result (but for the experts' balancing 
 Reading order: `DPOTrainer.train`, `train_step`, `pair_logps`, losses.py; then data.py, model.py.
 """
 
-import copy
+import copy  # noqa: I001  parts.threads comes before torch
 import math
 import sys
 import time
@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import parts.threads  # noqa: F401  sets what torch reads when it is loaded
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -57,9 +58,7 @@ def score(model: nn.Module, batch: data.Batch, c: DPOConfig) -> Scored:
     out = model(batch)
     lengths = batch.lengths
     plain = losses.completion_sums(out.logps, lengths)  # (B, 2)
-    logps = plain
-    if c.ld_alpha is not None:
-        logps = losses.completion_sums(out.logps, lengths, c.ld_alpha)
+    logps = losses.completion_sums(out.logps, lengths, c.ld_alpha)
     with torch.no_grad():
         per_token = (out.entropy, out.is_top1.to(out.entropy.dtype), out.mean_logits)
         entropy, top1, logits = (losses.completion_sums(t, lengths) for t in per_token)

@@ -79,7 +79,6 @@ class ChunkedLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        how = ctx.how
         if ctx.inputs_alone:
             grads = [g for slope in ctx.saved_tensors for g in (slope * grad[:, None], None)]
         else:

@@ -1,7 +1,10 @@
 """How many steps a run has, what happens at which of them, and the learning rate of each."""
 
+import inspect
 import math
+import sys
 from collections.abc import Callable
+from types import MethodType
 from typing import NamedTuple
 
 import torch
@@ -88,6 +91,28 @@ def make_optimizer(
             decay = c.weight_decay if is_matrix else 0.0
             if members:
                 groups.append({"params": members, "ratio": ratio, "weight_decay": decay})
-    return torch.optim.AdamW(
+    compiles = "torch._dynamo" in sys.modules
+    if not compiles:
+        leave_compiler_out()
+    optimizer = torch.optim.AdamW(
         groups, lr=c.learning_rate, eps=c.adam_epsilon, betas=(c.adam_beta1, c.adam_beta2),
         fused=c.dtype != "float64")
+    if not compiles:
+        optimizer.step = plain_step(optimizer)
+    return optimizer
+
+
+def leave_compiler_out() -> None:
+    """Spare the import of PyTorch's compiler, one or two seconds of CPU time.
+
+    Optimizer's methods import it when first called, only to be left alone by it. Unless
+    --torch_compile has imported it, nothing compiles them, and they are called as they are.
+    """
+    for method in vars(torch.optim.Optimizer).values():
+        if plain := getattr(method, "__wrapped__", None):
+            plain.__dynamo_disable = plain  # where torch looks for its wrapped form
+
+
+def plain_step(optimizer: torch.optim.Optimizer) -> Callable:
+    """Return optimizer.step without what PyTorch wraps around it for its compiler and profiler."""
+    return MethodType(torch.no_grad()(inspect.unwrap(type(optimizer).step)), optimizer)

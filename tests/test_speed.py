@@ -1,9 +1,15 @@
 """What speed rests on, and must not change: compiled modules, hand-written backward passes, one split of the stream."""
 
+import os
+import shutil
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 
 import data
 import dpo
@@ -11,6 +17,7 @@ import model as models
 from extras.decoder.compiled import compile_blocks
 from parts.kernels import RMSNorm, SwiGLU
 from parts.ropes import Rope
+from parts.threads import set_threads
 
 CONFIG = dict(model_type="llama", vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
               num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, rms_norm_eps=1e-5)
@@ -137,3 +144,27 @@ def test_forwards_on_a_cpu_are_cut_by_their_tokens_unless_one_loss_couples_them(
     sizes = [int(trainer.train_store.tokens[rows].sum()) for rows in trainer.forwards(trainer.train_store, pairs, len(pairs))]
     assert sum(sizes) > 2 * 2048
     assert (len(sizes) == 1) if limit is None else (max(sizes) <= limit < sizes[0] + sizes[1])
+
+
+def test_a_plain_run_imports_no_compiler_and_says_how_threads_wait_before_torch_is_loaded(tmp_path):
+    shutil.copytree(ROOT / "demo" / "model", tmp_path / "model")
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "The tea", "chosen": " was good.", "rejected": " was bad."}\n')
+    code = ("import sys; before = 'torch' in sys.modules; import dpo, os; status = dpo.main(sys.argv[1:]);"
+            "print('found', before, status, 'torch._dynamo' in sys.modules, os.environ['GOMP_SPINCOUNT'])")
+    flags = dict(model_name_or_path=tmp_path / "model", dataset_name=tmp_path / "pairs.jsonl", cache_dir=tmp_path / "cache",
+                 output_dir=tmp_path / "out", max_steps=1, per_device_train_batch_size=1)
+    environment = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    done = subprocess.run([sys.executable, "-c", code, *(f"--{k}={v}" for k, v in flags.items())], cwd=ROOT, text=True,
+                          env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=120)
+    assert "found False 0 False 2000" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("quota, threads", [("150000 100000", "2"), ("800000 100000", None), ("max 100000", None), (None, None)])
+def test_threads_are_at_most_what_the_quota_of_a_container_grants(quota, threads, tmp_path):
+    if quota:
+        (tmp_path / "cpu.max").write_text(quota + "\n")
+    for own in ({}, {"OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "1"}):
+        environment = dict(own)
+        set_threads(environment, tmp_path / "cpu.max", 8)
+        assert environment.get("OMP_NUM_THREADS") == own.get("OMP_NUM_THREADS", threads)
+        assert environment.get("GOMP_SPINCOUNT") == (own.get("GOMP_SPINCOUNT") if own.get("OMP_WAIT_POLICY") else own.get("GOMP_SPINCOUNT", "2000"))
