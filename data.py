@@ -368,6 +368,7 @@ class Batch(NamedTuple):
     ratings: Tensor  # (B, 2) float32, nan where absent
     ref_logps: Tensor | None = None  # (B, 2, 2), set by the trainer
     pictures: Any = None  # what a vision model reads, set by the trainer
+    part: Any = None  # of a stream that several ranks share (extras/run/context.py)
 
     def to(self, device) -> "Batch":
         """Move the batch to a device, but `spans`: the attention is planned from them in Python."""
@@ -434,6 +435,8 @@ class StreamBuilder:
 
 def collate(pairs: list[Pair], pair_ids=None, share_prefix: bool = True) -> Batch:
     """Lay the pairs into one stream; without share_prefix, each as two whole sequences."""
+    if not pairs:
+        return empty_batch()
     stream = StreamBuilder()
     for pair in pairs:
         stream.add_pair(pair, share_prefix)

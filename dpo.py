@@ -178,10 +178,10 @@ class DPOTrainer:
         self.args = c
         self.ranks = start_ranks(c.use_cpu, c.ddp_timeout)
         agree(self.ranks, {name: value for name, value in vars(c).items() if name not in OWN})
-        if c.dtype == "auto":
-            from extras.models.opening import own_dtype
+        if c.dtype == "auto" or c.context_parallel_size > 1:
+            from extras.run import starting
 
-            c.dtype = own_dtype(c, self.ranks)
+            c.dtype, self.ranks = starting.settle(c, self.ranks)
         self.precision = choose_precision(c, self.ranks.device)
         self.log = Log(c, self.ranks.first, panel_maker(), given.get("on_log"))
         self.position = Position(scaling={"scale": 2.0**16 if c.fp16 else 1.0, "since": 0})
@@ -208,7 +208,7 @@ class DPOTrainer:
         self.model = found.model.to(opened.loading_device(c, self.ranks))
         self.model.train(not c.disable_dropout)
         self.model.model.run_block = activations.chosen(c)
-        if c.torch_compile or activations.are_special(c):
+        if activations.changes_blocks(c):
             from extras.decoder.blocks import change_blocks
 
             change_blocks(self.model, c, self.ranks.device)
@@ -316,7 +316,7 @@ class DPOTrainer:
         c = self.args
         if global_batch is None:
             per_rank = c.per_device_train_batch_size * c.gradient_accumulation_steps
-            global_batch = per_rank * self.ranks.world
+            global_batch = per_rank * self.ranks.groups
         self.schedule = make_schedule(c, len(self.train_pairs), global_batch)
 
     def open_output(self) -> None:
@@ -358,9 +358,9 @@ class DPOTrainer:
         Every rank gets equally many, empty ones at the end: a rank with fewer forwards than the
         others would leave them waiting for its gradients.
         """
-        hands = data.deal(pairs, store.tokens, self.ranks.world)
+        hands = data.deal(pairs, store.tokens, self.ranks.groups)
         cuts = [data.micro_batches(hand, store.tokens, size, self.max_tokens) for hand in hands]
-        mine = cuts[self.ranks.rank]
+        mine = cuts[self.ranks.group]
         if self.images is not None:
             self.images.expect(store, mine)
         missing = max(map(len, cuts)) - len(mine)
@@ -368,13 +368,10 @@ class DPOTrainer:
 
     def batch(self, store: data.PairStore, rows: np.ndarray) -> data.Batch:
         """The stream of these pairs on the device, with their reference sums if those are known."""
-        if not len(rows):
-            batch = data.empty_batch()
-        else:
-            batch = data.collate([store[int(i)] for i in rows], rows)
-            if self.images is not None:
-                batch = batch._replace(pictures=self.images.collect(batch, store, rows))
-        return self.reference.attach(batch, store).to(self.ranks.device)
+        batch = data.collate([store[int(i)] for i in rows], rows)
+        if self.images is not None and len(rows):
+            batch = batch._replace(pictures=self.images.collect(batch, store, rows))
+        return self.ranks.cut(self.reference.attach(batch, store)).to(self.ranks.device)
 
     # The loss
 
@@ -563,9 +560,8 @@ class DPOTrainer:
                 now.pending += [measured] if measured else []
                 if now.pending and schedule.logs_at(now.step, c.logging_first_step):
                     metrics = self.log.step(now, schedule)
-                evaluated = {}
-                if self.eval_sets and schedule.evaluates_at(now.step):
-                    evaluated = self.evaluate()
+                is_due = self.eval_sets and schedule.evaluates_at(now.step)
+                evaluated = self.evaluate() if is_due else {}
                 metrics |= evaluated
                 if self.checkpoints.after(evaluated):
                     break

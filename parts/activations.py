@@ -28,6 +28,7 @@ def chosen(c: Any) -> Callable:
     return recompute if c.gradient_checkpointing is True else keep_all
 
 
-def are_special(c: Any) -> bool:
-    """Tell whether the flags ask for what extras/decoder/memory.py does."""
-    return c.gradient_checkpointing == "selective" or c.activation_offloading
+def changes_blocks(c: Any) -> bool:
+    """Tell whether the flags ask for what extras/decoder/blocks.py does."""
+    is_special = c.gradient_checkpointing == "selective" or c.activation_offloading
+    return is_special or c.torch_compile or c.context_parallel_size > 1

@@ -37,7 +37,7 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
 # compared instead (model and data by content; global_batch, total_steps).
 MAY_DIFFER = set("""
     save_dtype chat_template model_name_or_path model_revision output_dir gradient_checkpointing
-    activation_offloading
+    activation_offloading context_parallel_size
     dataset_name dataset_config dataset_train_split dataset_test_split eval_dataset_name
     max_prompt_length max_completion_length
     truncation_mode on_bad_row dataset_num_proc cache_dir exact_global_loss precompute_ref_log_probs

@@ -86,6 +86,9 @@ class DPOConfig:
         None, "split parameters, gradients, optimizer state and reference across the ranks; also "
         "takes transformers' words: full_shard, shard_grad_op, auto_wrap, offload (to the CPU)",
         bare="full_shard")
+    context_parallel_size: int = flag(
+        1, "ranks that share each forward's stream, for pairs too long for one GPU; the global "
+        "batch counts groups of them", least=1)
     gradient_checkpointing: bool | str = flag(
         False, "recompute each block's activations in backward instead of keeping them; selective "
         "does so only with those that take no matrix product", choices=("true", "false", "selective"))

@@ -74,7 +74,8 @@ def max_tokens(c: DPOConfig, config: Any, device: torch.device) -> int | None:
     """
     mixes = config.moe is not None or bool(set(c.loss_type) & SORTS_THE_BATCH)
     default = 2048 if device.type == "cpu" and not mixes else None
-    return c.max_tokens_per_forward or default
+    most = c.max_tokens_per_forward or default
+    return most and most * c.context_parallel_size  # of a stream; each rank has its part of it
 
 
 def hold_reference(c: DPOConfig, ranks: Ranks, model: nn.Module | None) -> None:

@@ -32,6 +32,17 @@ class Ranks(NamedTuple):
     world: int
     device: torch.device
     timeout: int = 1800  # of a collective, seconds
+    context: int = 1  # neighbouring ranks that share a stream: extras/run/context.py
+    cut: Callable = lambda batch: batch  # what this rank computes of its group's batch
+
+    @property
+    def groups(self) -> int:
+        """Return how many groups there are: each has pairs of its own."""
+        return self.world // self.context
+
+    @property
+    def group(self) -> int:
+        return self.rank // self.context
 
     @property
     def first(self) -> bool:

@@ -163,7 +163,8 @@ class PrecomputedReference:
         for rows in trainer.forwards(store, pairs, trainer.args.per_device_eval_batch_size):
             batch = trainer.batch(store, rows)
             with naming(batch):
-                sums[np.searchsorted(pairs, rows)] = self.live.sums(batch).to(sums)
+                at = np.searchsorted(pairs, batch.pair_ids.cpu().numpy())
+                sums[at] = self.live.sums(batch).to(sums)
             bar.update(len(rows))
         return trainer.ranks.sum(sums).to(trainer.precision.sums).cpu().numpy()
 

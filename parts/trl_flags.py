@@ -95,7 +95,8 @@ REASONS = {
     ("0", "--label_smoothing, which is DPO's"): "label_smoothing_factor",
     ("none", "leave it out: nccl on GPUs, gloo elsewhere"): "ddp_backend",
     ("none", "torchrun --nproc_per_node=N dpo.py --fsdp"):
-        "fsdp_config deepspeed parallelism_config fsdp_transformer_layer_cls_to_wrap",
+        "fsdp_config deepspeed fsdp_transformer_layer_cls_to_wrap",
+    ("none", "--fsdp, and for its cp_size or sp_size --context_parallel_size"): "parallelism_config",
     ("0", "--fsdp, which shards every block"): "fsdp_min_num_params",
     ("none", "TORCH_DISTRIBUTED_DEBUG=DETAIL"): "debug",
     (os.environ.get("WORLD_SIZE", "1"), "torchrun --nproc_per_node=N dpo.py"): "num_processes",

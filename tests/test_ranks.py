@@ -47,7 +47,7 @@ def settings(tiny, ragged, home: Path, name: str, ranks: int, micro: int, **opti
 
 def result(home: Path, name: str) -> tuple[list[float], dict]:
     file = next((home / name).glob("*model.safetensors"))
-    return [m["loss"] for m in read_metrics(home / name)], load_file(file)
+    return [m["loss"] for m in read_metrics(home / name) if "loss" in m], load_file(file)
 
 
 def apart(a, b) -> tuple[float, float]:

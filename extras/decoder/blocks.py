@@ -1,20 +1,22 @@
-"""Options of how the decoder's blocks compute: compiled, with less kept for the backward pass."""
+"""Options of how a decoder computes: compiled, with less kept for the backward pass, on a part of a
+stream."""
 
 import torch
 
 from extras.decoder.compiled import compile_blocks
 from extras.decoder.memory import save_memory
+from extras.run.context import join
 from model import Decoder
-from parts import activations
 from parts.config import DPOConfig
 
 
 def change_blocks(model: Decoder, c: DPOConfig, device: torch.device) -> None:
-    """Change a model's blocks in place; names of modules and parameters stay.
+    """Change a model in place; names of modules and parameters stay.
 
-    Raises ValueError for what this device gains nothing from.
+    Raises ValueError for what this model cannot do, or what this device gains nothing from.
     """
-    if activations.are_special(c):
+    join(model, c.context_parallel_size)
+    if c.gradient_checkpointing == "selective" or c.activation_offloading:
         save_memory(model, c.gradient_checkpointing, c.activation_offloading, device)
     if c.torch_compile:
         compile_blocks(model)

@@ -15,6 +15,7 @@ from extras.lora.peft_files import find_base, read_settings
 from extras.models.objects import from_object
 from extras.models.opening import is_adapter, load_adapted, model_directory
 from extras.models.policy import loading_options
+from extras.run.context import join
 from model import Decoder, lora_modules
 from parts.checks import check_tokens
 
@@ -26,6 +27,16 @@ def other_reference(
 
     Raises ValueError for an adapter that is not there.
     """
+    model, adapter = find_other(trainer, opened, ref_model)
+    if model is not None:
+        join(model, trainer.ranks.context)
+    return model, adapter
+
+
+def find_other(
+    trainer: Any, opened: Any, ref_model: nn.Module | None,
+) -> tuple[nn.Module | None, dict]:
+    """Do `other_reference`'s work for one rank."""
     c = trainer.args
     if isinstance(ref_model, Decoder):
         return ref_model, {}
