@@ -1,5 +1,6 @@
 """The head's log-probs, in chunks: forward and backward."""
 
+from importlib.util import find_spec
 from typing import Any, Iterator, NamedTuple
 
 import torch
@@ -116,8 +117,11 @@ def product_grads(ctx, grad: Tensor) -> list[Tensor | None]:
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """total += a b, in the type of total; the first product overwrites it."""
+    beta = 0 if first else 1
     if total.dtype == a.dtype:
-        total.addmm_(a, b, beta=0 if first else 1)
+        total.addmm_(a, b, beta=beta)
+    elif a.is_cuda and total.dtype == torch.float32 and torch.version.hip is None:
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
     elif first:
         total.copy_(a @ b)
     else:
@@ -163,6 +167,10 @@ def few_rows(budget: int, logits: Tensor, *more: Tensor) -> Iterator[tuple[Tenso
 
 def score_chunk(logits: Tensor, targets: Tensor, how: How, slopes: bool) -> list[list[Tensor]]:
     """Return the TokenLogps of groups of rows; overwrite the logits by D if asked."""
+    if has_triton(logits.device):
+        from parts import triton_head
+
+        return triton_head.score_chunk(logits, targets, how, slopes)
     out = []
     for rows, at in few_rows(how.chunk, logits, targets[:, None]):
         log_p = rows.log_softmax(-1, dtype=how.wide)
@@ -174,6 +182,12 @@ def score_chunk(logits: Tensor, targets: Tensor, how: How, slopes: bool) -> list
         if slopes:
             write_slopes(rows, p, at, how)
     return out
+
+
+def has_triton(device: torch.device) -> bool:
+    """Tell whether Triton is installed and computes bfloat16 on this device."""
+    return (device.type == "cuda" and find_spec("triton") is not None
+            and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 def statistics(logits: Tensor, log_p: Tensor, p: Tensor, at: Tensor) -> list[Tensor]:  # four (n,)

@@ -1,6 +1,7 @@
 """Shared pieces: a tiny model with a tokenizer and pairs made on the spot, and the real data where it lies."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -14,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 
 @pytest.fixture(autouse=True)
