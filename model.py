@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parts import weights
 from parts.activations import keep_all
 from parts.configs import read_fields
 from parts.files import write_json
@@ -32,7 +33,6 @@ from parts.kernels import (
 from parts.names import file_name, find_places
 from parts.ropes import Rope
 from parts.varlen import has_flash, plan_varlen
-from parts.weights import check_tensors, open_checkpoint, read_tensors, save_shards
 
 # Logits held at once: rows x vocabulary (64 MiB in float32); on a GPU eight times as many.
 HEAD_CHUNK = 2**24
@@ -486,6 +486,7 @@ class Decoder(nn.Module):
         self.tie()
         # how load_model found its files, so that save_model writes them the same way
         self.layout = {}
+        self.carried = weights.Carried({})
         self.raw_config = {}
         self.generation_config: dict | None = None
         self.no_lora: tuple[str, ...] = ()  # beginnings of names that LoRA leaves alone
@@ -625,7 +626,7 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device
     or are quantized are opened by extras/models/opening.py. Raises ValueError listing every
     missing, unexpected and misshaped tensor with its file, before any weight is read.
     """
-    opened = open_checkpoint(directory)
+    opened = weights.open_checkpoint(directory)
     try:
         config = read_config(opened.raw_config, max_length)
         layout = find_places(opened.files, config)
@@ -637,11 +638,12 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device
         raise ValueError(f"{opened.directory}: a {config.model_type} model reads pictures; "
                          "load_model of extras/models/opening.py opens those")
     parameters = dict(model.named_parameters())  # a tied head is listed once
-    check_tensors(opened, layout, parameters, config)
-    state = read_tensors(opened, layout, parameters, dtype, device)
+    weights.check_tensors(opened, layout, parameters, config)
+    state = weights.read_tensors(opened, layout, parameters, dtype, device)
     model.load_state_dict(state, strict=False, assign=True)
     model.tie()
     model.layout = layout
+    model.carried = weights.carry(opened, config)
     model.raw_config = opened.raw_config
     model.generation_config = opened.generation_config
     return model.requires_grad_(True)
@@ -663,7 +665,7 @@ def save_model(model: Decoder, directory: str | Path, dtype: torch.dtype | None 
     layout = model.layout or find_places(names, model.config)
     dtype = dtype or next(iter(parameters.values())).dtype
     tensors = {theirs: place.view(parameters[place.name]) for theirs, place in layout.items()}
-    save_shards(tensors, directory, dtype, SHARD_BYTES)
+    weights.save_shards(tensors, directory, dtype, SHARD_BYTES, model.carried.tensors)
     key = "torch_dtype" if "torch_dtype" in model.raw_config else "dtype"
     raw = model.raw_config | {key: str(dtype).removeprefix("torch.")}
     write_json(directory / "config.json", raw)

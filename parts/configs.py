@@ -25,7 +25,8 @@ def read_fields(raw: dict, max_length: int | None = None) -> dict:
             return text_fields(raw, max_length)
         text, vision = split_config(raw)
         fields = text_fields(text, max_length)
-        vision = vision | {"text_size": fields["hidden_size"]}
+        if vision is not None:
+            vision = vision | {"text_size": fields["hidden_size"]}
         return fields | dict(model_type=raw["model_type"], other_names=True, vision=vision)
     except wrong as error:
         raise ValueError("config.json: a value of another type or size than expected "

@@ -15,6 +15,7 @@ import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from parts.families import READS_IMAGES
 from parts.rows import DataError
 from parts.tokenizer_files import read_json, tokenizer_files
 from parts.turns import REASONING, is_empty, parse_ratings, split_row
@@ -207,7 +208,8 @@ def refuse_media(row: dict, reads_images: bool) -> None:
         raise DataError("the row has videos, which no model here reads; remove the row")
     if not reads_images and (kinds & {"image", "image_url"} or named("images", "image")):
         what = "the row has images, but this is a text run"
-        how = "remove them, or train a vision model (with its preprocessor_config.json)"
+        how = ("remove them, or train a model whose images are read, with its "
+               f"preprocessor_config.json: {', '.join(READS_IMAGES)}")
         raise DataError(f"{what}; {how}")
 
 

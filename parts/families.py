@@ -25,6 +25,8 @@ class Family(NamedTuple):
     interleaved: bool = False  # rotates neighbouring dims, as GPT-J does
 
 
+# of models with a vision_config, those whose tower is computed (parts/vision_configs.py)
+READS_IMAGES = ("llava", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl")
 REQUIRED = object()  # in place of a default
 COMMON = dict(
     vocab_size=REQUIRED, hidden_size=REQUIRED, intermediate_size=REQUIRED,

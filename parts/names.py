@@ -10,6 +10,8 @@ from typing import Any, Iterable, NamedTuple
 
 from torch import Tensor
 
+from parts.vision_configs import WRAPPED
+
 # Ours -> Hugging Face's, by module; "*" is the layer's number.
 MODULES = {
     "gpt2": {
@@ -55,6 +57,7 @@ VISION = {
     "qwen2_vl": {"model.vision.projector.": "model.visual.merger.",
                  "model.vision.tower.": "model.visual.", "model.": "model.language_model."}}
 VISION |= {"smolvlm": VISION["idefics3"], "qwen2_5_vl": VISION["qwen2_vl"]}
+VISION |= dict.fromkeys(WRAPPED, {"model.": "model.language_model."})  # their towers are carried
 # ... and back, from the prefixes of transformers 4 and 5.
 VISION_OURS = (
     (r"^(model\.)?vision_tower\.(vision_model\.)?", "model.vision.tower."),
@@ -99,8 +102,10 @@ def find_places(names: Iterable[str], config: Any) -> dict[str, Place]:
             f"the checkpoint is quantized (it has {quantized[0]}); use the original one")
     # old files carry this constant
     names = [n for n in names if not n.endswith("rotary_emb.inv_freq")]
+    carried = carried_names(names, config)
     if config.model_type in VISION:
-        places = {n: Place(vision_name(n)) for n in names if not n.endswith("position_ids")}
+        places = {n: Place(vision_name(n)) for n in names
+                  if not n.endswith("position_ids") and n not in carried}
     elif config.other_names or any("language_model." in n for n in names):
         places = other_places(names, config.model_type, config.moe)
     else:
@@ -109,6 +114,13 @@ def find_places(names: Iterable[str], config: Any) -> dict[str, Place]:
         tied = Place("model.embed_tokens.weight")
         places = {n: tied if p.name == "lm_head.weight" else p for n, p in places.items()}
     return places
+
+
+def carried_names(names: Iterable[str], config: Any) -> set[str]:
+    """Return what is saved as it was read: all of a wrapper that is not its decoder."""
+    if config.model_type not in WRAPPED:
+        return set()
+    return {n for n in names if vision_name(n).startswith("model.vision.")}
 
 
 def vision_name(name: str) -> str:

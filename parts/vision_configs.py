@@ -3,6 +3,9 @@ settings.
 
 LLaVA (CLIP or SigLIP tower), Idefics3 and SmolVLM (SigLIP), Qwen2-VL and Qwen2.5-VL. The modules
 are in extras/decoder/vision.py and extras/decoder/qwen_vl.py.
+
+Of others, `WRAPPED`, only the decoder is trained, on text: their towers are neither read nor
+changed.
 """
 
 import re
@@ -34,6 +37,17 @@ QWEN_IGNORED = {"in_chans", "spatial_patch_size", "tokens_per_second", "rope_par
 QWEN_OUTER = {"vision_config", "image_token_id", "video_token_id", "vision_start_token_id",
               "vision_end_token_id", "vision_token_id", "text_config"}
 
+# Decoders within a wrapper: what their text_config leaves out. (Files of Mistral 3 have a head of
+# their own unless they say otherwise.)
+WRAPPED = {
+    "gemma3": dict(
+        model_type="gemma3_text", vocab_size=262208, hidden_size=2304, intermediate_size=9216,
+        num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4, head_dim=256,
+        max_position_embeddings=131072, rms_norm_eps=1e-6, tie_word_embeddings=True),
+    "mistral3": dict(model_type="mistral"),
+    "qwen3_vl": dict(model_type="qwen3_vl_text", rope_theta=5e5),
+    "internvl": dict(model_type="qwen2")}
+DECODERS = {"qwen3_vl_text": "qwen3"}  # other names of families
 # Keys of a tower used alone, or left over from training: they change nothing in a forward pass.
 UNREAD = re.compile(
     r"^(projection_dim|vocab_size|initializer_factor|size|max_image_size|vision_use_head"
@@ -44,27 +58,41 @@ TOP = re.compile(
     r"|vocab_size|(image|video|vision)_.*token_(id|index)|vision_token_id|_?pad_token_id"
     r"|scale_factor|projector_hidden_act|multimodal_projector_bias|vision_feature_layer"
     r"|vision_feature_select_strategy|image_token_index)$")
+# of towers that are not computed
+OUTER = re.compile(
+    r"^([be]oi_token_(id|index)|mm_tokens_per_image|spatial_merge_size|downsample_ratio)$")
 
 
-def split_config(raw: dict) -> tuple[dict, dict]:
-    """Return (config.json of the decoder, the tower's settings).
+def split_config(raw: dict) -> tuple[dict, dict | None]:
+    """Return (config.json of the decoder, the tower's settings; None where it is only carried).
 
     Raises ValueError for other families.
     """
     kind = raw.get("model_type")
     splits = {"llava": split_llava, "idefics3": split_idefics, "smolvlm": split_idefics,
-              "qwen2_vl": split_qwen, "qwen2_5_vl": split_qwen}
+              "qwen2_vl": split_qwen, "qwen2_5_vl": split_qwen} | dict.fromkeys(WRAPPED, unwrap)
     if kind not in splits:
-        raise ValueError(f"model_type {kind!r} reads images or sound; of those, llava, idefics3, "
-                         "smolvlm, qwen2_vl and qwen2_5_vl are supported, and text-only decoders")
+        raise ValueError(f"model_type {kind!r} reads images or sound; of those, "
+                         f"{', '.join(splits)} are supported, and text-only decoders")
     if "text_config" in raw:
-        refuse_unknown({k: v for k, v in raw.items() if not TOP.match(k)}, kind)
+        refuse_unknown({k: v for k, v in raw.items() if not TOP.match(k)
+                        and not (kind in WRAPPED and OUTER.match(k))}, kind)
     text, vision = splits[kind](raw)
+    tied = text.get("tie_word_embeddings", False)
     text = {k: v for k, v in text.items() if not UNREAD.match(k) or k == "vocab_size"}
-    inner = (raw.get("text_config") or {}).get("tie_word_embeddings", False)
-    text["tie_word_embeddings"] = raw.get("tie_word_embeddings", inner)
+    text["tie_word_embeddings"] = raw.get("tie_word_embeddings", tied)
     text["quantization_config"] = raw.get("quantization_config")
     return text, vision
+
+
+def unwrap(raw: dict) -> tuple[dict, None]:
+    """Return the config.json of the decoder alone. Text has the same position on all axes."""
+    text = WRAPPED[raw["model_type"]] | raw["text_config"]
+    text["model_type"] = DECODERS.get(text["model_type"], text["model_type"])
+    for key in ("rope_scaling", "rope_parameters"):
+        if text.get(key):
+            text[key] = {k: v for k, v in text[key].items() if not k.startswith("mrope_")}
+    return text, None
 
 
 def refuse_unknown(raw: dict, kind: str) -> None:

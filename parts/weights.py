@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from parts.files import open_safetensors, read_json, write_json
-from parts.names import Place, file_name, find_places
+from parts.names import Place, carried_names, file_name, find_places
 
 DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -45,6 +45,20 @@ class InMemory:
     def get_slice(self, name: str) -> "Header":
         tensor = self.tensors[name]
         return Header(tuple(tensor.shape), DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)))
+
+
+class Carried:
+    """Tensors of the files that are no parameters here, such as those of a tower.
+
+    They are mapped into memory, not read, until they are saved as they were. A copy of the model
+    has the same ones.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        self.tensors = tensors
+
+    def __deepcopy__(self, memo: dict) -> "Carried":
+        return self
 
 
 class Header(NamedTuple):
@@ -176,6 +190,16 @@ def read_tensors(checkpoint: Checkpoint, layout: dict[str, Place], parameters: d
     return state
 
 
+def carry(checkpoint: Checkpoint, config: Any) -> Carried:
+    """Find what is saved again as it is. Raises ValueError for what is not where the index says."""
+    wanted = dict.fromkeys(carried_names(checkpoint.files, config))
+    found = {n: opened.get_tensor(n) for n, _, _, opened in each_tensor(checkpoint, wanted)}
+    for name in wanted.keys() - found.keys():
+        raise ValueError(f"{checkpoint.directory}: missing {name} in {checkpoint.files[name]}, "
+                         "where the index says it is")
+    return Carried(found)
+
+
 def overwrite(model: nn.Module, directory: str | Path) -> None:
     """Replace a model's weights by those of a checkpoint of the same shape; type and device stay.
 
@@ -191,9 +215,13 @@ def overwrite(model: nn.Module, directory: str | Path) -> None:
 
 
 def save_shards(tensors: dict[str, Tensor], directory: Path, dtype: torch.dtype,
-                shard_bytes: int) -> None:
-    """Write views of the parameters; one shard at a time is gathered in memory."""
+                shard_bytes: int, carried: dict[str, Tensor]) -> None:
+    """Write views of the parameters, cast to `dtype`, and `carried` in its own types.
+
+    One shard at a time is gathered in memory.
+    """
     sizes = {n: t.numel() * dtype.itemsize for n, t in tensors.items()}
+    sizes |= {n: t.nbytes for n, t in carried.items()}
     shards = cut_shards(sizes, shard_bytes)
     weight_map = {}
     for i, names in enumerate(shards, 1):
@@ -203,6 +231,9 @@ def save_shards(tensors: dict[str, Tensor], directory: Path, dtype: torch.dtype,
         shard = {}
         seen = set()
         for name in names:
+            if name in carried:
+                shard[name] = carried[name].cpu()
+                continue
             tensor = tensors[name].to("cpu", dtype).contiguous()
             # a tied head, written twice
             shard[name] = tensor.clone() if tensor.data_ptr() in seen else tensor

@@ -61,6 +61,8 @@ def open_policy(c: DPOConfig, ranks: Ranks, given: dict[str, Any]) -> Opened:
     images = None
     if model.config.vision is not None:
         images = open_pictures(model, tokenizer, c.freeze_vision_tower)
+    else:
+        tokenizer.pictures = None  # rows with images are refused
     if c.use_peft:
         lora = lora or fresh_settings(c, given["peft_config"] or {})
         add_lora(model, lora)

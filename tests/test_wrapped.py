@@ -1,0 +1,304 @@
+"""Decoders published within a wrapper that reads pictures: trained on text, all else saved as it was read."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import make_rows, read_metrics
+from safetensors.torch import load_file, save_file
+from test_families import (
+    FULL,
+    NARROW,
+    PAIRS,
+    SIZES,
+    SLIDING,
+    YARN,
+    our_logits,
+    their_logits,
+)
+from test_model import assert_same_gradients, gradients, put_lora, randomize_lora, stream
+
+import dpo
+import model as models
+from extras.decoder.generate import Sampling, complete
+from extras.lora.peft_files import save_adapter
+from extras.models.objects import in_memory
+from extras.models.opening import build, load_model
+from parts.names import carried_names, file_name, find_places
+
+transformers = pytest.importorskip("transformers", reason="needs transformers")
+
+SIGLIP = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=8,
+              patch_size=4)
+PIXTRAL = SIGLIP | dict(model_type="pixtral", head_dim=8)
+QWEN = dict(depth=1, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=4, out_hidden_size=32,
+            num_position_embeddings=16, deepstack_visual_indexes=[0])
+INTERN = SIGLIP | dict(image_size=[8, 8], patch_size=[4, 4])
+MROPE = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 2, 2], mrope_interleaved=True)
+# name -> (model_type, its configuration)
+CASES = {
+    "gemma3": ("gemma3", dict(mm_tokens_per_image=1, vision_config=SIGLIP, text_config=NARROW | dict(
+        sliding_window=5, layer_types=[SLIDING, FULL, SLIDING], query_pre_attn_scalar=20, rope_parameters={
+            FULL: dict(rope_type="linear", rope_theta=1e6, factor=8.0),
+            SLIDING: dict(rope_type="default", rope_theta=1e4)}))),
+    "mistral3": ("mistral3", dict(vision_config=PIXTRAL, text_config=NARROW | dict(
+        model_type="mistral", sliding_window=None), tie_word_embeddings=False)),
+    "ministral3": ("mistral3", dict(vision_config=PIXTRAL, tie_word_embeddings=True, text_config=NARROW | dict(
+        model_type="ministral3", tie_word_embeddings=True, rope_parameters=YARN | dict(
+            original_max_position_embeddings=128, llama_4_scaling_beta=0.1)))),
+    "qwen3_vl": ("qwen3_vl", dict(vision_config=QWEN, text_config=NARROW | dict(
+        attention_bias=True, rope_parameters=MROPE))),
+    "internvl": ("internvl", dict(vision_config=INTERN, text_config=SIZES | dict(model_type="qwen3", head_dim=12))),
+}
+
+
+def random_model(name: str):
+    kind, config = CASES[name]
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **copy.deepcopy(config))
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            scale = p.shape[-1] ** -0.5 if p.dim() > 1 else 0.2
+            p.copy_(torch.randn_like(p) * scale + (p if p.dim() == 1 else 0))
+    return model.float().eval()
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory):
+    """(name, transformers' model, its checkpoint as stock save_pretrained writes it)."""
+    directory = tmp_path_factory.mktemp(request.param)
+    theirs = random_model(request.param)
+    theirs.save_pretrained(directory)
+    return request.param, theirs, directory
+
+
+def test_logits_and_gradients_equal_transformers(case):
+    name, theirs, directory = case
+    ours = load_model(directory)
+    batch = stream(PAIRS)
+    weights = torch.randn(len(batch[4]))
+    logits = their_logits(theirs)[0]
+    assert (our_logits(ours) - logits).abs().max() < 1e-5
+    log_p = logits.log_softmax(-1).gather(-1, batch[4][:, None])[:, 0]
+    expected = gradients(theirs, (log_p * weights).sum())
+    got = gradients(ours, (ours(models.Stream(*batch)).logps * weights).sum())
+    assert {file_name(n, ours.config) for n in got} == {n for n, g in expected.items() if g.abs().max() > 0}
+    for n, g in got.items():
+        g_theirs = expected[file_name(n, ours.config)]
+        assert (g - g_theirs).norm() <= 1e-4 * g_theirs.norm() + 1e-6, n
+
+
+def test_shared_prompts_equal_unshared_ones(case):
+    model = load_model(case[2], torch.float64)
+    weights = torch.randn(len(stream(PAIRS)[4]), dtype=torch.float64)
+    run = lambda shared: model(models.Stream(*stream(PAIRS, shared))).logps
+    assert (run(True) - run(False)).abs().max() < 1e-10
+    assert_same_gradients(*(gradients(model, (run(shared) * weights).sum()) for shared in (True, False)), 1e-10)
+
+
+def perturbed(directory) -> models.Decoder:
+    ours = load_model(directory)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in ours.parameters():
+            p += torch.randn_like(p) * 0.02
+    return ours
+
+
+def older_names(name: str) -> str:
+    """As files of before transformers 4.52, and those of google and mistralai, have it; or the other way."""
+    new = {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head.",
+           "vision_tower.": "model.vision_tower.", "multi_modal_projector.": "model.multi_modal_projector."}
+    for old, plain in new.items():
+        if name.startswith(old):
+            return plain + name.removeprefix(old)
+    return name
+
+
+@pytest.mark.parametrize("rename", [str, older_names])
+def test_what_was_trained_is_saved_and_all_else_as_it_was_byte_for_byte(case, rename, tmp_path):
+    """In several files and in bfloat16 too; transformers computes with them what we compute."""
+    name, theirs, directory = case
+    before = {rename(n): t for n, t in load_file(directory / "model.safetensors").items()}
+    (tmp_path / "a").mkdir()
+    save_file(before, tmp_path / "a/model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "a/config.json").write_bytes((directory / "config.json").read_bytes())
+    ours = perturbed(tmp_path / "a")
+    twin = copy.deepcopy(ours)  # as a reference is made
+    assert twin.carried is ours.carried and len(ours.carried.tensors) > 10
+    assert before.keys() == ours.layout.keys() | ours.carried.tensors.keys()
+    models.save_model(ours, tmp_path / "b")
+    after = load_file(tmp_path / "b/model.safetensors")
+    assert after.keys() == before.keys()
+    for n, tensor in before.items():
+        assert torch.equal(after[n], tensor) == (n in ours.carried.tensors), n
+    again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "b").eval()
+    with torch.no_grad():
+        assert (our_logits(ours) - their_logits(again)[0]).abs().max() < 2e-5
+    models.save_model(ours, tmp_path / "c", torch.bfloat16)
+    narrow = load_file(tmp_path / "c/model.safetensors")
+    assert all(t.dtype == (torch.float32 if n in ours.carried.tensors else torch.bfloat16) for n, t in narrow.items())
+
+
+def test_carried_tensors_are_cut_into_shards_with_the_others(case, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "SHARD_BYTES", 20_000)
+    models.save_model(load_model(case[2]), tmp_path)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    before = load_file(case[2] / "model.safetensors")
+    assert index["weight_map"].keys() == before.keys() and len(set(index["weight_map"].values())) > 3
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in before.values())
+    again = load_model(tmp_path)
+    assert all(torch.equal(again.carried.tensors[n], before[n]) for n in again.carried.tensors)
+
+
+@pytest.mark.parametrize("new", [8, pytest.param(100, marks=pytest.mark.slow)])
+def test_greedy_answers_equal_transformers(case, new):
+    name, theirs, directory = case
+    prompt = PAIRS[0][0]
+    theirs.generation_config.eos_token_id = None
+    expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=new, do_sample=False)[0, len(prompt):]
+    ours = complete(load_model(directory), [prompt], Sampling(temperature=0, max_new_tokens=new))[0]
+    assert ours == expected.tolist()
+
+
+@pytest.mark.parametrize("targets", [["all-linear"], pytest.param(["q_proj", "v_proj"], marks=pytest.mark.slow)])
+def test_adapters_carry_pefts_names(case, targets, tmp_path):
+    """Ours are on the decoder alone; PEFT, which sees the tower, has ones without effect there."""
+    peft = pytest.importorskip("peft", reason="needs peft")
+    name, theirs, directory = case
+    ours = load_model(directory)
+    put_lora(ours, 4, 8, 0.0, targets)
+    randomize_lora(ours)
+    save_adapter(ours, tmp_path / "a", dict(r=4, lora_alpha=8, lora_dropout=0.0, base_model_name_or_path="base"))
+    load = lambda: transformers.AutoModelForImageTextToText.from_pretrained(directory)
+    with torch.no_grad():
+        loaded = peft.PeftModel.from_pretrained(load(), tmp_path / "a").eval()
+        assert (our_logits(ours) - their_logits(loaded)[0]).abs().max() < 2e-5
+    fresh = "all-linear" if targets == ["all-linear"] else targets
+    fresh = peft.get_peft_model(load(), peft.LoraConfig(r=4, target_modules=fresh))
+    in_decoder = {n for n in peft.get_peft_model_state_dict(fresh) if ".language_model." in n}
+    assert load_file(tmp_path / "a/adapter_model.safetensors").keys() == in_decoder
+
+
+def test_objects_of_transformers_are_opened_as_their_files_are(case):
+    ours = load_model(in_memory(case[1]))
+    assert len(ours.carried.tensors) == len(load_model(case[2]).carried.tensors)
+    with torch.no_grad():
+        assert (our_logits(ours) - their_logits(case[1])[0]).abs().max() < 1e-5
+
+
+# Through the command line
+
+
+@pytest.fixture(scope="module")
+def trainable(tiny, tmp_path_factory):
+    """A Qwen3-VL's directory with its image processor's file and a tokenizer, and pairs."""
+    directory = tmp_path_factory.mktemp("trainable")
+    random_model("qwen3_vl").save_pretrained(directory / "model")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (directory / "model" / file).write_bytes((tiny / file).read_bytes())
+    (directory / "model/preprocessor_config.json").write_text('{"image_processor_type": "Qwen2VLImageProcessorFast"}')
+    rows = make_rows(8, seed=1)
+    (directory / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    rows[2]["images"] = ["cat.png"]
+    (directory / "pictures.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return directory
+
+
+def run(directory, out, *more, data="pairs.jsonl") -> int:
+    return dpo.main([
+        "--model_name_or_path", str(directory / "model"), "--dataset_name", str(directory / data), "--use_cpu",
+        "--output_dir", str(out), "--cache_dir", str(out) + " cache", "--max_steps", "2", "--learning_rate", "1e-2",
+        "--logging_steps", "1",
+        *more])
+
+
+def test_training_changes_the_decoder_alone(trainable, tmp_path):
+    assert run(trainable, tmp_path / "out", "--save_steps", "1") == 0
+    losses = [step["loss"] for step in read_metrics(tmp_path / "out")]
+    assert losses[0] == pytest.approx(0.693147, abs=1e-5) != losses[1]
+    before, after = (load_file(d / "model.safetensors") for d in (trainable / "model", tmp_path / "out"))
+    same = {n for n in before if torch.equal(before[n], after[n])}
+    assert before.keys() == after.keys() and same == {n for n in before if n.startswith("model.visual.")}
+    assert (tmp_path / "out/preprocessor_config.json").exists()
+    transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+
+
+def test_rows_with_images_are_refused_by_line(trainable, tmp_path, capsys):
+    assert run(trainable, tmp_path / "out", data="pictures.jsonl") == 2
+    message = capsys.readouterr().err
+    assert "pictures.jsonl:3" in message and "the row has images" in message and "qwen2_5_vl" in message
+
+
+def test_adapters_in_4_bits_train_on_the_decoder(trainable, tmp_path):
+    assert run(trainable, tmp_path / "out", "--use_peft", "--load_in_4bit") == 0
+    names = load_file(tmp_path / "out/adapter_model.safetensors").keys()
+    assert len(names) == 12 and all(".language_model.layers." in n for n in names)
+
+
+# Real files
+
+
+def medgemma() -> tuple[dict, list[str]]:
+    """config.json of google/medgemma-27b-it, without what has no default, and the names in its index."""
+    raw = dict(
+        model_type="gemma3", architectures=["Gemma3ForConditionalGeneration"], boi_token_index=255999,
+        eoi_token_index=256000, image_token_index=262144, mm_tokens_per_image=256, torch_dtype="bfloat16",
+        vision_config=dict(hidden_size=1152, image_size=896, intermediate_size=4304, model_type="siglip_vision_model",
+                           num_attention_heads=16, num_hidden_layers=27, patch_size=14, vision_use_head=False),
+        text_config=dict(
+            attention_bias=False, head_dim=128, hidden_activation="gelu_pytorch_tanh", hidden_size=5376,
+            intermediate_size=21504, layer_types=[FULL if i % 6 == 5 else SLIDING for i in range(62)],
+            max_position_embeddings=131072, model_type="gemma3_text", num_attention_heads=32, num_hidden_layers=62,
+            num_key_value_heads=16, query_pre_attn_scalar=168, rms_norm_eps=1e-6, rope_local_base_freq=10000,
+            rope_scaling=dict(factor=8.0, rope_type="linear"), rope_theta=1000000, sliding_window=1024,
+            vocab_size=262208))
+    inside = ("self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj self_attn.q_norm self_attn.k_norm "
+              "mlp.gate_proj mlp.up_proj mlp.down_proj input_layernorm post_attention_layernorm "
+              "pre_feedforward_layernorm post_feedforward_layernorm").split()
+    names = [f"language_model.model.layers.{i}.{n}.weight" for i in range(62) for n in inside]
+    names += ["language_model.model.embed_tokens.weight", "language_model.model.norm.weight"]
+    return raw, names + ["multi_modal_projector.mm_input_projection_weight",
+                         "multi_modal_projector.mm_soft_emb_norm.weight",
+                         "vision_tower.vision_model.encoder.layers.7.mlp.fc1.bias"]
+
+
+def cosmos_reason() -> tuple[dict, list[str]]:
+    """Those of nvidia/Cosmos-Reason2-8B, which is a Qwen3-VL-8B."""
+    raw = dict(
+        model_type="qwen3_vl", image_token_id=151655, video_token_id=151656, vision_start_token_id=151652,
+        vision_end_token_id=151653, tie_word_embeddings=False, vision_config=dict(model_type="qwen3_vl", depth=27),
+        text_config=dict(
+            attention_bias=False, bos_token_id=151643, head_dim=128, hidden_act="silu", hidden_size=4096,
+            intermediate_size=12288, max_position_embeddings=262144, model_type="qwen3_vl_text",
+            num_attention_heads=32, num_hidden_layers=36, num_key_value_heads=8, rms_norm_eps=1e-6,
+            rope_scaling=dict(mrope_interleaved=True, mrope_section=[24, 20, 20], rope_type="default"),
+            rope_theta=5000000, vocab_size=151936))
+    inside = ("self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj self_attn.q_norm self_attn.k_norm "
+              "mlp.gate_proj mlp.up_proj mlp.down_proj input_layernorm post_attention_layernorm").split()
+    names = [f"model.language_model.layers.{i}.{n}.weight" for i in range(36) for n in inside]
+    names += ["model.language_model.embed_tokens.weight", "model.language_model.norm.weight", "lm_head.weight"]
+    return raw, names + ["model.visual.patch_embed.proj.bias", "model.visual.merger.norm.weight",
+                         "model.visual.deepstack_merger_list.0.linear_fc2.weight"]
+
+
+@pytest.mark.parametrize("published, parameters", [(medgemma, 27_009_346_304), (cosmos_reason, 8_190_735_360)])
+def test_published_files_name_every_parameter_of_the_decoder(published, parameters):
+    raw, names = published()
+    config = models.read_config(raw)
+    with torch.device("meta"):
+        found = dict(build(config).named_parameters())
+    places = find_places(names, config)
+    assert {p.name for p in places.values()} == found.keys()
+    assert carried_names(names, config) == set(names) - places.keys() and len(places) == len(names) - 3
+    assert sum(p.numel() for p in found.values()) == parameters
+
+
+def test_wrappers_without_a_row_are_refused_by_name():
+    with pytest.raises(ValueError, match="model_type 'paligemma' reads images or sound; of those, llava, .*gemma3.*are"):
+        models.read_config(dict(model_type="paligemma", vision_config={}, text_config={}))
+    raw = medgemma()[0] | dict(text_weight=2.0)
+    with pytest.raises(ValueError, match="text_weight = 2.0: not understood"):
+        models.read_config(raw)
