@@ -1,5 +1,6 @@
 """What speed rests on, and must not change: compiled modules, hand-written backward passes, one split of the stream."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -168,3 +169,26 @@ def test_threads_are_at_most_what_the_quota_of_a_container_grants(quota, threads
         set_threads(environment, tmp_path / "cpu.max", 8)
         assert environment.get("OMP_NUM_THREADS") == own.get("OMP_NUM_THREADS", threads)
         assert environment.get("GOMP_SPINCOUNT") == (own.get("GOMP_SPINCOUNT") if own.get("OMP_WAIT_POLICY") else own.get("GOMP_SPINCOUNT", "2000"))
+
+
+def run_gpu_bench(*flags: str) -> str:
+    done = subprocess.run([sys.executable, str(ROOT / "bench" / "gpu.py"), "--device", "cpu", *flags], text=True, capture_output=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_gpu_bench_checks_every_path_and_ends_with_a_table(tmp_path):
+    said = run_gpu_bench("--no_trl", "--cases", "hh-8b-lora", "--json", str(tmp_path / "found.json"))
+    assert said.count("  ok") >= 16 and "NOT OK" not in said and "aten::mm" in said
+    cells = said.splitlines()[-1].strip("| ").split(" | ")
+    assert cells[0] == "hh-8b-lora" and float(cells[1]) > 0 and cells[-1].endswith("%"), said
+    found = json.loads((tmp_path / "found.json").read_text())["cases"]["hh-8b-lora"]["ours"]
+    assert found["pairs"] == 2 and found["seconds"] > 0 and found["flops"] > 1e6
+
+
+@pytest.mark.slow
+def test_the_gpu_bench_runs_trl_beside_ours():
+    pytest.importorskip("trl")
+    rows = [line.strip("| ").split(" | ") for line in run_gpu_bench("--cases", "hh-0.5b", "uf-0.5b").splitlines()[-2:]]
+    assert [row[0] for row in rows] == ["hh-0.5b", "uf-0.5b"] and all(row[3].endswith("x") for row in rows)
