@@ -45,7 +45,7 @@ from parts.position import Position
 from parts.precision import Precision, Scaler, choose_precision
 from parts.ranks import OWN, Ranks, agree, ending_ranks, start_ranks
 from parts.reference import NoReference, PrecomputedReference
-from parts.schedule import make_optimizer, make_schedule
+from parts.schedule import make_optimizer, make_schedule, small_kind
 from parts.splits import find_split, has_splits, is_here
 from parts.store import describe
 from parts.weights import overwrite
@@ -187,8 +187,8 @@ class DPOTrainer:
         self.position = Position(scaling={"scale": 2.0**16 if c.fp16 else 1.0, "since": 0})
         self.order = (-1, np.arange(0))  # an epoch, and its pairs in order
         found = open_model(c, self.ranks, given)
+        self.make_other = given.get("optimizers")  # args, parameters -> optimizer; None: the flags'
         self.make_ready(found)
-        self.make_other = given.get("optimizers")  # parameters -> optimizer; None: AdamW
         self.open_data(given["train_dataset"], given["eval_dataset"])
         live = self.open_reference(found, given["ref_model"])
         self.place = self.place_models(live)
@@ -213,7 +213,7 @@ class DPOTrainer:
 
             change_blocks(self.model, c, self.ranks.device)
         checks.check_model(c, self.model.config, self.model.raw_config)
-        checks.warn(c, self.lora, self.log.say)
+        checks.check_optimizer(self)
         self.aux_coef = opened.aux_coef(c, self.model.config)
         self.max_tokens = opened.max_tokens(c, self.model.config, self.ranks.device)
 
@@ -313,11 +313,8 @@ class DPOTrainer:
 
     def plan_steps(self, global_batch: int | None = None) -> None:
         """Count the steps; a resumed run may bring its own global batch."""
-        c = self.args
-        if global_batch is None:
-            per_rank = c.per_device_train_batch_size * c.gradient_accumulation_steps
-            global_batch = per_rank * self.ranks.groups
-        self.schedule = make_schedule(c, len(self.train_pairs), global_batch)
+        self.schedule = make_schedule(
+            self.args, len(self.train_pairs), self.ranks.groups, global_batch)
 
     def open_output(self) -> None:
         """Loggers, sampled answers, the output directory, and the checkpoint to go on from."""
@@ -527,9 +524,12 @@ class DPOTrainer:
         faults.nonfinite_step(self, metrics, pairs, bad)
 
     def make_optimizer(self) -> None:
-        named = trained(self.model)
-        self.optimizer = make_optimizer(self.args, named, self.make_other)
-        self.scaler = Scaler(self.args.fp16, [p for _, p in named], self.position)
+        make = self.make_other or make_optimizer
+        if make is make_optimizer and small_kind(self.args, self.lora):
+            from extras.run.small_adamw import make
+
+        self.optimizer = make(self.args, trained(self.model))
+        self.scaler = Scaler(self.args.fp16, self.model.parameters(), self.position)
 
     # The loop
 

@@ -30,6 +30,7 @@ from parts.config import DPOConfig
 from parts.custom_optimizer import restore_state, saved_state
 from parts.files import open_safetensors, read_json, write_json
 from parts.output import sync
+from parts.schedule import optimizer_kind
 
 STATE = "trainer_state.json"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
@@ -42,7 +43,7 @@ MAY_DIFFER = set("""
     max_prompt_length max_completion_length
     truncation_mode on_bad_row dataset_num_proc cache_dir exact_global_loss precompute_ref_log_probs
     ref_model_name_or_path ref_model_device merge_adapter per_device_train_batch_size
-    gradient_accumulation_steps max_tokens_per_forward num_train_epochs max_steps optim warmup_ratio
+    gradient_accumulation_steps max_tokens_per_forward num_train_epochs max_steps optim warmup_ratio stochastic_rounding
     use_cpu ddp_timeout logging_steps logging_first_step disable_tqdm report_to eval_strategy
     eval_steps eval_on_start per_device_eval_batch_size save_strategy save_steps save_total_limit
     resume_from_checkpoint force_resume load_best_model_at_end metric_for_best_model
@@ -144,7 +145,7 @@ class Checkpoints:
             trainer.log.say(
                 f"{directory}: of a run of {before} steps, which now has {total}; from here on the "
                 f"learning rate is that of {total}")
-        if trainer.make_other is None:
+        if optimizer_kind(trainer) is None:
             trainer.ranks.from_first(partial(check_moments, directory, trainer.model))
         self.found = Found(directory, state)
 
@@ -197,7 +198,7 @@ class Checkpoints:
         c = trainer.args
         same = {name: v for name, v in sorted(vars(c).items()) if name not in MAY_DIFFER}
         return same | {
-            "optimizer": None if trainer.make_other is None else "of a function",
+            "optimizer": optimizer_kind(trainer),
             "global_batch": trainer.schedule.global_batch,
             "total_steps": trainer.schedule.total_steps,
             "data": trainer.train_store.digest,
@@ -365,7 +366,7 @@ class Checkpoints:
         """Return {name: tensor} of the optimizer's state."""
         trainer = self.trainer
         named = trained(trainer.model)
-        if trainer.make_other is not None:
+        if optimizer_kind(trainer) is not None:
             return saved_state(trainer.optimizer, named)
         found = {}
         for name, p in named:
@@ -505,7 +506,7 @@ class Checkpoints:
         """
         trainer = self.trainer
         found = load_file(path) if trainer.ranks.first else {}
-        if trainer.make_other is not None:
+        if optimizer_kind(trainer) is not None:
             named = trained(trainer.model)
             return restore_state(trainer.optimizer, named, found, trainer.place)
         for name, p in trained(trainer.model):

@@ -1,11 +1,11 @@
 """Refuse options that cannot be run, by name and with the reason, before anything is read."""
 
 import math
-from collections.abc import Callable
 from dataclasses import Field, fields
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from losses import NO_REFERENCE, READS_RATINGS
 from parts.config import DPOConfig
@@ -14,6 +14,7 @@ from parts.loss_checks import check_losses
 from parts.metrics import METRICS
 from parts.rates import check_rates
 from parts.rows import row_at
+from parts.schedule import optimizer_kind
 from parts.turns import describe_ratings
 
 FSDP_WORDS = {"true", "full_shard", "shard_grad_op", "auto_wrap", "offload"}  # transformers' words
@@ -121,6 +122,7 @@ def check_readers(c: DPOConfig, options: dict[str, Any], defaults: dict[str, Any
             "hub_token"),
         "--load_in_4bit": (
             c.load_in_4bit, "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_compute_dtype"),
+        "--dtype bfloat16": (c.dtype in ("bfloat16", "auto"), "stochastic_rounding"),
         "--disable_dropout false": (not c.disable_dropout, "lora_dropout"),
         "--loss_type bco_pair": ("bco_pair" in c.loss_type, "bco_delta"),
     }
@@ -240,17 +242,42 @@ def check_tokens(c: DPOConfig, store: Any, vocab_size: int, tokenizer_size: int)
             "tokens); give the tokenizer that belongs to the model, or leave such rows out")
 
 
-def warn(c: DPOConfig, lora: dict, say: Callable[[str], None]) -> None:
-    """Say what will surprise in a run that is otherwise sound."""
-    if c.dtype != "bfloat16" or lora or c.learning_rate == 0:
+def check_optimizer(trainer: Any) -> None:
+    """Say what will surprise about the optimizer; raise ValueError where a flag has no effect."""
+    c = trainer.args
+    say = trainer.log.say
+    if c.stochastic_rounding is not None and (c.dtype != "bfloat16" or trainer.lora):
+        raise ValueError(
+            f"--stochastic_rounding {c.stochastic_rounding}: read only with --dtype bfloat16 and "
+            "without LoRA, whose weights are float32")
+    if c.optim.startswith("paged"):
+        say(
+            f"--optim {c.optim}: nothing is paged, the moments stay on the device; in all else it "
+            "is adamw_8bit")
+    kind = optimizer_kind(trainer) or ""
+    if c.dtype != "bfloat16" or trainer.lora or not c.learning_rate or "stochastic" in kind:
         return
-    # AdamW moves a weight by about the learning rate; bfloat16 rounds away what is below 1/512 of
-    # it.
-    largest = c.learning_rate * 2**9
+    share = share_moved(trainer.model, c.learning_rate)
     say(
-        f"--dtype bfloat16: at --learning_rate {c.learning_rate:g} a step moves only weights below "
-        f"about {largest:.1g} in size, all others are rounded back; --bf16 over float32 weights "
-        "trains them all")
+        f"--dtype bfloat16: at --learning_rate {c.learning_rate:g} a step moves {share:.2g} of the "
+        "weights, all others are rounded back; --stochastic_rounding moves all of them, and so "
+        "does --bf16 over float32 weights")
+
+
+def share_moved(model: nn.Module, step: float) -> float:
+    """Return the share of bfloat16 weights that a step of this size, AdamW's first, changes.
+
+    It is estimated from 10,000 or so of each tensor's.
+    """
+    moved = counted = 0.0
+    for p in model.parameters():
+        if p.requires_grad and not p.is_meta:
+            flat = p.detach().flatten()
+            some = flat[:: max(1, len(flat) // 10_000)].float()
+            is_moved = (some - step * some.sign()).bfloat16() != some
+            moved += float(is_moved.float().mean()) * len(flat)
+            counted += len(flat)
+    return moved / max(1.0, counted)
 
 
 def check_dropout(c: DPOConfig, raw_config: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from losses import F_DIVERGENCES, LOSSES
 from parts.rates import SHAPES
 from parts.trl_flags import takes_trls
 
+EIGHT_BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")  # values of --optim
 DTYPES = ("float32", "bfloat16", "float64")
 
 
@@ -245,8 +246,13 @@ class DPOConfig:
     max_steps: int = flag(
         -1, "stop after this many optimizer steps; -1: num_train_epochs decides")
     optim: str = flag(
-        "adamw_torch_fused", "the optimizer; both are the same",
-        choices=("adamw_torch_fused", "adamw_torch"))
+        "adamw_torch_fused", "the optimizer: AdamW (two names of one), or AdamW with moments in 8 "
+        "bits (three names of one)",
+        choices=("adamw_torch_fused", "adamw_torch", *EIGHT_BIT))
+    stochastic_rounding: bool | None = flag(
+        None, "with dtype bfloat16, round weights and moments up or down at random, in proportion "
+        "to how near each is, so that small steps are not lost; unset is on where all weights are "
+        "trained")
     learning_rate: float = flag(1e-6, "peak learning rate of AdamW", least=0)
     lr_scheduler_type: str = flag(
         "linear", "how the learning rate falls", choices=tuple(SHAPES))

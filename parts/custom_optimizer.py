@@ -28,7 +28,7 @@ def as_tensors(values: dict[str, Any]) -> dict[str, Tensor]:
     place in a file of tensors."""
     found = {}
     for key, value in values.items():
-        if torch.is_tensor(value):
+        if torch.is_tensor(value) or hasattr(value, "full_tensor"):
             found[key] = value
         elif isinstance(value, (int, float)):
             dtype = torch.float64 if isinstance(value, float) else torch.int64

@@ -1,17 +1,17 @@
-"""How many steps a run has, what happens at which of them, and the learning rate of each."""
+"""How many steps a run has, what happens at which of them, the learning rate of each, and which
+optimizer takes them."""
 
 import inspect
 import math
 import sys
 from collections.abc import Callable
 from types import MethodType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from parts.config import DPOConfig
-from parts.custom_optimizer import make_custom
+from parts.config import EIGHT_BIT, DPOConfig
 from parts.rates import Moment, learning_rate
 
 
@@ -42,11 +42,15 @@ class Schedule(NamedTuple):
         return learning_rate(c.lr_scheduler_type, c.lr_scheduler_kwargs, at)
 
 
-def make_schedule(c: DPOConfig, pairs: int, global_batch: int) -> Schedule:
-    """Count the steps over `pairs` pairs.
+def make_schedule(
+    c: DPOConfig, pairs: int, world: int, global_batch: int | None = None,
+) -> Schedule:
+    """Count the steps over `pairs` pairs on `world` ranks; `global_batch` overrides the flags'.
 
     Options that count steps are shares of all steps where they are below 1.
     """
+    if global_batch is None:
+        global_batch = c.per_device_train_batch_size * c.gradient_accumulation_steps * world
     per_epoch = math.ceil(pairs / global_batch)
     total = c.max_steps if c.max_steps > 0 else math.ceil(c.num_train_epochs * per_epoch)
 
@@ -68,17 +72,32 @@ def make_schedule(c: DPOConfig, pairs: int, global_batch: int) -> Schedule:
         warmup=math.ceil(warmup * total) if warmup < 1 else int(warmup))
 
 
-def make_optimizer(
-    c: DPOConfig, named: list[tuple[str, nn.Parameter]], make: Callable | None = None,
-) -> torch.optim.Optimizer:
-    """Make AdamW, with weight decay on matrices only; or make(parameters), where it is given.
+def rounds_at_random(c: DPOConfig) -> bool:
+    """Tell whether bfloat16 weights are rounded stochastically: by default, yes."""
+    return c.dtype == "bfloat16" and c.stochastic_rounding is not False
+
+
+def small_kind(c: DPOConfig, lora: dict) -> str | None:
+    """Return what makes AdamW smaller, see extras/run/small_adamw.py; None for torch's AdamW."""
+    found = ["8 bits"] if c.optim in EIGHT_BIT else []
+    if rounds_at_random(c) and not lora:  # adapters are float32
+        found.append("stochastic rounding")
+    return ", ".join(found) or None
+
+
+def optimizer_kind(trainer: Any) -> str | None:
+    """Return "of a function" for the user's own, or what `small_kind` says."""
+    if trainer.make_other is not None:
+        return "of a function"
+    return small_kind(trainer.args, trainer.lora)
+
+
+def groups_of(c: DPOConfig, named: list[tuple[str, nn.Parameter]]) -> list[dict]:
+    """Return AdamW's groups of parameters: weight decay is on matrices only.
 
     LoRA+ (arXiv:2402.12354) gives B its own learning rate: each group has a `ratio`, by which its
     learning rate is multiplied.
     """
-
-    if make is not None:
-        return make_custom(make, c, named)
 
     def ratio_of(name: str) -> float:
         is_b = "lora_B" in name or "lora_embedding_B" in name
@@ -91,12 +110,17 @@ def make_optimizer(
             decay = c.weight_decay if is_matrix else 0.0
             if members:
                 groups.append({"params": members, "ratio": ratio, "weight_decay": decay})
+    return groups
+
+
+def make_optimizer(c: DPOConfig, named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+    """Make AdamW; for others see parts/custom_optimizer.py."""
     compiles = "torch._dynamo" in sys.modules
     if not compiles:
         leave_compiler_out()
     optimizer = torch.optim.AdamW(
-        groups, lr=c.learning_rate, eps=c.adam_epsilon, betas=(c.adam_beta1, c.adam_beta2),
-        fused=c.dtype != "float64")
+        groups_of(c, named), lr=c.learning_rate, eps=c.adam_epsilon,
+        betas=(c.adam_beta1, c.adam_beta2), fused=c.dtype != "float64")
     if not compiles:
         optimizer.step = plain_step(optimizer)
     return optimizer

@@ -23,6 +23,8 @@ from extras.lora.targets import DEFAULTS
 from extras.models.objects import check_object, is_peft, object_name
 from extras.rows.pictures import open_tokenizer
 from extras.rows.written import row_line
+from parts.config import EIGHT_BIT
+from parts.custom_optimizer import make_custom
 from parts.output import cache_directory
 from parts.rows import NEEDS, find_files
 
@@ -67,7 +69,7 @@ def accept(args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     args = dataclasses.replace(args)
     given = {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
     check_arguments(given)
-    given["optimizers"] = optimizer_maker(given)
+    given["optimizers"] = optimizer_maker(args, given)
     if given.get("quantization_config") is not None:
         args = dataclasses.replace(args, **quantization_flags(given["quantization_config"]))
     name_models(args, given)
@@ -100,10 +102,10 @@ def check_arguments(given: dict[str, Any]) -> None:
         raise ValueError(f"on_log is a {kind}; give a function of a line of metrics, a dict")
 
 
-def optimizer_maker(given: dict[str, Any]) -> Callable | None:
-    """Return what makes the optimizer of the parameters that learn; None for AdamW by the flags.
+def optimizer_maker(args: Any, given: dict[str, Any]) -> Callable | None:
+    """Return what makes the optimizer of a DPOConfig and [(name, parameter)]; None: by the flags.
 
-    Raises ValueError for an optimizer that is made already.
+    Raises ValueError for an optimizer that is made already, and if there are two.
     """
     make = given.get("optimizers")
     if isinstance(make, (tuple, list)) and all(part is None for part in make):
@@ -117,7 +119,9 @@ def optimizer_maker(given: dict[str, Any]) -> Callable | None:
             f"optimizers is a {type(make).__name__}; give a function of the parameters that learn, "
             "such as lambda parameters: torch.optim.SGD(parameters, lr=1e-4); the schedule is "
             "--lr_scheduler_type")
-    return make
+    if make is not None and args.optim in EIGHT_BIT:
+        raise ValueError(f"optimizers and optim={args.optim!r}: choose one")
+    return None if make is None else partial(make_custom, make)
 
 
 def made_of_class(kind: type, options: dict, parameters: list) -> Any:

@@ -17,8 +17,11 @@ import torch
 import model as models
 from extras.lora.targets import add_lora
 from extras.models.opening import build
+from extras.run.eight_bits import BLOCK
+from extras.run.small_adamw import AT_ONCE, PER_ELEMENT, SMALLEST
 from parts.checks import needs_reference, precomputes_reference
 from parts.head import KEPT, chunk_rows
+from parts.schedule import small_kind
 
 # What a block saves for its backward: bytes per token and unit of (hidden, all query heads, all kv
 # heads, MLP). float32: x and its norm, twice; q, q rotated, the heads' output; k, k rotated, v;
@@ -45,6 +48,7 @@ class Run(NamedTuple):
     rank: int = 0  # of a LoRA; 0 trains all weights
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     four_bit: str | None = None  # "plain" or "nested" absmax
+    optimizer: str | None = None  # what parts.schedule.small_kind says
     device: str = "cpu"
 
 
@@ -75,10 +79,15 @@ def count(config: models.ModelConfig, run: Run) -> dict[str, int]:
                 seen.add(id(p))
                 held += int(p.numel() * bits / 8)
     width = 4 if run.rank else getattr(torch, run.weights).itemsize
-    learns = width * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    learns = width * sum(trained)
+    moments = 2 * learns
+    if "8 bits" in str(run.optimizer):
+        moments = sum(8 * n if n < SMALLEST else 2 * n + 8 * -(-n // BLOCK) for n in trained)
     block = sum(p.numel() for p in model.model.layers[0].parameters())
     return {
-        "weights": held, "learns": learns, "block": block,
+        "weights": held, "learns": learns, "moments": moments, "block": block,
+        "largest": max(trained),
         "matrices": block * config.num_hidden_layers}
 
 
@@ -130,7 +139,7 @@ def memory(config: models.ModelConfig, run: Run) -> dict[str, int]:
     has_own_reference = run.live_ref and not run.rank
     m = {
         "weights": counted["weights"] // parts,
-        "moments": 2 * counted["learns"] // parts,
+        "moments": counted["moments"] // parts,
         "reference": counted["weights"] // parts if has_own_reference else 0,
         "gradients": counted["learns"] // parts}
     m["activations"], m["passing"] = activations(config, run, counted["block"])
@@ -143,8 +152,11 @@ def memory(config: models.ModelConfig, run: Run) -> dict[str, int]:
     at_most = sum(m.values())
     first = at_most - m["gradients"]  # with one forward in a step, gradients come as activations go
     last = at_most - m["activations"] - m["passing"]
+    if run.optimizer:  # it computes a step piece by piece, in float32
+        piece = min(counted["largest"] // parts, AT_ONCE.get(run.device, AT_ONCE["cpu"]))
+        last += PER_ELEMENT * piece
     # DDP's buckets hold all gradients throughout
-    return m | {"total": at_most if run.forwards > 1 or is_ddp else max(first, last)}
+    return m | {"total": max(last, at_most if run.forwards > 1 or is_ddp else first)}
 
 
 def flops(
@@ -203,6 +215,7 @@ def run_of(trainer: Any) -> Run:
         fsdp=trainer.place.is_sharded, weights=c.dtype,
         bf16=trainer.precision.half is torch.bfloat16, checkpointing=c.gradient_checkpointing,
         live_ref=trainer.reference.model is not None, rank=trainer.lora.get("r", 0),
+        optimizer=small_kind(c, trainer.lora),
         targets=targets if isinstance(targets, str) else tuple(targets), four_bit=four_bit, device=trainer.ranks.device.type)
 
 
