@@ -163,13 +163,6 @@ def test_a_base_model_learns_from_conversations_with_a_template_of_ones_own(as_f
 # Types
 
 
-def test_a_run_in_bfloat16_weights_says_which_weights_it_can_move(tiny, pairs_file, tmp_path, capsys):
-    train(options(tiny, pairs_file, tmp_path, dtype="bfloat16", learning_rate=1e-6))
-    assert "moves only weights below about 0.0005 in size" in capsys.readouterr().out
-    train(options(tiny, pairs_file, tmp_path, learning_rate=1e-6))
-    assert "moves only weights" not in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("given,saved", [(None, torch.float32), ("bfloat16", torch.bfloat16), ("auto", torch.float16)])
 def test_the_model_is_saved_in_the_type_that_is_asked_for(given, saved, tiny, pairs_file, tmp_path):
     model = shutil.copytree(tiny, tmp_path / "model")

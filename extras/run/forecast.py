@@ -25,12 +25,13 @@ from parts.schedule import small_kind
 
 # What a block saves for its backward: bytes per token and unit of (hidden, all query heads, all kv
 # heads, MLP). float32: x and its norm, twice; q, q rotated, the heads' output; k, k rotated, v;
-# gate, up and their product.
-PER_TOKEN = {"float32": (16, 12, 12, 12), "bf16": (12, 11, 11, 6)}
+# gate, up and their product. bf16 is autocast; in bfloat16, weights and all else are.
+PER_TOKEN = {
+    "float32": (16, 12, 12, 12), "bf16": (12, 11, 11, 6), "bfloat16": (8, 10, 11, 6)}
 # What a frozen linear layer saves less: its input.
-FROZEN = {"float32": (4, 4, 0, 4), "bf16": (4, 2, 0, 2)}
+FROZEN = {"float32": (4, 4, 0, 4), "bf16": (4, 2, 0, 2), "bfloat16": (2, 2, 0, 2)}
 # What --gradient_checkpointing selective computes again: both norms, and gate * up.
-CHEAP = {"float32": (8, 0, 0, 4), "bf16": (4, 0, 0, 2)}
+CHEAP = {"float32": (8, 0, 0, 4), "bf16": (4, 0, 0, 2), "bfloat16": (4, 0, 0, 2)}
 
 
 class Run(NamedTuple):
@@ -93,7 +94,7 @@ def count(config: models.ModelConfig, run: Run) -> dict[str, int]:
 
 def block_activations(c: models.ModelConfig, run: Run, block: int) -> int:
     """Return the bytes that one block's forward on `run.tokens` keeps for its backward."""
-    kind = "bf16" if run.bf16 else "float32"
+    kind = "bf16" if run.bf16 else "bfloat16" if run.weights == "bfloat16" else "float32"
     sizes = (
         c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim,
         c.intermediate_size)
@@ -114,7 +115,7 @@ def activations(c: models.ModelConfig, run: Run, block: int) -> tuple[int, int]:
     The latter is the head's chunk of logits with its gradients, or a block's gradients (with
     checkpointing also what the block saves when it is run again).
     """
-    wide = 8 if run.weights == "float64" else 4
+    wide = 4 if run.bf16 else getattr(torch, run.weights).itemsize
     ends = wide * (c.hidden_size * (run.tokens + run.scored) + 2 * c.head_dim * run.tokens)
     saved = block_activations(c, run, block)
     chunk = chunk_rows(c.vocab_size, run.device, models.HEAD_CHUNK)
@@ -125,7 +126,7 @@ def activations(c: models.ModelConfig, run: Run, block: int) -> tuple[int, int]:
     logits = c.vocab_size * (narrow * rows + 8 * few)  # a few rows in float32, twice
     ends += c.vocab_size * narrow * kept  # logits, as their gradients
     head = logits + 4 * c.hidden_size * (run.scored + (0 if run.rank else c.vocab_size))
-    mlp = (5 if run.bf16 else 10) * run.tokens * c.intermediate_size
+    mlp = (5 if narrow == 2 else 10) * run.tokens * c.intermediate_size
     if run.checkpointing is True:
         inputs = c.num_hidden_layers * wide * c.hidden_size * run.tokens
         return ends + inputs, max(head, saved + mlp)
