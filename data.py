@@ -371,8 +371,9 @@ class Batch(NamedTuple):
     part: Any = None  # of a stream that several ranks share (extras/run/context.py)
 
     def to(self, device) -> "Batch":
-        """Move the batch to a device, but `spans`: the attention is planned from them in Python."""
-        fields = {k: v for k, v in self._asdict().items() if hasattr(v, "to") and k != "spans"}
+        """Move the batch to a device, but what is read in Python: `spans` and `pair_ids`."""
+        stay = ("spans", "pair_ids")
+        fields = {k: v for k, v in self._asdict().items() if hasattr(v, "to") and k not in stay}
         return self._replace(**{k: v.to(device, non_blocking=True) for k, v in fields.items()})
 
 

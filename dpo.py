@@ -43,7 +43,7 @@ from parts.output import cache_directory, replace_model
 from parts.place import Place, eval_mode
 from parts.position import Position
 from parts.precision import Precision, Scaler, choose_precision
-from parts.ranks import OWN, Ranks, agree, ending_ranks, start_ranks
+from parts.ranks import OWN, Ranks, agree, among_ranks, start_ranks
 from parts.reference import NoReference, PrecomputedReference
 from parts.schedule import make_optimizer, make_schedule, small_kind
 from parts.splits import find_split, has_splits, is_here
@@ -176,7 +176,7 @@ class DPOTrainer:
             c, given = objects.accept(c, given)
         checks.check_config(c)
         self.args = c
-        self.ranks = start_ranks(c.use_cpu, c.ddp_timeout)
+        self.ranks = start_ranks(c.use_cpu, c.ddp_timeout, c.full_determinism)
         agree(self.ranks, {name: value for name, value in vars(c).items() if name not in OWN})
         if c.dtype == "auto" or c.context_parallel_size > 1:
             from extras.run import starting
@@ -424,7 +424,7 @@ class DPOTrainer:
             with faults.naming(batch), self.precision.autocast(self.ranks.device):
                 scored = score(self.model, batch, self.args)
             ref_sums = self.reference.sums(batch).flatten(1)  # (B, 4)
-            rows = order[np.searchsorted(pairs, batch.pair_ids.cpu().numpy(), sorter=order)]
+            rows = order[np.searchsorted(pairs, batch.pair_ids.numpy(), sorter=order)]
             table[rows] = torch.cat([scored.table(), ref_sums], 1).to(table)
         table = self.ranks.sum(table).to(self.ranks.device, self.precision.sums)
         scored = Scored.from_table(table[:, :-4])
@@ -663,32 +663,32 @@ def panel_maker() -> Callable | None:
     return Panel
 
 
+@among_ranks
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 trained and saved; 2 unusable arguments or data, with one message; 143
     (SIGTERM) or 138 (SIGUSR1) told to leave, after a checkpoint; 1 else."""
-    with ending_ranks():
-        try:
-            c = parse_config(sys.argv[1:] if argv is None else argv, __doc__)
-            trainer = DPOTrainer(args=c)
-            if c.dry_run:
-                from extras.run import forecast
+    try:
+        c = parse_config(sys.argv[1:] if argv is None else argv, __doc__)
+        trainer = DPOTrainer(args=c)
+        if c.dry_run:
+            from extras.run import forecast
 
-                forecast.tell(trainer)
-                return 0
-        except (ValueError, OSError) as error:
-            return faults.refuse(error, 2)
-        except ModuleNotFoundError as error:
-            return faults.refuse(faults.missing_room(error), 2)
-        try:
-            if c.model_name_or_path == str(ROOT / "demo" / "model") and not c.fsdp:
-                from extras.watch import demo
+            forecast.tell(trainer)
+            return 0
+    except (ValueError, OSError) as error:
+        return faults.refuse(error, 2)
+    except ModuleNotFoundError as error:
+        return faults.refuse(faults.missing_room(error), 2)
+    try:
+        if c.model_name_or_path == str(ROOT / "demo" / "model") and not c.fsdp:
+            from extras.watch import demo
 
-                demo.train(trainer)
-            else:
-                trainer.train()
-        except Exception as error:
-            return faults.refuse(faults.explained(error, trainer), 1)
-        return 0
+            demo.train(trainer)
+        else:
+            trainer.train()
+    except Exception as error:
+        return faults.refuse(faults.explained(error, trainer), 1)
+    return 0
 
 
 if __name__ == "__main__":

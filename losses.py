@@ -328,19 +328,23 @@ def completion_sums(token_logps: Tensor, lengths: Tensor, ld_alpha: float | None
     (arXiv:2409.06411), which takes the length out of the preference. alpha = 1 is the plain sum."""
     flat = lengths.reshape(-1)
     if ld_alpha is not None:
-        shared = lengths.min(1, keepdim=True).values.expand(-1, 2).repeat_interleave(flat)
-        beyond = token_positions(lengths) >= shared
+        count = len(token_logps)
+        shared = lengths.min(1, keepdim=True).values.expand(-1, 2)
+        shared = shared.repeat_interleave(flat, output_size=count)
+        beyond = token_positions(lengths, count) >= shared
         token_logps = torch.where(beyond, ld_alpha * token_logps, token_logps)
     # unsafe: the checks would refuse B = 0, and a rank without a pair left in a step has just that
     sums = torch.segment_reduce(token_logps, "sum", lengths=flat, initial=0, unsafe=True)
     return sums.view(lengths.shape)
 
 
-def token_positions(lengths: Tensor) -> Tensor:  # (N,)
-    """Count 0, 1, 2 ... in each completion, for completions of `lengths` (B, 2) laid end to end."""
+def token_positions(lengths: Tensor, count: int) -> Tensor:  # (N,)
+    """Count 0, 1, 2 ... in each completion, for completions of `lengths` (B, 2) laid end to end.
+
+    `count` is N, which would have to be asked of the device."""
     flat = lengths.reshape(-1)
-    starts = (flat.cumsum(0) - flat).repeat_interleave(flat)
-    return torch.arange(len(starts), device=lengths.device) - starts
+    starts = (flat.cumsum(0) - flat).repeat_interleave(flat, output_size=count)
+    return torch.arange(count, device=lengths.device) - starts
 
 
 @torch.no_grad()

@@ -569,11 +569,12 @@ class LoraLinear(nn.Module):
         self.enabled = True
         self.dropout = nn.Dropout(dropout)
         weight = base.weight  # asked for once: in 4 bits it is made wide on the way
-        place = dict(device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
+        place = dict(dtype=torch.promote_types(weight.dtype, torch.float32))
         self.lora_A = nn.Linear(base.in_features, rank, bias=False, **place)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False, **place)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
+        self.to(weight.device)  # drawn on the CPU, so that it is the same draw on every device
 
     @property
     def weight(self) -> Tensor:

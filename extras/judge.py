@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-import dpo
 from extras import score
 from parts.output import write_atomically
+from parts.ranks import ending_ranks
 from parts.rows import DataError, find_files, read_rows
 from parts.screen import escape_unknown
 
@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     """Return exit status 2, with one message, for what cannot be read, run or judged."""
     args = make_parser().parse_args(argv)
     escape_unknown()
-    with dpo.ending_ranks():
+    with ending_ranks():
         try:
             judge(args)
         except (ValueError, OSError) as error:

@@ -27,6 +27,7 @@ from extras.models.opening import is_adapter, run_options
 from extras.watch.chart import histogram
 from extras.watch.samples import shown
 from parts.metrics import length_bias
+from parts.ranks import ending_ranks
 from parts.screen import can_show
 
 FROM_RUN = (
@@ -259,7 +260,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Return exit status 2, with one message, for what cannot be read or run."""
     args = parse(argv)
-    with tempfile.TemporaryDirectory() as scratch, dpo.ending_ranks():
+    with tempfile.TemporaryDirectory() as scratch, ending_ranks():
         try:
             trainer = open_trainer(args, scratch)
             scores = Rewards(

@@ -82,6 +82,9 @@ class DPOConfig:
         None, "type of the weights in the saved model; auto is that of the model's own files, "
         "unset that of training; checkpoints are always written as they are trained",
         choices=("auto", "float32", "bfloat16", "float16"))
+    full_determinism: bool = flag(
+        False, "on a GPU, the same bits from the same run, for speed; on a CPU they are the same "
+        "without it")
     disable_dropout: bool = flag(True, "turn off all dropout, including LoRA's")
     fsdp: str | None = flag(
         None, "split parameters, gradients, optimizer state and reference across the ranks; also "

@@ -29,10 +29,12 @@ class Precision(NamedTuple):
 def computes_bf16(device: torch.device) -> bool:
     """Tell whether the device multiplies bfloat16 in hardware, faster than float32.
 
-    Of CPUs, those with AMX or AVX512-BF16 do.
+    Of CPUs, those with AMX or AVX512-BF16 do; of Apple's GPUs, all from macOS 14 on.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0)
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 

@@ -8,10 +8,12 @@ import ctypes
 import hashlib
 import json
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -74,8 +76,16 @@ class Ranks(NamedTuple):
 # Joining and leaving
 
 
-def start_ranks(use_cpu: bool, timeout: int) -> Ranks:
-    """Join the other processes of torchrun or accelerate, if there are any."""
+def start_ranks(use_cpu: bool, timeout: int, deterministic: bool = False) -> Ranks:
+    """Join the other processes of torchrun or accelerate, if there are any.
+
+    `deterministic` has every operation give the same bits each time, or raise RuntimeError.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
+        # else all fresh memory would be filled, to show up what reads it unwritten
+        torch.utils.deterministic.fill_uninitialized_memory = False
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
@@ -83,6 +93,7 @@ def start_ranks(use_cpu: bool, timeout: int) -> Ranks:
     on_mac = torch.backends.mps.is_available() and not use_cpu and world == 1
     if on_gpu:
         device = torch.device("cuda", local)
+        reuse_memory()
         torch.cuda.set_device(device)
     elif on_mac:
         device = torch.device("mps")
@@ -98,9 +109,28 @@ def start_ranks(use_cpu: bool, timeout: int) -> Ranks:
         # ones from finding the addresses of the old.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
         store = dist.PrefixStore(f"start {attempt}", store)
-        backend = "nccl" if on_gpu else "gloo"
-        dist.init_process_group(backend, timeout=wait, rank=rank, world_size=world, store=store)
+        dist.init_process_group(
+            backend_of(device), timeout=wait, rank=rank, world_size=world, store=store,
+            device_id=device if on_gpu else None)
     return Ranks(rank, world, device, timeout)
+
+
+def backend_of(device: torch.device) -> str:
+    """Return what carries sums and broadcasts: of tensors on this device, and always on the CPU.
+
+    FSDP sums on the CPU what it keeps there.
+    """
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def reuse_memory() -> None:
+    """Have CUDA's memory handed out in segments that grow, unless the user has set otherwise.
+
+    No two streams are equally long, so blocks of fixed sizes would leave gaps that nothing fits.
+    """
+    names = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
+    if sys.platform == "linux" and torch.version.hip is None and not names & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # read at the first tensor
 
 
 def keep_freed_memory() -> None:
@@ -118,13 +148,49 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def ending_ranks() -> Iterator[None]:
-    """Leave the other processes and restore this one's settings, whatever happens inside."""
+    """Leave the other processes after what is inside, and restore this one's settings.
+
+    After an error they are not taken leave of: they may wait in an exchange, and leaving would wait
+    for them. This process ends, and they notice.
+    """
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
     try:
         yield
+        leave_ranks()
+    except SystemExit:  # told to leave, as all are
+        leave_ranks()
+        raise
     finally:
         torch.set_flush_denormal(False)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        torch.use_deterministic_algorithms(is_deterministic, warn_only=warns)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
+
+
+def leave_ranks() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def among_ranks(main: Callable[..., int]) -> Callable[..., int]:
+    """Run a command inside `ending_ranks`; an exit status that is not 0 counts as an error."""
+
+    class Failed(Exception):
+        pass
+
+    @wraps(main)
+    def run(argv: list[str] | None = None) -> int:
+        try:
+            with ending_ranks():
+                status = main(argv)
+                if status:
+                    raise Failed
+        except Failed:
+            pass
+        return status
+
+    return run
 
 
 # Agreeing, gathering, broadcasting

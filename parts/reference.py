@@ -163,8 +163,9 @@ class PrecomputedReference:
         for rows in trainer.forwards(store, pairs, trainer.args.per_device_eval_batch_size):
             batch = trainer.batch(store, rows)
             with naming(batch):
-                at = np.searchsorted(pairs, batch.pair_ids.cpu().numpy())
-                sums[at] = self.live.sums(batch).to(sums)
+                at = torch.from_numpy(np.searchsorted(pairs, batch.pair_ids.numpy()))
+                at = at.to(sums.device, non_blocking=True)
+                sums.index_copy_(0, at, self.live.sums(batch).to(sums))
             bar.update(len(rows))
         return trainer.ranks.sum(sums).to(trainer.precision.sums).cpu().numpy()
 

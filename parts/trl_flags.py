@@ -52,7 +52,6 @@ REASONS = {
     (ANY, "training keeps no cache"): "use_cache",
     (ANY, "logits are never held, without Liger"): "liger_kernel_config",
     (ANY, "only for NVIDIA's Apex"): "fp16_opt_level fp16_backend",
-    (ANY, "a run is a function of its seed"): "full_determinism",
     (ANY, "metrics are sums over all pairs, never joined from batches"):
         "eval_accumulation_steps eval_do_concat_batches eval_use_gather_object batch_eval_metrics "
         "include_for_metrics include_inputs_for_metrics use_legacy_prediction_loop past_index",

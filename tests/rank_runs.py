@@ -10,7 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dpo  # noqa: E402
+from parts.ranks import ending_ranks  # noqa: E402
 
-with dpo.ending_ranks():
+with ending_ranks():
     for options in json.loads(Path(sys.argv[1]).read_text()):
         dpo.DPOTrainer(args=dpo.DPOConfig(**options)).train()

@@ -12,9 +12,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 
 import dpo  # noqa: E402
+from parts.ranks import ending_ranks  # noqa: E402
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with dpo.ending_ranks():
+    with ending_ranks():
         for options in json.loads(Path(sys.argv[1]).read_text()):
             dpo.DPOTrainer(args=dpo.DPOConfig(**options)).train()

@@ -1,15 +1,22 @@
 """What the CUDA paths rest on, as far as a CPU can tell: PyTorch's flash operators emulated behind their own signatures, what
 each version of PyTorch calls them, and the settings of a GPU run."""
 
+import os
+import subprocess
+import sys
+
 import flash_emulation
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from conftest import ROOT
 from test_model import CORE, MIXED, assert_same_gradients, gradients, make, random_pairs, stream
 
 import model as models
 from extras.decoder import generate, towers
-from parts import varlen
+from extras.decoder.moe import SparseMLP
+from parts import ranks, varlen
 from parts.varlen import VarlenPlan, plan_varlen
 
 
@@ -155,3 +162,128 @@ def test_the_signatures_are_those_of_the_pytorch_that_is_installed():
         assert [a.name for a in arguments if not a.kwarg_only] == positional.split()
         named = [a.name for a in arguments if a.kwarg_only]
         assert named[:len(by_name.split())] == by_name.split()
+
+
+# The settings of a run on GPUs
+
+@pytest.fixture
+def gpu_ranks(monkeypatch):
+    """start_ranks as rank 1 of 2, each with a GPU: what it asks of torch, which is not there."""
+    asked = {}
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what is set here is undone afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.update(
+        device=device, allocator=os.environ.get("PYTORCH_ALLOC_CONF"), cublas=os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
+    monkeypatch.setattr(ranks, "rendezvous", lambda *args, **named: iter([(dist.HashStore(), 1, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **named: asked.update(named, backend=backend))
+    return asked
+
+
+def test_ranks_on_gpus_also_sum_what_lies_on_the_cpu_and_name_their_device(gpu_ranks):
+    """--fsdp "full_shard offload" keeps shards on the CPU, whose norm is summed there."""
+    assert ranks.start_ranks(False, 60).device == torch.device("cuda", 1)
+    assert gpu_ranks["backend"] == "cpu:gloo,cuda:nccl" and gpu_ranks["device_id"] == torch.device("cuda", 1)
+    assert ranks.backend_of(torch.device("cpu")) == "gloo"
+
+
+def test_memory_on_a_gpu_is_in_segments_that_grow_unless_the_user_says_otherwise(gpu_ranks, monkeypatch):
+    ranks.start_ranks(False, 60)
+    assert gpu_ranks["allocator"] == "expandable_segments:True"  # set before the device is
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    ranks.start_ranks(False, 60)
+    assert gpu_ranks["allocator"] is None
+
+
+def test_full_determinism_is_asked_of_torch_before_the_device_is_used_and_undone_at_the_end(gpu_ranks):
+    with ranks.ending_ranks():
+        ranks.start_ranks(False, 60, deterministic=True)
+        assert gpu_ranks["cublas"] == ":4096:8" and torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()  # flash attention's backward would only warn
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert not torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
+
+
+@pytest.mark.parametrize("status,leaves", [(0, True), (1, False), (2, False), (SystemExit(143), True), (RuntimeError("x"), False)], ids=str)
+def test_the_other_ranks_are_left_in_order_only_by_a_command_that_did_not_fail(status, leaves, monkeypatch):
+    left = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append(1))
+
+    @ranks.among_ranks
+    def command(argv):
+        if isinstance(status, BaseException):
+            raise status
+        return status
+
+    try:
+        assert command([]) == status
+    except (SystemExit, RuntimeError) as error:
+        assert error is status
+    assert bool(left) == leaves
+
+
+def test_fsdp_leaves_what_is_read_in_python_where_it_is():
+    """fully_shard moves every tensor of the root's arguments to the device; spans and pair_ids are hidden from it."""
+    code = f"""
+import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import torch, torch.distributed as dist
+import torch.distributed.fsdp._fully_shard._fsdp_state as state
+from test_model import CORE, MIXED, make, stream
+import model as models
+from extras.run.fsdp import Shards
+from parts.config import DPOConfig
+from parts.precision import Precision
+from parts.ranks import Ranks
+seen = []
+keep = state.FSDPState._root_pre_forward
+def recorded(self, module, args, kwargs):
+    if isinstance(module, models.Decoder):
+        seen.extend(type(a).__name__ for a in torch.utils._pytree.tree_leaves((args, kwargs)))
+    return keep(self, module, args, kwargs)
+state.FSDPState._root_pre_forward = recorded
+model = make(CORE["llama"], torch.float32)
+batch = models.Stream(*stream(MIXED))
+expected = model(batch).logps
+place = Shards(model, Ranks(0, 1, torch.device("cpu")), DPOConfig(fsdp="full_shard"), Precision(torch.float32, None, torch.float32), {{}})
+out = place.module(batch, statistics=False).logps
+out.sum().backward()
+torch.testing.assert_close(out, expected)
+assert seen == ["Hidden", "bool"], seen
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_experts_count_their_rows_without_asking_the_device(monkeypatch):
+    """torch.bincount waits for the device, to learn the largest number; a sum by index does not."""
+    moe = dict(experts=4, per_token=2, normalize=True, size=8, shared_size=0)
+    torch.manual_seed(0)
+    layer = SparseMLP(8, moe, torch.nn.functional.silu, None).double()
+    for p in layer.parameters():
+        p.data.normal_()
+    x = torch.randn(6, 8, dtype=torch.float64)
+    _, weights, chosen = layer.gate(x)
+    monkeypatch.setattr(torch, "bincount", None)
+    out, _ = layer(x)
+    one = lambda t, e: layer.experts.down_proj[e] @ (torch.nn.functional.silu(g[:8]) * g[8:] if (g := layer.experts.gate_up_proj[e] @ t) is not None else 0)
+    expected = torch.stack([sum(w * one(t, e) for w, e in zip(ws, es)) for t, ws, es in zip(x, weights, chosen)])
+    torch.testing.assert_close(out, expected)
+
+
+def test_a_lora_is_drawn_on_the_cpu_whatever_the_device():
+    """Else ranks with shards, which open the model on the CPU, would begin elsewhere than ranks without."""
+    def drawn(device):
+        base = torch.nn.Linear(6, 5, device=device)
+        torch.manual_seed(3)
+        wrapper = models.LoraLinear(base, 2, 4, 0.0)
+        return torch.rand(3), {p.device.type for p in wrapper.parameters()}
+
+    here, there = drawn("cpu"), drawn("meta")
+    assert torch.equal(here[0], there[0])  # as many numbers were drawn on the CPU
+    assert (here[1], there[1]) == ({"cpu"}, {"meta"})

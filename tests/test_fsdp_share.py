@@ -18,6 +18,7 @@ import json, sys, weakref
 sys.path[:0] = [{root!r}, {tests!r}]
 import dpo
 from extras.run import forecast
+from parts.ranks import ending_ranks
 from test_plan import Counting
 
 class Exact(Counting):  # FSDP frees what it gathered by making its storage small
@@ -34,7 +35,7 @@ class Exact(Counting):  # FSDP frees what it gathered by making its storage smal
 
 local = lambda t: t.to_local() if hasattr(t, "to_local") else t
 size = lambda tensors: sum(t.untyped_storage().nbytes() for t in {{local(t).untyped_storage()._cdata: local(t) for t in tensors}}.values())
-with dpo.ending_ranks():
+with ending_ranks():
     trainer = dpo.DPOTrainer(args=dpo.DPOConfig(**json.load(open(sys.argv[1]))))
     keep = dpo.DPOTrainer.train_step
     def step(self):

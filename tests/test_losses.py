@@ -80,7 +80,7 @@ def test_wpo_weights_carry_no_gradient():
 
 def test_sums_and_positions_of_completions_laid_end_to_end():
     lengths = torch.tensor([[3, 1], [0, 2]])
-    assert losses.token_positions(lengths).tolist() == [0, 1, 2, 0, 0, 1]
+    assert losses.token_positions(lengths, 6).tolist() == [0, 1, 2, 0, 0, 1]
     values = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
     assert losses.completion_sums(values, lengths).tolist() == [[7.0, 8.0], [0.0, 48.0]]
     assert losses.completion_sums(values, lengths, 0.5).tolist() == [[4.0, 8.0], [0.0, 24.0]]

@@ -90,7 +90,9 @@ class SparseMLP(nn.Module):
         """Return hidden states (T, C), and the router's logits (T, experts)."""
         logits, weights, chosen = self.gate(x)
         order = chosen.flatten().argsort(stable=True)  # (T * per_token,) sorted by expert
-        counts = torch.bincount(chosen.flatten(), minlength=logits.shape[1])
+        # not by bincount, which waits for the device
+        counts = torch.zeros(logits.shape[1], dtype=torch.int64, device=x.device)
+        counts.scatter_add_(0, chosen.flatten(), torch.ones_like(chosen.flatten()))
         out = self.experts(x[order // chosen.shape[1]], counts)
         numbers = torch.arange(len(order), device=order.device)
         back = torch.empty_like(order).scatter_(0, order, numbers)
@@ -115,7 +117,7 @@ def load_balancing_loss(
     """
     if not router_logits:
         return torch.zeros((), device=spans.device)
-    weight = token_weights(spans).to(router_logits[0].device)  # (T,)
+    weight = token_weights(spans).to(router_logits[0].device, non_blocking=True)  # (T,)
     sent = torch.zeros((), device=weight.device)
     probability = torch.zeros((), device=weight.device)
     for logits in router_logits:

@@ -105,7 +105,8 @@ class LoraEmbedding(nn.Module):
         self.dora = dora
         options = {"device": base.weight.device, "dtype": wide(base.weight)}
         self.lora_embedding_A = nn.Parameter(torch.zeros(rank, base.num_embeddings, **options))
-        self.lora_embedding_B = nn.Parameter(torch.randn(base.embedding_dim, rank, **options))
+        drawn = torch.randn(base.embedding_dim, rank, dtype=options["dtype"])  # see LoraLinear
+        self.lora_embedding_B = nn.Parameter(drawn.to(options["device"]))
         if dora:
             self.lora_magnitude_vector = nn.Parameter(self.norm())  # (C,)
 
@@ -158,9 +159,10 @@ class LoraExperts(nn.Module):
         options = {"device": like.device, "dtype": dtype}
         for name, (rank, _) in stacks.items():
             count, rows, columns = stack_shape(base, name)
-            self.lora_A[name] = nn.Parameter(torch.empty(count * rank, columns, **options))
+            drawn = torch.empty(count * rank, columns, dtype=dtype)  # see LoraLinear
+            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
+            self.lora_A[name] = nn.Parameter(drawn.to(like.device))
             self.lora_B[name] = nn.Parameter(torch.zeros(rows, rank * count, **options))
-            nn.init.kaiming_uniform_(self.lora_A[name], a=math.sqrt(5))
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """Return A (experts, rank, in) and B (experts, out, rank) of a stack."""

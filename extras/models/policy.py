@@ -93,4 +93,4 @@ def loading_options(c: DPOConfig, ranks: Ranks) -> dict[str, Any]:
     return {
         "dtype": getattr(torch, c.dtype), "max_length": c.max_length, "ranks": ranks,
         "four_bit": four_bit_of(vars(c)),
-        "device": "meta" if loading_device(c, ranks).type == "meta" else "cpu"}
+        "device": str(loading_device(c, ranks))}

@@ -28,7 +28,7 @@ from model import Decoder
 from parts.checks import fsdp_words
 from parts.config import DPOConfig
 from parts.precision import Precision
-from parts.ranks import Ranks
+from parts.ranks import Ranks, backend_of
 
 
 class Shards:
@@ -53,7 +53,7 @@ class Shards:
         self.half = precision.half
         words = fsdp_words(c.fsdp)
         if not dist.is_initialized():  # one process, not started by torchrun
-            backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+            backend = backend_of(ranks.device)
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         offload: OffloadPolicy = OffloadPolicy()
         if "offload" in words:
@@ -91,6 +91,9 @@ class Shards:
         for target, source in zip(sharded.buffers(), model.buffers()):
             target.copy_(source if not source.is_meta else target)
             dist.broadcast(target, 0)
+        # fully_shard would move every tensor that the root is given, those read in Python too
+        sharded.register_forward_pre_hook(hide, prepend=True)
+        sharded.register_forward_pre_hook(show)
         sharded.skeleton = (meta_copy(model),)  # in a tuple, so that it is no submodule
         return sharded
 
@@ -145,6 +148,21 @@ class Shards:
         twin.load_state_dict(state, strict=False, assign=True)
         twin.tie()
         return twin
+
+
+class Hidden:
+    """The root's arguments while fully_shard's own hook looks for tensors in them."""
+
+    def __init__(self, args: tuple):
+        self.args = args
+
+
+def hide(module: nn.Module, args: tuple) -> tuple:
+    return (Hidden(args),)
+
+
+def show(module: nn.Module, args: tuple) -> tuple:
+    return args[0].args
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
