@@ -28,8 +28,7 @@ from parts.activations import keep_all
 from parts.configs import read_fields
 from parts.files import write_json
 from parts.head import KEPT, How, chunked_logps
-from parts.kernels import (
-    ACTIVATIONS, add_low_rank, compute_dtype, cut, product, rms_norm, rotation)
+from parts.kernels import ACTIVATIONS, add_low_rank, compute_dtype, cut, product, rms_norm, rotation
 from parts.names import file_name, find_places
 from parts.ropes import Rope
 from parts.varlen import has_flash, plan_varlen
