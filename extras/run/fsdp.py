@@ -82,18 +82,19 @@ class Shards:
         sharded = meta_copy(model)
         for block in sharded.model.layers:
             fully_shard(block, mp_policy=narrow, **self.options)
+        # fully_shard's hook moves every tensor that the root is given, also those that Python reads:
+        # they are hidden before it and shown after it.
+        sharded.register_forward_pre_hook(show, prepend=True)
         # The root is always resharded: else it would stay gathered after a forward without
         # backward, and the next forward would see old weights.
         fully_shard(sharded, mp_policy=wide, **self.options | {"reshard_after_forward": True})
+        sharded.register_forward_pre_hook(hide, prepend=True)
         offloads = isinstance(self.options["offload_policy"], CPUOffloadPolicy)
         sharded.to_empty(device="cpu" if offloads else self.ranks.device)
         self.scatter(sharded, model)
         for target, source in zip(sharded.buffers(), model.buffers()):
             target.copy_(source if not source.is_meta else target)
             dist.broadcast(target, 0)
-        # fully_shard would move every tensor that the root is given, those read in Python too
-        sharded.register_forward_pre_hook(hide, prepend=True)
-        sharded.register_forward_pre_hook(show)
         sharded.skeleton = (meta_copy(model),)  # in a tuple, so that it is no submodule
         return sharded
 
