@@ -96,16 +96,15 @@ def file_name(name: str, config: Any) -> str:
 
 def find_places(names: Iterable[str], config: Any) -> dict[str, Place]:
     """Return {tensor name in the files: Place}. Raises ValueError for leftovers of quantization."""
+    carried = carried_names(names, config)
+    # old files carry this constant
+    names = [n for n in names if n not in carried and not n.endswith("rotary_emb.inv_freq")]
     quantized = [n for n in names if n.endswith(QUANTIZED)]
     if quantized:
         raise ValueError(
             f"the checkpoint is quantized (it has {quantized[0]}); use the original one")
-    # old files carry this constant
-    names = [n for n in names if not n.endswith("rotary_emb.inv_freq")]
-    carried = carried_names(names, config)
-    if config.model_type in VISION:
-        places = {n: Place(vision_name(n)) for n in names
-                  if not n.endswith("position_ids") and n not in carried}
+    if config.vision is not None:
+        places = {n: Place(vision_name(n)) for n in names if not n.endswith("position_ids")}
     elif config.other_names or any("language_model." in n for n in names):
         places = other_places(names, config.model_type, config.moe)
     else:
@@ -117,10 +116,14 @@ def find_places(names: Iterable[str], config: Any) -> dict[str, Place]:
 
 
 def carried_names(names: Iterable[str], config: Any) -> set[str]:
-    """Return what is saved as it was read: all of a wrapper that is not its decoder."""
-    if config.model_type not in WRAPPED:
-        return set()
-    return {n for n in names if vision_name(n).startswith("model.vision.")}
+    """Return what is saved as it was read: all of a wrapper that is not its decoder, and Qwen's
+    layers that predict several tokens at once (mtp)."""
+    found = set()
+    if config.model_type.startswith(("qwen3_next", "qwen3_5")):
+        found |= {n for n in names if n.startswith("mtp.")}
+    if config.model_type in WRAPPED:
+        found |= {n for n in names if vision_name(n).startswith("model.vision.")}
+    return found
 
 
 def vision_name(name: str) -> str:

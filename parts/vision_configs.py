@@ -46,6 +46,7 @@ WRAPPED = {
         max_position_embeddings=131072, rms_norm_eps=1e-6, tie_word_embeddings=True),
     "mistral3": dict(model_type="mistral"),
     "qwen3_vl": dict(model_type="qwen3_vl_text", rope_theta=5e5),
+    "qwen3_5": dict(model_type="qwen3_5_text"), "qwen3_5_moe": dict(model_type="qwen3_5_moe_text"),
     "internvl": dict(model_type="qwen2")}
 DECODERS = {"qwen3_vl_text": "qwen3"}  # other names of families
 # Keys of a tower used alone, or left over from training: they change nothing in a forward pass.

@@ -31,8 +31,8 @@ from extras.decoder.moe import Experts
 from model import Decoder, read_config
 from parts.files import write_json
 from parts.kernels import compute_dtype as usual_dtype
-from parts.names import find_places
-from parts.weights import Checkpoint, check_tensors, read_tensors
+from parts.names import carried_names, find_places
+from parts.weights import Checkpoint, carry, check_tensors, read_tensors
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -639,6 +639,10 @@ def load_4bit(
             for match in filter(None, map(BESIDE.match, checkpoint.files)):
                 beside.setdefault(match[1], []).append(match[0])
         config = read_config(raw, max_length)
+        tower = carried_names(beside, config)
+        if tower:
+            raise ValueError(f"{min(tower)} is in 4 bits, and is not part of the decoder; use a "
+                             "checkpoint whose decoder alone is, or the original one")
         not_weights = {n for names in beside.values() for n in names}
         layout = find_places(checkpoint.files.keys() - not_weights, config)
     except ValueError as error:
@@ -653,6 +657,7 @@ def load_4bit(
     quantize_linears(model, **settings, read=read)
     model.tie()
     model.layout = layout
+    model.carried = carry(checkpoint, config)
     model.raw_config = raw
     model.generation_config = checkpoint.generation_config
     return model.requires_grad_(True)
@@ -712,8 +717,14 @@ def save_4bit(
         tensors |= {n: t.cpu().contiguous() for n, t in found.items()}
     assert last is not None, "nothing in this model is in 4 bits"
     directory.mkdir(parents=True, exist_ok=True)
+    tensors |= model.carried.tensors
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     config = {"quantization_config": write_bnb_config(last, compute_dtype)}
+    if model.carried.tensors:
+        # as transformers names the modules, where some files lack "model."
+        inside = {n.removeprefix("model.").partition(".")[0] for n in model.carried.tensors}
+        config["quantization_config"]["llm_int8_skip_modules"] = [
+            "lm_head", *(f"model.{name}" for name in sorted(inside))]
     write_json(directory / "config.json", model.raw_config | config)
     if model.generation_config is not None:
         write_json(directory / "generation_config.json", model.generation_config)
