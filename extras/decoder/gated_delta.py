@@ -104,40 +104,61 @@ def delta_rule(
     later = torch.ones(plan.size, plan.size, dtype=torch.bool, device=g.device).triu(1)
     left = total[..., :, None] - total[..., None, :]
     left = left.masked_fill(later, -torch.inf).exp()  # (N, K, r, n, n)
-    # new values u - w S: each token's correction, given the chunk's first state and its own earlier
-    # corrections (equations 8 to 10: the inverse is applied by solving)
-    decayed = total.exp()[..., None]
-    sides = torch.cat([v * beta[..., None], k * beta[..., None] * decayed], -1)
+    # of what a token would write, which earlier tokens of its chunk have written already (equations
+    # 8 to 10): (1 + strictly lower part)^-1
     system = (k @ k.mT) * left * beta[..., None]
-    u, w = torch.linalg.solve_triangular(
-        system, sides, upper=False, unitriangular=True).split([v.shape[-1], k.shape[-1]], -1)
+    one = torch.eye(plan.size, dtype=g.dtype, device=g.device).expand_as(system)
+    inverse = torch.linalg.solve_triangular(system, one, upper=False, unitriangular=True)
+    inverse = inverse * beta[..., None, :]
     within = (q @ k.mT) * left
-    queries = q * decayed
-    keys = (k * (total[..., -1:] - total).exp()[..., None]).mT
-    whole = total[..., -1].exp()[..., None, None]
-    parts = (x.split(plan.steps) for x in (u, w, within, queries, keys, whole))
+    since = total.exp()[..., None]  # what is left of the chunk's first state
+    until = (total[..., -1:] - total).exp()[..., None]  # ... at its end, of what a token wrote
     outs = []
     states = []
-    for i, (u, w, within, queries, keys, whole) in enumerate(zip(*parts)):
+    parts = (x.split(plan.steps) for x in (q, k, v, inverse, within, since, until))
+    for i, (q, k, v, inverse, within, since, until) in enumerate(zip(*parts)):
         if i > 0:
             state = states[-1][plan.parents[i - 1]]
-        new = u if state is None else u - w @ state
+        new = inverse @ (v if state is None else v - since * (k @ state))
         out = within @ new
-        outs.append(out if state is None else out + queries @ state)
-        states.append(keys @ new if state is None else whole * state + keys @ new)
+        outs.append(out if state is None else out + since * (q @ state))
+        written = k.mT @ (until * new)
+        states.append(written if state is None else since[..., -1:, :] * state + written)
     out = torch.cat(outs).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)  # (N n, H, dv)
     return out[plan.place], states
 
 
-def convolve(x: Tensor, weight: Tensor, plan: ChunkPlan, before: Tensor) -> Tensor:  # (T, D)
-    """Return sum_j weight[:, j] x[t - W + 1 + j], over the tokens before t in its sequence.
+class Convolution(torch.autograd.Function):
+    """y_t = sum_j weight[:, j] x[t - W + 1 + j], over the tokens before t in its sequence.
 
-    x is (T, D), weight (D, W); `before` (S (W - 1), D) lies before the stream.
+    x is (T, D), weight (D, W); `before` (S (W - 1), D), without gradient, lies before the stream.
+    Autograd would keep each product and make as many whole gradients of x as there are taps.
     """
-    x = torch.cat([x, before])[plan.reads]
-    count = len(x) - weight.shape[1] + 1
-    out = sum(x[j : j + count] * w for j, w in enumerate(weight.T))
-    return out[plan.kept]
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, before: Tensor, plan: ChunkPlan) -> Tensor:
+        read = torch.cat([x, before])[plan.reads]
+        ctx.save_for_backward(read, weight)
+        ctx.plan = plan
+        count = len(read) - weight.shape[1] + 1
+        out = read.new_zeros(count, len(weight))
+        for j, w in enumerate(weight.T):
+            out.addcmul_(read[j : j + count], w)
+        return out[plan.kept]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        read, weight = ctx.saved_tensors
+        plan = ctx.plan
+        count = len(read) - weight.shape[1] + 1
+        grad = grad.new_zeros(count, len(weight)).index_copy_(0, plan.kept, grad)
+        grad_read = torch.zeros_like(read)
+        grad_weight = torch.empty_like(weight)
+        for j, w in enumerate(weight.T):
+            grad_read[j : j + count].addcmul_(grad, w)
+            grad_weight[:, j] = torch.linalg.vecdot(read[j : j + count], grad, dim=0)
+        grad_x = torch.zeros_like(read).index_add_(0, plan.reads, grad_read)
+        return grad_x[: len(plan.place)], grad_weight, None, None
 
 
 class GatedNorm(nn.Module):
@@ -211,7 +232,7 @@ class GatedDelta(nn.Module):
         if memory is not None:
             before, state = memory.starts(before, qkv.new_zeros(K, H // K, dk, dv))
         weight = self.conv1d.weight[:, 0].to(qkv.dtype)
-        mixed = self.act(convolve(qkv, weight, plan, before))
+        mixed = self.act(Convolution.apply(qkv, weight, before, plan))
         q, k, v = (x.unflatten(1, (-1, size)) for x, size in zip(
             mixed.split(self.split, 1), (dk, dk, dv)))
         g = -self.A_log.to(a.dtype).exp() * F.softplus(a + self.dt_bias.to(a.dtype))
