@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from parts.kernels import ACTIVATIONS, rms_norm, swiglu
 
@@ -233,14 +234,23 @@ class GatedDelta(nn.Module):
             before, state = memory.starts(before, qkv.new_zeros(K, H // K, dk, dv))
         weight = self.conv1d.weight[:, 0].to(qkv.dtype)
         mixed = self.act(Convolution.apply(qkv, weight, before, plan))
+        g = -self.A_log.to(a.dtype).exp() * F.softplus(a + self.dt_bias.to(a.dtype))
+        inputs = (mixed, g, b.sigmoid(), plan, state)
+        if memory is None:
+            # computed again in backward: what it would keep is several times as large as all else
+            return checkpoint(self.rule, *inputs, use_reentrant=False, preserve_rng_state=False)[0]
+        out, states = self.rule(*inputs)
+        memory.keep(torch.cat([qkv, before])[plan.tails], [states[i][j] for i, j in plan.ends])
+        return out
+
+    def rule(
+        self, mixed: Tensor, g: Tensor, beta: Tensor, plan: ChunkPlan, state: Tensor | None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return what delta_rule does, of q, k and v side by side."""
+        dk, dv = self.sizes
         q, k, v = (x.unflatten(1, (-1, size)) for x, size in zip(
             mixed.split(self.split, 1), (dk, dk, dv)))
-        g = -self.A_log.to(a.dtype).exp() * F.softplus(a + self.dt_bias.to(a.dtype))
-        out, states = delta_rule(
-            unit(q) * dk**-0.5, unit(k), v, g, b.sigmoid(), plan, state)
-        if memory is not None:
-            memory.keep(torch.cat([qkv, before])[plan.tails], [states[i][j] for i, j in plan.ends])
-        return out
+        return delta_rule(unit(q) * dk**-0.5, unit(k), v, g, beta, plan, state)
 
 
 def unit(x: Tensor) -> Tensor:

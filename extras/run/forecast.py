@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 import model as models
+from extras.decoder.gated_delta import CHUNK
 from extras.lora.targets import add_lora
 from extras.models.opening import build
 from extras.run.eight_bits import BLOCK
@@ -32,6 +33,11 @@ PER_TOKEN = {
 FROZEN = {"float32": (4, 4, 0, 4), "bf16": (4, 2, 0, 2), "bfloat16": (2, 2, 0, 2)}
 # What --gradient_checkpointing selective computes again: both norms, and gate * up.
 CHEAP = {"float32": (8, 0, 0, 4), "bf16": (4, 0, 0, 2), "bfloat16": (4, 0, 0, 2)}
+# What a layer with the gated delta rule, which runs in float32, saves in place of attention: bytes
+# per token and unit of (q, k and v side by side; its values); per token and value head, what comes
+# and goes inside it.
+DELTA = {"float32": (12, 16), "bf16": (12, 14), "bfloat16": (12, 14)}
+DELTA_PASSES = 4 * (8 * CHUNK)
 
 
 class Run(NamedTuple):
@@ -64,7 +70,7 @@ def bits_of(run: Run, name: str, module: torch.nn.Module) -> float:
 def count(config: models.ModelConfig, run: Run) -> dict[str, int]:
     """Return the bytes of all weights, of those that learn, and of the largest block.
 
-    "matrices" are the elements of what multiplies each token.
+    "matrices" are the elements of what multiplies each token; no gradient goes below block "first".
     """
     with torch.device("meta"):
         model = build(config)
@@ -85,15 +91,25 @@ def count(config: models.ModelConfig, run: Run) -> dict[str, int]:
     moments = 2 * learns
     if "8 bits" in str(run.optimizer):
         moments = sum(8 * n if n < SMALLEST else 2 * n + 8 * -(-n // BLOCK) for n in trained)
-    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    blocks = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
+    learning = [any(p.requires_grad for p in part.parameters())
+                for part in (model.model.embed_tokens, *model.model.layers)]
+    first = max(0, learning.index(True) - 1) if True in learning else 0
     return {
-        "weights": held, "learns": learns, "moments": moments, "block": block,
-        "largest": max(trained),
-        "matrices": block * config.num_hidden_layers}
+        "weights": held, "learns": learns, "moments": moments, "block": max(blocks),
+        "largest": max(trained), "matrices": sum(blocks), "first": first}
 
 
-def block_activations(c: models.ModelConfig, run: Run, block: int) -> int:
-    """Return the bytes that one block's forward on `run.tokens` keeps for its backward."""
+def deltas(c: models.ModelConfig, first: int = 0) -> int:
+    """Return how many layers, from `first` on, have the gated delta rule."""
+    return sum(c.mixer["layers"][first:]) if c.mixer else 0
+
+
+def block_activations(c: models.ModelConfig, run: Run, block: int, delta: bool) -> int:
+    """Return the bytes that one block's forward on `run.tokens` keeps for its backward.
+
+    `delta` tells whether it has the gated delta rule in place of attention.
+    """
     kind = "bf16" if run.bf16 else "bfloat16" if run.weights == "bfloat16" else "float32"
     sizes = (
         c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim,
@@ -102,6 +118,12 @@ def block_activations(c: models.ModelConfig, run: Run, block: int) -> int:
     less = (0, 0, 0, 0) if learns_all else FROZEN[kind]
     cheap = CHEAP[kind] if run.checkpointing == "selective" else (0, 0, 0, 0)
     per_token = 0
+    if delta:
+        values = c.mixer["value_heads"] * c.mixer["value_size"]
+        mixed = values + 2 * c.mixer["key_heads"] * c.mixer["key_size"]
+        of_mixed, of_values = DELTA[kind]
+        per_token = mixed * of_mixed + values * (of_values - (0 if learns_all else FROZEN[kind][0]))
+        sizes = (c.hidden_size, 0, 0, c.intermediate_size)
     for size, saved, frozen, again in zip(sizes, PER_TOKEN[kind], less, cheap, strict=True):
         per_token += size * (saved - max(frozen, again))
     per_token += 16 * run.rank * len(run.targets)
@@ -109,7 +131,9 @@ def block_activations(c: models.ModelConfig, run: Run, block: int) -> int:
     return run.tokens * per_token + casts
 
 
-def activations(c: models.ModelConfig, run: Run, block: int) -> tuple[int, int]:
+def activations(
+    c: models.ModelConfig, run: Run, block: int, first: int = 0,
+) -> tuple[int, int]:
     """Return the bytes held for the backward, and the most that comes and goes meanwhile.
 
     The latter is the head's chunk of logits with its gradients, or a block's gradients (with
@@ -117,7 +141,11 @@ def activations(c: models.ModelConfig, run: Run, block: int) -> tuple[int, int]:
     """
     wide = 4 if run.bf16 else getattr(torch, run.weights).itemsize
     ends = wide * (c.hidden_size * (run.tokens + run.scored) + 2 * c.head_dim * run.tokens)
-    saved = block_activations(c, run, block)
+    count = deltas(c, first)
+    of_attention = block_activations(c, run, block, False)
+    of_delta = block_activations(c, run, block, True) if count else 0
+    kept_in_blocks = (c.num_hidden_layers - first - count) * of_attention + count * of_delta
+    again = run.tokens * DELTA_PASSES * c.mixer["value_heads"] if count else 0
     chunk = chunk_rows(c.vocab_size, run.device, models.HEAD_CHUNK)
     kept = 0 if run.rank or run.checkpointing else min(run.scored, KEPT * chunk)
     rows = min(run.scored - kept, chunk)
@@ -129,8 +157,8 @@ def activations(c: models.ModelConfig, run: Run, block: int) -> tuple[int, int]:
     mlp = (5 if narrow == 2 else 10) * run.tokens * c.intermediate_size
     if run.checkpointing is True:
         inputs = c.num_hidden_layers * wide * c.hidden_size * run.tokens
-        return ends + inputs, max(head, saved + mlp)
-    return ends + c.num_hidden_layers * saved, max(head, mlp)
+        return ends + inputs, max(head, of_attention + mlp, of_delta + max(mlp, again))
+    return ends + kept_in_blocks, max(head, mlp, again)
 
 
 def memory(config: models.ModelConfig, run: Run) -> dict[str, int]:
@@ -143,7 +171,8 @@ def memory(config: models.ModelConfig, run: Run) -> dict[str, int]:
         "moments": counted["moments"] // parts,
         "reference": counted["weights"] // parts if has_own_reference else 0,
         "gradients": counted["learns"] // parts}
-    m["activations"], m["passing"] = activations(config, run, counted["block"])
+    m["activations"], m["passing"] = activations(
+        config, run, counted["block"], counted["first"])
     is_ddp = run.world > 1 and not run.fsdp
     if is_ddp:
         m["exchange"] = counted["learns"]  # DDP's buckets
@@ -160,6 +189,15 @@ def memory(config: models.ModelConfig, run: Run) -> dict[str, int]:
     return m | {"total": max(last, at_most if run.forwards > 1 or is_ddp else first)}
 
 
+def delta_flops(c: models.ModelConfig) -> int:
+    """Count the operations per token of the gated delta rule itself, in chunks of n tokens."""
+    if not c.mixer:
+        return 0
+    dk, dv = c.mixer["key_size"], c.mixer["value_size"]
+    per_head = 2 * CHUNK * (2 * dk + 2 * dv) + 2 * 3 * dk * dv
+    return deltas(c) * c.mixer["value_heads"] * per_head
+
+
 def flops(
     config: models.ModelConfig, run: Run, tokens: int, scored: int, length: float,
     references: float,
@@ -169,9 +207,9 @@ def flops(
     2 per weight and token forward, and twice that backward, less where weights are frozen.
     """
     passes = (2 if run.rank else 3) + (1 if run.checkpointing is True else 0) + references
-    attention = (
-        2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length)
-    per_token = 2 * count(config, run)["matrices"] + attention
+    layers = config.num_hidden_layers - deltas(config)
+    attention = 2 * layers * config.num_attention_heads * config.head_dim * length
+    per_token = 2 * count(config, run)["matrices"] + attention + delta_flops(config)
     return passes * (per_token * tokens + 2 * config.vocab_size * config.hidden_size * scored)
 
 
