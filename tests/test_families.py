@@ -455,6 +455,25 @@ PUBLISHED = {
                           num_experts=128, num_experts_per_tok=8, output_router_logits=False, rope_scaling=None,
                           rope_theta=1000000.0, router_aux_loss_coef=0.001, sliding_window=None,
                           use_sliding_window=False, attention_bias=False),
+    "Qwen3-Next-80B-A3B-Instruct": dict(
+        model_type="qwen3_next", vocab_size=151936, hidden_size=2048, intermediate_size=5120, num_hidden_layers=48,
+        num_attention_heads=16, num_key_value_heads=2, head_dim=256, hidden_act="silu", rms_norm_eps=1e-6,
+        max_position_embeddings=262144, decoder_sparse_step=1, mlp_only_layers=[], full_attention_interval=4,
+        linear_conv_kernel_dim=4, linear_key_head_dim=128, linear_num_key_heads=16, linear_num_value_heads=32,
+        linear_value_head_dim=128, moe_intermediate_size=512, norm_topk_prob=True, num_experts=512,
+        num_experts_per_tok=10, shared_expert_intermediate_size=512, output_router_logits=False,
+        router_aux_loss_coef=0.001, partial_rotary_factor=0.25, rope_scaling=None, rope_theta=10000000,
+        tie_word_embeddings=False, use_sliding_window=False, attention_bias=False),
+    "Qwen3.6-27B, its text_config": dict(
+        model_type="qwen3_5_text", vocab_size=248320, hidden_size=5120, intermediate_size=17408, num_hidden_layers=64,
+        num_attention_heads=24, num_key_value_heads=4, head_dim=256, hidden_act="silu", rms_norm_eps=1e-6,
+        max_position_embeddings=262144, attention_bias=False, attn_output_gate=True, output_gate_type="swish",
+        full_attention_interval=4, layer_types=(["linear_attention"] * 3 + [FULL]) * 16, linear_conv_kernel_dim=4,
+        linear_key_head_dim=128, linear_num_key_heads=16, linear_num_value_heads=48, linear_value_head_dim=128,
+        mamba_ssm_dtype="float32", mtp_num_hidden_layers=1, mtp_use_dedicated_embeddings=False,
+        partial_rotary_factor=0.25, tie_word_embeddings=False, rope_parameters=dict(
+            mrope_interleaved=True, mrope_section=[11, 11, 10], partial_rotary_factor=0.25, rope_theta=10000000,
+            rope_type="default")),
 }
 
 

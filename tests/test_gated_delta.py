@@ -3,11 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_families import DELTA, EXPERTS, PAIRS
+from test_families import DELTA, EXPERTS, PAIRS, our_logits, random_model, their_logits
 from test_model import LLAMA, assert_same_gradients, make, random_pairs, stream
 
 import model as models
 from extras.decoder.gated_delta import CHUNK, GatedDelta, delta_rule, plan_chunks
+from extras.decoder.generate import Cache, Sampling, complete, generate
+from extras.models.opening import load_model
 
 SMALL = LLAMA | DELTA | dict(model_type="qwen3_5_text", num_hidden_layers=3)
 SPARSE = EXPERTS | DELTA | dict(model_type="qwen3_next", rms_norm_eps=1e-6, moe_intermediate_size=16,
@@ -114,9 +116,78 @@ def test_a_prefix_that_is_no_span_of_the_stream_is_refused():
         plan_chunks(torch.tensor([[0, 4, 0, 0], [4, 6, 1, 3]]), 4, torch.device("cpu"))
 
 
+# Generation
+
+
+GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
+
+
+def alone(model, prompt: list[int]) -> list[int]:
+    """Greedy, with the whole sequence read anew for every token."""
+    ids = list(prompt)
+    for _ in range(GREEDY.max_new_tokens):
+        n = len(ids)
+        logits = model.logits(torch.tensor(ids), torch.arange(n), torch.tensor([[0, n, 0, 0]]), torch.tensor([n - 1]))
+        ids.append(int(logits.argmax()))
+    return ids[len(prompt) :]
+
+
 @pytest.mark.parametrize("config", [SMALL, SPARSE], ids=["dense", "experts"])
-def test_half_precision_is_as_near_to_float32_as_the_weights_are(config):
-    """The rule itself runs in float32 under autocast: only its inputs are rounded."""
+def test_samples_of_a_prompt_go_on_from_its_state(config):
+    """Several prompts, several samples of each: all as if each sequence were read alone."""
+    model = make(config)
+    prompts = [[5, 17, 3, 42, 8, 11, 29], [9], [4, 4, 30, 2]]
+    with torch.no_grad():
+        expected = [alone(model, prompt) for prompt in prompts]
+    assert len({*map(tuple, expected)}) == 3
+    assert complete(model, prompts, GREEDY) == expected
+    assert complete(model, prompts, GREEDY, samples=2) == [e for e in expected for _ in range(2)]
+
+
+def test_a_conversation_goes_on_from_its_state_and_a_changed_one_is_read_again():
+    model = make(SMALL)
+    read = []
+    model.model.register_forward_pre_hook(lambda module, args: read.append(len(args[0].input_ids)))
+
+    def turn(prompt: list[int]) -> list[int]:
+        return [token for step in generate(model, [prompt], GREEDY, cache=cache) for token in step.values()]
+
+    cache = Cache(0)
+    first = [5, 17, 3, 42]
+    answer = turn(first)
+    second = first + answer + [7, 8]
+    changed = first + [1] + answer + [7, 8]
+    later = turn(second)
+    assert read[12] == 3  # the answer's last token, which was not read in its own turn, and two more
+    other = turn(changed)
+    assert read[24] == len(changed)
+    with torch.no_grad():
+        assert [answer, later, other] == [alone(model, prompt) for prompt in (first, second, changed)]
+
+
+# 4 bits
+
+
+def test_four_bits_are_those_of_bitsandbytes(tmp_path):
+    """Every linear layer, those of the rule too; the convolution, A_log and dt_bias stay wide."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    from test_nf4 import their_config
+
+    theirs = random_model("qwen3_5")
+    theirs.save_pretrained(tmp_path)
+    settings = dict(quant_type="nf4", nested=False)
+    ours = load_model(tmp_path, torch.float32, four_bit=settings)
+    quantized = {n for n, m in ours.named_modules() if type(m).__name__ == "Linear4bit"}
+    assert {f"model.layers.0.linear_attn.{n}" for n in ("in_proj_qkv", "in_proj_a", "out_proj")} < quantized
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=their_config(transformers, "nf4", False), dtype=torch.float32).train()
+    with torch.no_grad():
+        assert (our_logits(ours) - their_logits(theirs)[0]).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("config", [SMALL, SPARSE], ids=["dense", "experts"])
+def test_under_autocast_the_rule_itself_runs_in_float32(config):
     model = make(config, torch.float32)
     batch = models.Stream(*stream(PAIRS))
     layer = model.model.layers[0].linear_attn
