@@ -205,7 +205,7 @@ class DPOTrainer:
         self.tokenizer = found.tokenizer
         self.lora = found.lora  # PEFT's settings; {} where all weights are trained
         self.images = found.images
-        self.model = found.model.to(opened.loading_device(c, self.ranks))
+        self.model = opened.moved(found.model, c, self.ranks)
         self.model.train(not c.disable_dropout)
         self.model.model.run_block = activations.chosen(c)
         if activations.changes_blocks(c):
@@ -295,21 +295,19 @@ class DPOTrainer:
     def place_models(self, reference: Reference | NoReference) -> Place:
         """Put the policy where it computes: this process, DDP, or shards (--fsdp)."""
         c = self.args
+        place = None
+        if opened.is_sharded(c):
+            from extras.run.fsdp import Shards
+
+            place = Shards(self.model, self.ranks, c, self.precision, reference)
+            self.model = place.model
         started = fingerprint(self.model)
-        if opened.is_sharded(c):  # the other ranks have no weights yet
+        if place:  # ranks have different parts
             started = self.ranks.from_first(lambda: {"model": started})["model"]
         self.checkpoints = Checkpoints(self, started)
         agree(self.ranks, {
             "data": self.train_store.digest, "model": started, "torch": torch.__version__})
-        if not opened.is_sharded(c):
-            return Place(self.model, self.ranks)
-        from extras.run.fsdp import Shards
-
-        place = Shards(self.model, self.ranks, c, self.precision, reference.adapter)
-        self.model = place.model
-        if reference.model is not None:
-            reference.model = place.shared(reference.model)
-        return place
+        return place or Place(self.model, self.ranks)
 
     def plan_steps(self, global_batch: int | None = None) -> None:
         """Count the steps; a resumed run may bring its own global batch."""
@@ -617,30 +615,31 @@ class DPOTrainer:
             from extras.lora.merging import merge_lora
 
             merge_lora(model)
-        if self.ranks.first:
-            dtype = opened.save_dtype(self.args, model)
-            write = partial(self.write_model, model=model, dtype=dtype)
-            replace_model(directory, write, self.tokenizer.save)
+        write = partial(self.write_model, model=model, dtype=opened.save_dtype(self.args, model))
+        replace = lambda whole: replace_model(
+            directory, partial(write, whole=whole), self.tokenizer.save)
+        self.place.from_first(replace, model.parameters())
         opened.give_back(model, self.lora)
         if merges and not self.place.is_sharded:
             self.lora = {}  # it is in the weights now; with --fsdp, in those of the copy alone
 
-    def write_model(self, directory: Path, model: nn.Module, dtype: Any = None) -> None:
+    def write_model(
+        self, directory: Path, model: nn.Module, whole: Callable, dtype: Any = None,
+    ) -> None:
         if models.lora_modules(model):
             from extras.lora import peft_files
 
             peft_files.save_adapter(model, directory, self.lora)
         else:
-            models.save_model(model, directory, dtype)
+            models.save_model(model, directory, dtype, whole)
 
     def read_model(self, directory: Path, model: nn.Module) -> None:
-        """Overwrite what `write_model` writes; the rest of `model` stays."""
-        if models.lora_modules(model):
-            from extras.lora import peft_files
+        """Overwrite what `write_model` writes; the rest of `model` stays. Every rank calls this."""
+        if not models.lora_modules(model):
+            return overwrite(model, directory, self.place)
+        from extras.lora import peft_files
 
-            peft_files.load_adapter(model, directory)
-        else:
-            overwrite(model, directory)
+        peft_files.read_placed(model, directory, self.place)
 
     def push_to_hub(self, commit_message: str = "Trained with DPO", dataset_name: str = "") -> None:
         """Upload output_dir with a model card, which names `dataset_name` for rows of Python."""

@@ -639,8 +639,8 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device
                          "load_model of extras/models/opening.py opens those")
     parameters = dict(model.named_parameters())  # a tied head is listed once
     weights.check_tensors(opened, layout, parameters, config)
-    state = weights.read_tensors(opened, layout, parameters, dtype, device)
-    model.load_state_dict(state, strict=False, assign=True)
+    model.read = weights.Reader(opened, layout, parameters, dtype)
+    model.load_state_dict(model.read(parameters, device), strict=False, assign=True)
     model.tie()
     model.layout = layout
     model.carried = weights.carry(opened, config)
@@ -649,23 +649,24 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device
     return model.requires_grad_(True)
 
 
-def save_model(model: Decoder, directory: str | Path, dtype: torch.dtype | None = None) -> None:
+def save_model(model: Decoder, directory: str | Path, dtype: torch.dtype | None = None,
+               whole: Callable = Tensor.detach) -> None:
     """Write the weights as they lay in the files read, cast to `dtype` if given.
 
     In shards of at most 5 GB; config.json says the type, and generation_config.json is written
-    where there was one. LoRA is left out: this is the base (merge first to keep what was learned).
+    where there was one. LoRA is left out (merge it first); `whole` gathers a sharded parameter.
     """
     directory = Path(directory)
     if model.writer is not None:
         return model.writer(model, directory)
     directory.mkdir(parents=True, exist_ok=True)
-    parameters = {n.replace(".base_layer.", "."): p.detach()
+    parameters = {n.replace(".base_layer.", "."): p
                   for n, p in model.named_parameters() if "lora_" not in n}
     names = [file_name(n, model.config) for n in parameters]
     layout = model.layout or find_places(names, model.config)
     dtype = dtype or next(iter(parameters.values())).dtype
-    tensors = {theirs: place.view(parameters[place.name]) for theirs, place in layout.items()}
-    weights.save_shards(tensors, directory, dtype, SHARD_BYTES, model.carried.tensors)
+    weights.save_shards(
+        parameters, layout, directory, dtype, SHARD_BYTES, whole, model.carried.tensors)
     key = "torch_dtype" if "torch_dtype" in model.raw_config else "dtype"
     raw = model.raw_config | {key: str(dtype).removeprefix("torch.")}
     write_json(directory / "config.json", raw)

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from parts.config import DPOConfig
 from parts.custom_optimizer import restore_state, saved_state
-from parts.files import open_safetensors, read_json, write_json
+from parts.files import TensorFile, read_json, write_json, write_tensors
 from parts.output import sync
+from parts.place import tensors_of
 from parts.schedule import optimizer_kind
 
 STATE = "trainer_state.json"
@@ -351,15 +352,12 @@ class Checkpoints:
         """
         trainer = self.trainer
         place = trainer.place
-        model = place.gathered(trainer.model, trained_only=bool(trainer.lora))
-        moving = self.moving_model()
-        ref_model = None if moving is None else place.gathered(moving)
-        moments: dict[str, Tensor] = {}
-        for name, tensor in self.moments().items():
-            whole = place.whole(tensor)
-            if trainer.ranks.first:
-                moments[name] = whole.cpu().contiguous()
-        trainer.ranks.from_first(partial(self.write, model, ref_model, moments))
+        models = [place.gathered(trainer.model, trained_only=bool(trainer.lora))]
+        if self.moving_model() is not None:
+            models.append(place.gathered(self.moving_model()))
+        moments = self.moments()
+        tensors = [*chain(*(model.parameters() for model in models)), *moments.values()]
+        place.from_first(partial(self.write, models, moments), tensors)
         self.when_saved(trainer.log.directory / f"checkpoint-{trainer.position.step}")
 
     def moments(self) -> dict[str, Tensor]:
@@ -375,21 +373,24 @@ class Checkpoints:
         return found
 
     def write(
-        self, model: nn.Module, ref_model: nn.Module | None, moments: dict[str, Tensor],
-    ) -> None:
-        """Write all files beside their place, then rename the directory; on rank 0 only."""
+        self, models: list[nn.Module], moments: dict[str, Tensor], whole: Callable,
+    ) -> dict:
+        """Write all files beside their place, then rename the directory; on rank 0 only.
+
+        `models` are the policy and, if it moves, the reference; `whole` gathers a tensor.
+        """
         trainer = self.trainer
         target = trainer.log.directory / f"checkpoint-{trainer.position.step}"
         scratch = target.with_name(f".{target.name}")
         shutil.rmtree(scratch, ignore_errors=True)
         try:
-            trainer.write_model(scratch, model)
+            for model, name in zip(models, ("", "ref_model")):
+                trainer.write_model(scratch / name, model, whole)
             trainer.tokenizer.save(scratch)
-            if ref_model is not None:
-                trainer.write_model(scratch / "ref_model", ref_model)
             if self.moving_adapter():
                 save_file(self.moving_adapter(), scratch / "ref_adapter.safetensors")
-            save_file(moments, scratch / "optimizer.safetensors")
+            kinds = {name: (tuple(t.shape), t.dtype) for name, t in moments.items()}
+            write_tensors(scratch / "optimizer.safetensors", kinds, map(whole, moments.values()))
             self.write_state(scratch)
             shutil.rmtree(target, ignore_errors=True)
             os.replace(scratch, target)
@@ -404,6 +405,7 @@ class Checkpoints:
                     "--resume_from_checkpoint true")
             raise OSError(f"{target}: cannot be written ({error}); {what_now}") from None
         self.remove_old()
+        return {}
 
     def write_state(self, scratch: Path) -> None:
         """Write what is not weights, and sync all files to the disk."""
@@ -469,19 +471,9 @@ class Checkpoints:
     def read_weights(self, directory: Path) -> None:
         """Read the weights of the policy, and of a reference that moves, from rank 0 to all."""
         trainer = self.trainer
-        place = trainer.place
-        model = place.gathered(trainer.model, trained_only=bool(trainer.lora))
-        moving = self.moving_model()
-        ref_model = None if moving is None else place.gathered(moving)
-        if trainer.ranks.first:
-            trainer.read_model(directory, model)
-            if ref_model is not None:
-                trainer.read_model(directory / "ref_model", ref_model)
-        for name, p in trained(model):
-            place.fill(trainer.model.get_parameter(name), p)
-        if ref_model is not None:
-            for name, p in ref_model.named_parameters():
-                place.fill(moving.get_parameter(name), p)
+        trainer.read_model(directory, trainer.model)
+        if self.moving_model() is not None:
+            trainer.read_model(directory / "ref_model", self.moving_model())
         if self.moving_adapter():
             self.read_adapter(directory / "ref_adapter.safetensors")
 
@@ -505,14 +497,15 @@ class Checkpoints:
         Each tensor goes where its parameter is: a fused AdamW counts its steps there.
         """
         trainer = self.trainer
-        found = load_file(path) if trainer.ranks.first else {}
+        named = trained(trainer.model)
         if optimizer_kind(trainer) is not None:
-            named = trained(trainer.model)
+            found = load_file(path) if trainer.ranks.first else {}
             return restore_state(trainer.optimizer, named, found, trainer.place)
-        for name, p in trained(trainer.model):
+        file = TensorFile(path) if trainer.ranks.first else None
+        for name, p in named:
             state = no_moments(p)
             for key in MOMENTS:
-                trainer.place.fill(state[key], found.get(f"{name}.{key}"))
+                trainer.place.fill(state[key], file and file.read(f"{name}.{key}"))
             trainer.optimizer.state[p] = state
 
 
@@ -530,15 +523,24 @@ def no_moments(p: Tensor) -> dict[str, Tensor]:
 def fingerprint(model: nn.Module) -> str:
     """Hash each tensor's name, shape and first thousand values.
 
-    This tells models apart without reading all of them.
+    This tells models apart without reading all of them. Of a sharded model rank 0's counts; every
+    rank calls this.
     """
     h = hashlib.sha256()
-    for name, p in chain(model.named_parameters(), model.named_buffers()):  # buffers: 4-bit weights
-        if p.is_meta:  # FSDP: rank 0 has the weights
-            continue
-        h.update(f"{name} {tuple(p.shape)}".encode())
-        h.update(p.detach().flatten()[:1000].cpu().contiguous().view(torch.uint8).numpy().data)
+    for name, shape, tensor in tensors_of(model):
+        h.update(f"{name} {tuple(shape)}".encode())
+        h.update(first_values(tensor, 1000).cpu().contiguous().view(torch.uint8).numpy().data)
     return h.hexdigest()[:16]
+
+
+def first_values(tensor: Any, count: int) -> Tensor:
+    """Return the first values; of a sharded tensor rank 0's, gathered only if it has too few."""
+    tensor = tensor.detach()
+    if hasattr(tensor, "full_tensor"):
+        rows = -(-tensor.shape[0] // tensor.device_mesh.size())  # of rank 0
+        has_enough = rows * math.prod(tensor.shape[1:]) >= count
+        tensor = tensor.to_local() if has_enough else tensor.full_tensor()
+    return tensor.flatten()[:count]
 
 
 # Files of a checkpoint
@@ -593,8 +595,7 @@ def hash_files(directory: Path, names: Iterable[str]) -> dict[str, str]:
 def check_moments(directory: Path, model: nn.Module) -> None:
     """Raise ValueError if AdamW's tensors are not those of this model (with --force_resume)."""
     path = directory / "optimizer.safetensors"
-    opened = open_safetensors(path)
-    found = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+    found = {name: tuple(entry["shape"]) for name, entry in TensorFile(path).header.items()}
     wanted = {}
     for name, p in trained(model):
         for key in MOMENTS:

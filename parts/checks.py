@@ -150,7 +150,7 @@ def check_fsdp(c: DPOConfig) -> None:
     """Raise ValueError for what FSDP cannot be combined with."""
     if not c.fsdp:
         return
-    for name in ("load_in_4bit", "ref_model_device", "generate_during_eval"):
+    for name in ("ref_model_device", "generate_during_eval"):
         if getattr(c, name):
             raise ValueError(f"--fsdp with --{name}: not supported; leave one of them out")
 

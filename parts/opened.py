@@ -41,13 +41,23 @@ def is_sharded(c: DPOConfig) -> bool:
 
 
 def loading_device(c: DPOConfig, ranks: Ranks) -> torch.device:
-    """Return where the weights are before training.
+    """Return where a model's files are read to: with FSDP nowhere yet, since each rank reads its
+    part when the model is sharded."""
+    return torch.device("meta") if is_sharded(c) else ranks.device
 
-    FSDP hands out shards from rank 0's memory; the other ranks need none.
+
+def moved(
+    model: nn.Module, c: DPOConfig, ranks: Ranks, dtype: torch.dtype | None = None,
+    device: str | None = None,
+) -> nn.Module:
+    """Return the model where it stays until training.
+
+    FSDP deals what is in rank 0's memory (a fresh LoRA, a model given as an object) to all ranks;
+    the others need none of it.
     """
     if not is_sharded(c):
-        return ranks.device
-    return torch.device("cpu" if ranks.first else "meta")
+        return model.to(device or ranks.device, dtype)
+    return model.to(dtype=dtype) if ranks.first else model.to("meta", dtype)
 
 
 def save_dtype(c: DPOConfig, model: Any) -> torch.dtype | None:
@@ -83,8 +93,7 @@ def hold_reference(c: DPOConfig, ranks: Ranks, model: nn.Module | None) -> None:
     check_held_reference(c, model)
     if model is not None:
         dtype = None if c.ref_model_dtype is None else getattr(torch, c.ref_model_dtype)
-        device = c.ref_model_device or loading_device(c, ranks)
-        model.requires_grad_(False).eval().to(device, dtype)
+        moved(model.requires_grad_(False).eval(), c, ranks, dtype, c.ref_model_device)
 
 
 def give_back(model: nn.Module, lora: dict) -> None:

@@ -60,8 +60,8 @@ MODEL_FILES = {
     "model.safetensors.index.json"}
 
 
-def replace_model(directory: Path, *writers: Callable[[Path], None]) -> None:
-    """Replace a directory's model files by those that `writers` write.
+def replace_model(directory: Path, *writers: Callable[[Path], None]) -> dict:
+    """Replace a directory's model files by those that `writers` write; return {}.
 
     They are written beside the old ones, and then moved to their places one by one.
     """
@@ -77,6 +77,7 @@ def replace_model(directory: Path, *writers: Callable[[Path], None]) -> None:
     if "config.json" in names:  # files of an earlier run would be read in the model's place
         for name in MODEL_FILES - names:
             (directory / name).unlink(missing_ok=True)
+    return {}
 
 
 def cache_directory(named: str | None) -> Path:

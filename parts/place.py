@@ -1,8 +1,10 @@
 """Where the policy computes: in one process, or in several under DDP. For --fsdp see
 extras/run/fsdp.py."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -44,6 +46,11 @@ class Place:
         """Return the model unsharded, at least in rank 0's memory; every rank calls this."""
         return model
 
+    def from_first(self, make: Callable[[Callable], dict], tensors: Iterable[Tensor]) -> dict:
+        """Do `Ranks.from_first`; `make(whole)` gets what returns each of `tensors` unsharded, on
+        the CPU."""
+        return self.ranks.from_first(partial(make, on_cpu))
+
     def whole(self, tensor: Tensor) -> Tensor:
         """Return a parameter, gradient norm or moment unsharded; every rank calls this."""
         return tensor
@@ -57,6 +64,21 @@ class Place:
             there = target.detach().to(self.ranks.device)  # the reference may be on the CPU
             dist.broadcast(there, 0)
             target.copy_(there)
+
+
+def on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu()
+
+
+def tensors_of(model: nn.Module) -> list[tuple[str, torch.Size, Tensor]]:
+    """Return (name, shape, tensor) of a model's parameters, then of its buffers (4-bit weights).
+
+    Of a sharded model too: with names, shapes and order as they were before it was sharded.
+    """
+    like = getattr(model, "skeleton", (model,))[0]
+    held = dict(chain(model.named_parameters(), model.named_buffers()))
+    named = chain(like.named_parameters(), like.named_buffers())
+    return [(name, t.shape, held[name]) for name, t in named]
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -71,6 +71,23 @@ class Ranks(NamedTuple):
         A ValueError or OSError there is raised on every rank.
         """
         return make() if self.world == 1 else broadcast_object(self, make)
+
+    def first_error(self, error: str) -> str:
+        """Return the first of the ranks' errors, on every rank; "" where none has one."""
+        if self.world == 1:
+            return error
+        return next(filter(None, gathered_texts(self, error)), "")
+
+    def first_asking(
+        self, make: Callable[[Callable[[int], Any]], dict], give: Callable[[int], Any],
+    ) -> dict:
+        """Do `from_first` with a `make(ask)` that needs the other ranks' help.
+
+        Where it calls ask(number), every rank calls give(number), together.
+        """
+        if self.world == 1:
+            return make(give)
+        return broadcast_object(self, make, give)
 
 
 # Joining and leaving
@@ -208,10 +225,7 @@ def agree(ranks: Ranks, what: dict[str, Any]) -> None:
     mine = torch.tensor(digest, dtype=torch.uint8, device=ranks.device)
     if all(torch.equal(mine, other) for other in gathered(ranks, mine)):
         return
-    length = torch.tensor([len(text)], device=ranks.device)
-    longest = max(int(n) for n in gathered(ranks, length))
-    padded = torch.tensor(list(text.ljust(longest)), dtype=torch.uint8, device=ranks.device)
-    found = [json.loads(bytes(t.tolist())) for t in gathered(ranks, padded)]
+    found = [json.loads(text) for text in gathered_texts(ranks, text.decode())]
     rank, name = first_difference(found)
     raise ValueError(
         f"the ranks disagree: {name} is {found[rank].get(name)!r} on rank {rank} and "
@@ -234,26 +248,38 @@ def gathered(ranks: Ranks, tensor: Tensor) -> list[Tensor]:
     return out
 
 
+def gathered_texts(ranks: Ranks, text: str) -> list[str]:
+    """Return every rank's text, on every rank."""
+    raw = text.encode()
+    length = torch.tensor([len(raw)], device=ranks.device)
+    lengths = [int(n) for n in gathered(ranks, length)]
+    padded = torch.tensor(
+        list(raw.ljust(max(lengths))), dtype=torch.uint8, device=ranks.device)
+    return [bytes(t[:n].tolist()).decode() for t, n in zip(gathered(ranks, padded), lengths)]
+
+
 @contextmanager
-def keeping_others_waiting(zero: Tensor, timeout: float) -> Iterator[None]:
+def keeping_others_waiting(zero: Tensor, timeout: float) -> Iterator[threading.Lock]:
     """Broadcast `zero` again and again while rank 0 works, so that waiting ranks do not time out.
 
     Tokenizing may take longer than --ddp_timeout. A rank 0 that died or hangs does not broadcast,
-    so the others still time out.
+    so the others still time out. Whatever else rank 0 exchanges meanwhile, it does with the lock.
     """
     done = threading.Event()
+    lock = threading.Lock()
 
     def broadcast() -> None:
         while not done.wait(timeout / 4):
             try:
-                dist.broadcast(zero, 0)
+                with lock:
+                    dist.broadcast(zero, 0)
             except RuntimeError:
                 return  # another rank has died: the broadcast that follows says so
 
     thread = threading.Thread(target=broadcast, daemon=True)
     thread.start()
     try:
-        yield
+        yield lock
     finally:
         done.set()
         thread.join()
@@ -268,20 +294,31 @@ def answer_of(make: Callable[[], dict]) -> bytes:
     return json.dumps(answer).encode()
 
 
-def broadcast_object(ranks: Ranks, make: Callable[[], dict]) -> dict:
-    """Do `Ranks.from_first` over several processes.
+def broadcast_object(
+    ranks: Ranks, make: Callable[..., dict], give: Callable[[int], Any] | None = None,
+) -> dict:
+    """Do `Ranks.from_first`, or with `give` `Ranks.first_asking`, over several processes.
 
-    The length of rank 0's JSON is broadcast first, then the JSON.
+    The length of rank 0's JSON is broadcast first, then the JSON. Before that may come 0, while
+    rank 0 is still at work, and -1 - number, where it asks for a number.
     """
     size = torch.zeros(1, dtype=torch.int64, device=ranks.device)
     answer = b""
     if ranks.first:
-        with keeping_others_waiting(size, ranks.timeout):
-            answer = answer_of(make)
+        with keeping_others_waiting(size, ranks.timeout) as lock:
+
+            def ask(number: int) -> Any:
+                with lock:
+                    dist.broadcast(size - 1 - number, 0)
+                    return give(number)
+
+            answer = answer_of(partial(make, ask) if give else make)
         size += len(answer)
         dist.broadcast(size, 0)
-    while not size:  # 0: rank 0 is still at work
+    while size <= 0:
         dist.broadcast(size, 0)
+        if size < 0:
+            give(-1 - int(size))
     body = torch.empty(int(size), dtype=torch.uint8, device=ranks.device)
     if ranks.first:
         body.copy_(torch.frombuffer(bytearray(answer), dtype=torch.uint8))

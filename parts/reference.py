@@ -6,7 +6,8 @@ dpo.Reference is the live one.
 """
 
 import hashlib
-from itertools import chain
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from parts import ref_cache
 from parts.faults import naming
 from parts.output import cache_directory
+from parts.place import tensors_of
 
 
 class NoReference:
@@ -97,9 +99,9 @@ class PrecomputedReference:
             visits = own + visits
         if not visits:
             return
-        model = trainer.model if self.live.model is None else self.live.model
-        held = trainer.place.gathered(model)
-        digest = trainer.ranks.from_first(lambda: {"digest": self.digest(held)})["digest"]
+        tensors = self.tensors()
+        held = [tensor for _, tensor in tensors.values()]
+        digest = trainer.place.from_first(partial(self.digest, tensors), held)["digest"]
         for store, pairs in visits:
             self.tables[store.digest] = self.fill_table(store, pairs, digest)
         self.had_model = self.had_model or self.live.model is not None
@@ -169,30 +171,41 @@ class PrecomputedReference:
             bar.update(len(rows))
         return trainer.ranks.sum(sums).to(trainer.precision.sums).cpu().numpy()
 
-    def digest(self, held: nn.Module) -> str:
+    def tensors(self) -> dict[str, tuple[torch.Size, Tensor]]:
+        """Return {name: (shape, tensor)} of the reference's weights, by name.
+
+        A fresh LoRA on the policy, which is off, does not count.
+        """
+        own = self.live.model
+        found = {}
+        for name, shape, tensor in tensors_of(self.trainer.model if own is None else own):
+            if own is not None or "lora_" not in name:
+                found[name.replace(".base_layer.", ".")] = (shape, tensor)
+        for name, wrapper in self.live.adapter.items():
+            for part, p in wrapper.named_parameters():
+                if part.startswith("lora_"):
+                    found[f"{name}.{part}"] = (p.shape, p)
+        return dict(sorted(found.items()))
+
+    def digest(self, tensors: dict[str, tuple[torch.Size, Tensor]], whole: Callable) -> dict:
         """Hash all that changes what the reference says of given tokens.
 
-        `held` is the reference's model, unsharded. A fresh LoRA on it, which is off, does not
-        count.
+        `whole` returns a tensor, unsharded, on the CPU.
         """
         trainer = self.trainer
         c = trainer.args
-        with self.live.active() as active:
-            model = held if trainer.place.is_sharded else active
-            is_adapted = self.live.model is not None or bool(self.live.adapter)
-            compute_dtype = (model.four_bit or {}).get("compute_dtype")
-            half = "fp16" if c.fp16 else trainer.precision.half is torch.bfloat16
-            pixels = trainer.tokenizer.pictures if trainer.images else ""  # how images are scaled
-            text = f"2 {half} {c.dtype} {compute_dtype} {model.config}{pixels}"
-            h = hashlib.sha256(text.encode())
-            for name, t in chain(model.named_parameters(), model.named_buffers()):  # 4 bits
-                if is_adapted or "lora_" not in name:
-                    plain = name.replace(".base_layer.", ".")
-                    h.update(f"{plain} {t.dtype} {tuple(t.shape)}".encode())
-                    raw = t.detach().cpu().contiguous().view(-1).view(torch.uint8)
-                    h.update(raw.numpy().data)
-            if is_adapted:
-                for name, module in model.named_modules():
-                    if hasattr(module, "base_layer"):
-                        h.update(f"{name} {getattr(module, 'scaling', None)}".encode())
-        return h.hexdigest()
+        model = trainer.model if self.live.model is None else self.live.model
+        compute_dtype = (model.four_bit or {}).get("compute_dtype")
+        half = "fp16" if c.fp16 else trainer.precision.half is torch.bfloat16
+        pixels = trainer.tokenizer.pictures if trainer.images else ""  # how images are scaled
+        text = f"3 {half} {c.dtype} {compute_dtype} {model.config}{pixels}"
+        h = hashlib.sha256(text.encode())
+        for name, (shape, tensor) in tensors.items():
+            h.update(f"{name} {tensor.dtype} {tuple(shape)}".encode())
+            h.update(whole(tensor).contiguous().view(-1).view(torch.uint8).numpy().data)
+        wrappers = self.live.adapter
+        if self.live.model is not None:
+            wrappers = {n: m for n, m in model.named_modules() if hasattr(m, "base_layer")}
+        for name, wrapper in wrappers.items():
+            h.update(f"{name} {getattr(wrapper, 'scaling', None)}".encode())
+        return {"digest": h.hexdigest()}

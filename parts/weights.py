@@ -1,13 +1,17 @@
 """Find, check, read and write directories of safetensors."""
 
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, Iterator, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from parts.files import open_safetensors, read_json, write_json
+from parts.files import open_safetensors, read_json, write_json, write_tensors
 from parts.names import Place, carried_names, file_name, find_places
 
 DTYPE_NAMES = {
@@ -179,7 +183,7 @@ def read_tensors(checkpoint: Checkpoint, layout: dict[str, Place], parameters: d
         if place.name not in state:
             shape = parameters[place.name].shape
             state[place.name] = torch.empty(shape, dtype=dtype, device=device)
-        if device == "meta":  # FSDP: the weights come from rank 0
+        if device == "meta":  # FSDP: read when they are dealt to the ranks
             continue
         view = place.view(state[place.name])
         tensor = opened.get_tensor(name)
@@ -200,49 +204,133 @@ def carry(checkpoint: Checkpoint, config: Any) -> Carried:
     return Carried(found)
 
 
-def overwrite(model: nn.Module, directory: str | Path) -> None:
+class Reader:
+    """Reads parameters of a model from the files that it was opened from.
+
+    A model under --fsdp keeps it: there the weights are read when they are dealt to the ranks.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, layout: dict[str, Place], parameters: dict,
+        dtype: torch.dtype,
+    ):
+        self.checkpoint = checkpoint
+        self.layout = layout
+        self.parameters = parameters
+        self.dtype = dtype
+
+    def __deepcopy__(self, memo: dict) -> "Reader":
+        return self
+
+    def __call__(self, names: Iterable[str], device: str = "cpu") -> dict[str, Tensor]:
+        """Return {name: parameter}, whole. Raises ValueError as `read_tensors` does."""
+        wanted = set(names)
+        layout = {theirs: place for theirs, place in self.layout.items() if place.name in wanted}
+        files = {theirs: self.checkpoint.files[theirs] for theirs in layout}
+        checkpoint = self.checkpoint._replace(files=files)
+        return read_tensors(checkpoint, layout, self.parameters, self.dtype, device)
+
+    def digest(self) -> str:
+        """Hash each tensor's header and first row: ranks that read different files train nothing
+        that makes sense."""
+        h = hashlib.sha256()
+        for name, _, _, opened in each_tensor(self.checkpoint, self.layout):
+            header = opened.get_slice(name)
+            h.update(f"{name} {header.get_shape()} {header.get_dtype()}".encode())
+            if header.get_shape():
+                h.update(header[:1].contiguous().view(torch.uint8).numpy().data)
+        return h.hexdigest()[:16]
+
+
+def file_names(model: nn.Module) -> dict[int, str]:
+    """Return {id of a tensor: its name without adapters, by which a Reader knows it}."""
+    named = chain(model.named_parameters(), model.named_buffers())
+    return {id(tensor): name.replace(".base_layer.", ".") for name, tensor in named}
+
+
+@contextmanager
+def in_memory(model: nn.Module, name: str, reads: bool) -> Iterator[None]:
+    """Give a module that is on the meta device memory inside, with its weights in it if `reads`."""
+    kept = []
+    for module in model.get_submodule(name).modules():
+        for store in (module._parameters, module._buffers):
+            kept += [(store, key, t) for key, t in store.items() if t is not None and t.is_meta]
+    names = file_names(model) if kept and reads else {}
+    values = model.read(names[id(t)] for _, _, t in kept) if names else {}
+    for store, key, t in kept:
+        tensor = values[names[id(t)]] if names else torch.empty_like(t, device="cpu")
+        store[key] = nn.Parameter(tensor, False) if isinstance(t, nn.Parameter) else tensor
+    yield
+    for store, key, t in kept:
+        store[key] = t
+
+
+def overwrite(model: nn.Module, directory: str | Path, place: Any) -> None:
     """Replace a model's weights by those of a checkpoint of the same shape; type and device stay.
 
-    Raises ValueError listing every missing, unexpected and misshaped tensor.
+    Rank 0 reads, one parameter at a time; every rank calls this. Raises ValueError listing every
+    missing, unexpected and misshaped tensor.
     """
-    opened = open_checkpoint(directory)
-    layout = find_places(opened.files, model.config)
     parameters = dict(model.named_parameters())
-    check_tensors(opened, layout, parameters, model.config)
-    dtype = next(iter(parameters.values())).dtype
-    state = read_tensors(opened, layout, parameters, dtype, "cpu")
-    model.load_state_dict(state, strict=False)
+    readers = []
+
+    def check() -> dict:
+        opened = open_checkpoint(directory)
+        layout = find_places(opened.files, model.config)
+        shapes = {n: torch.empty(p.shape, device="meta") for n, p in parameters.items()}
+        check_tensors(opened, layout, shapes, model.config)
+        readers.append(Reader(opened, layout, shapes, next(iter(parameters.values())).dtype))
+        return {}
+
+    place.ranks.from_first(check)
+    for name, p in parameters.items():
+        place.fill(p, readers[0]([name])[name] if readers else None)
 
 
-def save_shards(tensors: dict[str, Tensor], directory: Path, dtype: torch.dtype,
-                shard_bytes: int, carried: dict[str, Tensor]) -> None:
-    """Write views of the parameters, cast to `dtype`, and `carried` in its own types.
+def save_shards(
+    parameters: dict[str, Tensor], layout: dict[str, Place], directory: Path, dtype: torch.dtype,
+    shard_bytes: int, whole: Callable[[Tensor], Tensor], carried: dict[str, Tensor],
+) -> None:
+    """Write the parameters as `layout` has them, cast to `dtype`, and `carried` in its own types.
 
-    One shard at a time is gathered in memory.
+    One parameter at a time is in memory: `whole` fetches it.
     """
-    sizes = {n: t.numel() * dtype.itemsize for n, t in tensors.items()}
-    sizes |= {n: t.nbytes for n, t in carried.items()}
+    kinds = {}
+    for theirs, place in layout.items():
+        like = torch.empty(parameters[place.name].shape, device="meta")
+        kinds[theirs] = (tuple(place.view(like).shape), dtype)
+    kinds |= {n: (tuple(t.shape), t.dtype) for n, t in carried.items()}
+    sizes = {n: torch.Size(shape).numel() * kind.itemsize for n, (shape, kind) in kinds.items()}
     shards = cut_shards(sizes, shard_bytes)
+    own = pieces_of(parameters, layout, dtype, whole)
+    tensors = chain(own, (tensor.cpu() for tensor in carried.values()))
     weight_map = {}
     for i, names in enumerate(shards, 1):
         file = "model.safetensors"
         if len(shards) > 1:
             file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        shard = {}
-        seen = set()
-        for name in names:
-            if name in carried:
-                shard[name] = carried[name].cpu()
-                continue
-            tensor = tensors[name].to("cpu", dtype).contiguous()
-            # a tied head, written twice
-            shard[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
-            seen.add(tensor.data_ptr())
-        save_file(shard, directory / file, metadata={"format": "pt"})
+        of_file = {name: kinds[name] for name in names}
+        write_tensors(directory / file, of_file, (next(tensors) for _ in names))
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         write_json(directory / "model.safetensors.index.json", index)
+
+
+def pieces_of(
+    parameters: dict[str, Tensor], layout: dict[str, Place], dtype: torch.dtype,
+    whole: Callable[[Tensor], Tensor],
+) -> Iterator[Tensor]:
+    """Yield the tensors of the files, in order; a parameter is held until its last piece."""
+    left = Counter(place.name for place in layout.values())
+    held = {}
+    for place in layout.values():
+        if place.name not in held:
+            held[place.name] = whole(parameters[place.name]).detach()
+        yield place.view(held[place.name]).to("cpu", dtype)
+        left[place.name] -= 1
+        if not left[place.name]:
+            del held[place.name]
 
 
 def cut_shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:

@@ -17,6 +17,8 @@ COMMON = dict(bf16=False, use_cpu=True, learning_rate=1e-3, num_train_epochs=2.0
               disable_tqdm=True)
 LORA = dict(use_peft=True, lora_r=4, lora_target_modules=["all-linear", "embed_tokens", "lm_head"])
 
+QLORA = dict(use_peft=True, lora_r=4, lora_target_modules=["all-linear"], load_in_4bit=True, dtype="float32")
+
 
 @pytest.fixture(scope="session")
 def ragged(tmp_path_factory) -> Path:
@@ -81,6 +83,11 @@ MODES = {
     "shard_grad_op": dict(fsdp="shard_grad_op"),
     "LoRA, live reference": LORA | dict(precompute_ref_log_probs=False),
     "LoRA, merged": LORA | dict(merge_adapter=True, lora_target_modules=["all-linear"]),
+    "DoRA, a saved head": LORA | dict(use_dora=True, lora_target_modules=["all-linear"], lora_modules_to_save=["lm_head"]),
+    "4 bits": QLORA,
+    "4 bits, nested, checkpointing, live reference": QLORA | dict(
+        use_bnb_nested_quant=True, gradient_checkpointing=True, precompute_ref_log_probs=False),
+    "4 bits, merged": QLORA | dict(merge_adapter=True),
     "a loss that sorts": dict(loss_type=["aot", "sft"]),
     "LoRA, checkpointing, bfloat16 base": LORA | dict(gradient_checkpointing=True, dtype="bfloat16"),
     "bf16": dict(bf16=True),

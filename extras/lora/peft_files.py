@@ -14,6 +14,7 @@ from model import ModelConfig, lora_modules
 from parts.files import open_safetensors, read_json, write_json
 from parts.names import TRANSPOSED, file_name
 from parts.rows import on_hub
+from parts.weights import file_names
 
 # Settings of adapter_config.json that are read, with the types they may have.
 PATTERN = (dict, type(None))
@@ -207,6 +208,23 @@ def load_adapter(model: nn.Module, directory: str | Path) -> None:
     check_bases(bases, model, path)
 
 
+def read_placed(model: nn.Module, directory: Path, place: Any) -> None:
+    """Fill the adapter of a model wherever a trainer has placed it, from rank 0's file.
+
+    Every rank calls this.
+    """
+    twin = place.gathered(model, trained_only=True)
+
+    def read() -> dict:
+        load_adapter(twin, directory)
+        return {}
+
+    place.ranks.from_first(read)
+    for name, p in twin.named_parameters():
+        if p.requires_grad:
+            place.fill(model.get_parameter(name), p)
+
+
 def check_bases(bases: dict[str, Tensor], model: nn.Module, path: Path) -> None:
     """Raise ValueError where a copy of a base weight differs from the base.
 
@@ -216,6 +234,9 @@ def check_bases(bases: dict[str, Tensor], model: nn.Module, path: Path) -> None:
                for n, w in lora_modules(model).items()}
     for name, tensor in bases.items():
         own = wrapped[name].weight if name in wrapped else None
+        if own is not None and own.is_meta:  # --fsdp
+            ours = file_names(model)[id(own)]
+            own = model.read([ours])[ours]
         is_same = own is not None and own.shape == tensor.shape
         if is_same:
             narrow = min(own.dtype, tensor.dtype, key=lambda dtype: dtype.itemsize)

@@ -7,7 +7,7 @@ and names are matched as PEFT matches them.
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from extras.decoder.moe import Experts, Router
 from extras.lora import kinds
 from model import LoraLinear, ModelConfig
 from parts.names import file_name
+from parts.weights import in_memory
 
 # Settings of a PEFT adapter that say what is wrapped and how, with the defaults of those that a
 # file lacks.
@@ -47,7 +48,10 @@ def add_lora(model: nn.Module, settings: dict) -> list[str]:
     model.requires_grad_(False)
     chosen = choose(model, settings)
     for name, make in chosen.items():
-        replace_module(model, name, make())
+        # DoRA and modules_to_save start from the weights; without --fsdp these are there
+        reads = settings["use_dora"] or make.func is saved
+        with in_memory(model, name, reads):
+            replace_module(model, name, make())
     return list(chosen)
 
 
@@ -56,10 +60,10 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def choose(model: nn.Module, settings: dict) -> dict[str, Callable]:
+def choose(model: nn.Module, settings: dict) -> dict[str, partial]:
     """Return {module name: function that makes its wrapper}, in the model's order."""
     check_targets(model, settings)
-    chosen: dict[str, Callable] = {}
+    chosen: dict[str, partial] = {}
     for name, module in model.named_modules():
         if not name:
             continue

@@ -32,7 +32,7 @@ from model import Decoder, read_config
 from parts.files import write_json
 from parts.kernels import compute_dtype as usual_dtype
 from parts.names import carried_names, find_places
-from parts.weights import Checkpoint, carry, check_tensors, read_tensors
+from parts.weights import Checkpoint, Reader, carry, check_tensors, read_tensors
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -68,6 +68,13 @@ class Quantized(NamedTuple):
 
 
 TENSORS = ("packed", "absmax", "code", "nested_absmax", "nested_code", "nested_offset")
+# Modules that hold weights in 4 bits -> the parameters that they replace.
+STACKS = {"stored": "weight", "gate_up": "gate_up_proj", "down": "down_proj"}
+
+
+def on_device(state: Quantized, device: str) -> Quantized:
+    tensors = {name: getattr(state, name) for name in TENSORS}
+    return state._replace(**{n: t.to(device) for n, t in tensors.items() if t is not None})
 
 
 # Quantization
@@ -93,7 +100,7 @@ def quantize(
     values = tensor.detach().reshape(-1)
     parts = [quantize_blocks(part, code, order, block_size) for part in values.split(chunk)]
     packed, absmax = (torch.cat(column) for column in zip(*parts))
-    if not torch.isfinite(absmax.mean() if nested else absmax.amax()):
+    if not (tensor.is_meta or torch.isfinite(absmax.mean() if nested else absmax.amax())):
         raise ValueError("a weight to be quantized has infinite, not-a-number or huge values")
     state = Quantized(
         packed=packed, absmax=absmax, code=code, shape=tuple(tensor.shape), dtype=tensor.dtype,
@@ -308,24 +315,34 @@ class Stack4bit(nn.Module):
 
     def __init__(self, states: list[Quantized]):
         super().__init__()
+        self.count = len(states)
         self.kind = states[0]._replace(**dict.fromkeys(TENSORS))
+        self.shapes: dict[str, torch.Size] = {}  # of the stacked tensors
         for field in TENSORS:
             stacked = None
             if getattr(states[0], field) is not None:
                 stacked = torch.stack([getattr(s, field) for s in states])
                 if stacked.dtype != torch.uint8:
                     stacked = stacked.float().view(torch.int32)
+                self.shapes[field] = stacked.shape
             self.register_buffer(field, stacked)
 
+    def flatten(self) -> None:
+        """Make the buffers parameters of one dimension, which --fsdp gathers block by block, and
+        which it can cut anywhere."""
+        for field in self.shapes:
+            flat = nn.Parameter(self._buffers.pop(field).flatten(), requires_grad=False)
+            self.register_parameter(field, flat)
+
     def __len__(self) -> int:
-        return len(self.packed)
+        return self.count
 
     def __getitem__(self, i: int) -> Quantized:
         fields = {}
         for field in TENSORS:
             rows = getattr(self, field)
             if rows is not None:
-                row = rows[i]
+                row = rows.view(self.shapes[field])[i]
                 fields[field] = row if row.dtype == torch.uint8 else row.view(torch.float32)
         return self.kind._replace(**fields)
 
@@ -653,8 +670,12 @@ def load_4bit(
     plain = {n: place for n, place in layout.items() if n not in beside}
     parameters = {n: p for n, p in model.named_parameters() if n not in in_bits}
     check_tensors(checkpoint, plain, parameters, config)
-    read = partial(read_block, checkpoint, layout, beside, model, dtype, device)
-    quantize_linears(model, **settings, read=read)
+    read = partial(read_block, checkpoint, layout, beside, model, dtype)
+    quantize_linears(model, **settings, read=partial(read, device=device))
+    with torch.device("meta"):
+        wide = build(config)
+    read = partial(read_block, checkpoint, layout, beside, wide, dtype)
+    model.read = Reader4bit(Reader(checkpoint, layout, {}, dtype), read, wide, model.four_bit)
     model.tie()
     model.layout = layout
     model.carried = carry(checkpoint, config)
@@ -665,7 +686,7 @@ def load_4bit(
 
 def read_block(
     checkpoint: Checkpoint, layout: dict, beside: dict[str, list[str]], model: nn.Module,
-    dtype: torch.dtype, device: str, names: list[str],
+    dtype: torch.dtype, names: list[str], device: str = "cpu",
 ) -> dict:
     """Read these parameters: cast to `dtype`, or as Quantized where the files have 4 bits."""
     layout = {theirs: place for theirs, place in layout.items() if place.name in names}
@@ -681,9 +702,10 @@ def read_block(
     for theirs in layout.keys() - plain.keys():
         tensors = {}
         for n in (theirs, *beside[theirs]):
-            tensors[n] = opened[files[n]].get_tensor(n).to(device)
+            tensors[n] = opened[files[n]].get_tensor(n)
         place = layout[theirs]
-        pieces.setdefault(place.name, []).append((place.index, from_bnb_tensors(theirs, tensors)))
+        state = on_device(from_bnb_tensors(theirs, tensors), device)
+        pieces.setdefault(place.name, []).append((place.index, state))
     for name, found in pieces.items():
         found.sort(key=lambda piece: [i.start if isinstance(i, slice) else i for i in piece[0]])
         states = [state for _, state in found]
@@ -692,6 +714,37 @@ def read_block(
         is_kept = isinstance(module, nn.Linear) or is_experts(module)
         values[name] = states if is_kept else dequantize(states[0], dtype)
     return values
+
+
+class Reader4bit:
+    """A parts.weights.Reader of a model in 4 bits: quantizes what the files have wide."""
+
+    def __init__(self, reader: Reader, read: Callable, wide: nn.Module, settings: dict):
+        self.digest = reader.digest
+        self.read = read
+        self.wide = wide  # the model before it was quantized, on the meta device
+        self.settings = {"quant_type": settings["quant_type"], "nested": settings["nested"]}
+
+    def __deepcopy__(self, memo: dict) -> "Reader4bit":
+        return self
+
+    def __call__(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return {name: tensor}: of parameters, and of what a Stack4bit stores."""
+        plain = []
+        stacks = {}
+        for name in names:
+            stack, _, field = name.rpartition(".")
+            if field in TENSORS:
+                module, _, kind = stack.rpartition(".")
+                stacks[stack] = f"{module}.{STACKS[kind]}"
+            else:
+                plain.append(name)
+        found = self.read(plain) if plain else {}
+        for stack, name in stacks.items():
+            shape = self.wide.get_parameter(name).shape
+            states = as_states(name, self.read([name])[name], shape, **self.settings)
+            found |= {f"{stack}.{n}": t for n, t in Stack4bit(states).named_buffers()}
+        return found
 
 
 def save_4bit(

@@ -112,7 +112,7 @@ def from_object(
     """
     checkpoint = in_memory(model)
     device = options["device"]
-    if device != "meta":  # where the object is, so that they can share memory
+    if device != "meta" or options["ranks"].first:  # where it is, so that they can share memory
         device = str(next(model.parameters()).device)
     decoder = load_model(checkpoint, options["dtype"], device, options["max_length"])
     adapter = ""

@@ -4,11 +4,15 @@
 This is torch's own fully_shard, block by block: a block's weights are gathered for its forward,
 dropped, gathered again for its backward, and its gradients are reduced to their shards. With bf16
 the blocks are gathered in bfloat16. The shards and the reduction stay in float32, and so do
-embedding and head, so that the residual stream is what it is without FSDP. Only rank 0 loads the
-model; the other ranks start on the meta device and receive their shards from it.
+embedding and head, so that the residual stream is what it is without FSDP.
+
+No rank ever holds a whole copy of the model. It is opened on the meta device and sharded there; then
+the ranks take turns at reading a module from the files and dealing it to all. Rank 0 writes it, one
+gathered tensor at a time.
 """
 
 import copy
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -24,11 +28,13 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import distribute_tensor
 
-from model import Decoder
+from extras.models.nf4 import Stack4bit
+from model import lora_modules
 from parts.checks import fsdp_words
 from parts.config import DPOConfig
+from parts.place import tensors_of
 from parts.precision import Precision
-from parts.ranks import Ranks, backend_of
+from parts.ranks import Ranks, agree, backend_of
 
 
 class Shards:
@@ -37,14 +43,13 @@ class Shards:
     is_sharded = True
 
     def __init__(
-        self, model: nn.Module, ranks: Ranks, c: DPOConfig, precision: Precision, ref_adapter: dict,
+        self, model: nn.Module, ranks: Ranks, c: DPOConfig, precision: Precision, reference: Any,
     ):
-        """Shard the policy.
+        """Shard the policy, and the reference if it is a model of its own.
 
-        `ref_adapter` is the reference's own LoRA on the policy's base. Raises ValueError if there
-        is one.
+        Raises ValueError for a reference that is a LoRA on the policy's base.
         """
-        if ref_adapter:
+        if reference.adapter:
             raise ValueError(
                 "--fsdp: the reference is a LoRA on the policy's own base (one that is continued, "
                 "or moves), which is not split; merge it into a model and give that as "
@@ -64,22 +69,24 @@ class Shards:
             "offload_policy": offload}
         self.model = self.shared(model)
         self.module = self.model
+        if reference.model is not None:
+            reference.model = self.shared(reference.model)
 
     def sync(self, last: bool) -> Any:
         """Do nothing: gradients are reduced to their shards after every forward."""
         return nullcontext()
 
     def shared(self, model: nn.Module) -> nn.Module:
-        """Return a sharded copy of rank 0's model.
-
-        That is on the CPU; on the other ranks it is on the meta device.
-        """
+        """Return a sharded copy of a model that is on the meta device, where rank 0 lacks it."""
         is_narrow = next(model.parameters()).dtype.itemsize < 4 or self.half is not None
         reduce = torch.float32 if is_narrow else None
         wide = MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
         narrow = MixedPrecisionPolicy(
             param_dtype=self.half, reduce_dtype=reduce, cast_forward_inputs=False)
         sharded = meta_copy(model)
+        for module in sharded.modules():
+            if isinstance(module, Stack4bit):
+                module.flatten()
         for block in sharded.model.layers:
             fully_shard(block, mp_policy=narrow, **self.options)
         # fully_shard's hook moves every tensor that the root is given, also those that Python reads:
@@ -91,41 +98,71 @@ class Shards:
         sharded.register_forward_pre_hook(hide, prepend=True)
         offloads = isinstance(self.options["offload_policy"], CPUOffloadPolicy)
         sharded.to_empty(device="cpu" if offloads else self.ranks.device)
-        self.scatter(sharded, model)
-        for target, source in zip(sharded.buffers(), model.buffers()):
-            target.copy_(source if not source.is_meta else target)
-            dist.broadcast(target, 0)
         sharded.skeleton = (meta_copy(model),)  # in a tuple, so that it is no submodule
+        self.load(sharded, model)
         return sharded
 
     @torch.no_grad()
-    def scatter(self, sharded: nn.Module, source: nn.Module) -> None:
-        """Fill every rank's shards from rank 0's parameters.
+    def load(self, sharded: nn.Module, source: nn.Module) -> None:
+        """Fill every rank's shards: from rank 0's `source` what it has, all else from the files.
 
-        Parameters that are on the meta device there are skipped.
+        The ranks read in turns, a module each. Raises ValueError, on every rank, if one cannot
+        read, or reads other files.
         """
-        given = dict(source.named_parameters())
-        for name, p in sharded.named_parameters():
-            is_there = self.ranks.from_first(lambda name=name: {"there": not given[name].is_meta})
-            if is_there["there"]:
-                self.fill(p, given[name])
+        targets = {name: tensor for name, _, tensor in tensors_of(sharded)}
+        given = {name: tensor for name, _, tensor in tensors_of(source)}
+        held = [name for name, tensor in given.items() if not tensor.is_meta]
+        held = self.ranks.from_first(lambda: {"names": held})["names"]
+        for name in held:
+            self.fill(targets[name], given[name])
+        modules: dict[str, list[str]] = {}
+        for name in targets:
+            if name not in set(held):
+                modules.setdefault(name.rpartition(".")[0], []).append(name)
+        if modules:
+            agree(self.ranks, {"files": source.read.digest()})
+        waiting = list(modules.values())
+        while waiting:
+            turn, waiting = waiting[: self.ranks.world], waiting[self.ranks.world :]
+            mine = self.read(source, turn)
+            for owner, names in enumerate(turn):
+                for name in names:
+                    self.fill(targets[name], mine.get(name), owner)
+
+    def read(self, source: nn.Module, turn: list[list[str]]) -> dict[str, Tensor]:
+        """Return {name: tensor} of this rank's module, of as many modules as there are ranks."""
+        names = dict(enumerate(turn)).get(self.ranks.rank, [])
+        plain = {name.replace(".base_layer.", "."): name for name in names}
+        found = {}
+        error = ""
+        try:
+            found = source.read(plain) if plain else {}
+        except (ValueError, OSError) as failed:
+            error = str(failed)
+        error = self.ranks.first_error(error)
+        if error:
+            raise ValueError(error)
+        return {plain[name]: tensor for name, tensor in found.items()}
 
     @torch.no_grad()
-    def fill(self, target: Any, source: Tensor | None) -> None:
-        """Fill `target`'s shards from rank 0's unsharded `source`; every rank calls this."""
+    def fill(self, target: Any, source: Tensor | None, owner: int = 0) -> None:
+        """Fill `target`'s shards from the unsharded `source` of rank `owner`; every rank calls
+        this."""
+        is_mine = self.ranks.rank == owner
         if not hasattr(target, "full_tensor"):  # AdamW's count of steps
-            if self.ranks.first:
+            if is_mine:
                 target.copy_(source)
             there = target.detach().to(self.ranks.device)
-            dist.broadcast(there, 0)
+            dist.broadcast(there, owner)
             target.copy_(there)
             return
         device = target.device_mesh.device_type
-        if self.ranks.first:
-            whole = source.detach().to(device, target.dtype).contiguous()
+        if is_mine:
+            whole = source.detach().to(device, target.dtype).reshape(target.shape).contiguous()
         else:
             whole = torch.empty(target.shape, dtype=target.dtype, device=device)
-        shard = distribute_tensor(whole, target.device_mesh, target.placements)
+        shard = distribute_tensor(
+            whole, target.device_mesh, target.placements, src_data_rank=owner)
         target.to_local().detach().copy_(shard.to_local())
 
     def whole(self, tensor: Any) -> Tensor:
@@ -133,22 +170,40 @@ class Shards:
         return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
     @torch.no_grad()
-    def gathered(self, sharded: nn.Module, trained_only: bool = False) -> Decoder:
-        """Return an unsharded copy in rank 0's memory.
+    def gathered(self, sharded: nn.Module, trained_only: bool = False) -> nn.Module:
+        """Return an unsharded copy of a model with a LoRA, or of one that came as an object, in
+        rank 0's memory; any other as it is: it is written one tensor at a time.
 
-        It is on the meta device on the other ranks, and for weights that do not learn if
+        The copy is on the meta device on the other ranks, and for weights that do not learn if
         `trained_only`.
         """
+        if not lora_modules(sharded) and not hasattr(sharded, "source"):
+            return sharded
         twin = copy.deepcopy(sharded.skeleton[0])
         state = {}
-        for name, p in sharded.named_parameters():
-            if p.requires_grad or not trained_only:
-                tensor = self.whole(p)
+        for name, shape, tensor in tensors_of(sharded):
+            if tensor.requires_grad or not trained_only:
+                whole = self.whole(tensor)
                 if self.ranks.first:
-                    state[name] = tensor.cpu()
+                    state[name] = whole.cpu().view(shape)
         twin.load_state_dict(state, strict=False, assign=True)
         twin.tie()
         return twin
+
+    def from_first(self, make: Callable[[Callable], dict], tensors: Iterable[Tensor]) -> dict:
+        """Do `Ranks.from_first`; `make(whole)` gets what returns each of `tensors` unsharded, on
+        the CPU, while the other ranks help to gather it."""
+        held = [tensor for tensor in tensors if hasattr(tensor, "full_tensor")]
+        number = {id(tensor): i for i, tensor in enumerate(held)}
+
+        def give(i: int) -> Tensor | None:
+            whole = held[i].detach().full_tensor()
+            return whole.cpu() if self.ranks.first else None
+
+        def run(ask: Callable[[int], Tensor]) -> dict:
+            return make(lambda t: ask(number[id(t)]) if id(t) in number else t.detach().cpu())
+
+        return self.ranks.first_asking(run, give)
 
 
 class Hidden:
