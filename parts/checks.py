@@ -148,11 +148,8 @@ def fsdp_words(fsdp: str | None) -> set[str]:
 
 def check_fsdp(c: DPOConfig) -> None:
     """Raise ValueError for what FSDP cannot be combined with."""
-    if not c.fsdp:
-        return
-    for name in ("ref_model_device", "generate_during_eval"):
-        if getattr(c, name):
-            raise ValueError(f"--fsdp with --{name}: not supported; leave one of them out")
+    if c.fsdp and c.ref_model_device:
+        raise ValueError("--fsdp with --ref_model_device: not supported; leave one of them out")
 
 
 def check_best_model(c: DPOConfig) -> None:

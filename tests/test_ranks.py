@@ -88,11 +88,21 @@ MODES = {
     "4 bits, nested, checkpointing, live reference": QLORA | dict(
         use_bnb_nested_quant=True, gradient_checkpointing=True, precompute_ref_log_probs=False),
     "4 bits, merged": QLORA | dict(merge_adapter=True),
+    "4 bits, against another adapter": QLORA | dict(ref_model_name_or_path="{home}/LoRA"),
+    "a continued adapter": dict(model_name_or_path="{home}/LoRA"),
+    "a continued adapter, live": dict(model_name_or_path="{home}/LoRA", precompute_ref_log_probs=False),
     "a loss that sorts": dict(loss_type=["aot", "sft"]),
     "LoRA, checkpointing, bfloat16 base": LORA | dict(gradient_checkpointing=True, dtype="bfloat16"),
     "bf16": dict(bf16=True),
 }
 BOUNDS = {name: 1e-9 if "float64" in name else 2e-2 if "bf" in name else 1e-5 for name in MODES}
+
+
+ANSWERS = dict(generate_during_eval=True, eval_strategy="epoch", eval_fraction=0.3)
+
+
+def placed(options: dict, home: Path) -> dict:
+    return {name: v.format(home=home) if isinstance(v, str) else v for name, v in options.items()}
 
 
 def plain_runs(tiny, ragged, home: Path) -> None:
@@ -120,12 +130,13 @@ def home(tiny, ragged, tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("ranks")
     plain_runs(tiny, ragged, home)
     for name, more in MODES.items():
-        one = settings(tiny, ragged, home, f"{name}: one", 1, 8, **more | dict(fsdp=None))
+        one = settings(tiny, ragged, home, f"{name}: one", 1, 8, **placed(more, home) | dict(fsdp=None))
         dpo.DPOTrainer(args=dpo.DPOConfig(**one)).train()
     saved = settings(tiny, ragged, home, "saved", 1, 8, **SAVED)
     dpo.DPOTrainer(args=dpo.DPOConfig(**saved)).train()
     runs = runs_of(FEW, 2, tiny, ragged, home)
-    runs += [settings(tiny, ragged, home, name, 2, 8, **dict(fsdp="true") | more) for name, more in MODES.items()]
+    runs += [settings(tiny, ragged, home, name, 2, 8, **dict(fsdp="true") | placed(more, home)) for name, more in MODES.items()]
+    runs += [settings(tiny, ragged, home, f"answers {bf16}", 2, 8, **ANSWERS | dict(bf16=bf16, fsdp="true")) for bf16 in (True, False)]
     runs += [saved | dict(output_dir=str(home / f"resumed {fsdp}"), fsdp=fsdp,
                           resume_from_checkpoint=str(home / "saved" / "checkpoint-2")) for fsdp in ("full_shard", None)]
     launch(runs, 2, home)
@@ -153,6 +164,16 @@ def test_fsdp_goes_with(home, mode):
     loss, weight = apart(result(home, f"{mode}: one"), result(home, mode))
     print(f"{mode}: losses {loss:.1e}  weights {weight:.1e}")
     assert loss < BOUNDS[mode] and weight < BOUNDS[mode]
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_fsdp_answers_at_evaluation_as_one_process_does(home, tiny, ragged, bf16):
+    one = settings(tiny, ragged, home, f"answers {bf16}: one", 1, 8, **ANSWERS | dict(bf16=bf16))
+    dpo.DPOTrainer(args=dpo.DPOConfig(**one)).train()
+    samples = [[m["eval_samples"] for m in read_metrics(home / name) if "eval_samples" in m]
+               for name in (f"answers {bf16}", f"answers {bf16}: one")]
+    assert len(samples[0]) == 3 and len(samples[0][0]) == 8
+    assert samples[0] == samples[1] or bf16  # one process answers in float32
 
 
 @pytest.mark.parametrize("fsdp", ["full_shard", None])

@@ -263,7 +263,8 @@ def forward(
     model: Decoder, ids: list[int], positions: list[int], spans: list[tuple], cache: Cache,
 ) -> Tensor:  # (S, V)
     """Return the logits after the last new token of every span, in float32."""
-    device = next(model.parameters()).device
+    # with --fsdp "offload" the weights are elsewhere
+    device = getattr(model, "device", next(model.parameters()).device)
     table = torch.tensor(spans, dtype=torch.int32)  # (S, 5)
     last = (table[:, 4].cumsum(0) - 1).to(device)
     input_ids = torch.tensor(ids, device=device)
@@ -340,6 +341,8 @@ def generate(
         if seen is not None:
             logits = penalize(logits, seen[rows], o.repetition_penalty)
         tokens = choose(logits, sequences, o)
+        if hasattr(model, "agreed"):  # --fsdp
+            tokens = model.agreed(tokens)
         if seen is not None:
             seen[rows, tokens] = True
         for s, token in zip(sequences, tokens):

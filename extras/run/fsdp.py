@@ -25,6 +25,7 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
+    register_fsdp_forward_method,
 )
 from torch.distributed.tensor import distribute_tensor
 
@@ -47,13 +48,13 @@ class Shards:
     ):
         """Shard the policy, and the reference if it is a model of its own.
 
-        Raises ValueError for a reference that is a LoRA on the policy's base.
+        Raises ValueError for a LoRA's reference that moves.
         """
-        if reference.adapter:
+        if reference.adapter and c.sync_ref_model:
             raise ValueError(
-                "--fsdp: the reference is a LoRA on the policy's own base (one that is continued, "
-                "or moves), which is not split; merge it into a model and give that as "
-                "--ref_model_name_or_path")
+                "--fsdp with --sync_ref_model: the moving reference of a LoRA is as large as the "
+                "weights that it is on, and is not split; leave one of them out, or train all "
+                "weights")
         self.ranks = ranks
         self.half = precision.half
         words = fsdp_words(c.fsdp)
@@ -71,6 +72,7 @@ class Shards:
         self.module = self.model
         if reference.model is not None:
             reference.model = self.shared(reference.model)
+        self.put_on(self.model, reference.adapter)
 
     def sync(self, last: bool) -> Any:
         """Do nothing: gradients are reduced to their shards after every forward."""
@@ -99,8 +101,30 @@ class Shards:
         offloads = isinstance(self.options["offload_policy"], CPUOffloadPolicy)
         sharded.to_empty(device="cpu" if offloads else self.ranks.device)
         sharded.skeleton = (meta_copy(model),)  # in a tuple, so that it is no submodule
+        register_fsdp_forward_method(sharded, "logits")  # generation: every rank takes part
+        sharded.agreed = self.agreed
+        sharded.device = self.ranks.device
         self.load(sharded, model)
         return sharded
+
+    @torch.no_grad()
+    def put_on(self, sharded: nn.Module, adapter: dict[str, nn.Module]) -> None:
+        """Put a reference's adapter, which every rank holds whole, on the sharded model's base."""
+        for name, wrapper in adapter.items():
+            module = sharded.get_submodule(name)
+            wrapper.base_layer = None  # else its shards counted as the adapter's parameters
+            for part, p in list(wrapper.named_parameters()):
+                there = torch.empty(p.shape, dtype=p.dtype, device=self.ranks.device)
+                self.fill(there, p)
+                owner, _, child = part.rpartition(".")
+                wrapper.get_submodule(owner).register_parameter(child, nn.Parameter(there, False))
+            wrapper.base_layer = getattr(module, "base_layer", module)
+
+    def agreed(self, tokens: list[int]) -> list[int]:
+        """Return rank 0's tokens: a rank that drew another would run fewer forwards, or more."""
+        chosen = torch.tensor(tokens, device=self.ranks.device)
+        dist.broadcast(chosen, 0)
+        return chosen.tolist()
 
     @torch.no_grad()
     def load(self, sharded: nn.Module, source: nn.Module) -> None:

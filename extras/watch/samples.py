@@ -44,15 +44,21 @@ class Samples:
 
     @torch.no_grad()
     def take(self, trainer: Any) -> dict:
-        """Answer the prompts on rank 0; return metrics, nothing on other ranks.
+        """Answer the prompts on rank 0, with --fsdp on all; return metrics on rank 0 alone.
 
         `eval_samples` is a list of {prompt, completion, tokens}, and
         `eval_completions/mean_length` their mean length, tokens.
         """
+        is_sharded = trainer.place.is_sharded
+        if not (trainer.ranks.first or is_sharded):
+            return {}
+        autocast = contextlib.nullcontext()
+        if is_sharded:  # its weights are gathered in the narrow type
+            autocast = trainer.precision.autocast(trainer.ranks.device)
+        with eval_mode(trainer.model), autocast:
+            written = complete(trainer.model, [ids for _, ids in self.prompts], self.sampling)
         if not trainer.ranks.first:
             return {}
-        with eval_mode(trainer.model):
-            written = complete(trainer.model, [ids for _, ids in self.prompts], self.sampling)
         rows = []
         for (text, _), tokens in zip(self.prompts, written):
             completion = trainer.tokenizer.decode(tokens, skip_special_tokens=True)
