@@ -16,6 +16,7 @@ from test_ranks import COMMON, QLORA
 import dpo
 import model as models
 from parts.files import TensorFile, write_tensors
+from parts.ranks import ending_ranks
 
 
 def test_a_file_written_as_a_stream_is_what_safetensors_reads(tmp_path):
@@ -63,7 +64,7 @@ def test_a_model_is_read_module_by_module_when_it_is_sharded(sharded, monkeypatc
     found, keep = [], fsdp.Shards.read
     monkeypatch.setattr(fsdp.Shards, "read", lambda self, source, turn: (
         found.append(([t for n, t in source.named_parameters() if "lora_" not in n], turn)), keep(self, source, turn))[1])
-    with dpo.ending_ranks():
+    with ending_ranks():
         trainer = dpo.DPOTrainer(args=dpo.DPOConfig(**sharded | more))
         names = [n for n, _ in trainer.model.named_parameters() if "lora_" not in n]
     assert all(p.is_meta for given, _ in found for p in given)
@@ -77,7 +78,7 @@ def test_a_tied_head_that_differs_is_refused_under_fsdp_too(tiny, sharded, tmp_p
     for file in tiny.iterdir():
         (directory / file.name).write_bytes(file.read_bytes())
     write(directory / "config.json", json.loads((tiny / "config.json").read_text()) | dict(tie_word_embeddings=True))
-    with dpo.ending_ranks(), pytest.raises(ValueError, match="ties the head to the embedding"):
+    with ending_ranks(), pytest.raises(ValueError, match="ties the head to the embedding"):
         dpo.DPOTrainer(args=dpo.DPOConfig(**sharded | dict(model_name_or_path=str(directory))))
 
 
@@ -85,11 +86,12 @@ RANKS = 8
 LIMITED = """
 import json, resource, sys
 sys.path[:0] = [{root!r}]
+from parts.ranks import ending_ranks
 import dpo, parts.ranks, extras.run.fsdp, extras.lora.targets, extras.models.policy
 import model as models
 models.SHARD_BYTES = 10**7  # several files: safetensors maps a file that it opens
 parts.ranks.keep_freed_memory = lambda: None  # what is freed is not held
-with dpo.ending_ranks():
+with ending_ranks():
     c = dpo.DPOConfig(**json.loads(sys.argv[1]))
     dpo.start_ranks(c.use_cpu, c.ddp_timeout).barrier()
     now = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmData"))
