@@ -30,6 +30,7 @@ from torch import Tensor
 
 from parts.conversations import Renderer, RowTexts, load_templates, row_texts
 from parts.data_checks import check_options
+from parts.rooms import run_command
 from parts.rows import DataError, DroppedPair, attempt, read_chunks
 from parts.store import counted, find_or_write, read_store
 from parts.tokenizer_files import copy_files, explained_types, files_digest, load_backend
@@ -530,6 +531,4 @@ def micro_batches(order: np.ndarray, tokens: np.ndarray, max_pairs: int,
 
 
 if __name__ == "__main__":
-    from extras.view import main
-
-    sys.exit(main())
+    sys.exit(run_command("extras.view"))

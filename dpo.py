@@ -170,7 +170,7 @@ class DPOTrainer:
         given = dict(
             others, model=model, ref_model=ref_model, processing_class=processing_class,
             train_dataset=train_dataset, eval_dataset=eval_dataset, peft_config=peft_config)
-        if any(value is not None for value in given.values()):
+        if c.datasets or any(value is not None for value in given.values()):
             from extras.rows import objects
 
             c, given = objects.accept(c, given)

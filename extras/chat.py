@@ -37,7 +37,11 @@ def answer(
     steps = generate(speaker.model, [prompt], speaker.sampling, cache=cache, first=turn)
 
     def stream() -> Iterator[int]:
-        for step in steps:
+        while True:
+            with speaker.autocast():  # not around the yield, where other code runs
+                step = next(steps, None)
+            if step is None:
+                return
             tokens.append(step[0])
             yield step[0]
 
@@ -141,7 +145,8 @@ def write_completions(speaker: Speaker, args: argparse.Namespace) -> int:
     with open(args.output, "w", encoding="utf-8") as file:
         while batch := list(islice(prompts, max(1, args.batch_size // args.num_samples))):
             ids = [encode_prompt(speaker, prompt, args.system) for prompt in batch]
-            written = complete(speaker.model, ids, speaker.sampling, args.num_samples, first)
+            with speaker.autocast():
+                written = complete(speaker.model, ids, speaker.sampling, args.num_samples, first)
             for i, tokens in enumerate(written):
                 text = decode(speaker, tokens)
                 prompt = batch[i // args.num_samples]
@@ -189,7 +194,8 @@ def make_parser() -> argparse.ArgumentParser:
     raw = "continue texts as they are, without the chat template"
     add("--raw", action="store_true", help=raw)
     dtypes = ["float32", "bfloat16", "float16"]
-    add("--dtype", choices=dtypes, help="[bfloat16 on a GPU, else float32]")
+    usual = "[as in the run, where it is a run's; else bfloat16 on a GPU, float32 elsewhere]"
+    add("--dtype", choices=dtypes, help=usual)
     add("--device", help="[cuda where there is one, else cpu]")
     add("--prompts", help="complete the prompts of this file instead")
     add("--num_samples", type=int, default=1, help="completions of each prompt [1]")

@@ -41,7 +41,7 @@ MAY_DIFFER = set("""
     save_dtype chat_template model_name_or_path model_revision output_dir gradient_checkpointing
     activation_offloading context_parallel_size
     dataset_name dataset_config dataset_train_split dataset_test_split eval_dataset_name
-    max_prompt_length max_completion_length
+    datasets max_prompt_length max_completion_length
     truncation_mode on_bad_row dataset_num_proc cache_dir exact_global_loss precompute_ref_log_probs
     ref_model_name_or_path ref_model_device merge_adapter per_device_train_batch_size
     gradient_accumulation_steps max_tokens_per_forward num_train_epochs max_steps optim warmup_ratio stochastic_rounding

@@ -182,9 +182,9 @@ def parse_config(argv: list[str], description: str = "") -> DPOConfig:
     path = given.pop("config", None)
     settings = ({} if path is None else read_config_file(path)) | given
     known = DPOConfig.__annotations__.keys() | NO_EFFECT
-    if words or settings.keys() - known:  # TRL's other options, or a mistake
+    if words or settings.keys() - known or "datasets" in settings:  # TRL's, or a mistake
         settings = trl_flags.settle(settings, words, known, path)
-    if not {"model_name_or_path", "dataset_name"} & settings.keys():
+    if not {"model_name_or_path", "dataset_name", "datasets"} & settings.keys():
         settings = demo_settings() | settings
     trl_flags.name_silent([f"--{name}" for name in sorted(settings.keys() & NO_EFFECT)])
     return DPOConfig(**{k: parse_value(k, v) for k, v in settings.items() if k not in NO_EFFECT})

@@ -112,6 +112,9 @@ class DPOConfig:
     dataset_name: str | None = flag(
         None, "preference pairs: file, glob or directory of .jsonl, .json, .gz of these, .csv, "
         ".parquet; or hub id; several with commas between", "data")
+    datasets: list[dict] = flag(
+        [], "instead, in a --config file: data sets trained on as one, each with path, name, "
+        "split, columns, fraction; TRL's mixture")
     dataset_config: str | None = flag(None, "configuration, or folder, of a data set")
     dataset_revision: str | None = flag(
         None, "branch, tag or commit of a data set on the hub; unset is its main branch")
@@ -305,7 +308,8 @@ class DPOConfig:
         8, "pairs in one forward of evaluation and of the reference pass", least=1)
     save_strategy: str = flag(
         "steps", "when to write checkpoint-N, from which a run resumes: also at the last step; best "
-        "is at each evaluation that is better than all before", choices=("no", "steps", "epoch", "best"))
+        "is at each evaluation that is better than all before",
+        choices=("no", "steps", "epoch", "best"))
     save_steps: float = flag(
         500, "steps between checkpoints; below 1, a share of all steps", least=0)
     save_total_limit: int | None = flag(None, "keep at most N checkpoints", least=1)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from parts.checkpoints import last_checkpoint
+from parts.rooms import missing_room
 
 
 def refuse(error: Exception | str, status: int) -> int:
@@ -21,16 +22,6 @@ def refuse(error: Exception | str, status: int) -> int:
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 or is_own:
         print(f"error: {error}", file=sys.stderr)
     return status
-
-
-def missing_room(error: ModuleNotFoundError) -> str:
-    """Say what to do where an option needs a room of extras/ that this copy of the program lacks.
-
-    Raises the error again if it is about something else.
-    """
-    if (error.name or "").split(".")[0] != "extras":
-        raise error
-    return "these options need the folder extras/, which this copy of the program does not have"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

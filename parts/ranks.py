@@ -24,7 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 # Options that may differ between ranks: paths on their own hosts (their content is compared
 # instead).
 OWN = ("cache_dir", "output_dir", "model_name_or_path", "ref_model_name_or_path", "dataset_name",
-       "eval_dataset_name", "disable_tqdm", "hub_token")
+       "datasets", "eval_dataset_name", "disable_tqdm", "hub_token")
 
 
 class Ranks(NamedTuple):

@@ -106,7 +106,13 @@ def on_hub(name: Any) -> bool:
 
 
 def read_rows(files: Iterable[str | Path]) -> Iterator[tuple[str, dict | DataError]]:
-    """Stream the rows of files as ("prefs.jsonl:17", row).
+    """Stream the rows of files as ("prefs.jsonl:17", row), in our names: see `raw_rows`."""
+    for place, row in raw_rows(files):
+        yield place, renamed(row) if isinstance(row, dict) else row
+
+
+def raw_rows(files: Iterable[str | Path]) -> Iterator[tuple[str, dict | DataError]]:
+    """Stream the rows of files as ("prefs.jsonl:17", row), as they stand there.
 
     What cannot be read (bad UTF-8, broken JSON, not an object, damaged gzip) comes as a DataError
     in the row's place. Raises DataError for a file that cannot be opened.
@@ -115,7 +121,7 @@ def read_rows(files: Iterable[str | Path]) -> Iterator[tuple[str, dict | DataErr
         number = 0
         try:
             for number, row in file_rows(path):
-                yield f"{path}:{number}", renamed(row) if isinstance(row, dict) else row
+                yield f"{path}:{number}", row
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             damaged = DataError(f"the compressed file is damaged ({error}); fetch it again")
             yield f"{path}:{number + 1}", damaged

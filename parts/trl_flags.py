@@ -128,7 +128,7 @@ def settle(
     foreign = {name: value for name, value in settings.items() if name not in known}
     ours = {name: value for name, value in settings.items() if name in known}
     set_environment(foreign.pop("env", None), path)
-    ours = data_sets(foreign.pop("datasets", None), path) | ours
+    ours = data_sets(ours.pop("datasets", None), path) | ours
     silent = []
     for where, options in ((f"--config {path}: ", foreign), ("--", pairs_of(words))):
         found, without_effect = translate(options, known, where)
@@ -291,35 +291,60 @@ def set_environment(variables: Any, path: str | None) -> None:
 
 
 def data_sets(entries: Any, path: str | None) -> dict[str, Any]:
-    """Return `datasets:` of a file of TRL's in our options; several are trained on as one."""
+    """Return `datasets:` of a file in our options: as data sets joined by name, where that is all.
+
+    extras/rows/mixture.py reads any others.
+    """
     if not entries:
         return {}
-    where = f"--config {path}: datasets"
-    has_path = lambda entry: isinstance(entry, dict) and "path" in entry
-    if not isinstance(entries, list) or not all(map(has_path, entries)):
-        raise ValueError(f"{where}: give a list of entries with path, name, split")
-    found = [data_set(entry, where) for entry in entries]
-    names = ",".join(one.pop("dataset_name") for one in found)
-    if any(one != found[0] for one in found):
-        raise ValueError(
-            f"{where}: {len(found)} of them, with different name or split; write the rows of each "
-            "to a file of its own, and give these files")
-    return {"dataset_name": names, **found[0]}
+    entries = [entries] if isinstance(entries, dict) else entries
+    check_data_sets(entries, f"--config {path}: datasets: ")
+    split = entries[0].get("split")
+    config = entries[0].get("name")
+    plain = {"path": None, "name": config, "split": split}
+    names = [str(entry["path"]) for entry in entries]
+    is_plain = len(set(names)) == len(names) and "[" not in str(split) and "+" not in str(split)
+    for entry in entries:
+        there = {name: value for name, value in entry.items() if value is not None}
+        is_plain = is_plain and plain == {"name": None, "split": None} | there | {"path": None}
+    if not is_plain:
+        return {"datasets": entries}
+    found = {"dataset_config": config, "dataset_train_split": split}
+    return {"dataset_name": ",".join(names)} | {k: v for k, v in found.items() if v is not None}
 
 
-def data_set(entry: dict, where: str) -> dict[str, Any]:
-    """Return one entry of `datasets:` in our options. Raises ValueError."""
-    if entry.get("data_dir") is not None:
-        raise ValueError(f"{where}: data_dir; give dataset_config, or the path of the files")
-    if entry.get("fraction") is not None:
-        raise ValueError(
-            f"{where}: fraction; write the share of the rows that you want to a file (head -n), and "
-            "give that as its path")
+ENTRY = ("path", "name", "split", "columns", "fraction", "data_files")
+
+
+def check_data_sets(entries: Any, where: str) -> None:
+    """Raise ValueError for a mixture's entries that cannot be meant; `where` begins the message."""
+    has_path = lambda entry: isinstance(entry, dict) and entry.get("path")
+    if not isinstance(entries, (list, tuple)) or not all(map(has_path, entries)):
+        raise ValueError(f"{where}give a list of entries with {', '.join(ENTRY)}")
+    for entry in entries:
+        check_data_set(entry, f"{where}{entry['path']}: ")
+    shares = [entry.get("fraction") for entry in entries]
+    given = [share for share in shares if share is not None]
+    if given and len(given) < len(shares):
+        raise ValueError(f"{where}fraction: give it for each data set, or for none")
+    if given and not sum(given) > 0:
+        raise ValueError(f"{where}fraction: each is 0; no row would be left")
+
+
+def check_data_set(entry: dict, where: str) -> None:
+    for name, value in entry.items():
+        if name == "data_dir" and value is not None:
+            raise ValueError(f"{where}data_dir: give name, a config or folder, or path with it")
+        if name not in ENTRY and value is not None:
+            raise ValueError(f"{where}{no_such(str(name), ENTRY, flag=False)}")
+    share = entry.get("fraction")
+    is_number = isinstance(share, (int, float)) and not isinstance(share, bool)
+    if share is not None and not (is_number and 0 <= share < float("inf")):
+        raise ValueError(f"{where}fraction {share}: expected a number, 0 or more")
+    columns = entry.get("columns")
+    is_names = isinstance(columns, (list, tuple)) and all(isinstance(c, str) for c in columns)
+    if columns is not None and not (is_names and columns):
+        raise ValueError(f"{where}columns {columns}: expected a list of names")
     files = entry.get("data_files")
-    if files is not None and not isinstance(files, str):
-        raise ValueError(f"{where}: data_files; give one path or glob of files on this machine")
-    found = {
-        "dataset_name": str(files or entry["path"]),
-        "dataset_config": entry.get("name"),
-        "dataset_train_split": entry.get("split")}
-    return {name: value for name, value in found.items() if value is not None}
+    if files is not None and not isinstance(files, (str, list, dict)):
+        raise ValueError(f"{where}data_files: give a path, a list of paths, or those of each split")

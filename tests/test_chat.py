@@ -6,6 +6,7 @@ import math
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -314,6 +315,40 @@ def test_an_adapter_is_loaded_on_its_base(chatty, tmp_path):
     expected = complete(ours.eval(), [[1, 5, 9]], GREEDY)
     assert complete(loaded.model, [[1, 5, 9]], GREEDY) == expected != complete(base.model, [[1, 5, 9]], GREEDY)
     assert not loaded.raw and not loaded.model.training
+
+
+@pytest.mark.parametrize("words", [["--greedy"], ["--prompts", "asked.jsonl", "--output", "said.jsonl", "--greedy"]])
+@pytest.mark.parametrize("flags, half", [(dict(bf16=True), torch.bfloat16), (dict(bf16=False), None),
+                                         (dict(bf16=False, dtype="bfloat16"), None)])
+def test_a_runs_model_answers_in_the_arithmetic_of_its_run(chatty, tmp_path, monkeypatch, flags, half, words):
+    run = tmp_path / "run"
+    shutil.copytree(chatty, run)
+    (run / "dpo_config.json").write_text(json.dumps(dict(dtype="float32", bf16=None, fp16=False) | flags))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "the cat"}\n')
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat"))
+    read, seen, keep = [], [], generate.forward
+    monkeypatch.setattr(generate, "forward", lambda model, *given: (read.append(given), seen.append(keep(model, *given)))[1] or seen[-1])
+    assert chat.main([str(run), *words, "--device", "cpu", "--raw", "--max_new_tokens", "2"]) == 0
+    model = models.load_model(run, getattr(torch, flags.get("dtype", "float32"))).eval()
+    ids, positions, spans, _ = read[0]
+
+    def expected(half):
+        with torch.no_grad(), torch.autocast("cpu", half or torch.bfloat16, enabled=half is not None):
+            return keep(model, ids, positions, spans, generate.Cache(spans[0][1] + 2))
+
+    assert torch.equal(seen[0], expected(half))
+    assert half is None or not torch.equal(seen[0], expected(None))
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_what_is_asked_for_wins_over_the_runs_types(chatty, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(chatty, run)
+    (run / "dpo_config.json").write_text(json.dumps(dict(dtype="float32", bf16=True, fp16=False)))
+    assert speaker.load(str(run), options(run)).precision.half == torch.bfloat16
+    asked = speaker.load(str(run), options(run, "--dtype", "float32"))
+    assert asked.precision.half is None and asked.model.lm_head.weight.dtype == torch.float32
 
 
 def test_a_name_that_is_no_directory_is_looked_up_on_the_hub(chatty, monkeypatch):

@@ -591,6 +591,14 @@ def test_without_extras_an_option_that_needs_it_ends_in_one_line(fork, flags, st
     assert len(errors) == 1 and "extras" in errors[0] and "Traceback" not in refused.stderr
 
 
+def test_without_extras_the_view_of_the_data_is_refused_in_one_line(tmp_path):
+    shutil.copytree(ROOT / "parts", tmp_path / "parts")
+    shutil.copy(ROOT / "data.py", tmp_path)
+    done = subprocess.run([sys.executable, "data.py", "prefs.jsonl"], cwd=tmp_path, capture_output=True, text=True,
+                          env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and done.stderr.startswith("error: ") and "extras/" in done.stderr
+
+
 def test_losses_data_and_model_do_not_import_one_another():
     import ast
 

@@ -2,13 +2,16 @@
 
 import csv
 import json
+import pathlib
 import sys
 
 import numpy as np
 import pytest
 from conftest import make_rows, run_dpo
 
+import dpo
 from extras.rows import written
+from extras.rows.mixture import Mixture
 from parts.rows import DataError, on_hub, read_rows
 from parts.splits import find_split, has_splits
 
@@ -225,3 +228,90 @@ def test_both_splits_of_a_directory_are_used_and_a_loss_that_reads_scores_says_w
     assert "3 pairs from 3 rows" in run_dpo(*words, "--dataset_train_split", "test").stdout
     refused = run_dpo(*words, "--loss_type", "odpo", expect=2).stderr
     assert f"{tmp_path}/train.jsonl:1: \"chosen_score\" is 'high'; a score is a finite number" in refused
+
+
+# Mixtures
+
+
+FRACTIONS = [None, (0.7, 0.3), (2, 1), (1, 0), (0.01, 0.99)]
+MIXTURES = [[dict(path="json", data_files="a.jsonl", **({} if f is None else {"fraction": f[0]})),
+             dict(path="folder", **({} if f is None else {"fraction": f[1]}))] for f in FRACTIONS]
+MIXTURES += [
+    [dict(path="folder", split="test"), dict(path="folder", split="train[:2]")],
+    [dict(path="json", data_files={"train": "a.jsonl", "more": "b.jsonl"}, split="more[-50%:]+train[1:4]")],
+    [dict(path="json", data_files=["a.jsonl", "b.jsonl"], split="train[35%:65%]", columns=["chosen", "rejected", "prompt"])],
+    [dict(path="json", data_files="a.jsonl"), dict(path="json", data_files="a.jsonl")],
+    [dict(path="configs", name="one"), dict(path="configs", name="two", split="train[:1]")],
+]
+
+
+@pytest.fixture
+def sets(tmp_path, monkeypatch):
+    """Data sets in the working directory; their rows' prompts name them."""
+    def write(path, count):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(
+            {"prompt": f"{path.relative_to(tmp_path)} {i}", "chosen": " yes", "rejected": " no", "extra": i}) + "\n" for i in range(count)))
+
+    for name, count in {"a.jsonl": 11, "b.jsonl": 7, "folder/train.jsonl": 6, "folder/test.jsonl": 3,
+                        "configs/x/rows.jsonl": 2, "configs/y/rows.jsonl": 3}.items():
+        write(tmp_path / name, count)
+    (tmp_path / "configs" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: one\n  data_files: x/rows.jsonl\n- config_name: two\n  data_files: y/rows.jsonl\n---\n")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("entries", MIXTURES, ids=str)
+def test_a_mixture_has_the_rows_of_trls_in_its_order(sets, tmp_path, entries):
+    trl, utils = pytest.importorskip("trl"), pytest.importorskip("trl.scripts.utils")
+    pytest.importorskip("datasets").config.HF_DATASETS_CACHE = str(tmp_path / "theirs")
+    theirs = utils.get_dataset(trl.DatasetMixtureConfig(datasets=[utils.DatasetConfig(**entry) for entry in entries]))["train"]
+    ours = [row for _, row in read_rows(Mixture(entries, None, stops=True).files(tmp_path / "cache"))]
+    columns = entries[0].get("columns")
+    assert [row["prompt"] for row in ours] == list(theirs["prompt"])
+    assert columns is None or all(row.keys() == set(columns) == set(theirs.column_names) for row in ours)
+
+
+def test_a_mixture_of_a_file_trains_as_its_rows_in_one_file_do(sets, tiny, tmp_path):
+    (tmp_path / "mix.yaml").write_text(
+        "datasets:\n- {path: a.jsonl, fraction: 0.5}\n- {path: folder, split: test, fraction: 0.25}\n- {path: b.jsonl, fraction: 0.25}\n")
+    rows = [line for name, count in (("a.jsonl", 6), ("folder/test.jsonl", 3), ("b.jsonl", 3))
+            for line in (tmp_path / name).read_text().splitlines(True)[:count]]
+    (tmp_path / "one.jsonl").write_text("".join(rows))
+    flags = ["--model_name_or_path", str(tiny), "--cache_dir", "cache", "--use_cpu", "--no_bf16", "--max_steps", "3",
+             "--save_strategy", "no", "--learning_rate", "1e-3", "--eval_fraction", "0.2", "--eval_strategy", "epoch"]
+    assert dpo.main([*flags, "--config", "mix.yaml", "--output_dir", "mixed"]) == 0
+    assert dpo.main([*flags, "--dataset_name", "one.jsonl", "--output_dir", "one"]) == 0
+    assert (tmp_path / "mixed" / "model.safetensors").read_bytes() == (tmp_path / "one" / "model.safetensors").read_bytes()
+    again = ["--config", "mixed/dpo_config.json", "--output_dir", "again"]  # what a run has written runs again
+    assert dpo.main(again) == 0
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "one" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--dataset_name", "b.jsonl"], "--dataset_name b.jsonl and datasets: give one of them"),
+    (["--dataset_train_split", "test"], "each entry of datasets has its own name and split"),
+    (["--output_dir", "out"], r"datasets: a.jsonl: columns: no row has nobody"),
+])
+def test_a_mixture_beside_other_names_of_data_is_refused(sets, tiny, capsys, more, words):
+    entries = [{"path": "a.jsonl", "columns": ["prompt", "chosen", "rejected", "nobody"]}, {"path": "b.jsonl"}]
+    pathlib.Path("mix.json").write_text(json.dumps({"datasets": entries}))
+    flags = ["--model_name_or_path", str(tiny), "--use_cpu", "--output_dir", "out", "--config", "mix.json", "--cache_dir", "cache"]
+    assert dpo.main([*flags, *more]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_broken_row_of_a_mixture_is_named_where_it_stands_or_skipped(sets, tmp_path):
+    with open("a.jsonl", "a") as file:
+        file.write("{broken\n")
+    entries = [{"path": "a.jsonl", "columns": ["prompt", "chosen", "rejected"]}]
+    with pytest.raises(ValueError, match=r"a\.jsonl:12: broken JSON"):
+        Mixture(entries, None, stops=True).files(tmp_path / "cache")
+    rows = [row for _, row in read_rows(Mixture(entries, None, stops=False).files(tmp_path / "cache"))]
+    assert len(rows) == 12 and isinstance(rows[-1], DataError)
+
+
+def test_slices_beyond_the_rows_are_refused(sets, tmp_path):
+    for split, words in (("train[:99]", r"\[:99\] of 11 rows"), ("train[:200%]", "at most 100 %"), ("train[1:2:3]", "expected a name")):
+        with pytest.raises(ValueError, match=words):
+            Mixture([{"path": "a.jsonl", "split": split}], None, stops=True).files(tmp_path / "cache")

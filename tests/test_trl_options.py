@@ -215,8 +215,9 @@ def test_a_yaml_file_of_trl_loads(tmp_path, monkeypatch, capsys):
     (tmp_path / "dpo.yaml").write_text(YAML)
     c = dpo.parse_config(["--config", str(tmp_path / "dpo.yaml"), "--learning_rate", "1e-6", "--revision", "v1"])
     assert (c.model_name_or_path, c.model_revision, c.dtype) == ("Qwen/Qwen2.5-0.5B", "v1", "bfloat16")
-    assert (c.dataset_name, c.dataset_config) == ("trl-lib/ultrafeedback_binarized", "small")
-    assert (c.dataset_train_split, c.eval_fraction, c.learning_rate) == ("train[:1%]", 0.1, 1e-6)
+    assert c.datasets == [{"path": "trl-lib/ultrafeedback_binarized", "name": "small", "split": "train[:1%]",
+                           "columns": ["prompt", "chosen", "rejected"]}]
+    assert (c.eval_fraction, c.learning_rate) == (0.1, 1e-6)
     assert (c.loss_type, c.loss_weights, c.lora_target_modules) == (["sigmoid", "sft"], [1.0, 0.2], ["all-linear"])
     assert os.environ.pop("WANDB_PROJECT") == "pairs"
     said = capsys.readouterr().err
@@ -226,10 +227,14 @@ def test_a_yaml_file_of_trl_loads(tmp_path, monkeypatch, capsys):
 BAD_FILES = [
     ({"env": ["A"]}, "env: found a list; give NAME: value"),
     ({"datasets": "x"}, "datasets: give a list of entries with path, name, split"),
-    ({"datasets": [{"path": "a"}, {"path": "b", "split": "x"}]}, "datasets: 2 of them, with different name or split"),
-    ({"datasets": [{"path": "a", "fraction": 0.5}]}, "datasets: fraction; write the share of the rows"),
-    ({"datasets": [{"path": "json", "data_files": ["a", "b"]}]}, "datasets: data_files; give one path or glob"),
-    ({"datasets": [{"path": "a", "data_dir": "x"}]}, "datasets: data_dir; give dataset_config"),
+    ({"datasets": [{"name": "a"}]}, "datasets: give a list of entries with path, name, split"),
+    ({"datasets": [{"path": "a", "fraction": 0.5}, {"path": "b"}]}, "datasets: fraction: give it for each data set, or for none"),
+    ({"datasets": [{"path": "a", "fraction": -1}]}, "datasets: a: fraction -1: expected a number, 0 or more"),
+    ({"datasets": [{"path": "a", "fraction": 0}]}, "datasets: fraction: each is 0"),
+    ({"datasets": [{"path": "a", "weight": 0.5}]}, "datasets: a: weight: no such option"),
+    ({"datasets": [{"path": "a", "columns": "prompt"}]}, "datasets: a: columns prompt: expected a list of names"),
+    ({"datasets": [{"path": "a", "data_files": 1}]}, "datasets: a: data_files: give a path, a list of paths"),
+    ({"datasets": [{"path": "a", "data_dir": "x"}]}, "datasets: a: data_dir: give name, a config or folder"),
     ({"learnin_rate": 1}, "learnin_rate: no such option; did you mean learning_rate?"),
     ({"deepspeed": "zero3.json"}, "deepspeed zero3.json: not an option here; instead: torchrun"),
     ({"num_processes": 8}, "num_processes 8: not an option here; instead: torchrun --nproc_per_node"),

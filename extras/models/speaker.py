@@ -18,6 +18,8 @@ from extras.models.opening import (
 )
 from extras.rows.pictures import open_tokenizer
 from model import Decoder
+from parts.config import DPOConfig
+from parts.precision import Precision, choose_precision
 
 FROM_CONFIG = ("temperature", "top_k", "top_p", "repetition_penalty")
 # Options of generation_config.json that would change the text and are not supported, each with the
@@ -42,6 +44,11 @@ class Speaker(NamedTuple):
     tokenizer: Tokenizer
     sampling: Sampling
     raw: bool
+    precision: Precision = Precision(torch.float32, half=None, sums=torch.float32)
+
+    def autocast(self) -> torch.autocast:
+        """Return a context in which the model computes as in the run that trained it."""
+        return self.precision.autocast(next(self.model.parameters()).device)
 
 
 # Loading
@@ -50,15 +57,15 @@ class Speaker(NamedTuple):
 def load(name: str, args: argparse.Namespace) -> Speaker:
     """Load a checkpoint, or an adapter on the base that it names. Raises ValueError.
 
-    The adapter of a QLoRA run gets the base that it was trained on: in the run's 4 bits.
+    The adapter of a QLoRA run gets the base that it was trained on: in the run's 4 bits. Without
+    --dtype, what a run trained computes in the run's types: its weights' and its autocast's.
     """
     directory = model_directory(name)
     run = run_options(directory)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    usual = "bfloat16" if device.startswith("cuda") else "float32"
-    dtype = args.dtype or ("bfloat16" if run.get("dtype") == "bfloat16" else usual)
+    precision = precision_of(run, args.dtype, torch.device(device))
     model, _ = load_adapted(
-        directory, getattr(torch, dtype), args.max_length, device=device,
+        directory, precision.weights, args.max_length, device=device,
         four_bit=four_bit_of(run) if is_adapter(directory) else None)
     tokenizer = open_tokenizer(tokenizer_home(directory), args.chat_template)
     raw = args.raw or not tokenizer.templates
@@ -66,7 +73,19 @@ def load(name: str, args: argparse.Namespace) -> Speaker:
         raise ValueError(
             f"--system: {name} is not asked through a chat template, which alone could place it")
     sampling = read_sampling(model, tokenizer, args)
-    return Speaker(name, model=model.eval(), tokenizer=tokenizer, sampling=sampling, raw=raw)
+    return Speaker(
+        name, model=model.eval(), tokenizer=tokenizer, sampling=sampling, raw=raw,
+        precision=precision)
+
+
+def precision_of(run: dict[str, Any], asked: str | None, device: torch.device) -> Precision:
+    """Return the types that were asked for, else the run's, else the device's usual one."""
+    if asked or "dtype" not in run:
+        usual = "bfloat16" if device.type == "cuda" else "float32"
+        weights = getattr(torch, asked or usual)
+        return Precision(weights, half=None, sums=torch.float32)
+    types = {name: run[name] for name in ("dtype", "bf16", "fp16") if name in run}
+    return choose_precision(DPOConfig(**types), device)
 
 
 def read_sampling(model: Decoder, tokenizer: Tokenizer, args: argparse.Namespace) -> Sampling:

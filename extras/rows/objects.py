@@ -21,6 +21,7 @@ import data
 import model as models
 from extras.lora.targets import DEFAULTS
 from extras.models.objects import check_object, is_peft, object_name
+from extras.rows.mixture import Mixture
 from extras.rows.pictures import open_tokenizer
 from extras.rows.written import row_line
 from parts.config import EIGHT_BIT
@@ -77,6 +78,11 @@ def accept(args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         given[name] = readable(name, given[name])
         if given[name] is not None:
             setattr(args, field, given[name] if isinstance(given[name], str) else name)
+    if args.datasets:
+        mixture = mixture_of(args, given["train_dataset"])
+        args.datasets = mixture.entries
+        args.dataset_name = mixture.name
+        given["train_dataset"] = mixture
     args.output_dir = args.output_dir or f"{Path(args.model_name_or_path or 'model').name}-DPO"
     if given["peft_config"] is not None:
         flags, given["peft_config"] = lora_flags(given["peft_config"], args)
@@ -86,6 +92,20 @@ def accept(args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     given["processing_class"] = tokenizer_of(
         given["processing_class"], cache_dir, args.chat_template)
     return args, given
+
+
+def mixture_of(args: Any, train_dataset: Any) -> Mixture:
+    """Return the rows of `datasets`. Raises ValueError where others are named beside them."""
+    mixture = Mixture(args.datasets, args.dataset_revision, stops=args.on_bad_row == "stop")
+    if train_dataset is not None:
+        raise ValueError("train_dataset and datasets: give one of them")
+    if args.dataset_name not in (None, mixture.name):
+        raise ValueError(f"--dataset_name {args.dataset_name} and datasets: give one of them")
+    if args.dataset_config is not None or args.dataset_train_split != "train":
+        raise ValueError(
+            "--dataset_config and --dataset_train_split: each entry of datasets has its own name "
+            "and split")
+    return mixture
 
 
 def check_arguments(given: dict[str, Any]) -> None:
@@ -229,6 +249,8 @@ def rows_file(rows: Iterable[Any], cache_dir: Path) -> list[Path]:
     Line n is row n - 1. A list of paths needs no writing. Raises DataError for a row that is not
     an object, or holds what JSON cannot (a decoded image, say).
     """
+    if isinstance(rows, Mixture):
+        return rows.files(cache_dir)
     if isinstance(rows, (list, tuple)) and all(isinstance(row, (str, Path)) for row in rows):
         return find_files(list(rows))
     cache_dir.mkdir(parents=True, exist_ok=True)
