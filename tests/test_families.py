@@ -534,7 +534,7 @@ def test_lengths_that_the_positions_do_not_reach_are_refused():
     def config(name, max_length=None):
         return models.read_config(random_model(name).config.to_dict(), max_length)
 
-    for name, limit in {"phi3 longrope": 32, "gpt2": 64, "llama dynamic": 64}.items():
+    for name, limit in {"phi3 longrope": 32, "gpt2": 64, "llama dynamic": 64, "ministral3": 128}.items():
         check_length(config(name), limit)
         with pytest.raises(ValueError, match=f"a sequence of {limit + 1} tokens"):
             check_length(config(name), limit + 1)

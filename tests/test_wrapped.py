@@ -4,6 +4,7 @@ import copy
 import json
 
 import pytest
+import tokenizers
 import torch
 from conftest import make_rows, read_metrics
 from safetensors.torch import load_file, save_file
@@ -28,6 +29,7 @@ from extras.decoder.generate import Sampling, complete
 from extras.lora.peft_files import save_adapter
 from extras.models.objects import in_memory
 from extras.models.opening import build, load_model
+from extras.rows.pictures import open_tokenizer
 from parts.names import carried_names, file_name, find_places
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
@@ -228,9 +230,13 @@ def trainable(tiny, tmp_path_factory):
     """A Qwen3-VL's directory with its image processor's file and a tokenizer, and pairs."""
     directory = tmp_path_factory.mktemp("trainable")
     random_model("qwen3_vl").save_pretrained(directory / "model")
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        (directory / "model" / file).write_bytes((tiny / file).read_bytes())
+    (directory / "model/tokenizer_config.json").write_bytes((tiny / "tokenizer_config.json").read_bytes())
+    tokenizer = tokenizers.Tokenizer.from_file(str(tiny / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<|image_pad|>"])
+    tokenizer.save(str(directory / "model/tokenizer.json"))
+    assert open_tokenizer(directory / "model").pictures is None  # before its image processor's file is there
     (directory / "model/preprocessor_config.json").write_text('{"image_processor_type": "Qwen2VLImageProcessorFast"}')
+    assert open_tokenizer(directory / "model").pictures is not None
     rows = make_rows(8, seed=1)
     (directory / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     rows[2]["images"] = ["cat.png"]
