@@ -170,8 +170,7 @@ def ending_ranks() -> Iterator[None]:
     After an error they are not taken leave of: they may wait in an exchange, and leaving would wait
     for them. This process ends, and they notice.
     """
-    is_deterministic = torch.are_deterministic_algorithms_enabled()
-    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    mode = torch.get_deterministic_debug_mode()
     fills = torch.utils.deterministic.fill_uninitialized_memory
     try:
         yield
@@ -181,7 +180,8 @@ def ending_ranks() -> Iterator[None]:
         raise
     finally:
         torch.set_flush_denormal(False)
-        torch.use_deterministic_algorithms(is_deterministic, warn_only=warns)
+        if torch.get_deterministic_debug_mode() != mode:  # setting it imports PyTorch's compiler
+            torch.use_deterministic_algorithms(mode > 0, warn_only=mode == 1)
         torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
