@@ -231,7 +231,7 @@ def choose_attention(config: ModelConfig) -> Callable:
 
 def plan_attention(config: ModelConfig, spans: Tensor, position_ids: Tensor,
                    dtype: torch.dtype) -> dict[int | None, Callable]:
-    """Return {window: plan} for one stream."""
+    """Return {window: plan} for one stream, and the plan of another mixer by its name."""
     device = position_ids.device
     if has_flash(device, dtype, config.head_dim, config.attn_softcap):
         plans: dict = plan_varlen(config, spans, device)
