@@ -137,12 +137,18 @@ def home(tiny, ragged, tmp_path_factory) -> Path:
     runs = runs_of(FEW, 2, tiny, ragged, home)
     runs += [settings(tiny, ragged, home, name, 2, 8, **dict(fsdp="true") | placed(more, home)) for name, more in MODES.items()]
     runs += [settings(tiny, ragged, home, f"answers {bf16}", 2, 8, **ANSWERS | dict(bf16=bf16, fsdp="true")) for bf16 in (True, False)]
+    for kind, more in KEPT.items():
+        whole = settings(tiny, ragged, home, f"{kind}, whole", 2, 8, **more | SHARDED)
+        runs += [whole, whole | dict(output_dir=str(home / f"{kind}, resumed"),
+                                     resume_from_checkpoint=str(home / f"{kind}, whole" / "checkpoint-2"))]
     runs += [saved | dict(output_dir=str(home / f"resumed {fsdp}"), fsdp=fsdp,
                           resume_from_checkpoint=str(home / "saved" / "checkpoint-2")) for fsdp in ("full_shard", None)]
     launch(runs, 2, home)
     return home
 
 
+KEPT = {"all weights, sharded": {}, "4 bits, sharded": QLORA}
+SHARDED = dict(fsdp="full_shard", save_strategy="steps", save_steps=2)
 SAVED = dict(save_strategy="steps", save_steps=2, sync_ref_model=True, ref_model_sync_steps=1)
 
 
@@ -185,6 +191,17 @@ def test_a_run_goes_on_with_its_batch_on_other_ranks_sharded_or_not(home, fsdp):
         fsdp=None, output_dir=str(home / "back"), resume_from_checkpoint=str(home / f"resumed {fsdp}" / "checkpoint-4"))
     dpo.DPOTrainer(args=dpo.DPOConfig(**options)).train()
     loss, weight = apart(result(home, "saved"), result(home, "back"))
+    assert loss < 1e-5 and weight < 1e-5
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_a_sharded_run_is_resumed_to_the_bit_and_on_one_process(home, tiny, ragged, kind):
+    whole, resumed = result(home, f"{kind}, whole"), result(home, f"{kind}, resumed")
+    assert apart(whole, resumed) == (0, 0)
+    one = settings(tiny, ragged, home, f"{kind}, on one", 2, 8, **KEPT[kind] | SHARDED | dict(
+        fsdp=None, resume_from_checkpoint=str(home / f"{kind}, whole" / "checkpoint-2")))
+    dpo.DPOTrainer(args=dpo.DPOConfig(**one)).train()
+    loss, weight = apart(whole, result(home, f"{kind}, on one"))
     assert loss < 1e-5 and weight < 1e-5
 
 
