@@ -230,9 +230,8 @@ class DPOTrainer:
         if eval_dataset is not None:
             self.eval_sets = self.open_eval(eval_dataset)
         elif c.eval_fraction:
-            count = len(self.train_store)
-            self.train_pairs, held_out = data.hold_out(count, c.eval_fraction, c.seed)
-            self.eval_sets = {"eval": (self.train_store, held_out)}
+            self.train_pairs, held = data.hold_out(len(self.train_store), c.eval_fraction, c.seed)
+            self.eval_sets = {"eval": (self.train_store, held)}
         checks.check_pairs(c, self.train_pairs, self.eval_sets)
 
     def open_eval(self, dataset: Any, prefix: str = "eval") -> dict:
@@ -259,9 +258,8 @@ class DPOTrainer:
                 self.log.say(f"{name}: {line}")
             return {"directory": str(store.directory)}
 
-        store = dataset
-        if not isinstance(dataset, data.PairStore):
-            store = data.PairStore(self.ranks.from_first(build)["directory"])
+        is_open = isinstance(dataset, data.PairStore)
+        store = dataset if is_open else data.PairStore(self.ranks.from_first(build)["directory"])
         checks.check_store(c, store, self.model.config, self.tokenizer.size)
         return store
 
@@ -670,9 +668,9 @@ def main(argv: list[str] | None = None) -> int:
         c = parse_config(sys.argv[1:] if argv is None else argv, __doc__)
         trainer = DPOTrainer(args=c)
         if c.dry_run:
-            from extras.run import forecast
+            from extras.run import advice
 
-            forecast.tell(trainer)
+            advice.tell(trainer)
             return 0
     except (ValueError, OSError) as error:
         return faults.refuse(error, 2)
@@ -686,7 +684,12 @@ def main(argv: list[str] | None = None) -> int:
         else:
             trainer.train()
     except Exception as error:
-        return faults.refuse(faults.explained(error, trainer), 1)
+        helps = ""
+        if faults.is_out_of_memory(error) and (ROOT / "extras" / "run").is_dir():
+            from extras.run import advice
+
+            helps = advice.after_out_of_memory(trainer)
+        return faults.refuse(faults.explained(error, trainer, helps), 1)
     return 0
 
 

@@ -1,6 +1,7 @@
 """Compute the memory that models need in every mode, from config.json alone: no weights needed.
 
     python -m extras.plan DIR [DIR ...] --world 8
+    python -m extras.plan DIR --world 1 --memory 24      what to turn on to train it in 24 GiB
 
 `python dpo.py --dry_run ...` forecasts one run: memory, steps, tokens and time.
 """
@@ -9,6 +10,7 @@ import argparse
 from pathlib import Path
 
 import model as models
+from extras.run.advice import lines_of
 from extras.run.forecast import Run, gib, memory, table
 from parts.files import read_json
 
@@ -20,6 +22,8 @@ def main() -> None:
     parser.add_argument("directories", nargs="+", metavar="DIR")
     parser.add_argument("--world", type=int, default=8, help="ranks [8]")
     parser.add_argument("--tokens", type=int, default=4096, help="of one forward [4096]")
+    parser.add_argument(
+        "--memory", type=float, metavar="GIB", help="of a rank: say what to turn on to fit there")
     c = parser.parse_args()
     base = Run(
         tokens=c.tokens,
@@ -38,6 +42,11 @@ def main() -> None:
     }
     for directory in c.directories:
         config = models.read_config(read_json(Path(directory) / "config.json"))
+        if c.memory is not None:
+            plain = base._replace(checkpointing=False)
+            for line in lines_of(config, plain, c.tokens, c.memory * 2**30):
+                print(f"{directory}  {line}")
+            continue
         for name, run in modes.items():
             m = memory(config, run)
             print(f"{directory}  {name:6} {gib(m['total']):>11}: {table(m)}")

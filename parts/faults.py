@@ -61,8 +61,8 @@ def nonfinite_step(trainer: Any, metrics: dict, pairs: Any, bad: list[int]) -> N
     trainer.log.say(f"{found}, {skipped} of at most {c.skip_nonfinite} such steps")
 
 
-def explained(error: Exception, trainer: Any) -> str:
-    """Say what ended the training.
+def explained(error: Exception, trainer: Any, helps: str = "") -> str:
+    """Say what ended the training; `helps` is what helps where it was too little memory.
 
     Raises the error again if there is nothing to say of it.
     """
@@ -72,7 +72,7 @@ def explained(error: Exception, trainer: Any) -> str:
     if isinstance(error, ModuleNotFoundError):
         return missing_room(error)  # of an option that is first needed in a step
     if is_out_of_memory(error):
-        return out_of_memory(error, trainer)
+        return out_of_memory(error, trainer, helps)
     words = ("gloo", "NCCL", "closed by peer")
     is_lost = isinstance(error, dist.DistError) or any(word in text for word in words)
     if trainer.ranks.world > 1 and is_lost:
@@ -83,20 +83,21 @@ def explained(error: Exception, trainer: Any) -> str:
     raise error
 
 
-def out_of_memory(error: Exception, trainer: Any) -> str:
-    """Say which forward it was, and name the flags that help."""
+def out_of_memory(error: Exception, trainer: Any, helps: str) -> str:
+    """Say which forward it was, and what helps: by default, the flags that change no result."""
     c = trainer.args
     notes = getattr(error, "__notes__", ["the model"])
     smaller = "--per_device_train_batch_size 1 with more --gradient_accumulation_steps"
-    helps = {
+    exact = {
         "--max_tokens_per_forward": True,
         smaller: c.per_device_train_batch_size > 1,
         "--gradient_checkpointing": not c.gradient_checkpointing,
         "--precompute_ref_log_probs": trainer.reference.is_live and not c.sync_ref_model,
         "--fsdp": trainer.ranks.world > 1 and not c.fsdp}
-    flags = ", ".join(flag for flag, does in helps.items() if does)
+    flags = ", ".join(flag for flag, does in exact.items() if does)
+    helps = helps or (
+        f"These help and change no result: {flags}; --use_peft and a lower --max_length help too")
     first_line = str(error).partition("\n")[0][:150]
     return (
         f"rank {trainer.ranks.rank} is out of memory at step {trainer.position.step + 1} "
-        f"({notes[0]}; {first_line}). These help and change no result: {flags}; --use_peft and a "
-        f"lower --max_length help too{last_checkpoint(trainer.log.directory)}")
+        f"({notes[0]}; {first_line}). {helps}{last_checkpoint(trainer.log.directory)}")

@@ -8,17 +8,23 @@ import pytest
 import torch
 from test_gated_delta import SMALL as GATED_DELTA
 from test_model import CORE, make
-from test_ranks import COMMON, GLOBAL_BATCH, LORA, apart, launch, result
+from test_ranks import (
+    COMMON,
+    GLOBAL_BATCH,
+    LORA,
+    apart,
+    launch,
+    ragged,  # noqa: F401  the same 37 pairs
+    result,
+)
 
 import data
 import dpo
 from extras.run.context import cut, grouped, join
 from parts.ranks import Ranks
 
-from test_ranks import ragged  # noqa: E402, F401  the same 37 pairs
 
-
-def settings(tiny, ragged, home: Path, name: str, ranks: int, size: int, micro: int = 4, **options) -> dict:
+def settings(tiny, ragged, home: Path, name: str, ranks: int, size: int, micro: int = 4, **options) -> dict:  # noqa: F811
     """Options of a run whose global batch is 16 pairs, on groups of `size` ranks."""
     groups = ranks // size
     return COMMON | dict(

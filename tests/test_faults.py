@@ -180,7 +180,7 @@ def test_out_of_memory_names_the_forward_its_tokens_and_what_helps(settings, cap
     assert dpo.main(flags(settings | more)) == 1
     said = capsys.readouterr().err
     assert f"step 3 (micro-batch 2 of 2, {len(seen[-1].pair_ids)} pairs, {len(seen[-1].input_ids):,} tokens; " in said
-    assert "--gradient_checkpointing" in said and "checkpoint-2 is complete" in said and "Traceback" not in said
+    assert "--max_tokens_per_forward" in said and "checkpoint-2 is complete" in said and "Traceback" not in said
 
 
 def test_an_error_that_is_none_of_these_keeps_its_traceback(settings, monkeypatch):

@@ -51,6 +51,7 @@ class Run(NamedTuple):
     weights: str = "float32"
     bf16: bool = False  # autocast
     checkpointing: bool | str = False
+    offloading: bool = False  # of what blocks save, two blocks' are on the device
     live_ref: bool = False  # a copy of the weights
     rank: int = 0  # of a LoRA; 0 trains all weights
     targets: tuple[str, ...] = ("q_proj", "v_proj")
@@ -147,7 +148,8 @@ def activations(
     kept_in_blocks = (c.num_hidden_layers - first - count) * of_attention + count * of_delta
     again = run.tokens * DELTA_PASSES * c.mixer["value_heads"] if count else 0
     chunk = chunk_rows(c.vocab_size, run.device, models.HEAD_CHUNK)
-    kept = 0 if run.rank or run.checkpointing else min(run.scored, KEPT * chunk)
+    saves = run.rank or run.checkpointing or run.offloading
+    kept = 0 if saves else min(run.scored, KEPT * chunk)
     rows = min(run.scored - kept, chunk)
     few = min(run.scored, 32 if run.device == "cpu" else max(16, models.HEAD_CHUNK // c.vocab_size))
     narrow = 2 if run.bf16 else wide
@@ -155,15 +157,20 @@ def activations(
     ends += c.vocab_size * narrow * kept  # logits, as their gradients
     head = logits + 4 * c.hidden_size * (run.scored + (0 if run.rank else c.vocab_size))
     mlp = (5 if narrow == 2 else 10) * run.tokens * c.intermediate_size
+    held = min(2, c.num_hidden_layers) if run.offloading else c.num_hidden_layers  # blocks
     if run.checkpointing is True:
-        inputs = c.num_hidden_layers * wide * c.hidden_size * run.tokens
+        inputs = held * wide * c.hidden_size * run.tokens
         return ends + inputs, max(head, of_attention + mlp, of_delta + max(mlp, again))
+    if run.offloading:
+        kept_in_blocks = min(kept_in_blocks, 2 * max(of_attention, of_delta))
     return ends + kept_in_blocks, max(head, mlp, again)
 
 
-def memory(config: models.ModelConfig, run: Run) -> dict[str, int]:
+def memory(
+    config: models.ModelConfig, run: Run, counted: dict[str, int] | None = None,
+) -> dict[str, int]:
     """Return the bytes per rank by purpose, and "total" at the highest point of a step."""
-    counted = count(config, run)
+    counted = counted or count(config, run)
     parts = run.world if run.fsdp else 1
     has_own_reference = run.live_ref and not run.rank
     m = {
@@ -242,7 +249,8 @@ def run_of(trainer: Any) -> Run:
     for step in range(min(100, trainer.schedule.total_steps)):
         forwards = trainer.forwards(store, trainer.pairs_of(step), c.per_device_train_batch_size)
         for rows in forwards:
-            sizes.append((int(store.tokens[rows].sum()), int(store.lengths[rows, 1:].sum())))
+            here = (store.tokens[rows].sum(), store.lengths[rows, 1:].sum())
+            sizes.append(tuple(-(-int(n) // trainer.ranks.context) for n in here))
         most = max(most, len(forwards))
     tokens, scored = max(sizes)
     four_bit = None
@@ -253,6 +261,7 @@ def run_of(trainer: Any) -> Run:
         tokens=tokens, scored=scored, forwards=most, world=trainer.ranks.world,
         fsdp=trainer.place.is_sharded, weights=c.dtype,
         bf16=trainer.precision.half is torch.bfloat16, checkpointing=c.gradient_checkpointing,
+        offloading=c.activation_offloading,
         live_ref=trainer.reference.model is not None, rank=trainer.lora.get("r", 0),
         optimizer=small_kind(c, trainer.lora),
         targets=targets if isinstance(targets, str) else tuple(targets), four_bit=four_bit, device=trainer.ranks.device.type)
@@ -286,12 +295,6 @@ def describe(trainer: Any) -> list[str]:
         f"time: {minutes:,.1f} minutes or more: {work:.3g} operations at {rate / 1e9:,.0f} GFLOP/s "
         "a rank, measured on one product of this model's size; all else comes on top, often as "
         "much again"]
-
-
-def tell(trainer: Any) -> None:
-    """Print the forecast of a run."""
-    for line in describe(trainer):
-        trainer.log.say(line)
 
 
 def gib(size: float) -> str:
