@@ -1,16 +1,19 @@
 """AdamW in fewer bytes: stochastic rounding is right on average, 8-bit moments are bitsandbytes', and neither depends on
 ranks or on where a run was interrupted."""
 
+import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, make_rows, read_metrics
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import dpo
 from extras.run import eight_bits, rounding, small_adamw
@@ -257,7 +260,6 @@ def test_predicted_memory_is_within_15_percent_of_the_tensors_counted(mode, size
 def wide(tmp_path_factory) -> Path:
     """A model with tensors of 4096 elements and more."""
     from conftest import make_tiny
-    from safetensors.torch import save_file
 
     import model as models
 
@@ -292,6 +294,54 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(wide, tmp_path, mode)
     assert all(torch.equal(t, resumed[name]) for name, t in weights.items())
 
 
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_and_shards_change_no_more_than_their_gradients_do_and_resume_one_another(wide, tmp_path, ranks):
+    """One rank, DDP, FSDP; FSDP resumed from one rank's checkpoint, from its own (to the bit), and one rank from FSDP's.
+
+    8 bits: losses within 1e-5, weights within a tenth of one step of 1e-3. bfloat16: as test_ranks.py bounds it.
+    """
+    from test_ranks import apart, launch
+
+    of = lambda name, **more: options(wide, tmp_path / name, save_steps=2, **more)
+    runs = []
+    for mode, more in MODES.items():
+        dpo.DPOTrainer(args=dpo.DPOConfig(**of(mode, **more))).train()
+        cut = more | dict(per_device_train_batch_size=8 // ranks)
+        kept = lambda name: dict(fsdp="full_shard", resume_from_checkpoint=str(tmp_path / name / "checkpoint-2"))
+        runs += [of(f"{mode} DDP", **cut), of(f"{mode} FSDP", fsdp="full_shard", **cut),
+                 of(f"{mode} FSDP again", **cut | kept(f"{mode} FSDP")), of(f"{mode} FSDP from one", **cut | kept(mode))]
+    launch(runs, ranks, tmp_path)
+    for mode, more in MODES.items():
+        one = of(f"{mode} one from FSDP", resume_from_checkpoint=str(tmp_path / f"{mode} FSDP" / "checkpoint-2"), **more)
+        dpo.DPOTrainer(args=dpo.DPOConfig(**one)).train()
+        loss_bound, weight_bound = (1e-5, 1e-4) if mode == "8 bits" else (2e-2, 2e-2)
+        for kind in ("DDP", "FSDP", "FSDP from one", "one from FSDP"):
+            loss, weight = apart(result(tmp_path / mode), result(tmp_path / f"{mode} {kind}"))
+            assert loss < loss_bound and weight < weight_bound, (mode, kind, loss, weight)
+        assert apart(result(tmp_path / f"{mode} FSDP"), result(tmp_path / f"{mode} FSDP again")) == (0, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_that_was_killed_ends_as_the_uninterrupted_one_to_the_bit(wide, tmp_path, mode):
+    from test_kill import VICTIM, assert_bitwise, finish, flags, start, wait_for
+
+    (tmp_path / "notes").mkdir()
+    words = [word for name, value in MODES[mode].items() for word in (f"--{name}", value)]
+    of = lambda name: [str(VICTIM), *flags(wide, wide / "pairs.jsonl", tmp_path, name), *words]
+    finish(of("whole"))
+    killed = 0
+    for times in (3, 4, 6):
+        process = start(of("cut"))
+        if wait_for(process, tmp_path / "notes" / "rank-0", "stepping", times) is not None:
+            process.kill()
+            killed += 1
+        process.communicate()
+    assert killed == 3
+    finish(of("cut"))
+    assert_bitwise(tmp_path / "whole", tmp_path / "cut")
+
+
 def test_a_checkpoint_of_another_optimizer_is_refused(wide, tmp_path):
     before = options(wide, tmp_path / "out", save_steps=2, max_steps=2)
     dpo.DPOTrainer(args=dpo.DPOConfig(**before)).train()
@@ -310,6 +360,38 @@ def test_the_8_bit_state_in_a_checkpoint_is_bitsandbytes(wide, tmp_path):
     assert state[f"{name}.state1"].dtype == torch.uint8 and state[f"{name}.state1"].shape == (100, 72)
     assert state[f"{name}.absmax2"].shape == (29,) and state[f"{name}.step"] == 2
     assert state["model.norm.weight.exp_avg"].dtype == torch.float32
+
+
+# What is learned
+
+
+@pytest.mark.slow
+def test_a_hundred_steps_of_1e_6_on_real_pairs_end_within_2_percent_of_float32(shared, tmp_path):
+    """16 pairs of UltraFeedback, all in each step, and evaluated at the end: loss and margin. Rounded to nearest, bfloat16
+    learns next to nothing.
+
+    All runs start from weights that bfloat16 can hold.
+    """
+    model = tmp_path / "model"
+    shutil.copytree(shared / "models" / "stories260K", model)
+    weights = {name: t.bfloat16().float() for name, t in load_file(model / "model.safetensors").items()}
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with gzip.open(shared / "prefs" / "ultrafeedback-train_clean.jsonl.gz", "rt", encoding="utf-8") as rows:
+        (tmp_path / "pairs.jsonl").write_text("".join(islice(rows, 16)), encoding="utf-8")
+    found = {}
+    for mode, more in {"float32": {}, **MODES, "nearest": dict(dtype="bfloat16", stochastic_rounding=False)}.items():
+        c = dpo.DPOConfig(
+            model_name_or_path=str(model), dataset_name=str(tmp_path / "pairs.jsonl"), output_dir=str(tmp_path / mode),
+            eval_dataset_name=str(tmp_path / "pairs.jsonl"), cache_dir=str(tmp_path / "cache"), max_steps=100, max_length=64,
+            learning_rate=1e-6, lr_scheduler_type="constant", per_device_train_batch_size=16, eval_strategy="steps",
+            eval_steps=100, save_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True, **more)
+        last = dpo.DPOTrainer(args=c).train()
+        found[mode] = (last["eval_loss"], last["eval_rewards/margins"])
+        print(mode, *found[mode])
+    assert found["float32"][0] < 0.3 and found["float32"][1] > 1
+    for mode in MODES:
+        assert found[mode] == pytest.approx(found["float32"], rel=0.02), (mode, found)
+    assert found["nearest"][0] > 0.6 and found["nearest"][1] < 0.1
 
 
 # What the flags say
