@@ -477,7 +477,8 @@ class DPOTrainer:
         """Clip, step, and turn the sums over all ranks into metrics; {} for a skipped step."""
         c = self.args
         norm = self.place.whole(self.scaler.clip(c.max_grad_norm))
-        own = sums.total.new_tensor([tokens, self.checkpoints.signal > 0])
+        own = torch.tensor([tokens, self.checkpoints.signal > 0])
+        own = own.to(sums.total, non_blocking=True)
         names = (*SUMS, "num_tokens", "told_to_leave")  # one exchange, and one wait for the device
         totals = dict(zip(names, self.ranks.sum(torch.cat([sums.total, own])).tolist()))
         self.checkpoints.leaving = totals["told_to_leave"] > 0

@@ -28,7 +28,8 @@ def whole_batch_loss(trainer: Any, pairs: np.ndarray, batches: list) -> Callable
     def loss_of(x: Any, scored: Any, batch: Any) -> Tensor:  # (B,)
         if not len(batch.pair_ids):
             return scored.chosen_nll
-        rows = [row_of[pair] for pair in batch.pair_ids.tolist()]
+        rows = torch.tensor([row_of[pair] for pair in batch.pair_ids.tolist()])
+        rows = rows.to(slopes.device, non_blocking=True)
         inputs = torch.cat([scored.logps, scored.chosen_nll[:, None]], 1)  # (B, 3)
         linear = (slopes[rows] * inputs).sum(1)
         return values[rows] + (linear - linear.detach())
