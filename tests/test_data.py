@@ -1288,10 +1288,10 @@ def test_a_batch_of_pairs_is_its_pairs_one_after_another():
     assert whole.ratings[:, 0].tolist() == [0, 1, 2, 3, 4] and whole.ratings[:, 1].isnan().all()
 
 
-def test_moving_a_batch_leaves_its_spans_on_the_cpu():
+def test_moving_a_batch_leaves_what_is_read_in_python_on_the_cpu():
     moved = data.collate(random_pairs(0, 2)).to("meta")
-    assert moved.spans.device.type == "cpu"
-    for name in ("input_ids", "position_ids", "score_index", "targets", "lengths", "pair_ids", "ratings"):
+    assert moved.spans.device.type == moved.pair_ids.device.type == "cpu"
+    for name in ("input_ids", "position_ids", "score_index", "targets", "lengths", "ratings"):
         assert getattr(moved, name).device.type == "meta", name
     assert moved.ref_logps is None and moved.num_tokens > 0
     assert moved._replace(ref_logps=torch.zeros(2)).to("meta").ref_logps.device.type == "meta"
