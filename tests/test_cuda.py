@@ -240,6 +240,7 @@ from extras.run.fsdp import Shards
 from parts.config import DPOConfig
 from parts.precision import Precision
 from parts.ranks import Ranks
+from parts.reference import NoReference
 seen = []
 keep = state.FSDPState._root_pre_forward
 def recorded(self, module, args, kwargs):
@@ -250,7 +251,7 @@ state.FSDPState._root_pre_forward = recorded
 model = make(CORE["llama"], torch.float32)
 batch = models.Stream(*stream(MIXED))
 expected = model(batch).logps
-place = Shards(model, Ranks(0, 1, torch.device("cpu")), DPOConfig(fsdp="full_shard"), Precision(torch.float32, None, torch.float32), {{}})
+place = Shards(model, Ranks(0, 1, torch.device("cpu")), DPOConfig(fsdp="full_shard"), Precision(torch.float32, None, torch.float32), NoReference())
 out = place.module(batch, statistics=False).logps
 out.sum().backward()
 torch.testing.assert_close(out, expected)
