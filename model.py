@@ -78,6 +78,7 @@ class ModelConfig:
     learned_positions: bool = False  # GPT-2
     attention_scale: float = 0.0
     attn_softcap: float | None = None
+    sinks: bool = False  # gpt-oss: a learned logit per head in the softmax's denominator
     final_softcap: float | None = None
     embed_scale: float = 1.0
     residual_scale: float = 1.0
@@ -165,8 +166,9 @@ class CallPlan(NamedTuple):
     calls: list[Call]
     attention: Callable  # of one call: (q, k, v, mask) -> (n, H, D)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (T, H, D)
-        """softmax(q k^T scale) v, in the type of v; q is (T, H, D), k and v are (T, K, D)."""
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+        """softmax(q k^T scale) v (T, H, D), in the type of v; q is (T, H, D), k, v (T, K, D)."""
+        attention = self.attention if sinks is None else partial(self.attention, sinks=sinks)
         compute = dtype = v.dtype
         if q.device.type == "cpu":
             # the CPU's float32 kernel is faster than its bfloat16 one, and more exact
@@ -176,7 +178,7 @@ class CallPlan(NamedTuple):
         values = cut(v.to(compute), [call.keys for call in self.calls])
         masks = [call.mask for call in self.calls]
         with torch.autocast(q.device.type, enabled=False):
-            out = map(self.attention, queries, keys, values, masks)
+            out = map(attention, queries, keys, values, masks)
             return torch.cat(list(out)).to(dtype)
 
 
@@ -221,11 +223,10 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
 
 def choose_attention(config: ModelConfig) -> Callable:
     """Return what computes one call of this model's attention."""
-    if config.attn_softcap:
-        from extras.decoder.softcap import softcapped_attention
+    if config.attn_softcap or config.sinks:
+        from extras.decoder.explicit import explicit_attention
 
-        return partial(
-            softcapped_attention, scale=config.attention_scale, cap=config.attn_softcap)
+        return partial(explicit_attention, scale=config.attention_scale, cap=config.attn_softcap)
     return partial(fused_attention, scale=config.attention_scale)
 
 
@@ -292,6 +293,7 @@ class Attention(nn.Module):
             self.k_proj = nn.Linear(C, k_size, bias=config.qkv_bias)
             self.v_proj = nn.Linear(C, k_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_size, C, bias=config.o_bias)
+        self.sinks = nn.Parameter(torch.zeros(config.num_attention_heads)) if config.sinks else None
         if config.qk_norm:
             full = config.qk_norm == "full"
             self.q_norm = Norm(q_size if full else config.head_dim, config)
@@ -300,9 +302,7 @@ class Attention(nn.Module):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return q (T, H, D), k (T, K, D), v (T, K, D), and the gate (T, H, D) if there is one."""
         c = self.config
-        H = c.num_attention_heads
-        K = c.num_key_value_heads
-        D = c.head_dim
+        H, K, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         gate = None
         if c.fused_qkv == "heads":
             return *self.qkv_proj(x).view(-1, H, 3, D).unbind(2), gate
@@ -322,11 +322,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, tables: dict, plans: dict) -> Tensor:  # (T, C)
         q, k, v, gate = self.project(x)
         if self.rope is not None:
-            q = rotate(q, *tables[self.rope])
-            k = rotate(k, *tables[self.rope])
+            q, k = (rotate(x, *tables[self.rope]) for x in (q, k))
         if self.config.qk_norm == "rotated":
             q, k = self.q_norm(q), self.k_norm(k)
-        out = plans[self.window](q, k, v)  # (T, H, D)
+        sinks = () if self.sinks is None else (self.sinks,)
+        out = plans[self.window](q, k, v, *sinks)  # (T, H, D)
         out = out if gate is None else out * gate.sigmoid()
         return self.o_proj(out.flatten(1))
 

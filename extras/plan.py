@@ -12,6 +12,7 @@ from pathlib import Path
 import model as models
 from extras.run.advice import lines_of
 from extras.run.forecast import Run, gib, memory, table
+from parts.configs import is_mxfp4
 from parts.files import read_json
 
 
@@ -41,7 +42,10 @@ def main() -> None:
         "QLoRA": lora._replace(four_bit="nested"),
     }
     for directory in c.directories:
-        config = models.read_config(read_json(Path(directory) / "config.json"))
+        raw = read_json(Path(directory) / "config.json")
+        if is_mxfp4(raw):
+            del raw["quantization_config"]
+        config = models.read_config(raw)
         if c.memory is not None:
             plain = base._replace(checkpointing=False)
             for line in lines_of(config, plain, c.tokens, c.memory * 2**30):

@@ -39,10 +39,17 @@ def check_supported(raw: dict) -> None:
     quantized = raw.get("quantization_config") or {}
     read_fields({k: v for k, v in raw.items() if k != "quantization_config"})
     method = quantized.get("quant_method", "bitsandbytes")
-    if quantized and (method != "bitsandbytes" or not quantized.get("load_in_4bit")):
+    if quantized and not is_mxfp4(raw) and (method != "bitsandbytes" or not quantized.get("load_in_4bit")):
         raise ValueError(
             f"the checkpoint is quantized ({method}); use the original one in bf16, fp16 or float32, or "
             "one in bitsandbytes' 4 bits")
+
+
+def is_mxfp4(raw: dict) -> bool:
+    """Tell whether a config.json is gpt-oss's as published, which extras/models/mxfp4.py reads."""
+    quantized = raw.get("quantization_config")
+    is_method = isinstance(quantized, dict) and quantized.get("quant_method") == "mxfp4"
+    return is_method and raw.get("model_type") == "gpt_oss"
 
 
 def text_fields(raw: dict, max_length: int | None) -> dict:

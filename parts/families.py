@@ -117,6 +117,19 @@ def moe(c: dict) -> dict:
         router_aux_loss_coef=c["router_aux_loss_coef"]))
 
 
+def gpt_oss(c: dict) -> dict:
+    """A softmax over the chosen experts' logits is that over all, normalized over the chosen."""
+    clamp = (c["swiglu_alpha"], c["swiglu_limit"])
+    return dict(sinks=True, moe=moe(c)["moe"] | dict(clamp=clamp))
+
+
+def gpt_oss_keys(raw: dict) -> dict:
+    """Leave out what its files say twice; an act is named, but is not what its experts compute."""
+    return without(raw, dict(
+        hidden_act="silu", experts_per_token=raw.get("num_experts_per_tok")),
+        ("initial_context_length",))
+
+
 def without(raw: dict, said: dict, unread: tuple[str, ...] = ()) -> dict:
     """Leave out keys that are not read, and those that only say what the family does anyway.
 
@@ -296,6 +309,15 @@ FAMILIES = {
     "olmoe": Family(
         dict(qk_norm="full", other_names=True),
         MOE_KEYS | BIAS | dict(norm_topk_prob=False, router_aux_loss_coef=0.01), more=moe),
+    "gpt_oss": Family(
+        dict(other_names=True),
+        MOE_KEYS | dict(
+            attention_bias=True, head_dim=64, num_key_value_heads=8, sliding_window=128,
+            layer_types=None, swiglu_alpha=1.702, swiglu_limit=7.0, rope_theta=150000.0,
+            rope_parameters=dict(
+                rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
+                original_max_position_embeddings=4096)),
+        slides=lambda i, c: i % 2 == 0, more=gpt_oss, rename=gpt_oss_keys),
     "qwen3_next": Family(
         DELTA | dict(other_names=True),
         QWEN_MOE_KEYS | DELTA_KEYS | SHARED_KEYS | dict(norm_topk_prob=True),
@@ -333,6 +355,6 @@ def find_family(raw: dict) -> Family:
     if quantized:
         raise ValueError(
             f"the checkpoint is quantized ({quantized.get('quant_method', 'method unknown')}); "
-            "use the original one in bf16, fp16 or float32 (those in bitsandbytes' 4 bits are "
-            "opened by load_model of extras/models/opening.py)")
+            "use the original one in bf16, fp16 or float32 (those in bitsandbytes' 4 bits, and "
+            "gpt-oss in MXFP4, are opened by load_model of extras/models/opening.py)")
     return FAMILIES[name]

@@ -33,10 +33,13 @@ MODULES = {
         "model.layers.*.mlp.down_proj": "gpt_neox.layers.*.mlp.dense_4h_to_h"},
     "hunyuan_v1_dense": {
         "model.layers.*.self_attn.q_norm": "model.layers.*.self_attn.query_layernorm",
-        "model.layers.*.self_attn.k_norm": "model.layers.*.self_attn.key_layernorm"}}
+        "model.layers.*.self_attn.k_norm": "model.layers.*.self_attn.key_layernorm"},
+    "gpt_oss": {"model.layers.*.mlp.gate": "model.layers.*.mlp.router"}}
 # how files of GPT-NeoX still name what transformers 5 calls lm_head
 OLDER = {"embed_out": "lm_head"}
-TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # GPT-2 keeps (in, out)
+TRANSPOSED = {  # matrices that the files keep as (in, out)
+    "gpt2": re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$"),
+    "gpt_oss": re.compile(r"\.experts\.(gate_up|down)_proj$")}
 CONSTANTS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$")  # causal masks in old files
 # text models cut out of LLaVA's kind have "language_model.model.layers"
 PREFIXES = {"model.language_model.": "model.", "language_model.": ""}
@@ -75,11 +78,11 @@ class Place(NamedTuple):
 
     name: str
     index: tuple = ()  # the part, where the files hold a stack in pieces
-    transposed: bool = False  # GPT-2 keeps (in, out)
+    transposed: bool = False  # the files keep (in, out)
 
     def view(self, parameter: Tensor) -> Tensor:
         part = parameter[self.index]
-        return part.T if self.transposed else part
+        return part.mT if self.transposed else part
 
 
 def file_name(name: str, config: Any) -> str:
@@ -156,10 +159,9 @@ def other_places(names: Iterable[str], family: str, moe: dict | None) -> dict[st
         expert = EXPERT.match(plain)
         if moe and expert:
             places[name] = expert_place(*expert.groups(), moe["size"])
-        elif moe:
-            places[name] = Place(plain.replace(".block_sparse_moe.", ".mlp."))
         else:
-            transposed = family == "gpt2" and bool(TRANSPOSED.search(plain))
+            transposed = family in TRANSPOSED and bool(TRANSPOSED[family].search(plain))
+            plain = plain.replace(".block_sparse_moe.", ".mlp.")
             places[name] = Place(rename(plain, back), transposed=transposed)
     return places
 

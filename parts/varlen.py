@@ -17,22 +17,42 @@ class FlashAttention(torch.autograd.Function):
 
     Keys are gathered by their stream positions here, so that backward keeps k and v as they lie in
     the stream and not the copies.
+
+    `sinks` (H,) are one more key each, of value zero: the denominator exp(lse) becomes exp(lse) +
+    exp(sink). The kernel's backward needs no more than that new lse and the new output.
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, plan: "VarlenPlan") -> Tensor:
-        out, *rest = flash_forward(q, plan.gathered(k), plan.gathered(v), plan)
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, plan: "VarlenPlan",
+                sinks: Tensor | None = None) -> Tensor:
+        out, lse, *rest = flash_forward(q, plan.gathered(k), plan.gathered(v), plan)
+        if sinks is not None:
+            alone = lse
+            assert alone.shape == (q.shape[1], len(q)), (alone.shape, q.shape)  # (H, T)
+            lse = torch.logaddexp(alone, sinks.to(alone.dtype)[:, None])
+            out = (out * (alone - lse).exp().T[..., None]).to(out.dtype)
         ctx.plan = plan
-        ctx.save_for_backward(q, k, v, out, *rest)
+        ctx.save_for_backward(q, k, v, sinks, out, lse, *rest)
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, *rest = ctx.saved_tensors
+        q, k, v, sinks, out, *rest = ctx.saved_tensors
         plan = ctx.plan
         keys, values = plan.gathered(k), plan.gathered(v)
         dq, dk, dv = flash_backward(grad, q, keys, values, out, rest, plan)
-        return dq, plan.collected(dk), plan.collected(dv), None
+        dsinks = None if sinks is None else sinks_gradient(grad, out, rest[0], sinks)
+        return dq, plan.collected(dk), plan.collected(dv), None, dsinks
+
+
+def sinks_gradient(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:  # (H,)
+    """-sum_t p_t (grad_t . out_t), where p_t = exp(sink - lse_t) is the sink's weight.
+
+    grad and out are (T, H, D), lse is (H, T), with the sinks in it.
+    """
+    weights = (sinks.to(lse.dtype)[:, None] - lse).exp()
+    dots = torch.linalg.vecdot(grad.to(lse.dtype), out.to(lse.dtype))  # (T, H)
+    return -torch.linalg.vecdot(weights, dots.T).to(sinks.dtype)
 
 
 def flash_forward(q: Tensor, k: Tensor, v: Tensor, plan: "VarlenPlan") -> tuple[Tensor, ...]:
@@ -69,8 +89,8 @@ class VarlenPlan(NamedTuple):
     again: Tensor | None = None  # (P,) which copies are a prefix's
     source: Tensor | None = None  # (P,) stream positions of these
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (T, H, D)
-        return FlashAttention.apply(q.to(v.dtype), k.to(v.dtype), v, self)
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *sinks: Tensor) -> Tensor:  # (T, H, D)
+        return FlashAttention.apply(q.to(v.dtype), k.to(v.dtype), v, self, *sinks)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 
-def weights(q: Tensor, k: Tensor, scale: float | None, left: int, right: int) -> tuple[Tensor, Tensor]:
-    """Softmax of the scores (H, queries, keys) of one stretch, and its log-sum-exp."""
+def masked_scores(q: Tensor, k: Tensor, scale: float | None, left: int, right: int) -> Tensor:
+    """Scores (H, queries, keys) of one stretch; -inf where a key is not seen."""
     n, m = len(q), len(k)
     distance = torch.arange(m - n, m)[:, None] - torch.arange(m)
     seen = torch.ones(n, m, dtype=torch.bool)
@@ -17,8 +17,7 @@ def weights(q: Tensor, k: Tensor, scale: float | None, left: int, right: int) ->
     if left >= 0:
         seen &= distance <= left
     scores = torch.einsum("qhd,khd->hqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    scores = scores.masked_fill(~seen, -math.inf)
-    return scores.softmax(-1), scores.logsumexp(-1)
+    return scores.masked_fill(~seen, -math.inf)
 
 
 def stretches(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int):
@@ -41,15 +40,19 @@ def forward(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is
     out, lse = torch.empty_like(query), query.new_empty(query.shape[1], len(query))
     for rows, keys in stretches(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k):
         k, v = (x[keys].repeat_interleave(group, 1) for x in (key, value))
-        p, lse[:, rows] = weights(query[rows], k, scale, left, right)
-        out[rows] = torch.einsum("hqk,khd->qhd", p, v)
+        scores = masked_scores(query[rows], k, scale, left, right)
+        lse[:, rows] = scores.logsumexp(-1)
+        out[rows] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
     state = torch.full((2,), 7, dtype=torch.uint64)
     return out, lse, state, torch.full((1,), 8.0), torch.empty(0)
 
 
 def backward(grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, rng_state, unused,
              *, scale=None, window_size_left=None, window_size_right=None):
-    """By hand: a kernel runs below autograd. With p the weights, ds = p (grad v^T - sum(grad out))."""
+    """By hand: a kernel runs below autograd. With p the weights, ds = p (grad v^T - sum(grad out)).
+
+    As in the kernel, the weights come from the log-sum-exp that is handed in.
+    """
     left, right = (-1 if size is None else size for size in (window_size_left, window_size_right))
     assert rng_state[0] == 7 and unused == 8 and dropout_p == 0 and is_causal == (right == 0)
     group = query.shape[1] // key.shape[1]
@@ -57,8 +60,7 @@ def backward(grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, 
     for rows, keys in stretches(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k):
         q, g = query[rows], grad_out[rows]
         k, v = (x[keys].repeat_interleave(group, 1) for x in (key, value))
-        p, lse = weights(q, k, scale, left, right)
-        assert torch.equal(lse, logsumexp[:, rows])
+        p = (masked_scores(q, k, scale, left, right) - logsumexp[:, rows, None]).exp()
         ds = p * (torch.einsum("qhd,khd->hqk", g, v) - (g * out[rows]).sum(-1).T[..., None])
         ds = ds * (q.shape[-1] ** -0.5 if scale is None else scale)
         grad_q[rows] = torch.einsum("hqk,khd->qhd", ds, k)

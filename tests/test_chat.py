@@ -142,13 +142,13 @@ def test_kept_keys_and_values_give_the_logits_of_the_whole(name, tmp_path):
 
 
 def test_one_query_of_soft_capped_attention_sees_every_key():
-    from extras.decoder.softcap import softcapped_attention
+    from extras.decoder.explicit import explicit_attention
 
     torch.manual_seed(0)
     q, k, v = torch.randn(4, 2, 8), torch.randn(4, 1, 8), torch.randn(4, 1, 8)
-    whole = softcapped_attention(q, k, v, None, 0.3, 5.0)
-    assert torch.allclose(softcapped_attention(q[3:], k, v, None, 0.3, 5.0), whole[3:], atol=1e-6)
-    assert torch.allclose(softcapped_attention(q[2:], k, v, None, 0.3, 5.0), whole[2:], atol=1e-6)
+    whole = explicit_attention(q, k, v, None, 0.3, 5.0)
+    assert torch.allclose(explicit_attention(q[3:], k, v, None, 0.3, 5.0), whole[3:], atol=1e-6)
+    assert torch.allclose(explicit_attention(q[2:], k, v, None, 0.3, 5.0), whole[2:], atol=1e-6)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

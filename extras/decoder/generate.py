@@ -112,10 +112,10 @@ class CachedPlan(NamedTuple):
     values: Tensor  # (places, K, D)
     places: Tensor  # (T,) of this stream's tokens
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (T, H, D)
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *sinks: Tensor) -> Tensor:  # (T, H, D)
         keys = self.keys.index_copy_(0, self.places, k.to(self.keys.dtype))
         values = self.values.index_copy_(0, self.places, v)
-        return self.plan(q, keys, values)
+        return self.plan(q, keys, values, *sinks)
 
 
 @dataclass

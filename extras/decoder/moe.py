@@ -24,10 +24,14 @@ class Router(nn.Module):
         self.in_features = hidden_size
         self.out_features = moe["experts"]
         self.weight = nn.Parameter(torch.zeros(moe["experts"], hidden_size))
+        self.bias = nn.Parameter(torch.zeros(moe["experts"])) if moe.get("clamp") else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits (T, experts); weights and numbers of the chosen, (T, per_token) each."""
-        return self.route(F.linear(x, self.weight))
+        return self.route(self.logits(x))
+
+    def logits(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weights, chosen = probabilities(logits).topk(self.per_token, dim=-1)
@@ -41,7 +45,11 @@ def probabilities(logits: Tensor) -> Tensor:
 
 
 class Experts(nn.Module):
-    """down(act(gate(x)) * up(x)) of each expert, with matrices stacked as in transformers 5."""
+    """down(act(gate(x)) * up(x)) of each expert, with matrices stacked as in transformers 5.
+
+    With moe["clamp"] they are gpt-oss's: they have biases, `clamped_product` for act(gate) * up, and the
+    rows of gate and up alternate in gate_up_proj.
+    """
 
     def __init__(self, hidden_size: int, moe: dict, act: Callable):
         super().__init__()
@@ -50,11 +58,36 @@ class Experts(nn.Module):
         count = moe["experts"]
         self.gate_up_proj = nn.Parameter(torch.zeros(count, 2 * moe["size"], hidden_size))
         self.down_proj = nn.Parameter(torch.zeros(count, hidden_size, moe["size"]))
+        self.clamp = moe.get("clamp")  # (alpha, limit)
+        if self.clamp:
+            self.gate_up_proj_bias = nn.Parameter(torch.zeros(count, 2 * moe["size"]))
+            self.down_proj_bias = nn.Parameter(torch.zeros(count, hidden_size))
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """Apply each expert to its rows of x: the first counts[0] are expert 0's, and so on."""
-        gate, up = grouped_linear(x, self.gate_up_proj, counts).chunk(2, -1)
-        return grouped_linear(self.product(self.act, gate, up), self.down_proj, counts)
+        gated = self.combine(self.project("gate_up_proj", x, counts))
+        return self.project("down_proj", gated, counts)
+
+    def project(self, name: str, x: Tensor, counts: Tensor) -> Tensor:
+        """Return the product with one stack, "gate_up_proj" or "down_proj"."""
+        out = grouped_linear(x, getattr(self, name), counts)
+        if not self.clamp:
+            return out
+        numbers = torch.arange(len(counts), device=x.device)
+        expert = numbers.repeat_interleave(counts, output_size=len(x))  # of each row
+        # an embedding, because its gradient is summed in the same order every time
+        return out + F.embedding(expert, getattr(self, f"{name}_bias").to(out.dtype))
+
+    def combine(self, gate_up: Tensor) -> Tensor:  # (n, size)
+        if self.clamp:
+            return clamped_product(gate_up[:, ::2], gate_up[:, 1::2], *self.clamp)
+        return self.product(self.act, *gate_up.chunk(2, -1))
+
+
+def clamped_product(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
+    """g sigmoid(alpha g) (u + 1), with g = min(gate, limit) and u = up within +-limit."""
+    gate = gate.clamp(max=limit)
+    return gate * torch.sigmoid(alpha * gate) * (up.clamp(-limit, limit) + 1)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:  # (n, out)

@@ -204,15 +204,10 @@ def run_experts(
     """Run the experts, with `updates[stack](stack, x, counts)` added to a stack's product."""
 
     def project(name: str, x: Tensor) -> Tensor:
-        stack = getattr(base, name, None)
-        if stack is None:  # in 4 bits
-            out = base.project(name, x, counts)
-        else:
-            out = grouped_linear(x, stack, counts)
+        out = base.project(name, x, counts)
         return out + updates[name](name, x, counts).to(out.dtype) if name in updates else out
 
-    gate, up = project("gate_up_proj", x).chunk(2, -1)
-    return project("down_proj", base.act(gate) * up)
+    return project("down_proj", base.combine(project("gate_up_proj", x)))
 
 
 class LoraRouter(nn.Module):
@@ -227,7 +222,7 @@ class LoraRouter(nn.Module):
             return self.base_layer(x)
         dropped = self.dropout(x.to(self.lora_A.weight.dtype))
         update = self.lora_B(self.lora_A(dropped)) * self.scaling
-        return self.base_layer.route(F.linear(x, self.base_layer.weight) + update.to(x.dtype))
+        return self.base_layer.route(self.base_layer.logits(x) + update.to(x.dtype))
 
     def delta(self) -> Tensor:
         return self.scaling * (self.lora_B.weight @ self.lora_A.weight)
@@ -285,7 +280,7 @@ class DenseDelta(nn.Module):
             return (base(x) + F.embedding(x, delta)).to(base.weight.dtype)
         if isinstance(base, Router):
             update = F.linear(x.to(delta.dtype), delta)
-            return base.route(F.linear(x, base.weight) + update.to(x.dtype))
+            return base.route(base.logits(x) + update.to(x.dtype))
         out = base(x)
         return out + F.linear(x.to(delta.dtype), delta).to(out.dtype)
 

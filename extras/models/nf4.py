@@ -452,6 +452,10 @@ class Experts4bit(nn.Module):
                 parts.append(torch.cat([self.linear(rows, stack[i]) for i in own], -1))
         return torch.cat(parts) if parts else x.new_zeros(0, each * stack[0].shape[0])
 
+    def combine(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return self.act(gate) * up
+
 
 def quantize_stack(
     weight: Tensor, parts: int, quant_type: str = "nf4", nested: bool = False,
@@ -527,6 +531,10 @@ def in_4bit(
     compute_dtype: torch.dtype | None,
 ) -> nn.Module:
     """Make the counterpart of a linear layer or of experts, from their parameters `own`."""
+    if "gate_up_proj_bias" in own:
+        raise ValueError(
+            f"{name}: gpt-oss's experts are not put in 4 bits; leave out --load_in_4bit (with "
+            "--dtype bfloat16 and a LoRA, the model takes two bytes a weight)")
     states = {}
     for child, value in own.items():
         if child != "bias":

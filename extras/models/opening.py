@@ -21,6 +21,7 @@ from torch import nn
 
 import model as models
 from model import Decoder, ModelConfig
+from parts.configs import is_mxfp4
 from parts.files import read_json
 from parts.rows import on_hub
 from parts.weights import open_checkpoint
@@ -62,7 +63,8 @@ def own_dtype(c: Any, ranks: Any) -> str:
         directory = find_base(read_settings(Path(directory)), ranks)
     raw = read_json(Path(directory) / "config.json")
     text = raw | (raw.get("text_config") or {})
-    dtype = text.get("dtype") or text.get("torch_dtype") or "float32"
+    stored = "bfloat16" if is_mxfp4(raw) else "float32"
+    dtype = text.get("dtype") or text.get("torch_dtype") or stored
     if dtype not in ("float32", "bfloat16", "float64"):
         raise ValueError(
             f"--dtype auto: the files of {c.model_name_or_path} are in {dtype}; give --dtype float32, "
@@ -119,11 +121,15 @@ def load_model(
     """Return a Decoder with the directory's weights: model.load_model for every checkpoint.
 
     Its linear layers are in 4 bits where the files have them so, or with `four_bit`, the settings
-    of nf4.quantize_linears.
+    of nf4.quantize_linears. MXFP4 is read as the numbers it stands for, and saved as those.
     """
     opened = open_checkpoint(directory)
+    if is_mxfp4(opened.raw_config):
+        from extras.models.mxfp4 import dequantized
+
+        opened = dequantized(opened)
     if four_bit is None and not opened.raw_config.get("quantization_config"):
-        return models.load_model(directory, dtype, device, max_length, build)
+        return models.load_model(opened, dtype, device, max_length, build)
     from extras.models.nf4 import load_4bit
 
     # on the CPU, block by block: the bits are then the same whatever the device

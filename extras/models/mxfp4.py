@@ -1,0 +1,76 @@
+"""gpt-oss's experts as published, in MXFP4 (OCP Microscaling Formats 1.0), read as numbers.
+
+A value is one of 16 times 2^(scale - 127), with one scale for 32 values along the input. The files
+have blocks (experts, out, in / 32, 16), two values in a byte, the low half first, and scales
+(experts, out, in / 32). All of them are bfloat16 numbers, and so the model is saved.
+"""
+
+import torch
+from torch import Tensor
+
+from parts.weights import Checkpoint, Header
+
+HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+VALUES = HALF + tuple(-x for x in HALF)  # by the 4 bits
+BIAS = 127  # of a scale
+
+
+def dequantize(blocks: Tensor, scales: Tensor) -> Tensor:  # (experts, in, out) bfloat16
+    """Return VALUES[4 bits] * 2^(scale - 127), in the layout of transformers' files."""
+    pairs = torch.tensor([[VALUES[i % 16], VALUES[i // 16]] for i in range(256)])  # by the byte
+    experts, rows, groups, half = blocks.shape
+    out = torch.empty(experts, rows, groups * half * 2, dtype=torch.bfloat16)
+    for expert, block, scale in zip(out, blocks, scales):  # one at a time: float32 is wide
+        values = pairs[block.int()].flatten(-2)  # (out, in / 32, 32)
+        expert.copy_(torch.ldexp(values, scale.int()[..., None] - BIAS).flatten(1))
+    return out.mT
+
+
+class Unpacked:
+    """The tensors of all files, read as those of one safetensors file are."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.files = {file: checkpoint.open(file) for file in sorted({*checkpoint.files.values()})}
+        self.home = {n: self.files[file] for n, file in checkpoint.files.items()}
+
+    def keys(self) -> list[str]:
+        names = [n for opened in self.files.values() for n in opened.offset_keys()]
+        return [n.removesuffix("_blocks") for n in names if not n.endswith("_scales")]
+
+    offset_keys = keys
+
+    def packed(self, name: str) -> list[str]:
+        """Return the names of what the files have for `name`: itself, or blocks and scales."""
+        return [name] if name in self.home else [f"{name}_blocks", f"{name}_scales"]
+
+    def get_tensor(self, name: str) -> Tensor:
+        found = [self.home[n].get_tensor(n) for n in self.packed(name)]
+        return found[0] if len(found) == 1 else dequantize(*found)
+
+    def get_slice(self, name: str) -> Header:
+        headers = [self.home[n].get_slice(n) for n in self.packed(name)]
+        if len(headers) == 1:
+            return headers[0]
+        blocks, scales = (tuple(h.get_shape()) for h in headers)
+        kinds = {h.get_dtype() for h in headers}
+        if kinds != {"U8"} or len(blocks) != 4 or blocks != (*scales, 16):
+            raise ValueError(
+                f"{name}: blocks {blocks} and scales {scales} of {', '.join(sorted(kinds))} are "
+                "not MXFP4; expected (experts, out, in / 32, 16) and (experts, out, in / 32) of U8")
+        experts, rows, groups, half = blocks
+        return Header((experts, groups * half * 2, rows), "BF16")
+
+
+def dequantized(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint as it would be in bfloat16. Raises ValueError for half of a tensor."""
+    names = checkpoint.files
+    for name in names:
+        stem, _, kind = name.rpartition("_")
+        other = {"blocks": f"{stem}_scales", "scales": f"{stem}_blocks"}.get(kind)
+        if other is not None and other not in names:
+            raise ValueError(f"{checkpoint.directory}: {name} is there, but {other} is missing")
+    files = {n.removesuffix("_blocks"): f for n, f in names.items() if not n.endswith("_scales")}
+    raw = {k: v for k, v in checkpoint.raw_config.items() if k != "quantization_config"}
+    if not (raw.get("dtype") or raw.get("torch_dtype")):
+        raw["dtype"] = "bfloat16"
+    return checkpoint._replace(files=files, raw_config=raw, memory=Unpacked(checkpoint))
