@@ -175,7 +175,7 @@ def wrapper_tensors(name: str, wrapper: nn.Module, config: ModelConfig) -> dict[
 def transposed(name: str, config: ModelConfig) -> bool:
     if not config.other_names or config.model_type != "gpt2":
         return False
-    return bool(TRANSPOSED.search(name))
+    return bool(TRANSPOSED["gpt2"].search(name))
 
 
 def load_adapter(model: nn.Module, directory: str | Path) -> None:

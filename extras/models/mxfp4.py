@@ -5,10 +5,12 @@ have blocks (experts, out, in / 32, 16), two values in a byte, the low half firs
 (experts, out, in / 32). All of them are bfloat16 numbers, and so the model is saved.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from parts.weights import Checkpoint, Header
+from parts.weights import Checkpoint
 
 HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 VALUES = HALF + tuple(-x for x in HALF)  # by the 4 bits
@@ -24,6 +26,30 @@ def dequantize(blocks: Tensor, scales: Tensor) -> Tensor:  # (experts, in, out) 
         values = pairs[block.int()].flatten(-2)  # (out, in / 32, 32)
         expert.copy_(torch.ldexp(values, scale.int()[..., None] - BIAS).flatten(1))
     return out.mT
+
+
+class Packed:
+    """A safetensors file's slice of a tensor, of blocks and scales."""
+
+    def __init__(self, name: str, blocks: Any, scales: Any):
+        self.parts = (blocks, scales)
+        packed, shape = tuple(blocks.get_shape()), tuple(scales.get_shape())
+        kinds = sorted({blocks.get_dtype(), scales.get_dtype()})
+        if kinds != ["U8"] or len(packed) != 4 or packed != (*shape, 16):
+            raise ValueError(
+                f"{name}: blocks {packed} and scales {shape} of {', '.join(kinds)} are not MXFP4; "
+                "expected (experts, out, in / 32, 16) and (experts, out, in / 32) of U8")
+        experts, rows, groups = shape
+        self.shape = (experts, 32 * groups, rows)
+
+    def get_shape(self) -> tuple[int, ...]:
+        return self.shape
+
+    def get_dtype(self) -> str:
+        return "BF16"
+
+    def __getitem__(self, experts: slice) -> Tensor:
+        return dequantize(*(part[experts] for part in self.parts))
 
 
 class Unpacked:
@@ -47,18 +73,9 @@ class Unpacked:
         found = [self.home[n].get_tensor(n) for n in self.packed(name)]
         return found[0] if len(found) == 1 else dequantize(*found)
 
-    def get_slice(self, name: str) -> Header:
-        headers = [self.home[n].get_slice(n) for n in self.packed(name)]
-        if len(headers) == 1:
-            return headers[0]
-        blocks, scales = (tuple(h.get_shape()) for h in headers)
-        kinds = {h.get_dtype() for h in headers}
-        if kinds != {"U8"} or len(blocks) != 4 or blocks != (*scales, 16):
-            raise ValueError(
-                f"{name}: blocks {blocks} and scales {scales} of {', '.join(sorted(kinds))} are "
-                "not MXFP4; expected (experts, out, in / 32, 16) and (experts, out, in / 32) of U8")
-        experts, rows, groups, half = blocks
-        return Header((experts, groups * half * 2, rows), "BF16")
+    def get_slice(self, name: str) -> Any:
+        found = [self.home[n].get_slice(n) for n in self.packed(name)]
+        return found[0] if len(found) == 1 else Packed(name, *found)
 
 
 def dequantized(checkpoint: Checkpoint) -> Checkpoint:
