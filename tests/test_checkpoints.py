@@ -167,10 +167,10 @@ class Line(torch.nn.Module):
 def test_where_the_last_checkpoint_does_not_fit_the_model_is_written_all_the_same(run, tmp_path, monkeypatch, capsys):
     _, weights = run("whole", save_steps=100)
 
-    def full(tensors, path):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
+    monkeypatch.setattr(checkpoints, "write_tensors", full)
     with pytest.raises(OSError, match="checkpoint-6: cannot be written .*No space left"):
         run("full", save_steps=100)
     assert f"the model of the last step is in {tmp_path / 'full'}" in capsys.readouterr().out
@@ -201,8 +201,8 @@ def test_from_the_checkpoint_on_the_learning_rate_is_that_of_the_new_total(run, 
     extended = run("cut", max_steps=11, resume_from_checkpoint="true", **options)
     keep = dpo.make_schedule
 
-    def changes(c, pairs, size):
-        before, after = (keep(dpo.replace(c, max_steps=steps), pairs, size) for steps in (6, 11))
+    def changes(c, *sizes):
+        before, after = (keep(dpo.replace(c, max_steps=steps), *sizes) for steps in (6, 11))
         rate = lambda self, c, step: type(before).learning_rate(before if step < 6 else after, c, step)
         return type("Changes", (type(after),), {"learning_rate": rate})(*after)
 
