@@ -5,6 +5,7 @@ from dataclasses import Field, fields
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from losses import NO_REFERENCE, READS_RATINGS
@@ -150,6 +151,10 @@ def check_fsdp(c: DPOConfig) -> None:
     """Raise ValueError for what FSDP cannot be combined with."""
     if c.fsdp and c.ref_model_device:
         raise ValueError("--fsdp with --ref_model_device: not supported; leave one of them out")
+    if c.fsdp and c.load_in_4bit and torch.__version__ < "2.13":
+        raise ValueError(
+            f"--fsdp with --load_in_4bit: torch {torch.__version__} shards no weights that are "
+            "integers, as 4-bit weights are; install torch 2.13 or newer, or leave one of them out")
 
 
 def check_best_model(c: DPOConfig) -> None:

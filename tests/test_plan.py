@@ -112,6 +112,15 @@ def test_predicted_memory_is_within_15_percent_of_the_tensors_counted(shape, mod
     assert predicted["total"] == pytest.approx(counted, rel=0.15), predicted
 
 
+@pytest.mark.parametrize("more, width", [({}, 4), (dict(bf16=True), 2), (dict(weights="bfloat16"), 2)])
+def test_fsdp_exchanges_blocks_in_the_width_they_are_gathered_in(more, width):
+    config = config_of(num_hidden_layers=2)
+    run = plan.Run(100, 50, world=4, fsdp=True, **more)
+    block = sum(p.numel() for p in models.Decoder(config).model.layers[0].parameters())
+    assert plan.memory(config, run)["exchange"] == 2 * 2 * width * block  # two blocks, weights and gradients
+    assert plan.memory(config, run._replace(rank=4))["exchange"] < 1.2 * 2 * width * block  # gradients of the LoRA alone
+
+
 def test_a_dry_run_says_steps_tokens_memory_and_time_and_trains_nothing(tiny, pairs_file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(dpo.DPOTrainer, "train", lambda self: pytest.fail("training began"))
     assert dpo.main(["--model_name_or_path", str(tiny), "--dataset_name", str(pairs_file), "--output_dir", str(tmp_path / "o"),

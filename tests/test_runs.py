@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -144,6 +145,16 @@ def test_saves_without_meaning_are_refused(flags, words):
     with pytest.raises(ValueError) as error:
         check_config(dpo.parse_config([*BASE, *flags]))
     assert str(error.value) == words
+
+
+@pytest.mark.parametrize("version, splits", [("2.10.0", False), ("2.11.0+cu130", False), ("2.13.0", True), ("2.14.1+cu130", True)])
+def test_4_bit_weights_are_split_where_torch_can_split_integers(version, splits, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    c = dpo.parse_config([*BASE, "--use_peft", "--load_in_4bit", "--fsdp"])
+    if splits:
+        return check_config(c)
+    with pytest.raises(ValueError, match=f"^--fsdp with --load_in_4bit: torch {re.escape(version)} shards no weights that are integers"):
+        check_config(c)
 
 
 class Hub:

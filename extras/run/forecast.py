@@ -185,7 +185,8 @@ def memory(
         m["exchange"] = counted["learns"]  # DDP's buckets
     if run.fsdp:
         # two unsharded blocks: weights, and gradients where they learn
-        m["exchange"] = 2 * counted["block"] * (2 if run.bf16 else 4) * (1 if run.rank else 2)
+        width = 2 if run.bf16 else getattr(torch, run.weights).itemsize
+        m["exchange"] = 2 * counted["block"] * width * (1 if run.rank else 2)
     at_most = sum(m.values())
     first = at_most - m["gradients"]  # with one forward in a step, gradients come as activations go
     last = at_most - m["activations"] - m["passing"]
