@@ -22,20 +22,29 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DRIVER = ["cuDevicePrimaryCtxGetState(int d, unsigned *f, int *a) { *f = 0; *a = 0; return 0; }"] + [name + "(void) { return 0; }" for name in """
+DRIVER = ["cuDevicePrimaryCtxGetState(int d, unsigned *f, int *a) { *f = 0; *a = 0; return 0; }"] + [
+    name + "(void) { return 0; }"
+    for name in """
 cuCtxGetCurrent cuCtxSetCurrent cuDeviceGet cuDeviceGetAttribute cuDevicePrimaryCtxRetain cuFuncGetAttribute cuFuncSetAttribute
 cuFuncSetCacheConfig cuGetErrorString cuLaunchCooperativeKernel cuLaunchKernel cuLinkAddData_v2 cuLinkComplete cuLinkCreate_v2
 cuModuleGetFunction cuModuleLoad cuModuleLoadData cuModuleLoadDataEx cuModuleUnload cuOccupancyMaxActiveBlocksPerMultiprocessor
-cuPointerGetAttribute cuTensorMapEncodeTiled""".split()]
-RUNTIME = ["cudaGetDeviceCount(int *n) { *n = 1; return 0; }", "cudaGetDevice(int *d) { *d = 0; return 0; }",
-           "cudaDeviceGetStreamPriorityRange(int *a, int *b) { *a = 0; *b = -5; return 0; }",
-           "cudaStreamCreateWithPriority(void **s, unsigned f, int p) { *s = malloc(8); return 0; }",
-           "cudaStreamIsCapturing(void *s, int *on) { *on = 0; return 0; }",
-           "cudaEventCreateWithFlags(void **e, unsigned f) { *e = malloc(8); return 0; }",
-           "cudaDriverGetVersion(int *v) { *v = 13000; return 0; }",
-           "cudaDeviceCanAccessPeer(int *c, int a, int b) { *c = 0; return 0; }"] + [name + "() { return 0; }" for name in """
+cuPointerGetAttribute cuTensorMapEncodeTiled""".split()
+]
+RUNTIME = [
+    "cudaGetDeviceCount(int *n) { *n = 1; return 0; }",
+    "cudaGetDevice(int *d) { *d = 0; return 0; }",
+    "cudaDeviceGetStreamPriorityRange(int *a, int *b) { *a = 0; *b = -5; return 0; }",
+    "cudaStreamCreateWithPriority(void **s, unsigned f, int p) { *s = malloc(8); return 0; }",
+    "cudaStreamIsCapturing(void *s, int *on) { *on = 0; return 0; }",
+    "cudaEventCreateWithFlags(void **e, unsigned f) { *e = malloc(8); return 0; }",
+    "cudaDriverGetVersion(int *v) { *v = 13000; return 0; }",
+    "cudaDeviceCanAccessPeer(int *c, int a, int b) { *c = 0; return 0; }",
+] + [
+    name + "() { return 0; }"
+    for name in """
 cudaSetDevice cudaEventDestroy cudaEventRecord cudaEventQuery cudaEventSynchronize cudaStreamWaitEvent cudaStreamSynchronize
-cudaStreamQuery cudaDeviceSynchronize cudaGetLastError cudaThreadExchangeStreamCaptureMode""".split()]
+cudaStreamQuery cudaDeviceSynchronize cudaGetLastError cudaThreadExchangeStreamCaptureMode""".split()
+]
 
 
 def with_stubs() -> None:
@@ -43,8 +52,15 @@ def with_stubs() -> None:
     home = Path(tempfile.mkdtemp(prefix="fake-gpu-"))
     for name, functions, more in (("libcuda.so.1", DRIVER, ["-Wl,-soname,libcuda.so.1"]), ("runtime.so", RUNTIME, [])):
         code = "#include <stdlib.h>\n" + "".join(f"int {function}\n" for function in functions)
-        subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-w", "-x", "c", "-", *more, "-o", home / name], input=code, text=True, check=True)
-    env = os.environ | {"LD_LIBRARY_PATH": str(home), "LD_PRELOAD": str(home / "runtime.so"), "FAKE_GPU": str(home), "OMP_NUM_THREADS": "1"}
+        subprocess.run(
+            ["gcc", "-shared", "-fPIC", "-O1", "-w", "-x", "c", "-", *more, "-o", home / name], input=code, text=True, check=True
+        )
+    env = os.environ | {
+        "LD_LIBRARY_PATH": str(home),
+        "LD_PRELOAD": str(home / "runtime.so"),
+        "FAKE_GPU": str(home),
+        "OMP_NUM_THREADS": "1",
+    }
     os.execve(sys.executable, [sys.executable, *sys.argv], env)
 
 
@@ -82,8 +98,12 @@ import model as models  # noqa: E402
 
 DEVICE = torch.device("cuda", 0)
 MODE = FakeTensorMode(allow_non_fake_inputs=True)
-VIEWS = set("""view _unsafe_view t transpose permute expand slice select split split_with_sizes unbind detach alias as_strided unsqueeze squeeze
-    reshape empty empty_like new_empty empty_strided new_empty_strided _reshape_alias lift_fresh unfold chunk view_as diagonal resize_ set_""".split())
+VIEWS = set(
+    """view _unsafe_view t transpose permute expand slice select split split_with_sizes unbind detach alias as_strided
+    unsqueeze squeeze
+    reshape empty empty_like new_empty empty_strided new_empty_strided _reshape_alias lift_fresh unfold chunk view_as
+    diagonal resize_ set_""".split()
+)
 SCORED = [1]  # tokens of the last batch
 ASKED = collections.Counter()  # what the host asked of the device besides operations
 
@@ -98,6 +118,7 @@ def for_real(function):
     def run(*args, **named):
         with unset_fake_temporarily():
             return function(*args, **named)
+
     return run
 
 
@@ -221,6 +242,7 @@ class Kernel:
 
 def replace_kernels() -> None:
     import importlib
+
     for path in Path(PROJ, "parts").glob("triton_*.py"):
         module = importlib.import_module(f"parts.{path.stem}")
         for name in [n for n in vars(module) if n.endswith("_kernel")]:
@@ -290,6 +312,7 @@ class Stream:
 def shard(t, words: str) -> None:
     """Split a trainer's models as one of two ranks does, whose exchanges do nothing; the files are not read."""
     from extras.run import fsdp
+
     if not dist.is_initialized():
         for_real(dist.init_process_group)("fake", store=FakeStore(), rank=0, world_size=2)
     torch.cuda.Stream = torch.cuda.Event = Stream
@@ -299,15 +322,30 @@ def shard(t, words: str) -> None:
     fsdp.init_device_mesh = for_real(init_device_mesh)
     fsdp.Shards.load = lambda self, sharded, source: None
     t.ranks = t.ranks._replace(world=2)
-    t.place = fsdp.Shards(t.model, t.ranks, dataclasses.replace(t.args, fsdp=words), t.precision,
-                           t.reference if hasattr(t.reference, "adapter") else dpo.NoReference())
+    t.place = fsdp.Shards(
+        t.model,
+        t.ranks,
+        dataclasses.replace(t.args, fsdp=words),
+        t.precision,
+        t.reference if hasattr(t.reference, "adapter") else dpo.NoReference(),
+    )
     t.model = t.place.model
 
 
 def step(fsdp="", **more) -> dict:
     """One train_step of the tiny model."""
-    options = dict(model_name_or_path=str(tiny), dataset_name=str(rows), output_dir=tempfile.mkdtemp(), cache_dir=str(work / "cache"),
-                   use_cpu=True, bf16=True, per_device_train_batch_size=8, report_to=["none"], save_strategy="no", disable_tqdm=True)
+    options = dict(
+        model_name_or_path=str(tiny),
+        dataset_name=str(rows),
+        output_dir=tempfile.mkdtemp(),
+        cache_dir=str(work / "cache"),
+        use_cpu=True,
+        bf16=True,
+        per_device_train_batch_size=8,
+        report_to=["none"],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
     t = dpo.DPOTrainer(args=dpo.DPOConfig(**options | more))
     t.reference.prepare()
     t.max_tokens = None
@@ -360,6 +398,7 @@ def forward_backward(raw: dict, kind: str) -> dict:
 
 def generation() -> dict:
     from extras.decoder import generate
+
     m = models.load_model(tiny, torch.bfloat16)
     generate.plan_varlen = plan_varlen
     options = generate.Sampling(max_new_tokens=3, temperature=0.7, top_k=5, top_p=0.9)
@@ -368,38 +407,90 @@ def generation() -> dict:
         return measured(lambda: generate.complete(m, [[1, 5, 6], [1, 4]], options, samples=2))
 
 
-MODEL = dict(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             max_position_embeddings=128, rms_norm_eps=1e-5)
+MODEL = dict(
+    vocab_size=64,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    rms_norm_eps=1e-5,
+)
 FAMILIES = {
     "mistral, window": MODEL | dict(model_type="mistral", sliding_window=4),
     "gpt2": dict(model_type="gpt2", vocab_size=64, n_embd=64, n_layer=2, n_head=4, n_positions=128, layer_norm_epsilon=1e-5),
-    "gpt_neox": dict(model_type="gpt_neox", vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                     max_position_embeddings=128, layer_norm_eps=1e-5, rotary_pct=0.25),
+    "gpt_neox": dict(
+        model_type="gpt_neox",
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        layer_norm_eps=1e-5,
+        rotary_pct=0.25,
+    ),
     "phi3": MODEL | dict(model_type="phi3", original_max_position_embeddings=128, pad_token_id=0),
     "olmo2": MODEL | dict(model_type="olmo2"),
-    "gemma2, plain attention": MODEL | dict(model_type="gemma2", head_dim=16, attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
-                                            query_pre_attn_scalar=16, sliding_window=4),
+    "gemma2, plain attention": MODEL
+    | dict(
+        model_type="gemma2",
+        head_dim=16,
+        attn_logit_softcapping=50.0,
+        final_logit_softcapping=30.0,
+        query_pre_attn_scalar=16,
+        sliding_window=4,
+    ),
     "gemma3": MODEL | dict(model_type="gemma3_text", head_dim=16, query_pre_attn_scalar=16, sliding_window=4),
     "qwen3": MODEL | dict(model_type="qwen3", head_dim=16),
-    "experts": MODEL | dict(model_type="qwen2_moe", moe_intermediate_size=32, shared_expert_intermediate_size=64, num_experts=4,
-                            num_experts_per_tok=2, norm_topk_prob=True, decoder_sparse_step=1, router_aux_loss_coef=0.01)}
+    "experts": MODEL
+    | dict(
+        model_type="qwen2_moe",
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=64,
+        num_experts=4,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        router_aux_loss_coef=0.01,
+    ),
+}
 LIVE = dict(precompute_ref_log_probs=False)
 LORA = dict(use_peft=True, lora_target_modules=["all-linear"])
 STEPS = {
-    "full": {}, "full, 3 forwards, checkpointing": dict(gradient_checkpointing=True, gradient_accumulation_steps=3), "live reference": LIVE,
-    "lora, all linear": LORA, "lora, bf16 weights": LORA | LIVE | dict(dtype="bfloat16", bf16=False),
-    "lora, head, embedding, DoRA": dict(use_peft=True, use_dora=True, lora_target_modules=["q_proj", "down_proj", "lm_head", "embed_tokens"]),
-    "qlora, nested": LORA | LIVE | dict(load_in_4bit=True, use_bnb_nested_quant=True), "fp16": dict(bf16=False, fp16=True),
-    "WPO, LD-DPO, sft": dict(loss_type=["sigmoid", "sft"], use_weighting=True, ld_alpha=0.5), "aot": dict(loss_type=["aot"]),
-    "TR-DPO": dict(sync_ref_model=True, ref_model_sync_steps=1), "TR-DPO, lora": LORA | dict(sync_ref_model=True, ref_model_sync_steps=1),
-    "float32, plain attention": dict(bf16=False), "FSDP": dict(fsdp="full_shard"),
+    "full": {},
+    "full, 3 forwards, checkpointing": dict(gradient_checkpointing=True, gradient_accumulation_steps=3),
+    "live reference": LIVE,
+    "lora, all linear": LORA,
+    "lora, bf16 weights": LORA | LIVE | dict(dtype="bfloat16", bf16=False),
+    "lora, head, embedding, DoRA": dict(
+        use_peft=True, use_dora=True, lora_target_modules=["q_proj", "down_proj", "lm_head", "embed_tokens"]
+    ),
+    "qlora, nested": LORA | LIVE | dict(load_in_4bit=True, use_bnb_nested_quant=True),
+    "fp16": dict(bf16=False, fp16=True),
+    "WPO, LD-DPO, sft": dict(loss_type=["sigmoid", "sft"], use_weighting=True, ld_alpha=0.5),
+    "aot": dict(loss_type=["aot"]),
+    "TR-DPO": dict(sync_ref_model=True, ref_model_sync_steps=1),
+    "TR-DPO, lora": LORA | dict(sync_ref_model=True, ref_model_sync_steps=1),
+    "float32, plain attention": dict(bf16=False),
+    "FSDP": dict(fsdp="full_shard"),
     "FSDP, live reference, 3 forwards": LIVE | dict(fsdp="full_shard", gradient_accumulation_steps=3),
     "FSDP, bf16 weights, checkpointing": dict(fsdp="shard_grad_op", dtype="bfloat16", bf16=False, gradient_checkpointing=True),
-    "FSDP, lora": LORA | LIVE | dict(fsdp="full_shard"), "FSDP, offload": dict(fsdp="full_shard offload")}
+    "FSDP, lora": LORA | LIVE | dict(fsdp="full_shard"),
+    "FSDP, offload": dict(fsdp="full_shard offload"),
+}
 if torch.__version__ >= "2.13":  # refused before
     STEPS["FSDP, qlora"] = LORA | LIVE | dict(fsdp="full_shard", load_in_4bit=True)
-CASES = {f"step: {name}": functools.partial(step, **more) for name, more in STEPS.items()} | {"generation": generation} | {
-    f"{name}, {kind}": functools.partial(forward_backward, raw, kind) for name, raw in FAMILIES.items() for kind in ("autocast", "bfloat16")}
+CASES = (
+    {f"step: {name}": functools.partial(step, **more) for name, more in STEPS.items()}
+    | {"generation": generation}
+    | {
+        f"{name}, {kind}": functools.partial(forward_backward, raw, kind)
+        for name, raw in FAMILIES.items()
+        for kind in ("autocast", "bfloat16")
+    }
+)
 
 
 def main() -> int:
@@ -415,10 +506,16 @@ def main() -> int:
             failed += 1
             ours = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(PROJ + "/")]
             line = f"{os.path.relpath(ours[-1].filename, PROJ)}:{ours[-1].lineno}" if ours else ""
-            print(f"{name:34} FAILED: {type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''} {line}", flush=True)
+            print(
+                f"{name:34} FAILED: {type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''} {line}",
+                flush=True,
+            )
             continue
         waits = found["waits"]
-        print(f"{name:34} {sum(waits.values()):4} waits {found['kernels']:6} kernels {found['saved'] / 1024:9.1f} KiB saved", flush=True)
+        print(
+            f"{name:34} {sum(waits.values()):4} waits {found['kernels']:6} kernels {found['saved'] / 1024:9.1f} KiB saved",
+            flush=True,
+        )
         for what, count in waits.most_common(6):
             print(f"{'':38} {count} x {what}")
     return min(failed, 1)
