@@ -69,16 +69,24 @@ def flat(tensor: Tensor) -> Tensor:
 
 
 class Maxima:
-    """The largest magnitudes of the blocks of a sharded tensor, of which each rank has its own."""
+    """The largest magnitudes of the blocks of a sharded tensor, of which each rank has its own.
+
+    It has what a DTensor has that is saved in a checkpoint.
+    """
 
     def __init__(self, values: Tensor, shard: Shard):
         self.values = values
         self.shard = shard
+        self.shape = (-(-shard.total // BLOCK),)  # of the whole
+        self.dtype = values.dtype
+
+    def detach(self) -> "Maxima":
+        return self
 
     def full_tensor(self) -> Tensor:
         """Return those of the whole tensor; every rank calls this."""
         mesh = self.shard.mesh
-        whole = torch.zeros(-(-self.shard.total // BLOCK), device=mesh.device_type)
+        whole = torch.zeros(self.shape, device=mesh.device_type)
         blocks = self.shard.blocks
         whole[blocks.start : blocks.stop] = self.values
         dist.all_reduce(whole, dist.ReduceOp.MAX, group=mesh.get_group())
