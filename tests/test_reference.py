@@ -294,9 +294,9 @@ def others_frozen():
 
 
 def live_bytes() -> int:
-    """Of all tensors that this process made since, each storage once."""
+    """Of all tensors with memory, each storage once."""
     gc.collect()
-    tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
+    tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and not t.is_meta]
     return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 
 
