@@ -146,9 +146,23 @@ class Checkpoints:
             trainer.log.say(
                 f"{directory}: of a run of {before} steps, which now has {total}; from here on the "
                 f"learning rate is that of {total}")
-        if optimizer_kind(trainer) is None:
-            trainer.ranks.from_first(partial(check_moments, directory, trainer.model))
+        self.check_optimizer(directory, state["run"])
         self.found = Found(directory, state)
+
+    def check_optimizer(self, directory: Path, run: dict) -> None:
+        """Raise ValueError if the moments are of another optimizer or model, --force_resume or
+        not: there is no way to go on from them."""
+        trainer = self.trainer
+        kind = optimizer_kind(trainer)
+        before = run.get("optimizer")
+        if layout_of(before) != layout_of(kind):
+            raise ValueError(
+                f"{directory}: its moments are those of {optimizer_name(before)}, and this run's "
+                f"optimizer is {optimizer_name(kind)}; resume with the same --optim and --dtype, "
+                f"or start a new run from its weights, --model_name_or_path {directory}")
+        check = check_moments if kind is None else check_parameters
+        if kind != "of a function":  # whose tensors may have any names
+            trainer.ranks.from_first(partial(check, directory, trainer.model))
 
     def choose(self, asked: str | None, newest: bool, is_asked: bool) -> dict | None:
         """Return the newest undamaged checkpoint of output_dir, or the directory asked for.
@@ -224,7 +238,8 @@ class Checkpoints:
         before = vars(DPOConfig()) | run
         for name, value in self.of_run().items():
             if name not in ("cut", "total_steps") and before.get(name) != value:
-                found.append(f"{name} was {before.get(name)!r} there and is {value!r} now")
+                told = optimizer_name if name == "optimizer" else repr
+                found.append(f"{name} was {told(before.get(name))} there and is {told(value)} now")
         return found
 
     # While training
@@ -590,6 +605,35 @@ def hash_files(directory: Path, names: Iterable[str]) -> dict[str, str]:
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return dict(zip(names, pool.map(hashed, names)))
+
+
+def optimizer_name(kind: str | None) -> str:
+    """Return how messages name what `optimizer_kind` says."""
+    if kind == "of a function":
+        return "one of your own"
+    return f"AdamW ({kind})" if kind else "AdamW"
+
+
+def layout_of(kind: str | None) -> str:
+    """Return what decides which tensors optimizer.safetensors has."""
+    return (kind or "").partition(",")[0]
+
+
+def check_parameters(directory: Path, model: nn.Module) -> dict:
+    """Raise ValueError if SmallAdamW's tensors are not those of this model's parameters."""
+    path = directory / "optimizer.safetensors"
+    shapes = {name: tuple(p.shape) for name, p in trained(model)}
+    of_all = (*MOMENTS[1:], "state1", "state2")  # they have a value for each element
+    for name, entry in TensorFile(path).header.items():
+        stem, _, key = name.rpartition(".")
+        if stem.startswith("param_groups."):
+            continue
+        shape = tuple(entry["shape"])
+        if stem not in shapes or key in of_all and shape != shapes[stem]:
+            raise ValueError(
+                f"{path}: {name} is {shape}, and {stem} is {shapes.get(stem, 'not trained')} in "
+                "this run; it is of another model")
+    return {}
 
 
 def check_moments(directory: Path, model: nn.Module) -> None:

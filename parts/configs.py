@@ -11,7 +11,13 @@ from parts.vision_configs import split_config
 SIZES = dict(
     vocab_size=2**24, hidden_size=2**20, intermediate_size=2**24, num_hidden_layers=2**12,
     head_dim=2**16, num_attention_heads=2**16, num_key_value_heads=2**16, num_experts=2**16,
-    num_local_experts=2**16)
+    num_local_experts=2**16, num_experts_per_tok=2**16, moe_intermediate_size=2**24,
+    linear_num_key_heads=2**16, linear_num_value_heads=2**16, linear_key_head_dim=2**16,
+    linear_value_head_dim=2**16, linear_conv_kernel_dim=2**10)
+# Numbers that are divided or multiplied by, so that 0, a negative one or null has no meaning; null
+# stands for none where that is the family's default.
+ABOVE_0 = ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling",
+           "query_pre_attn_scalar")
 # Keys that ModelConfig has under the same name.
 SAME = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
         "num_attention_heads", "max_position_embeddings", "hidden_act")
@@ -97,12 +103,18 @@ def read_keys(raw: dict, keys: dict) -> dict:
 def check_value(key: str, value: Any, default: Any) -> None:
     """Raise ValueError for a size that no model has, and for a value not of its default's type.
 
-    null is accepted where the key is not required.
+    null is accepted where the key is not required, but for numbers that are needed.
     """
     size = SIZES.get(key)
     if size is not None:
         fits = type(value) is int and 1 <= value <= size
         wanted = f"a whole number from 1 to {size}"
+    elif key in ABOVE_0:
+        fits = type(value) in (int, float) and 0 < value < 1e30
+        wanted = "a number above 0"
+    elif key == "router_aux_loss_coef":
+        fits = type(value) in (int, float) and 0 <= value < 1e30
+        wanted = "a number, 0 or more"
     elif isinstance(default, bool):
         fits = isinstance(value, bool)
         wanted = "true or false"
@@ -112,7 +124,9 @@ def check_value(key: str, value: Any, default: Any) -> None:
     else:
         fits = not isinstance(default, str) or isinstance(value, str)
         wanted = "a string"
-    if not fits and not (value is None and default is not REQUIRED):
+    is_needed = key in ABOVE_0 or key.startswith(("linear_", "router_"))
+    takes_null = default is None or default is not REQUIRED and not is_needed
+    if not fits and not (value is None and takes_null):
         raise ValueError(f"config.json: {key} = {value!r:.60}: expected {wanted}")
 
 
@@ -130,6 +144,9 @@ def read_layers(c: dict, family: Family, ropes: dict[str, Rope]) -> dict:
     window = None
     if c.get("use_sliding_window", True):
         window = c.get("sliding_window") or None
+    if window is not None and not (type(window) is int and window > 0):
+        raise ValueError(
+            f"config.json: sliding_window = {window!r}: expected a whole number from 1")
     rope_layers = []
     for i, slide in enumerate(slides):
         kind = "full_attention"

@@ -108,8 +108,12 @@ def moe(c: dict) -> dict:
     step = c.get("decoder_sparse_step", 1)
     dense = c.get("mlp_only_layers") or []
     layers = range(c["num_hidden_layers"])
+    experts, per_token = c["num_experts"] or c["num_local_experts"], c["num_experts_per_tok"]
+    if not experts or per_token > experts:
+        raise ValueError(
+            f"config.json: num_experts_per_tok = {per_token} of {experts or 0} experts")
     return dict(moe=dict(
-        experts=c["num_experts"] or c["num_local_experts"], per_token=c["num_experts_per_tok"],
+        experts=experts, per_token=per_token,
         size=c.get("moe_intermediate_size", c["intermediate_size"]),
         shared_size=c.get("shared_expert_intermediate_size"),
         normalize=c.get("norm_topk_prob", True),

@@ -71,6 +71,8 @@ def make_rope(kind: str, rope: dict, dim: int, max_length: int | None) -> Rope:
     `dynamic` only acts beyond max_position_embeddings and depends on the length there, so it is
     `default` with a limit.
     """
+    if not rope["rope_theta"] > 0:
+        raise ValueError(f"config.json: rope_theta = {rope['rope_theta']}: it must be above 0")
     freq = 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2).float() / dim)  # (dim/2,)
     if kind == "yarn":
         return yarn(rope, freq)

@@ -298,7 +298,7 @@ def data_sets(entries: Any, path: str | None) -> dict[str, Any]:
     if not entries:
         return {}
     entries = [entries] if isinstance(entries, dict) else entries
-    check_data_sets(entries, f"--config {path}: datasets: ")
+    check_data_sets(entries, f"--config {path}: datasets: " if path else "--datasets: ")
     split = entries[0].get("split")
     config = entries[0].get("name")
     plain = {"path": None, "name": config, "split": split}
@@ -318,7 +318,8 @@ ENTRY = ("path", "name", "split", "columns", "fraction", "data_files")
 
 def check_data_sets(entries: Any, where: str) -> None:
     """Raise ValueError for a mixture's entries that cannot be meant; `where` begins the message."""
-    has_path = lambda entry: isinstance(entry, dict) and entry.get("path")
+    is_path = lambda path: bool(path) and isinstance(path, (str, os.PathLike))
+    has_path = lambda entry: isinstance(entry, dict) and is_path(entry.get("path"))
     if not isinstance(entries, (list, tuple)) or not all(map(has_path, entries)):
         raise ValueError(f"{where}give a list of entries with {', '.join(ENTRY)}")
     for entry in entries:
@@ -346,5 +347,5 @@ def check_data_set(entry: dict, where: str) -> None:
     if columns is not None and not (is_names and columns):
         raise ValueError(f"{where}columns {columns}: expected a list of names")
     files = entry.get("data_files")
-    if files is not None and not isinstance(files, (str, list, dict)):
+    if files is not None and not (files and isinstance(files, (str, list, dict))):
         raise ValueError(f"{where}data_files: give a path, a list of paths, or those of each split")

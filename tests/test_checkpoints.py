@@ -110,6 +110,23 @@ def test_changed_settings_and_data_are_refused_by_name_unless_forced(run, pairs_
     assert [m["step"] for m in lines] == list(range(1, 10))
 
 
+EIGHT, BFLOAT16 = dict(optim="adamw_8bit"), dict(dtype="bfloat16")
+
+
+@pytest.mark.parametrize("before, now, words", [
+    ({}, EIGHT, r"those of AdamW, and this run's optimizer is AdamW \(8 bits\)"),
+    (EIGHT, {}, r"those of AdamW \(8 bits\), and this run's optimizer is AdamW;"),
+    (BFLOAT16, BFLOAT16 | dict(stochastic_rounding=False), r"those of AdamW \(stochastic rounding\)"),
+    (EIGHT, EIGHT | dict(use_peft=True), r"optimizer.safetensors: model.* is not trained in this run; it is of another model"),
+], ids=str)
+def test_moments_of_another_optimizer_or_model_are_refused_though_forced(run, before, now, words):
+    run(**before, max_steps=2)
+    with pytest.raises(ValueError, match="there and is"):
+        run(**now, max_steps=2, resume_from_checkpoint="true")
+    with pytest.raises(ValueError, match=words):
+        run(**now, max_steps=2, resume_from_checkpoint="true", force_resume=True)
+
+
 # Which steps have a checkpoint
 
 LOSSES = [5, 3, 4, 4, 4, 4.5]

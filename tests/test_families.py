@@ -520,6 +520,33 @@ def test_options_that_transformers_would_compute_otherwise_are_refused(change, m
         models.read_config(LLAMA | change)
 
 
+MIX = dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2)
+COHERE = dict(model_type="cohere2", layer_norm_eps=1e-5)
+GATED = dict(model_type="qwen3_5_text")
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(model_type="gemma2", final_logit_softcapping=0), "final_logit_softcapping = 0: expected a number above 0"),
+    (dict(model_type="gemma3_text", final_logit_softcapping="x"), "final_logit_softcapping = 'x': expected a number above 0"),
+    (dict(model_type="gemma2", query_pre_attn_scalar=0), "query_pre_attn_scalar = 0: expected a number above 0"),
+    (dict(model_type="gemma2", sliding_window=-1), "sliding_window = -1: expected a whole number from 1"),
+    (COHERE | dict(logit_scale=None), "logit_scale = None: expected a number above 0"),
+    (COHERE | dict(logit_scale=0), "logit_scale = 0: expected a number above 0"),
+    (GATED | dict(linear_value_head_dim=None), "linear_value_head_dim = None: expected a whole number"),
+    (GATED | dict(linear_key_head_dim=-8), "linear_key_head_dim = -8: expected a whole number"),
+    (MIX | dict(num_experts_per_tok=0), "num_experts_per_tok = 0: expected a whole number"),
+    (MIX | dict(num_experts_per_tok=9), "num_experts_per_tok = 9 of 4 experts"),
+    (MIX | dict(num_local_experts=None), "num_experts_per_tok = 2 of 0 experts"),
+    (MIX | dict(router_aux_loss_coef=-1), "router_aux_loss_coef = -1: expected a number, 0 or more"),
+    (MIX | dict(router_aux_loss_coef=None), "router_aux_loss_coef = None: expected"),
+    (dict(rope_theta=0), "rope_theta = 0: it must be above 0"),
+    (dict(rope_theta=-1), "rope_theta = -1: it must be above 0"),
+], ids=str)
+def test_numbers_that_no_model_computes_with_are_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        models.read_config(LLAMA | change)
+
+
 # Long contexts
 
 

@@ -311,7 +311,30 @@ def test_a_broken_row_of_a_mixture_is_named_where_it_stands_or_skipped(sets, tmp
     assert len(rows) == 12 and isinstance(rows[-1], DataError)
 
 
-def test_slices_beyond_the_rows_are_refused(sets, tmp_path):
-    for split, words in (("train[:99]", r"\[:99\] of 11 rows"), ("train[:200%]", "at most 100 %"), ("train[1:2:3]", "expected a name")):
-        with pytest.raises(ValueError, match=words):
+def test_slices_beyond_the_rows_or_without_any_are_refused_by_name(sets, tmp_path):
+    for split, words in (("train[:99]", r"split train\[:99\]: \[:99\] of 11 rows"), ("train[:200%]", r"200%\]: 200%: at most 100 %"),
+                         ("train[1:2:3]", "expected a name"), ("train[5:5]", r"split train\[5:5\]: none of the 11 rows"),
+                         ("train[:2]+train[9:5]", r"split train\[9:5\]: none of")):
+        with pytest.raises(ValueError, match=f"datasets: a.jsonl: .*{words}"):
             Mixture([{"path": "a.jsonl", "split": split}], None, stops=True).files(tmp_path / "cache")
+
+
+def test_a_fraction_of_no_rows_is_refused_by_name(sets, tmp_path):
+    pathlib.Path("none.jsonl").write_text("")
+    entries = [{"path": "a.jsonl", "fraction": 0.5}, {"path": "none.jsonl", "fraction": 0.5}]
+    with pytest.raises(ValueError, match="datasets: none.jsonl: no rows"):
+        Mixture(entries, None, stops=True).files(tmp_path / "cache")
+    entries[1]["fraction"] = 0
+    assert len(Mixture(entries, None, stops=True).files(tmp_path / "cache")) == 1
+
+
+@pytest.mark.parametrize("entry", [{"path": 3}, {"path": ["a.jsonl", "b.jsonl"]}, {"path": "json", "data_files": []}], ids=str)
+def test_entries_that_name_no_files_are_refused(sets, tiny, capsys, entry):
+    pathlib.Path("mix.json").write_text(json.dumps({"datasets": [entry]}))
+    assert dpo.main(["--model_name_or_path", str(tiny), "--use_cpu", "--output_dir", "out", "--config", "mix.json"]) == 2
+    assert "--config mix.json: datasets: " in capsys.readouterr().err
+
+
+def test_data_sets_on_the_command_line_are_refused_under_their_own_name(tiny, capsys):
+    assert dpo.main(["--model_name_or_path", str(tiny), "--output_dir", "out", "--datasets", '[{"path": "a.jsonl"}]']) == 2
+    assert "error: --datasets: give " in capsys.readouterr().err

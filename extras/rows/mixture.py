@@ -64,8 +64,24 @@ def at_row(bound: str | None, count: int) -> int | None:
 class Part(NamedTuple):
     """Rows of a data set: those of some files, or a slice of them."""
 
+    name: str  # in messages
     files: list[Path]
-    rows: Slice
+    slice: Slice
+
+    @property
+    def is_whole(self) -> bool:
+        return self.slice == (None, None)
+
+    def rows(self) -> range:
+        """Return which rows of the files are meant. Raises ValueError for a slice without any."""
+        count = sum(1 for _ in raw_rows(self.files))
+        try:
+            found = self.slice.rows(count)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
+        if not self.is_whole and not found:
+            raise ValueError(f"{self.name}: none of the {count} rows is between these bounds")
+        return found
 
 
 class Mixture:
@@ -91,11 +107,17 @@ class Mixture:
         shares = [entry.get("fraction") for entry in self.entries]
         keep: list[int | None] = [None] * len(found)
         if shares[0] is not None:
-            keep = list(shares_of([self.count(parts) for parts in found], shares))
+            counts = [sum(len(part.rows()) for part in parts) for parts in found]
+            for entry, count in zip(self.entries, counts, strict=True):
+                if entry["fraction"] and not count:
+                    raise ValueError(
+                        f"datasets: {entry['path']}: no rows, so that a mixture with a fraction of "
+                        "them has none either; leave it out, or give fraction 0")
+            keep = list(shares_of(counts, shares))
         files = []
         for entry, parts, most in zip(self.entries, found, keep, strict=True):
             columns = entry.get("columns")
-            is_whole = all(part.rows == (None, None) for part in parts)
+            is_whole = all(part.is_whole for part in parts)
             if most is None and columns is None and is_whole:
                 files += [file for part in parts for file in part.files]
             elif most != 0:
@@ -113,7 +135,8 @@ class Mixture:
                     f"datasets: {entry['path']}: split {one.strip()!r}: expected a name, or one "
                     "with rows or percents, such as train[:1000] or train[10%:20%]")
             files = self.find(entry, match["name"])
-            parts.append(Part(files, Slice(match["begin"], match["end"])))
+            name = f"datasets: {entry['path']}: split {one.strip()}"
+            parts.append(Part(name, files, Slice(match["begin"], match["end"])))
         return parts
 
     def find(self, entry: dict, split: str) -> list[Path]:
@@ -136,16 +159,14 @@ class Mixture:
 
     # Rows
 
-    def count(self, parts: list[Part]) -> int:
-        return sum(len(part.rows.rows(sum(1 for _ in raw_rows(part.files)))) for part in parts)
-
     def read(self, parts: list[Part]) -> Iterator[tuple[str, Any]]:
         for part in parts:
-            rows = range(0)
-            if part.rows != (None, None):
-                rows = part.rows.rows(sum(1 for _ in raw_rows(part.files)))
             whole = raw_rows(part.files)
-            yield from islice(whole, rows.start, rows.stop) if part.rows != (None, None) else whole
+            if part.is_whole:
+                yield from whole
+            else:
+                rows = part.rows()
+                yield from islice(whole, rows.start, rows.stop)
 
     def write(self, entry: dict, rows: Iterator[tuple[str, Any]], cache_dir: Path) -> Path:
         """Write rows to a JSONL file in the cache, named after its content: line n is row n - 1."""
