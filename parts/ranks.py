@@ -25,6 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 # instead).
 OWN = ("cache_dir", "output_dir", "model_name_or_path", "ref_model_name_or_path", "dataset_name",
        "datasets", "eval_dataset_name", "disable_tqdm", "hub_token")
+DETERMINISM: Any = torch.utils.deterministic  # mypy cannot see its properties
 
 
 class Ranks(NamedTuple):
@@ -102,7 +103,7 @@ def start_ranks(use_cpu: bool, timeout: int, deterministic: bool = False) -> Ran
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
         # else all fresh memory would be filled, to show up what reads it unwritten
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        DETERMINISM.fill_uninitialized_memory = False
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
@@ -171,7 +172,7 @@ def ending_ranks() -> Iterator[None]:
     for them. This process ends, and they notice.
     """
     mode = torch.get_deterministic_debug_mode()
-    fills = torch.utils.deterministic.fill_uninitialized_memory
+    fills = DETERMINISM.fill_uninitialized_memory
     try:
         yield
         leave_ranks()
@@ -182,7 +183,7 @@ def ending_ranks() -> Iterator[None]:
         torch.set_flush_denormal(False)
         if torch.get_deterministic_debug_mode() != mode:  # setting it imports PyTorch's compiler
             torch.use_deterministic_algorithms(mode > 0, warn_only=mode == 1)
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        DETERMINISM.fill_uninitialized_memory = fills
 
 
 def leave_ranks() -> None:

@@ -133,7 +133,7 @@ def remake_cheap_ones(module: nn.Module) -> None:
             module.act = partial(marked_act, module.act)
 
 
-def mark(out: Tensor, make: Callable, *inputs: Tensor) -> Tensor:
+def mark(out: Any, make: Callable, *inputs: Tensor) -> Tensor:
     if out.requires_grad:
         out.remade = Remade(make, *inputs, dtype=out.dtype)
     return out
@@ -195,7 +195,7 @@ class Shelf:
 
     def park(self, t: Tensor) -> Saved:
         """Copy a tensor to the host; one that several nodes save is copied once."""
-        whole = t if t._base is None else t._base
+        whole: Any = t if t._base is None else t._base
         if distinct(t).numel() == whole.numel():
             view = Saved(None, t.size(), t.stride(), t.storage_offset())
         else:

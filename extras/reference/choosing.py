@@ -22,7 +22,7 @@ from parts.checks import check_tokens
 
 def other_reference(
     trainer: Any, opened: Any, ref_model: nn.Module | None,
-) -> tuple[nn.Module | None, dict]:
+) -> tuple[Any, dict]:
     """Return (a model of its own or None, the adapter that is swapped in for the policy's or {}).
 
     Raises ValueError for an adapter that is not there.
@@ -35,7 +35,7 @@ def other_reference(
 
 def find_other(
     trainer: Any, opened: Any, ref_model: nn.Module | None,
-) -> tuple[nn.Module | None, dict]:
+) -> tuple[Any, dict]:
     """Do `other_reference`'s work for one rank."""
     c = trainer.args
     if isinstance(ref_model, Decoder):

@@ -221,7 +221,7 @@ class Shards:
         number = {id(tensor): i for i, tensor in enumerate(held)}
 
         def give(i: int) -> Tensor | None:
-            whole = held[i].detach().full_tensor()
+            whole = self.whole(held[i].detach())
             return whole.cpu() if self.ranks.first else None
 
         def run(ask: Callable[[int], Tensor]) -> dict:
