@@ -359,7 +359,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused(wide, tmp_path):
     before = options(wide, tmp_path / "out", save_steps=2, max_steps=2)
     dpo.DPOTrainer(args=dpo.DPOConfig(**before)).train()
     for mode, more in MODES.items():
-        with pytest.raises(ValueError, match="optimizer was None there"):
+        with pytest.raises(ValueError, match="optimizer was AdamW there"):
             dpo.DPOTrainer(args=dpo.DPOConfig(**before | more | dict(
                 resume_from_checkpoint="true", bf16=False if mode == "8 bits" else None)))
     same = before | dict(optim="adamw_torch", resume_from_checkpoint="true")
@@ -380,8 +380,8 @@ def test_the_8_bit_state_in_a_checkpoint_is_bitsandbytes(wide, tmp_path):
 
 @pytest.mark.slow
 def test_a_hundred_steps_of_1e_6_on_real_pairs_end_within_2_percent_of_float32(shared, tmp_path):
-    """Two pairs of UltraFeedback, the ones of its first 16 rows whose prompts are short enough, both in each step, and
-    evaluated at the end: loss and margin. Rounded to nearest, bfloat16 learns next to nothing.
+    """32 pairs of HH, the ones of its first 48 rows whose prompts are short enough, 16 in each step, and evaluated at the
+    end: loss and margin. Rounded to nearest, bfloat16 learns next to nothing.
 
     All runs start from weights that bfloat16 can hold.
     """
@@ -389,19 +389,19 @@ def test_a_hundred_steps_of_1e_6_on_real_pairs_end_within_2_percent_of_float32(s
     shutil.copytree(shared / "models" / "stories260K", model)
     weights = {name: t.bfloat16().float() for name, t in load_file(model / "model.safetensors").items()}
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    with gzip.open(shared / "prefs" / "ultrafeedback-train_clean.jsonl.gz", "rt", encoding="utf-8") as rows:
-        (tmp_path / "pairs.jsonl").write_text("".join(islice(rows, 16)), encoding="utf-8")
+    with gzip.open(shared / "prefs" / "hh_harmless_base_test.jsonl.gz", "rt", encoding="utf-8") as rows:
+        (tmp_path / "pairs.jsonl").write_text("".join(islice(rows, 48)), encoding="utf-8")
     found = {}
     for mode, more in {"float32": {}, **MODES, "nearest": dict(dtype="bfloat16", stochastic_rounding=False)}.items():
         c = dpo.DPOConfig(
             model_name_or_path=str(model), dataset_name=str(tmp_path / "pairs.jsonl"), output_dir=str(tmp_path / mode),
-            eval_dataset_name=str(tmp_path / "pairs.jsonl"), cache_dir=str(tmp_path / "cache"), max_steps=100, max_length=64,
+            eval_dataset_name=str(tmp_path / "pairs.jsonl"), cache_dir=str(tmp_path / "cache"), max_steps=100, max_length=256,
             learning_rate=1e-6, lr_scheduler_type="constant", per_device_train_batch_size=16, eval_strategy="steps",
             eval_steps=100, save_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True, **more)
         last = dpo.DPOTrainer(args=c).train()
         found[mode] = (last["eval_loss"], last["eval_rewards/margins"])
         print(mode, *found[mode])
-    assert found["float32"][0] < 0.3 and found["float32"][1] > 1
+    assert found["float32"][0] < 0.6 and found["float32"][1] > 0.3
     for mode in MODES:
         assert found[mode] == pytest.approx(found["float32"], rel=0.02), (mode, found)
     assert found["nearest"][0] > 0.6 and found["nearest"][1] < 0.1
