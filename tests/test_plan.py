@@ -94,6 +94,7 @@ def counted_peak(config, run, batches):
 
 SHAPES = {"square": {}, "deep": dict(num_hidden_layers=12), "wide": dict(hidden_size=192, intermediate_size=512),
           "vocabulary": dict(vocab_size=5000), "tied": dict(vocab_size=2000, tie_word_embeddings=True),
+          "tied, nearly all": dict(vocab_size=20000, tie_word_embeddings=True),
           "all kv heads": dict(num_key_value_heads=4, head_dim=32),
           "gated delta": dict(model_type="qwen3_5_text", num_hidden_layers=8, linear_num_key_heads=2,
                               linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16)}

@@ -193,6 +193,11 @@ def memory(
     if run.optimizer:  # it computes a step piece by piece, in float32
         piece = min(counted["largest"] // parts, AT_ONCE.get(run.device, AT_ONCE["cpu"]))
         last += PER_ELEMENT * piece
+    if config.tie_word_embeddings and not run.rank:
+        # the head's part of the gradient waits for the embedding's, and their sum is a third
+        width = getattr(torch, run.weights).itemsize
+        tied = 2 * config.vocab_size * config.hidden_size * width
+        last = max(last, at_most - m["activations"] - m["passing"] + tied)
     # DDP's buckets hold all gradients throughout
     return m | {"total": max(last, at_most if run.forwards > 1 or is_ddp else first)}
 
