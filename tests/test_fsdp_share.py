@@ -14,7 +14,7 @@ from test_ranks import COMMON, LORA
 import model as models
 
 COUNT = """
-import json, sys, weakref
+import json, os, sys, weakref
 sys.path[:0] = [{root!r}, {tests!r}]
 import dpo
 from extras.run import forecast
@@ -50,7 +50,8 @@ with ending_ranks():
     dpo.DPOTrainer.train_step = step
     predicted = forecast.memory(trainer.model.config, forecast.run_of(trainer))
     trainer.train()
-    print(json.dumps(found | {{"predicted": predicted, "rank": trainer.ranks.rank}}), file=sys.stderr, flush=True)
+    line = json.dumps(found | {{"predicted": predicted, "rank": trainer.ranks.rank}})
+    os.write(2, (line + "\\n").encode())  # in one write: the other rank's line may come at the same time
 """
 
 
