@@ -16,20 +16,19 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from compare import SHAPES  # noqa: E402
 from test_plan import Counting, batches_of  # noqa: E402
 
 import dpo  # noqa: E402
 import model as models  # noqa: E402
 from extras import plan  # noqa: E402
 from extras.run import small_adamw  # noqa: E402
-from parts.schedule import small_kind  # noqa: E402
+from parts.schedule import make_optimizer, small_kind  # noqa: E402
 
 MODES = {
     "float32, AdamW": {}, "float32, adamw_8bit": dict(optim="adamw_8bit"), "bfloat16, stochastic rounding": dict(dtype="bfloat16"),
     "bfloat16, adamw_8bit": dict(optim="adamw_8bit", dtype="bfloat16")}
 COMMON = dict(max_position_embeddings=8192, rms_norm_eps=1e-6, rope_theta=1e6)
-SMALL = dict(COMMON, model_type="qwen2", vocab_size=151936, hidden_size=896, intermediate_size=4864, num_attention_heads=14,
-             num_key_value_heads=2, num_hidden_layers=24, tie_word_embeddings=True)
 LARGE = {
     "8B": dict(COMMON, model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336,
                num_attention_heads=32, num_key_value_heads=8, num_hidden_layers=32),
@@ -48,8 +47,8 @@ def counted(raw: dict, options: dict, batch) -> tuple[int, int, int]:
     c = dpo.DPOConfig(**options)
     model = models.Decoder(models.read_config(raw)).to(getattr(torch, c.dtype)).requires_grad_(True)
     parameters = list(model.parameters())
-    small = small_kind(c, {})
-    optimizer = small_adamw.make(c, list(model.named_parameters())) if small else torch.optim.AdamW(parameters)
+    make = small_adamw.make if small_kind(c, {}) else make_optimizer
+    optimizer = make(c, list(model.named_parameters()))
     for _ in range(2):
         state = [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
         with Counting(*parameters, *model.buffers(), *state, *getattr(optimizer, "codes", ())) as counting:
@@ -63,7 +62,7 @@ def counted(raw: dict, options: dict, batch) -> tuple[int, int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=24, help="of the model that is made")
-    raw = SMALL | dict(num_hidden_layers=parser.parse_args().layers)
+    raw = SHAPES["qwen2-0.5b"] | dict(num_hidden_layers=parser.parse_args().layers)
     batch = batches_of(2, 1, raw["vocab_size"])[0]
     print(f"{'mode':30} {'bytes a weight':>14} {'peak, GiB':>10} {'forecast':>9} {'ratio':>6}" + "".join(f" {n:>7}" for n in LARGE))
     for name, options in MODES.items():
