@@ -85,5 +85,6 @@ class TensorFile:
         raw = torch.empty(end - start, dtype=torch.uint8)
         with open(self.path, "rb") as f:
             f.seek(self.begin + start)
-            f.readinto(raw.numpy())
+            if f.readinto(raw.numpy()) != len(raw):
+                raise OSError(f"{self.path}: the file ends within {name}")
         return raw.view(TYPES[entry["dtype"]]).view(entry["shape"])

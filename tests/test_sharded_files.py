@@ -29,6 +29,10 @@ def test_a_file_written_as_a_stream_is_what_safetensors_reads(tmp_path):
     for name, t in tensors.items():
         for other in (theirs[name], ours.read(name)):
             assert other.dtype == t.dtype and torch.equal(other, t)
+    whole = (tmp_path / "x.safetensors").read_bytes()
+    (tmp_path / "x.safetensors").write_bytes(whole[:-1])
+    with pytest.raises(OSError, match="x.safetensors: the file ends within mask"):
+        ours.read("mask")
 
 
 def test_saving_holds_no_more_than_a_layers_experts_at_a_time(tmp_path):
