@@ -189,6 +189,24 @@ def test_a_model_through_the_kernels_has_the_plain_models_gradients(triton_layer
     assert used == {"turn_kernel"} | (set() if name == "pythia" else others)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda"))
+@pytest.mark.parametrize("quant_type, nested", [("nf4", False), ("nf4", True), ("fp4", False)])
+@pytest.mark.parametrize("shape", [(3, 128), (5, 13)])
+def test_four_bits_made_wide_by_the_kernel_are_those_of_the_plain_form_bit_for_bit(monkeypatch, shape, quant_type, nested, dtype):
+    """An incomplete last block too, and an odd number of values. Not bfloat16 here, which Triton's interpreter truncates."""
+    pytest.importorskip("triton")
+    from extras.models import nf4, triton_nf4
+
+    monkeypatch.setattr(triton_nf4, "BLOCK", 64)
+    torch.manual_seed(0)
+    state = nf4.on_device(nf4.quantize(torch.randn(shape), quant_type, nested=nested), DEVICE)
+    monkeypatch.setattr(nf4, "takes_triton", lambda device: False)
+    plain = nf4.dequantize(state, dtype)
+    monkeypatch.setattr(nf4, "takes_triton", lambda device: True)
+    fast = nf4.dequantize(state, dtype)
+    assert fast.dtype == dtype and fast.shape == plain.shape == shape and torch.equal(fast, plain)
+
+
 COMPILES = """
 import sys, torch, triton
 from triton.backends.compiler import GPUTarget
@@ -214,11 +232,12 @@ class Compiler:
                 assert made.asm["cubin"] and made.metadata.shared <= 99 * 1024, made.metadata
 
 import model as models
+from extras.models import nf4, triton_nf4
 from parts import head, kernels, triton_head, triton_layers
 from test_model import MIXED, make, stream
 from test_triton import MODELS
 compilers = []
-for module in (triton_head, triton_layers):
+for module in (triton_head, triton_layers, triton_nf4):
     for name in [n for n in vars(module) if n.endswith("_kernel")]:
         compilers.append(Compiler(getattr(module, name)))
         setattr(module, name, compilers[-1])
@@ -229,6 +248,9 @@ for name in ("llama", "phi3"):
         model(models.Stream(*stream(MIXED, True))).logps.sum().backward()
 wide = torch.randn(4, 8192, dtype=torch.bfloat16, requires_grad=True)
 kernels.rms_norm(wide, torch.ones(8192, requires_grad=True), 1e-5, wide.dtype).sum().backward()
+nf4.takes_triton = lambda device: True
+for dtype in (torch.bfloat16, torch.float32):
+    nf4.dequantize(nf4.quantize(torch.randn(5, 64)), dtype)
 assert all(compiler.done for compiler in compilers), [c.kernel for c in compilers if not c.done]
 """
 
