@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from vision_tiny import FAMILIES, IMAGE, make_checkpoint, random_pictures, theirs_forward
 
 import model as models
-from extras.decoder.in_stream import Pictures, stream_axes
+from extras.decoder.in_stream import Pictures, find_runs, stream_axes
 from extras.models.opening import load_model
 from parts.names import file_name
 
@@ -33,7 +33,8 @@ def stream_of(sequences, image_pixels, grids, family):
     if "qwen" in family:
         by_start = {int(s[0]): [tuple(g) for g in grids[i : i + 1].tolist()] for i, s in enumerate(spans)}
         axes = torch.from_numpy(stream_axes(ids.numpy(), spans.numpy(), IMAGE, by_start, 2))
-    return ids, positions, spans, Pictures(image_pixels, grids, place, torch.arange(len(place)), axes)
+    runs = torch.from_numpy(find_runs(ids.numpy(), IMAGE))
+    return ids, positions, spans, Pictures(image_pixels, grids, place, torch.arange(len(place)), axes, runs)
 
 
 def test_logits_equal_transformers(pair):
@@ -44,7 +45,7 @@ def test_logits_equal_transformers(pair):
     hidden, _ = ours.model(models.Stream(ids, positions, spans, pictures=pictures))
     logits = sum(x @ w.T for x, w in ours.head_terms(hidden))
     expected = torch.cat([expected[i, : len(s)] for i, s in enumerate(sequences)])
-    assert (logits - expected).abs().max() < 1e-4
+    assert (logits - expected).abs().max() < 1e-5
     assert logits.std() > 1e-3
 
 
@@ -67,7 +68,10 @@ def test_gradients_equal_transformers(pair):
             assert grad is None or not grad.any(), name
             continue
         seen += 1
-        assert (grad - p.grad).norm() <= 1e-3 * p.grad.norm() + 1e-6, name
+        if name.endswith("k_proj.bias") and "language_model" not in name:  # 0: the same for all of a query's scores
+            assert max(grad.norm(), p.grad.norm()) < 1e-5, name
+            continue
+        assert (grad - p.grad).norm() <= 1e-4 * p.grad.norm() + 1e-6, name
     assert seen > 40
 
 
@@ -129,14 +133,15 @@ def test_a_shared_prefix_with_pictures_equals_two_sequences_in_float64(pair):
         if "qwen" in family:
             starts = {int(s[0]): [tuple(grids[0].tolist())] for s in spans if s[2] == s[3]}
             axes = torch.from_numpy(stream_axes(ids.numpy(), spans.numpy(), IMAGE, starts, 2))
-        pictures = Pictures(tiles.double(), grids, place, source, axes)
+        runs = torch.from_numpy(find_runs(ids.numpy(), IMAGE))
+        pictures = Pictures(tiles.double(), grids, place, source, axes, runs)
         out = ours(models.Stream(
             ids, torch.tensor(positions), spans, torch.tensor(score), torch.tensor(chosen + rejected), pictures))
         ours.zero_grad()
         (out.logps * torch.linspace(-1, 1, 7, dtype=torch.float64)).sum().backward()
         outs.append((out.logps.detach(), {n: p.grad.clone() for n, p in ours.named_parameters() if p.grad is not None}))
     (logps, grads), (other, other_grads) = outs
-    assert (logps - other).abs().max() < 1e-8
+    assert (logps - other).abs().max() < 1e-10
     assert grads.keys() == other_grads.keys()
-    assert max((grads[n] - other_grads[n]).abs().max() for n in grads) < 1e-8
+    assert max((grads[n] - other_grads[n]).abs().max() for n in grads) < 1e-10
     assert sum("vision.tower" in n and bool(g.any()) for n, g in grads.items()) > 10
