@@ -105,7 +105,7 @@ def cut(batch: Batch, number: int, size: int, group: Any) -> Batch:
 
 
 def join(model: Decoder, size: int) -> None:
-    """Let a model read parts of streams. Raises ValueError for models that cannot.
+    """Let a model read parts of streams, which are of text. Raises ValueError for models that cannot.
 
     By hooks that do nothing where the batch is no part; copies of the model have them too.
     """
@@ -113,8 +113,6 @@ def join(model: Decoder, size: int) -> None:
         return
     c = model.config
     flag = f"--context_parallel_size {size}"
-    if c.vision is not None:
-        raise ValueError(f"{flag}: not for models that read images")
     if c.mixer is not None:
         raise ValueError(
             f"{flag}: not for models with the gated delta rule, whose state goes from token to token")
