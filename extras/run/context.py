@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Batch
+from extras.decoder.mixers import recurs
 from model import Decoder, ModelConfig, TokenLogps, plan_attention
 from parts.ranks import Ranks
 
@@ -113,9 +114,9 @@ def join(model: Decoder, size: int) -> None:
         return
     c = model.config
     flag = f"--context_parallel_size {size}"
-    if c.mixer is not None:
+    if any(recurs(c)):
         raise ValueError(
-            f"{flag}: not for models with the gated delta rule, whose state goes from token to token")
+            f"{flag}: not for models with recurrent layers, whose state goes from token to token")
     if c.moe is not None:
         raise ValueError(
             f"{flag}: not for mixtures of experts, whose balancing loss is that of a whole stream")
