@@ -246,8 +246,8 @@ class DPOConfig:
     per_device_train_batch_size: int = flag(8, "pairs in one forward", "training", least=1)
     gradient_accumulation_steps: int = flag(1, "forwards in one optimizer step", least=1)
     max_tokens_per_forward: int | None = flag(
-        None, "cut forwards further, to at most this many tokens: bounds memory; unset is 2048 on "
-        "a CPU, where longer ones are no faster", least=1)
+        None, "cut forwards further, to at most this many tokens: bounds memory; unset is 4096 on "
+        "a CPU, where longer ones are hardly faster", least=1)
     num_train_epochs: float = flag(3.0, "passes over the training pairs", least=0)
     max_steps: int = flag(
         -1, "stop after this many optimizer steps; -1: num_train_epochs decides")

@@ -21,7 +21,7 @@ from extras.models.opening import build
 from extras.run.eight_bits import BLOCK
 from extras.run.small_adamw import AT_ONCE, PER_ELEMENT, SMALLEST
 from parts.checks import needs_reference, precomputes_reference
-from parts.head import KEPT, chunk_rows
+from parts.head import KEPT, chunk_rows, group_rows, kept_chunks
 from parts.schedule import small_kind
 
 # What a block saves for its backward: bytes per token and unit of (hidden, all query heads, all kv
@@ -139,11 +139,11 @@ def activations(
     again = run.tokens * KINDS[c.mixer["kind"]].passing(c.mixer) if c.mixer else 0
     chunk = chunk_rows(c.vocab_size, run.device, models.HEAD_CHUNK)
     saves = run.rank or run.checkpointing or run.offloading
-    kept = 0 if saves else min(run.scored, KEPT * chunk)
+    kept = 0 if saves else min(run.scored, kept_chunks(KEPT, run.device) * chunk)
     rows = min(run.scored - kept, chunk)
-    few = min(run.scored, 32 if run.device == "cpu" else max(16, models.HEAD_CHUNK // c.vocab_size))
+    few = min(run.scored, group_rows(c.vocab_size, run.device, models.HEAD_CHUNK))
     narrow = 2 if run.bf16 else wide
-    logits = c.vocab_size * (narrow * rows + 8 * few)  # a few rows in float32, twice
+    logits = c.vocab_size * (narrow * rows + 12 * few)  # a few rows in float32, three times
     ends += c.vocab_size * narrow * kept  # logits, as their gradients
     head = logits + 4 * c.hidden_size * (run.scored + (0 if run.rank else c.vocab_size))
     mlp = (5 if narrow == 2 else 10) * run.tokens * c.intermediate_size
