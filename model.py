@@ -436,7 +436,7 @@ class Stack(nn.Module):
     def forward(self, stream: Stream, cache=None) -> tuple[Tensor, list[Tensor]]:
         """Return hidden states (T, C), and the router's logits (T, experts) of sparse layers.
 
-        A `cache` (extras/decoder/generate.py) plans attention where a stream goes on; images may.
+        A `cache` plans attention where a stream goes on (generate.py), or images see both ways.
         """
         c = self.config
         x = self.embed(stream.input_ids, stream.position_ids)

@@ -14,6 +14,7 @@ from parts.rates import SHAPES
 from parts.trl_flags import takes_trls
 
 EIGHT_BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")  # values of --optim
+BY_RULE = {"adafactor": "Adafactor", "muon": "Muon"}  # others that see a whole matrix
 DTYPES = ("float32", "bfloat16", "float64")
 
 
@@ -252,9 +253,10 @@ class DPOConfig:
     max_steps: int = flag(
         -1, "stop after this many optimizer steps; -1: num_train_epochs decides")
     optim: str = flag(
-        "adamw_torch_fused", "the optimizer: AdamW (two names of one), or AdamW with moments in 8 "
-        "bits (three names of one)",
-        choices=("adamw_torch_fused", "adamw_torch", *EIGHT_BIT))
+        "adamw_torch_fused", "the optimizer: AdamW (two names of one), AdamW with moments in 8 bits "
+        "(three names of one), Adafactor, or Muon for the matrices inside the model with AdamW for "
+        "all else",
+        choices=("adamw_torch_fused", "adamw_torch", *EIGHT_BIT, *BY_RULE))
     stochastic_rounding: bool | None = flag(
         None, "with dtype bfloat16, round weights and moments up or down at random, in proportion "
         "to how near each is, so that small steps are not lost; unset is on where all weights are "
