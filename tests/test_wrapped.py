@@ -9,8 +9,6 @@ import torch
 from conftest import make_rows, read_metrics
 from safetensors.torch import load_file, save_file
 from test_families import (
-    DELTA,
-    EXPERTS,
     FULL,
     NARROW,
     PAIRS,
@@ -22,6 +20,7 @@ from test_families import (
 )
 from test_families_trl import ON_EXPERTS
 from test_model import assert_same_gradients, gradients, put_lora, randomize_lora, stream
+from vision_tiny import make_checkpoint
 
 import dpo
 import model as models
@@ -37,12 +36,7 @@ transformers = pytest.importorskip("transformers", reason="needs transformers")
 SIGLIP = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=8,
               patch_size=4)
 PIXTRAL = SIGLIP | dict(model_type="pixtral", head_dim=8)
-QWEN = dict(depth=1, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=4, out_hidden_size=32,
-            num_position_embeddings=16, deepstack_visual_indexes=[0])
 INTERN = SIGLIP | dict(image_size=[8, 8], patch_size=[4, 4])
-MROPE = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 2, 2], mrope_interleaved=True)
-MROPE35 = MROPE | dict(mrope_section=[2, 1, 1], partial_rotary_factor=0.5)
-QWEN35 = {k: v for k, v in QWEN.items() if k != "deepstack_visual_indexes"}
 # name -> (model_type, its configuration)
 CASES = {
     "gemma3": ("gemma3", dict(mm_tokens_per_image=1, vision_config=SIGLIP, text_config=NARROW | dict(
@@ -54,12 +48,6 @@ CASES = {
     "ministral3": ("mistral3", dict(vision_config=PIXTRAL, tie_word_embeddings=True, text_config=NARROW | dict(
         model_type="ministral3", tie_word_embeddings=True, rope_parameters=YARN | dict(
             original_max_position_embeddings=128, llama_4_scaling_beta=0.1)))),
-    "qwen3_vl": ("qwen3_vl", dict(vision_config=QWEN, text_config=NARROW | dict(
-        attention_bias=True, rope_parameters=MROPE))),
-    "qwen3_5": ("qwen3_5", dict(vision_config=QWEN35, text_config=SIZES | DELTA | dict(
-        rope_parameters=MROPE35))),
-    "qwen3_5_moe": ("qwen3_5_moe", dict(vision_config=QWEN35, text_config=EXPERTS | DELTA | dict(
-        moe_intermediate_size=16, shared_expert_intermediate_size=24, rope_parameters=MROPE35))),
     "internvl": ("internvl", dict(vision_config=INTERN, text_config=SIZES | dict(model_type="qwen3", head_dim=12))),
 }
 
@@ -205,7 +193,7 @@ def test_adapters_carry_pefts_names(case, targets, tmp_path):
 def test_layers_that_predict_several_tokens_are_carried(tmp_path):
     """Qwen's mtp.*, which transformers does not read either; experts and all."""
     for name in ("qwen3_5_moe", "qwen3_5"):
-        random_model(name).save_pretrained(tmp_path / name)
+        make_checkpoint(name, tmp_path / name)
         state = load_file(tmp_path / name / "model.safetensors")
         more = {"mtp.fc.weight": torch.randn(3, 4), "mtp.layers.0.self_attn.q_proj.weight": torch.randn(2, 2),
                 "mtp.layers.0.mlp.experts.1.gate_proj.weight": torch.randn(2, 2).bfloat16()}
@@ -227,9 +215,9 @@ def test_objects_of_transformers_are_opened_as_their_files_are(case):
 
 @pytest.fixture(scope="module")
 def trainable(tiny, tmp_path_factory):
-    """A Qwen3-VL's directory with its image processor's file and a tokenizer, and pairs."""
+    """An InternVL's directory with an image processor's file and a tokenizer, and pairs."""
     directory = tmp_path_factory.mktemp("trainable")
-    random_model("qwen3_vl").save_pretrained(directory / "model")
+    random_model("internvl").save_pretrained(directory / "model")
     (directory / "model/tokenizer_config.json").write_bytes((tiny / "tokenizer_config.json").read_bytes())
     tokenizer = tokenizers.Tokenizer.from_file(str(tiny / "tokenizer.json"))
     tokenizer.add_special_tokens(["<|image_pad|>"])
@@ -258,7 +246,7 @@ def test_training_changes_the_decoder_alone(trainable, tmp_path):
     assert losses[0] == pytest.approx(0.693147, abs=1e-5) != losses[1]
     before, after = (load_file(d / "model.safetensors") for d in (trainable / "model", tmp_path / "out"))
     same = {n for n in before if torch.equal(before[n], after[n])}
-    assert before.keys() == after.keys() and same == {n for n in before if n.startswith("model.visual.")}
+    assert before.keys() == after.keys() and same == {n for n in before if ".language_model." not in n and n != "lm_head.weight"}
     assert (tmp_path / "out/preprocessor_config.json").exists()
     transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
 
@@ -284,7 +272,7 @@ def test_in_4_bits_the_rest_is_saved_as_it_was_too(trainable, tmp_path):
     carried = ours.carried.tensors
     assert len(carried) > 10 and all(torch.equal(before[n], after[n]) for n in carried)
     again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
-    assert {type(m).__name__ for n, m in again.named_modules() if ".visual." in n and n.endswith("fc1")} == {"Linear"}
+    assert {type(m).__name__ for n, m in again.named_modules() if ".vision_tower." in n and n.endswith("fc1")} == {"Linear"}
     with torch.no_grad():
         assert (our_logits(ours) - their_logits(again)[0]).abs().max() < 1e-4
 

@@ -1,8 +1,9 @@
 """Vision-language models: a tower turns images into features, a projector maps these to the
 decoder's size.
 
-LLaVA, Idefics3 and SmolVLM (extras/decoder/towers.py), Qwen2-VL and Qwen2.5-VL (qwen_vl.py). Used
-where config.json has a `vision_config`; image files are read and cut by extras/rows/pictures.py.
+LLaVA, Idefics3 and SmolVLM (extras/decoder/towers.py), Qwen2-VL and Qwen2.5-VL (qwen_vl.py),
+Qwen3-VL and Qwen3.5 (qwen3_vl.py). Used where config.json has a `vision_config`; image files are
+read and cut by extras/rows/pictures.py.
 
 The features replace the embeddings of the image tokens in the stream. Each distinct image of a
 batch is encoded once, though both completions see it and rows may share it: `Pictures.source`
@@ -14,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from extras.decoder import qwen_vl
+from extras.decoder import qwen3_vl, qwen_vl
 from extras.decoder.in_stream import Pictures
 from extras.decoder.towers import Tower
 from model import ModelConfig
@@ -62,23 +63,32 @@ class Vision(nn.Module):
         if c["kind"] == "qwen":
             self.tower = qwen_vl.Tower(c)
             self.projector = qwen_vl.Merger(c)
+        elif c["kind"] == "qwen3":
+            self.tower = qwen3_vl.Tower(c)
+            self.projector = qwen3_vl.Merger(c)
         else:
             self.tower = Tower(c)
             self.projector = LlavaProjector(c) if c["kind"] == "llava" else ShuffleProjector(c)
 
     def encode(
         self, pixels: Tensor, grids: Tensor, run_layer: Callable = keep_all,
-    ) -> Tensor:  # (F, C)
-        """Return the features of all images, one after another, in the decoder's size.
+    ) -> tuple[Tensor, list[Tensor]]:  # each (F, C)
+        """Return the features of all images, one after another, in the decoder's size; and those
+        that DeepStack adds after the decoder's first layers, if the family has it.
 
         `run_layer` decides what a layer keeps for its backward.
         """
-        return self.projector(self.tower(pixels, grids, run_layer))
+        found = self.tower(pixels, grids, run_layer)
+        if self.config["kind"] != "qwen3":
+            return self.projector(found), []
+        last, kept = found
+        return self.projector(last), self.projector.stack(kept)
 
     def forward(
         self, x: Tensor, tables: dict, pictures: Pictures | None, ropes: dict, run_layer: Callable,
-    ) -> tuple[Tensor, dict]:
-        """Return the embeddings (T, C) with features in their places, and the rotary tables.
+    ) -> tuple[Tensor, dict, list[Tensor]]:
+        """Return the embeddings (T, C) with features in their places, the rotary tables, and what
+        is added in the same places after the first layers (DeepStack), (M, C) each.
 
         The tables change only for Qwen, whose positions have three axes. Without images a blank
         one is encoded and multiplied by 0 where the tower or projector learns, so that each
@@ -87,19 +97,21 @@ class Vision(nn.Module):
         if pictures is None:
             learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
             if not learns:
-                return x, tables
-            return x + 0 * self.encode(*self.blank(x.device)).sum(), tables
-        features = self.encode(pictures.pixels, pictures.grids, run_layer)
-        features = features[pictures.source]  # (M, C)
-        x = x.index_put((pictures.place,), features.to(x.dtype))
+                return x, tables, []
+            features, deep = self.encode(*self.blank(x.device))
+            return x + 0 * sum(part.sum() for part in (features, *deep)), tables, []
+        features, deep = self.encode(pictures.pixels, pictures.grids, run_layer)
+        x = x.index_put((pictures.place,), features[pictures.source].to(x.dtype))
         if pictures.axes is not None:
-            tables = qwen_vl.axes_tables(ropes, pictures.axes, self.config["sections"], x.dtype)
-        return x, tables
+            c = self.config
+            tables = qwen_vl.axes_tables(
+                ropes, pictures.axes, c["sections"], c["kind"] == "qwen3", x.dtype)
+        return x, tables, [part[pictures.source].to(x.dtype) for part in deep]
 
     def blank(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return pixels and grids of the smallest image that the tower reads."""
         c = self.config
-        if c["kind"] == "qwen":
+        if c["kind"] in ("qwen", "qwen3"):
             side = c["spatial_merge_size"]
             size = c["in_channels"] * c["temporal_patch_size"] * c["patch_size"] ** 2
             return torch.zeros(side * side, size, device=device), torch.tensor([[side, side]])
