@@ -8,6 +8,7 @@ Of others, `WRAPPED`, only the decoder is trained, on text: their towers are nei
 changed.
 """
 
+import math
 import re
 
 from parts.families import HARMLESS
@@ -100,6 +101,14 @@ def unwrap(raw: dict) -> tuple[dict, None]:
     """Return the config.json of the decoder alone."""
     text = WRAPPED[raw["model_type"]] | raw["text_config"]
     return text, None
+
+
+def check_sections(vision: dict, pairs: int) -> None:
+    """Raise ValueError where not all of the `pairs` of dims that turn have an axis."""
+    sections = vision.get("sections", (pairs, 0, 0))
+    if len(sections) != 3 or sum(sections) != pairs:
+        raise ValueError(f"config.json: mrope_section = {list(sections)}: expected pairs of dims "
+                         f"for time, height and width; found {sum(sections)} in all, of {pairs}")
 
 
 def refuse_unknown(raw: dict, kind: str) -> None:
@@ -195,9 +204,13 @@ def split_qwen3(raw: dict) -> tuple[dict, dict]:
     elif deep is None:
         deep = (8, 16, 24)
     c = read_tower(given, kind, QWEN3)
-    if not all(type(i) is int and 0 <= i < c["depth"] for i in deep):
+    if len({*deep}) < len(deep) or not {*deep} <= {*range(c["depth"])}:
         raise ValueError(f"config.json: deepstack_visual_indexes = {list(deep)} in vision_config: "
-                         f"expected layers of the tower, 0 to {c['depth'] - 1}")
+                         f"expected different layers of the tower, 0 to {c['depth'] - 1}")
+    places = c["num_position_embeddings"]
+    if math.isqrt(places) ** 2 != places:
+        raise ValueError(f"config.json: num_position_embeddings = {places} in vision_config: "
+                         "expected those of a square")
     default = QWEN3_SECTIONS[kind.removesuffix("_moe")]
     return text, c | dict(
         kind="qwen3", size=c["hidden_size"], deep=tuple(deep),

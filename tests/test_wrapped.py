@@ -246,7 +246,7 @@ def test_training_changes_the_decoder_alone(trainable, tmp_path):
     assert losses[0] == pytest.approx(0.693147, abs=1e-5) != losses[1]
     before, after = (load_file(d / "model.safetensors") for d in (trainable / "model", tmp_path / "out"))
     same = {n for n in before if torch.equal(before[n], after[n])}
-    assert before.keys() == after.keys() and same == {n for n in before if ".language_model." not in n and n != "lm_head.weight"}
+    assert before.keys() == after.keys() and same == {n for n in before if "multi_modal_projector." in n or "vision_tower." in n}
     assert (tmp_path / "out/preprocessor_config.json").exists()
     transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
 
@@ -304,26 +304,7 @@ def medgemma() -> tuple[dict, list[str]]:
                          "vision_tower.vision_model.encoder.layers.7.mlp.fc1.bias"]
 
 
-def cosmos_reason() -> tuple[dict, list[str]]:
-    """Those of nvidia/Cosmos-Reason2-8B, which is a Qwen3-VL-8B."""
-    raw = dict(
-        model_type="qwen3_vl", image_token_id=151655, video_token_id=151656, vision_start_token_id=151652,
-        vision_end_token_id=151653, tie_word_embeddings=False, vision_config=dict(model_type="qwen3_vl", depth=27),
-        text_config=dict(
-            attention_bias=False, bos_token_id=151643, head_dim=128, hidden_act="silu", hidden_size=4096,
-            intermediate_size=12288, max_position_embeddings=262144, model_type="qwen3_vl_text",
-            num_attention_heads=32, num_hidden_layers=36, num_key_value_heads=8, rms_norm_eps=1e-6,
-            rope_scaling=dict(mrope_interleaved=True, mrope_section=[24, 20, 20], rope_type="default"),
-            rope_theta=5000000, vocab_size=151936))
-    inside = ("self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj self_attn.q_norm self_attn.k_norm "
-              "mlp.gate_proj mlp.up_proj mlp.down_proj input_layernorm post_attention_layernorm").split()
-    names = [f"model.language_model.layers.{i}.{n}.weight" for i in range(36) for n in inside]
-    names += ["model.language_model.embed_tokens.weight", "model.language_model.norm.weight", "lm_head.weight"]
-    return raw, names + ["model.visual.patch_embed.proj.bias", "model.visual.merger.norm.weight",
-                         "model.visual.deepstack_merger_list.0.linear_fc2.weight"]
-
-
-@pytest.mark.parametrize("published, parameters", [(medgemma, 27_009_346_304), (cosmos_reason, 8_190_735_360)])
+@pytest.mark.parametrize("published, parameters", [(medgemma, 27_009_346_304)])
 def test_published_files_name_every_parameter_of_the_decoder(published, parameters):
     raw, names = published()
     config = models.read_config(raw)
@@ -354,9 +335,9 @@ def test_the_configuration_of_qwen36_27b_is_read():
     with torch.device("meta"):
         found = dict(build(config).named_parameters())
     assert 26.5e9 < sum(p.numel() for p in found.values()) < 27.5e9
-    names = [file_name(n, config) for n in found] + ["mtp.layers.0.mlp.up_proj.weight", "model.visual.merger.norm.bias"]
+    names = [file_name(n, config) for n in found] + ["mtp.layers.0.mlp.up_proj.weight"]
     assert {p.name for p in find_places(names, config).values()} == found.keys()
-    assert carried_names(names, config) == set(names[-2:])
+    assert carried_names(names, config) == set(names[-1:])
 
 
 def test_wrappers_without_a_row_are_refused_by_name():

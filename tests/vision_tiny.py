@@ -53,14 +53,16 @@ def make_qwen3(family: str, text: dict, ids: dict):
     """DeepStack takes layers 2 and 0 of the tower, in that order; the table of places has 5 x 5 rows."""
     import transformers as hf
 
-    tower = dict(depth=3, hidden_size=32, out_hidden_size=32, intermediate_size=48, num_heads=2, patch_size=4,
+    size = text["hidden_size"]
+    tower = dict(depth=3, hidden_size=size, out_hidden_size=size, intermediate_size=2 * size, num_heads=2, patch_size=4,
                  num_position_embeddings=25)
     rope = dict(rope_type="default", mrope_section=[2, 1, 1], rope_theta=1e4, mrope_interleaved=True)
-    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12)
     delta = dict(linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4,
                  layer_types=["linear_attention", "full_attention"], head_dim=16)
     if family.startswith("qwen3_vl"):
-        text = text | dict(head_dim=8, num_hidden_layers=3, attention_bias=True, rope_parameters=rope)
+        text = text | dict(head_dim=16, num_hidden_layers=3, attention_bias=True, rope_parameters=rope | dict(
+            mrope_section=[3, 3, 2]))
         tower |= dict(deepstack_visual_indexes=[2, 0])
     else:
         text = text | delta | dict(rope_parameters=rope | dict(partial_rotary_factor=0.5))
