@@ -62,7 +62,7 @@ VISION = {
     "qwen2_vl": {"model.vision.projector.deep.": "model.visual.deepstack_merger_list.",
                  "model.vision.projector.": "model.visual.merger.",
                  "model.vision.tower.": "model.visual.", "model.": "model.language_model."}}
-VISION |= {"smolvlm": VISION["idefics3"]}
+VISION |= {"smolvlm": VISION["idefics3"], "gemma3": VISION["llava"]}
 VISION |= dict.fromkeys(("qwen2_5_vl", *QWEN3_TEXT), VISION["qwen2_vl"])
 VISION |= dict.fromkeys(WRAPPED, {"model.": "model.language_model."})  # their towers are carried
 # ... and back, from the prefixes of transformers 4 and 5.
@@ -132,11 +132,14 @@ def find_places(names: Iterable[str], config: Any) -> dict[str, Place]:
 
 
 def carried_names(names: Iterable[str], config: Any) -> set[str]:
-    """Return what is saved as it was read: all of a wrapper that is not its decoder, and Qwen's
-    layers that predict several tokens at once (mtp)."""
+    """Return what is saved as it was read: all of a wrapper that is not its decoder, Qwen's layers
+    that predict several tokens at once (mtp), and SigLIP's pooling head, whose output Gemma 3 does
+    not read."""
     found = set()
     if config.model_type.startswith(("qwen3_next", "qwen3_5")):
         found |= {n for n in names if n.startswith("mtp.")}
+    if config.model_type == "gemma3":
+        found |= {n for n in names if vision_name(n).startswith("model.vision.tower.head.")}
     if config.model_type in WRAPPED:
         found |= {n for n in names if vision_name(n).startswith("model.vision.")}
     return found

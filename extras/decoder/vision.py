@@ -1,24 +1,29 @@
 """Vision-language models: a tower turns images into features, a projector maps these to the
 decoder's size.
 
-LLaVA, Idefics3 and SmolVLM (extras/decoder/towers.py), Qwen2-VL and Qwen2.5-VL (qwen_vl.py),
-Qwen3-VL and Qwen3.5 (qwen3_vl.py). Used where config.json has a `vision_config`; image files are
-read and cut by extras/rows/pictures.py.
+LLaVA, Idefics3, SmolVLM and Gemma 3 (extras/decoder/towers.py), Qwen2-VL and Qwen2.5-VL
+(qwen_vl.py), Qwen3-VL and Qwen3.5 (qwen3_vl.py). Used where config.json has a `vision_config`;
+image files are read and cut by extras/rows/pictures.py.
 
 The features replace the embeddings of the image tokens in the stream. Each distinct image of a
 batch is encoded once, though both completions see it and rows may share it: `Pictures.source`
 tells which feature goes where.
 """
 
+import math
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from extras.decoder import qwen3_vl, qwen_vl
+from extras.decoder.both_ways import BothWays
 from extras.decoder.in_stream import Pictures
 from extras.decoder.towers import Tower
-from model import ModelConfig
+from model import ModelConfig, Norm
 from parts.activations import keep_all
 from parts.kernels import ACTIVATIONS
 
@@ -54,12 +59,35 @@ class ShuffleProjector(nn.Module):
         return self.modality_projection.proj(x.reshape(-1, s * s * size))
 
 
+class PoolProjector(nn.Module):
+    """Average squares of neighbouring features to `tokens` of them, norm, linear map (Gemma 3)."""
+
+    def __init__(self, c: dict):
+        super().__init__()
+        side = c["image_size"] // c["patch_size"]
+        self.side = side
+        self.width = side // math.isqrt(c["tokens"])
+        norm = SimpleNamespace(norm_eps=c["layer_norm_eps"], norm_offset=True, norm="rms")
+        self.mm_soft_emb_norm = Norm(c["hidden_size"], norm)
+        self.mm_input_projection_weight = nn.Parameter(
+            torch.zeros(c["hidden_size"], c["text_size"]))
+
+    def forward(self, x: Tensor) -> Tensor:  # (F, C) of the decoder
+        x = x.transpose(1, 2).unflatten(-1, (self.side, self.side))  # (images, C, down, across)
+        x = F.avg_pool2d(x, self.width).flatten(2).transpose(1, 2)
+        return (self.mm_soft_emb_norm(x) @ self.mm_input_projection_weight).flatten(0, 1)
+
+
+PROJECTORS = {"llava": LlavaProjector, "idefics3": ShuffleProjector, "gemma3": PoolProjector}
+
+
 class Vision(nn.Module):
     """Put the features of images into the stream."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         c = self.config = config.vision
+        self.ropes = config.ropes
         if c["kind"] == "qwen":
             self.tower = qwen_vl.Tower(c)
             self.projector = qwen_vl.Merger(c)
@@ -68,7 +96,7 @@ class Vision(nn.Module):
             self.projector = qwen3_vl.Merger(c)
         else:
             self.tower = Tower(c)
-            self.projector = LlavaProjector(c) if c["kind"] == "llava" else ShuffleProjector(c)
+            self.projector = PROJECTORS[c["kind"]](c)
 
     def encode(
         self, pixels: Tensor, grids: Tensor, run_layer: Callable = keep_all,
@@ -85,38 +113,32 @@ class Vision(nn.Module):
         return self.projector(last), self.projector.stack(kept)
 
     def forward(
-        self, x: Tensor, tables: dict, pictures: Pictures | None, ropes: dict, run_layer: Callable,
-    ) -> tuple[Tensor, dict, list[Tensor]]:
-        """Return the embeddings (T, C) with features in their places, the rotary tables, and what
-        is added in the same places after the first layers (DeepStack), (M, C) each.
+        self, x: Tensor, tables: dict, pictures: Pictures | None, run_layer: Callable, cache: Any,
+    ) -> tuple[Tensor, dict, Any, list[Tensor]]:
+        """Return the embeddings (T, C) with features in their places, the rotary tables, what
+        plans attention in place of `cache`, and what is added in the same places after the first
+        layers, (M, C) each: Qwen3-VL's DeepStack.
 
-        The tables change only for Qwen, whose positions have three axes. Without images a blank
-        one is encoded and multiplied by 0 where the tower or projector learns, so that each
-        parameter has a gradient on every rank, as DDP and FSDP expect.
+        The tables change only for Qwen, whose positions have three axes, and the plan only for
+        Gemma 3. Without images, 0 times the sum of the tower's and projector's weights is added
+        where they learn, so that each has a gradient on every rank, as DDP and FSDP expect.
         """
         if pictures is None:
-            learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-            if not learns:
-                return x, tables, []
-            features, deep = self.encode(*self.blank(x.device))
-            return x + 0 * sum(part.sum() for part in (features, *deep)), tables, []
+            learning = [p for p in self.parameters() if p.requires_grad]
+            if torch.is_grad_enabled() and learning:
+                x = x + 0 * torch.stack([p.sum() for p in learning]).sum()
+            return x, tables, cache, []
+        c = self.config
         features, deep = self.encode(pictures.pixels, pictures.grids, run_layer)
         x = x.index_put((pictures.place,), features[pictures.source].to(x.dtype))
         if pictures.axes is not None:
-            c = self.config
+            alternate = c["kind"] == "qwen3"
             tables = qwen_vl.axes_tables(
-                ropes, pictures.axes, c["sections"], c["kind"] == "qwen3", x.dtype)
-        return x, tables, [part[pictures.source].to(x.dtype) for part in deep]
-
-    def blank(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return pixels and grids of the smallest image that the tower reads."""
-        c = self.config
-        if c["kind"] in ("qwen", "qwen3"):
-            side = c["spatial_merge_size"]
-            size = c["in_channels"] * c["temporal_patch_size"] * c["patch_size"] ** 2
-            return torch.zeros(side * side, size, device=device), torch.tensor([[side, side]])
-        shape = (1, c["num_channels"], c["image_size"], c["image_size"])
-        return torch.zeros(shape, device=device), torch.zeros(0, 2).long()
+                self.ropes, pictures.axes, c["sections"], alternate, x.dtype)
+        if c["kind"] == "gemma3":
+            assert cache is None and pictures.runs is not None
+            cache = BothWays(pictures.runs.tolist())
+        return x, tables, cache, [part[pictures.source].to(x.dtype) for part in deep]
 
 
 def freeze(model: nn.Module, tower: bool) -> None:
