@@ -21,9 +21,10 @@ from extras.decoder.vision import freeze
 from extras.lora.targets import add_lora
 from extras.models.opening import build
 from extras.run.eight_bits import BLOCK
+from extras.run.rules import is_hidden
 from extras.run.small_adamw import AT_ONCE, PER_ELEMENT, SMALLEST
 from parts.checks import needs_reference, precomputes_reference
-from parts.head import KEPT, chunk_rows
+from parts.head import KEPT, chunk_rows, group_rows, kept_chunks
 from parts.schedule import small_kind
 
 # What a block saves for its backward: bytes per token and unit of (hidden, all query heads, all kv
@@ -89,18 +90,48 @@ def count(config: models.ModelConfig, run: Run) -> dict[str, int]:
                 seen.add(id(p))
                 held += int(p.numel() * bits / 8)
     width = 4 if run.rank else getattr(torch, run.weights).itemsize
-    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    trained = [p.numel() for _, p in learning]
     learns = width * sum(trained)
-    moments = 2 * learns
-    if "8 bits" in str(run.optimizer):
-        moments = sum(8 * n if n < SMALLEST else 2 * n + 8 * -(-n // BLOCK) for n in trained)
+    kind = str(run.optimizer)
+    moments = sum(moments_of(kind, n, p, width) for n, p in learning)
+    largest = {False: 0, True: 0}  # parameter, by whether it is stepped by a rule
+    for name, p in learning:
+        has = has_rule(kind, name, p)
+        largest[has] = max(largest[has], p.numel())
     blocks = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
-    learning = [any(p.requires_grad for p in part.parameters())
-                for part in (model.model.embed_tokens, *model.model.layers)]
-    first = max(0, learning.index(True) - 1) if True in learning else 0
+    learns_in = [any(p.requires_grad for p in part.parameters())
+                 for part in (model.model.embed_tokens, *model.model.layers)]
+    first = max(0, learns_in.index(True) - 1) if True in learns_in else 0
     return {
         "weights": held, "learns": learns, "moments": moments, "block": max(blocks),
-        "largest": max(trained), "matrices": sum(blocks), "first": first}
+        "in_pieces": largest[False], "by_rule": largest[True], "matrices": sum(blocks), "first": first}
+
+
+def has_rule(kind: str, name: str, p: torch.nn.Parameter) -> bool:
+    """Tell whether a parameter is stepped whole, by a rule of extras/run/rules.py."""
+    return "Adafactor" in kind or "Muon" in kind and is_hidden(name, p)
+
+
+def moments_of(kind: str, name: str, p: torch.nn.Parameter, width: int) -> int:
+    """Return the bytes that an optimizer holds of a parameter, whose gradient has `width` each."""
+    n = p.numel()
+    if "Adafactor" in kind:
+        return 4 * (n if p.dim() < 2 else n // p.shape[-1] + n // p.shape[-2])
+    if "8 bits" in kind:
+        return 8 * n if n < SMALLEST else 2 * n + 8 * -(-n // BLOCK)
+    return width * n * (1 if has_rule(kind, name, p) else 2)
+
+
+def of_step(counted: dict[str, int], run: Run, parts: int) -> int:
+    """Return the bytes that come and go in the step of an optimizer of extras/run: in float32, a
+    piece at a time, or a whole matrix by a rule."""
+    at_once = AT_ONCE.get(run.device, AT_ONCE["cpu"])
+    matrix = counted["by_rule"] // parts
+    by_rule = 12 * matrix
+    if run.weights == "bfloat16":  # also copies in float32; then random bits
+        by_rule = max(18 * matrix, 4 * matrix + 24 * min(matrix, at_once))
+    return max(by_rule, PER_ELEMENT * min(counted["in_pieces"] // parts, at_once))
 
 
 def block_activations(
@@ -150,11 +181,11 @@ def activations(
     again = run.tokens * KINDS[c.mixer["kind"]].passing(c.mixer) if c.mixer else 0
     chunk = chunk_rows(c.vocab_size, run.device, models.HEAD_CHUNK)
     saves = run.rank or run.checkpointing or run.offloading
-    kept = 0 if saves else min(run.scored, KEPT * chunk)
+    kept = 0 if saves else min(run.scored, kept_chunks(KEPT, run.device) * chunk)
     rows = min(run.scored - kept, chunk)
-    few = min(run.scored, 32 if run.device == "cpu" else max(16, models.HEAD_CHUNK // c.vocab_size))
+    few = min(run.scored, group_rows(c.vocab_size, run.device, models.HEAD_CHUNK))
     narrow = 2 if run.bf16 else wide
-    logits = c.vocab_size * (narrow * rows + 8 * few)  # a few rows in float32, twice
+    logits = c.vocab_size * (narrow * rows + 12 * few)  # a few rows in float32, three times
     ends += c.vocab_size * narrow * kept  # logits, as their gradients
     head = logits + 4 * c.hidden_size * (run.scored + (0 if run.rank else c.vocab_size))
     mlp = (5 if narrow == 2 else 10) * run.tokens * c.intermediate_size
@@ -225,9 +256,8 @@ def memory(
     at_most = sum(m.values())
     first = at_most - m["gradients"]  # with one forward in a step, gradients come as activations go
     last = at_most - m["activations"] - m["passing"]
-    if run.optimizer:  # it computes a step piece by piece, in float32
-        piece = min(counted["largest"] // parts, AT_ONCE.get(run.device, AT_ONCE["cpu"]))
-        last += PER_ELEMENT * piece
+    if run.optimizer:
+        last += of_step(counted, run, parts)
     if config.tie_word_embeddings and not run.rank:
         # the head's part of the gradient waits for the embedding's, and their sum is a third
         width = getattr(torch, run.weights).itemsize
