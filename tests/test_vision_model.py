@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from vision_tiny import FAMILIES, IMAGE, make_checkpoint, random_pictures, theirs_forward
 
 import model as models
-from extras.decoder.in_stream import Pictures, find_runs, stream_axes
 from extras.decoder.generate import Sampling, complete
+from extras.decoder.in_stream import Pictures, find_runs, stream_axes
 from extras.models.opening import build, load_model
 from parts.names import file_name
 
