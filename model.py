@@ -85,6 +85,7 @@ class ModelConfig:
     logit_scale: float = 1.0
     output_gate: bool = False  # q_proj makes a gate too: its sigmoid scales attention's output
     mixer: dict | None = None  # another token mixer, in the layers it names: make_mixer
+    latent: dict | None = None  # read by extras/decoder/latent.py
     moe: dict | None = None  # read by extras/decoder/moe.py
     vision: dict | None = None  # read by extras/decoder/vision.py
     other_names: bool = False  # its files name or lay out parameters otherwise
@@ -363,14 +364,17 @@ class MLP(nn.Module):
 def make_mlp(config: ModelConfig, layer: int) -> nn.Module:
     if config.moe is None or not config.moe["sparse"][layer]:
         return MLP(config, config.intermediate_size)
-    from extras.decoder.moe import SparseMLP
+    from extras.decoder.moe import make_sparse
 
-    shared = MLP(config, config.moe["shared_size"]) if config.moe["shared_size"] else None
-    return SparseMLP(config.hidden_size, config.moe, ACTIVATIONS[config.hidden_act], shared)
+    return make_sparse(config, MLP)
 
 
 def make_mixer(config: ModelConfig, layer: int) -> tuple[str, nn.Module]:
     """Return what mixes the tokens of a layer, and its name in the block."""
+    if config.latent is not None:
+        from extras.decoder.latent import LatentAttention
+
+        return "self_attn", LatentAttention(config, Norm)
     if config.mixer is None or not config.mixer["layers"][layer]:
         return "self_attn", Attention(config, layer)
     from extras.decoder.gated_delta import GatedDelta
@@ -506,7 +510,7 @@ class Decoder(nn.Module):
         terms = self.head_terms(hidden[batch.score_index])
         keep = KEPT if self.model.run_block is keep_all else 0
         out = token_logps(terms, batch.targets, self.config.final_softcap, keep, statistics)
-        if self.config.moe is None:
+        if not routed:
             return out
         from extras.decoder.moe import load_balancing_loss
 
@@ -642,10 +646,7 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device
     model.read = weights.Reader(opened, layout, parameters, dtype)
     model.load_state_dict(model.read(parameters, device), strict=False, assign=True)
     model.tie()
-    model.layout = layout
-    model.carried = weights.carry(opened, config)
-    model.raw_config = opened.raw_config
-    model.generation_config = opened.generation_config
+    weights.remember(model, opened, layout)
     return model.requires_grad_(True)
 
 

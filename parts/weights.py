@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from parts.files import open_safetensors, read_json, write_json, write_tensors
-from parts.names import Place, carried_names, file_name, find_places
+from parts.names import BIAS, Place, carried_names, file_name, find_places, without_prefix
 
 DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -194,6 +194,15 @@ def read_tensors(checkpoint: Checkpoint, layout: dict[str, Place], parameters: d
     return state
 
 
+def remember(model: Any, checkpoint: Checkpoint, layout: dict[str, Place]) -> None:
+    """Give a model what it is saved by: as the files lay that it was read from."""
+    model.layout = layout
+    model.carried = carry(checkpoint, model.config)
+    set_biases(model, checkpoint.directory)
+    model.raw_config = checkpoint.raw_config
+    model.generation_config = checkpoint.generation_config
+
+
 def carry(checkpoint: Checkpoint, config: Any) -> Carried:
     """Find what is saved again as it is. Raises ValueError for what is not where the index says."""
     wanted = dict.fromkeys(carried_names(checkpoint.files, config))
@@ -202,6 +211,25 @@ def carry(checkpoint: Checkpoint, config: Any) -> Carried:
         raise ValueError(f"{checkpoint.directory}: missing {name} in {checkpoint.files[name]}, "
                          "where the index says it is")
     return Carried(found)
+
+
+def set_biases(model: Any, directory: Path) -> None:
+    """Read the routers' correction biases from what is carried: they are used, but do not learn.
+
+    Raises ValueError for one that is missing or misshaped.
+    """
+    device = next(model.parameters()).device
+    carried = {without_prefix(name): tensor for name, tensor in model.carried.tensors.items()}
+    for name, empty in list(model.named_buffers()):
+        owner, _, last = name.rpartition(".")
+        if last != BIAS:
+            continue
+        found = carried.get(name)
+        if found is None or found.shape != empty.shape or not found.is_floating_point():
+            what = "missing" if found is None else f"{tuple(found.shape)} of {found.dtype}"
+            raise ValueError(f"{directory}: {name}: {what}; config.json says {tuple(empty.shape)}")
+        there = "cpu" if device.type == "meta" else device  # under --fsdp; the files' type stays
+        setattr(model.get_submodule(owner), BIAS, found.to(there, copy=True))
 
 
 class Reader:
