@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from parts import weights
 from parts.activations import keep_all
 from parts.configs import read_fields
-from parts.files import write_json
 from parts.head import KEPT, How, chunked_logps
 from parts.kernels import ACTIVATIONS, add_low_rank, compute_dtype, cut, product, rms_norm, rotation
 from parts.names import file_name, find_places
@@ -667,9 +666,6 @@ def save_model(model: Decoder, directory: str | Path, dtype: torch.dtype | None 
     layout = model.layout or find_places(names, model.config)
     dtype = dtype or next(iter(parameters.values())).dtype
     weights.save_shards(
-        parameters, layout, directory, dtype, SHARD_BYTES, whole, model.carried.tensors)
+        parameters, layout, directory, dtype, SHARD_BYTES, whole, weights.unlearned(model))
     key = "torch_dtype" if "torch_dtype" in model.raw_config else "dtype"
-    raw = model.raw_config | {key: str(dtype).removeprefix("torch.")}
-    write_json(directory / "config.json", raw)
-    if model.generation_config is not None:
-        write_json(directory / "generation_config.json", model.generation_config)
+    weights.write_configs(model, directory, {key: str(dtype).removeprefix("torch.")})

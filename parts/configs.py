@@ -19,7 +19,7 @@ SIZES = dict(
 # Numbers that are divided or multiplied by, so that 0, a negative one or null has no meaning; null
 # stands for none where that is the family's default.
 ABOVE_0 = ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling",
-           "query_pre_attn_scalar")
+           "query_pre_attn_scalar", "routed_scaling_factor")
 # Keys that ModelConfig has under the same name.
 SAME = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
         "num_attention_heads", "max_position_embeddings", "hidden_act")

@@ -194,7 +194,8 @@ def grouped(c: dict, scores: str = "sigmoid") -> dict:
     if c.get("mlp_layer_types"):
         sparse = [kind == "sparse" for kind in c["mlp_layer_types"]]
     if len(sparse) != len(layers):
-        raise ValueError(f"config.json: mlp_layer_types names {len(sparse)} layers of {len(layers)}")
+        raise ValueError(
+            f"config.json: mlp_layer_types names {len(sparse)} layers of {len(layers)}")
     size = c["moe_intermediate_size"]
     return dict(moe=dict(
         experts=experts, per_token=per_token, size=size, sparse=tuple(sparse), scores=scores,
@@ -211,14 +212,16 @@ def latent(c: dict, scores: str = "sigmoid") -> dict:
     """
     heads = c["num_attention_heads"]
     if (c["num_key_value_heads"] or heads) != heads:
-        raise ValueError(f"config.json: num_key_value_heads = {c['num_key_value_heads']}, but latent "
-                         f"attention has keys and values for each of its {heads} heads")
+        raise ValueError(
+            f"config.json: num_key_value_heads = {c['num_key_value_heads']}, but latent attention "
+            f"has keys and values for each of its {heads} heads")
     nope, rope, value = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
     scale = (nope + rope) ** -0.5
     given = c["rope_scaling"] or c["rope_parameters"] or {}
     if given.get("mscale_all_dim") and given["factor"] > 1:
         scale *= (0.1 * given["mscale_all_dim"] * math.log(given["factor"]) + 1) ** 2
-    sizes = dict(query=c["q_lora_rank"], latent=c["kv_lora_rank"], nope=nope, rope=rope, value=value)
+    sizes = dict(
+        query=c["q_lora_rank"], latent=c["kv_lora_rank"], nope=nope, rope=rope, value=value)
     return grouped(c, scores) | dict(
         latent=sizes, head_dim=max(nope + rope, value), attention_scale=scale)
 

@@ -213,6 +213,14 @@ def carry(checkpoint: Checkpoint, config: Any) -> Carried:
     return Carried(found)
 
 
+def unlearned(model: Any) -> dict[str, Tensor]:
+    """Return what is saved beside the parameters: what is carried; of a model that was not read
+    from files, the biases of its routers."""
+    if model.layout:
+        return model.carried.tensors
+    return {n: b for n, b in model.named_buffers() if n.endswith(f".{BIAS}")}
+
+
 def set_biases(model: Any, directory: Path) -> None:
     """Read the routers' correction biases from what is carried: they are used, but do not learn.
 
@@ -346,6 +354,13 @@ def save_shards(
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         write_json(directory / "model.safetensors.index.json", index)
+
+
+def write_configs(model: Any, directory: Path, changed: dict) -> None:
+    """Write config.json with what has changed in it, and generation_config.json if there was one."""
+    write_json(directory / "config.json", model.raw_config | changed)
+    if model.generation_config is not None:
+        write_json(directory / "generation_config.json", model.generation_config)
 
 
 def pieces_of(

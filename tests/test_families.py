@@ -171,10 +171,19 @@ def case(request, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=SPARSE)
 def sparse(request, tmp_path_factory):
-    directory = tmp_path_factory.mktemp(request.param)
-    theirs = random_model(request.param)
+    return saved_model(request.param, tmp_path_factory)
+
+
+@pytest.fixture(scope="module", params=SPARSE + UNBALANCED)
+def mixture(request, tmp_path_factory):
+    return saved_model(request.param, tmp_path_factory)
+
+
+def saved_model(name: str, tmp_path_factory) -> tuple:
+    directory = tmp_path_factory.mktemp(name.replace(" ", "_"))
+    theirs = random_model(name)
     theirs.save_pretrained(directory)
-    return request.param, theirs, directory
+    return name, theirs, directory
 
 
 def their_logits(theirs, pairs=PAIRS, **options) -> torch.Tensor:
@@ -692,14 +701,14 @@ def test_dense_models_have_no_auxiliary_loss():
     assert make(CORE["llama"])(models.Stream(*stream(PAIRS))).aux_loss is None
 
 
-def test_fused_and_single_expert_files_are_one_model(sparse, tmp_path):
+def test_fused_and_single_expert_files_are_one_model(mixture, tmp_path):
     """Each is saved as it was read, and transformers reads both."""
-    name, theirs, directory = sparse
+    name, theirs, directory = mixture
     if name in STACKED:
         return
     single = models.load_model(directory)
     assert sum(".experts." in n for n in single.layout) > sum(".experts." in n for n, _ in single.named_parameters())
-    state = {n: p.detach() for n, p in single.named_parameters()}
+    state = {n: p.detach() for n, p in (*single.named_parameters(), *single.named_buffers())}
     (tmp_path / "fused").mkdir()
     save_file(state, tmp_path / "fused/model.safetensors", metadata={"format": "pt"})
     (tmp_path / "fused/config.json").write_text((directory / "config.json").read_text())
@@ -712,8 +721,8 @@ def test_fused_and_single_expert_files_are_one_model(sparse, tmp_path):
         assert torch.equal(their_logits(again)[0], their_logits(theirs)[0])
 
 
-def test_a_missing_expert_is_named(sparse, tmp_path):
-    name, _, directory = sparse
+def test_a_missing_expert_is_named(mixture, tmp_path):
+    name, _, directory = mixture
     if name in STACKED:
         return
     state = load_file(directory / "model.safetensors")
@@ -743,10 +752,10 @@ def test_grouped_linear_gives_every_row_its_own_expert(counts, dtype, tolerance)
         assert (a - b).abs().max() <= tolerance * b.abs().max()
 
 
-def test_no_expert_sees_a_token_that_was_not_sent_to_it(sparse):
+def test_no_expert_sees_a_token_that_was_not_sent_to_it(mixture):
     from extras.decoder.moe import SparseMLP
 
-    ours = models.load_model(sparse[2])
+    ours = models.load_model(mixture[2])
     layer = next(m for m in ours.modules() if isinstance(m, SparseMLP))
     seen = []
     layer.experts.register_forward_pre_hook(lambda m, args: seen.append((len(args[0]), args[1].tolist())))
@@ -755,8 +764,8 @@ def test_no_expert_sees_a_token_that_was_not_sent_to_it(sparse):
     assert rows == sum(counts) == 11 * ours.config.moe["per_token"]
 
 
-def test_lora_targets_that_are_experts_are_told_how_to_name_them(sparse):
-    ours = models.load_model(sparse[2])
+def test_lora_targets_that_are_experts_are_told_how_to_name_them(mixture):
+    ours = models.load_model(mixture[2])
     for target in ("experts", "gate_up_proj"):
         with pytest.raises(ValueError, match=f"--lora_target_modules {target}: .*experts and routers: --lora_target_parameters"):
             put_lora(ours, 2, 4, 0.0, [target])

@@ -40,6 +40,9 @@ DELTA = {"float32": (12, 16), "bf16": (12, 14), "bfloat16": (12, 14)}
 DELTA_PASSES = 4 * (8 * CHUNK)
 
 
+USUAL = ("q_proj", "v_proj")  # or what a family has in their place
+
+
 class Run(NamedTuple):
     """What memory depends on, besides the model."""
 
@@ -54,7 +57,7 @@ class Run(NamedTuple):
     offloading: bool = False  # of what blocks save, two blocks' are on the device
     live_ref: bool = False  # a copy of the weights
     rank: int = 0  # of a LoRA; 0 trains all weights
-    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    targets: tuple[str, ...] = USUAL
     four_bit: str | None = None  # "plain" or "nested" absmax
     optimizer: str | None = None  # what parts.schedule.small_kind says
     device: str = "cpu"
@@ -76,7 +79,8 @@ def count(config: models.ModelConfig, run: Run) -> dict[str, int]:
     with torch.device("meta"):
         model = build(config)
         if run.rank:
-            targets = run.targets if isinstance(run.targets, str) else list(run.targets)
+            targets = None if run.targets == USUAL else run.targets
+            targets = targets if isinstance(targets, str) else list(targets or ())
             add_lora(model, {"r": run.rank, "lora_alpha": run.rank, "target_modules": targets})
     held = 0
     seen = set()  # a tied weight is counted once
@@ -262,7 +266,7 @@ def run_of(trainer: Any) -> Run:
     four_bit = None
     if c.load_in_4bit:
         four_bit = "nested" if c.use_bnb_nested_quant else "plain"
-    targets = trainer.lora.get("target_modules") or ("q_proj", "v_proj")
+    targets = trainer.lora.get("target_modules") or USUAL
     return Run(
         tokens=tokens, scored=scored, forwards=most, world=trainer.ranks.world,
         fsdp=trainer.place.is_sharded, weights=c.dtype,
