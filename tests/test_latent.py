@@ -370,7 +370,10 @@ def test_two_ranks_equal_one_however_they_share(with_tokenizer, ragged, tmp_path
 # config.json
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+LARGE = ("GLM-4.5", "Kimi-K2-Instruct")  # beside their smaller relatives
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in LARGE else ()) for n in PUBLISHED])
 def test_published_sizes_and_names(name):
     """Parameters, tensors and their names as the published files have them; what is read is what transformers reads."""
     raw = PUBLISHED[name]

@@ -2,9 +2,9 @@
 
 A sequence being written is a span, as in training, of which only the last token is new; the keys
 and values of the rest, and of the prompt that is its prefix, are cached. Samples of one prompt
-share it as the two completions of a pair do. A layer with the gated delta rule keeps a state of each
-sequence instead, and of each prompt, from which its samples go on. What a sequence draws depends on the seed and on its
-own number, not on what is written beside it (up to rounding).
+share it as the two completions of a pair do. A recurrent layer keeps a state of each sequence
+instead, and of each prompt, from which its samples go on. What a sequence draws depends on the seed
+and on its own number, not on what is written beside it (up to rounding).
 
 Sizes: S sequences, V vocabulary, T new tokens, K kv heads, D head dim.
 """
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from extras.decoder.gated_delta import plan_chunks
+from extras.decoder.mixers import attends, plan_mixer, recurs
 from model import Call, CallPlan, Decoder, ModelConfig, choose_attention, span_mask
 from parts.configs import check_length
 from parts.varlen import has_flash, plan_varlen
@@ -132,8 +132,8 @@ class Sequence:
 
 
 class States(NamedTuple):
-    """What a layer with the gated delta rule keeps of a sequence, by the place where that starts:
-    the last inputs of its convolution, and its state.
+    """What a recurrent layer keeps of a sequence, by the place where that starts: the last inputs of
+    its convolution, and its state.
     """
 
     kept: dict[int, tuple[Tensor, Tensor]]
@@ -168,22 +168,22 @@ class Cache:
     def __init__(self, size: int):
         self.size = size
         self.ids: list[int] = []
-        # of each: keys and values, or States' `kept`
-        self.layers: list[tuple[Tensor, Tensor] | dict] = []
+        # of each that attends, keys and values; of each that recurs, States' `kept`
+        self.layers: list[tuple[Tensor, Tensor] | None] = []
+        self.states: list[dict | None] = []
 
     def allocate(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         shape = (self.size, config.num_key_value_heads, config.head_dim)
         empty = lambda: torch.zeros(shape, dtype=dtype, device=device)
-        have_states = config.mixer["layers"] if config.mixer else [False] * len(config.windows)
-        self.layers = [{} if has else (empty(), empty()) for has in have_states]
+        self.layers = [(empty(), empty()) if has else None for has in attends(config)]
+        self.states = [{} if has else None for has in recurs(config)]
         self.position_ids = torch.zeros(self.size, dtype=torch.int64, device=device)
 
     def grow(self, size: int) -> None:
         """Make room for `size` places; what is cached stays."""
         if size > self.size:
             pad = lambda x: torch.cat([x, x.new_zeros(size - self.size, *x.shape[1:])])
-            self.layers = [layer if isinstance(layer, dict) else tuple(map(pad, layer))
-                           for layer in self.layers]
+            self.layers = [layer and (pad(layer[0]), pad(layer[1])) for layer in self.layers]
             self.position_ids = pad(self.position_ids) if self.layers else None
             self.size = size
 
@@ -204,14 +204,17 @@ class Cache:
             attention = choose_attention(config)
             plans = {window: CallPlan(self.calls(rows, window), attention)
                      for window in set(config.windows)}
-        chunks = None
-        if config.mixer is not None:
+        found: list[dict] = [
+            {window: CachedPlan(plans[window], *layer, places)} if layer else {}
+            for window, layer in zip(config.windows, self.layers)]
+        if any(recurs(config)):
             ends = spans[:, 4].cumsum(0)
             alone = torch.stack([ends - spans[:, 4], ends, 0 * ends, 0 * ends], 1)
-            chunks = plan_chunks(alone, config.mixer["width"], device)
-        return [{"linear_attn": (chunks, States(layer, rows))} if isinstance(layer, dict)
-                else {window: CachedPlan(plans[window], *layer, places)}
-                for window, layer in zip(config.windows, self.layers)]
+            chunks = plan_mixer(config, alone, device)["mixer"][0]
+            for plan, states in zip(found, self.states):
+                if states is not None:
+                    plan["mixer"] = (chunks, States(states, rows))
+        return found
 
     def calls(self, rows: list[list[int]], window: int | None) -> list[Call]:
         """Return the attention calls of the new tokens, for a path without varlen attention."""
@@ -288,7 +291,7 @@ def read_prompts(
         if len(sequences) == 1:
             same = [a == b for a, b in zip(cache.ids, prompt[:-1])]
             known = same.index(False) if False in same else len(same)
-            if model.config.mixer is not None and known < len(cache.ids):
+            if any(recurs(model.config)) and known < len(cache.ids):
                 known = 0  # a state is that at its end, and of no earlier place
             cache.ids = list(prompt)
         start = sequence.start if samples == 1 else sequence.prefix[0]

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Batch
+from extras.decoder.mixers import recurs
 from model import Decoder, ModelConfig, TokenLogps, plan_attention
 from parts.ranks import Ranks
 
@@ -129,8 +130,8 @@ def why_not(c: ModelConfig) -> str:
     """Return what a model has that needs a stream whole; "" for nothing."""
     if c.vision is not None:
         return "models that read images"
-    if c.mixer is not None:
-        return "models with the gated delta rule, whose state goes from token to token"
+    if any(recurs(c)):
+        return "models with recurrent layers, whose state goes from token to token"
     if c.moe is not None and c.moe["router_aux_loss_coef"] is not None:
         return "mixtures of experts, whose balancing loss is that of a whole stream"
     return ""
