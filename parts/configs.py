@@ -47,17 +47,25 @@ def check_supported(raw: dict) -> None:
     quantized = raw.get("quantization_config") or {}
     read_fields({k: v for k, v in raw.items() if k != "quantization_config"})
     method = quantized.get("quant_method", "bitsandbytes")
-    if quantized and not is_mxfp4(raw) and (method != "bitsandbytes" or not quantized.get("load_in_4bit")):
+    if quantized and not packed_in(raw) and (method != "bitsandbytes" or not quantized.get("load_in_4bit")):
         raise ValueError(
             f"the checkpoint is quantized ({method}); use the original one in bf16, fp16 or float32, or "
             "one in bitsandbytes' 4 bits")
 
 
-def is_mxfp4(raw: dict) -> bool:
-    """Tell whether a config.json is gpt-oss's as published, which extras/models/mxfp4.py reads."""
+def packed_in(raw: dict) -> str:
+    """Return in which of the forms that extras/models reads as numbers a config.json says its files
+    are: "mxfp4", as gpt-oss is published; "fp8" in blocks, as DeepSeek-V3 is; "" for neither."""
     quantized = raw.get("quantization_config")
-    is_method = isinstance(quantized, dict) and quantized.get("quant_method") == "mxfp4"
-    return is_method and raw.get("model_type") == "gpt_oss"
+    if not isinstance(quantized, dict):
+        return ""
+    method, block = quantized.get("quant_method"), quantized.get("weight_block_size")
+    if method == "mxfp4" and raw.get("model_type") == "gpt_oss":
+        return "mxfp4"
+    sides = block if isinstance(block, list) and len(block) == 2 else [0]
+    is_plain = quantized.get("fmt") in (None, "e4m3") and "vision_config" not in raw
+    in_blocks = all(type(side) is int and side > 0 for side in sides)
+    return "fp8" if method == "fp8" and is_plain and in_blocks else ""
 
 
 def text_fields(raw: dict, max_length: int | None) -> dict:

@@ -457,6 +457,6 @@ def find_family(raw: dict) -> Family:
     if quantized:
         raise ValueError(
             f"the checkpoint is quantized ({quantized.get('quant_method', 'method unknown')}); "
-            "use the original one in bf16, fp16 or float32 (those in bitsandbytes' 4 bits, and "
-            "gpt-oss in MXFP4, are opened by load_model of extras/models/opening.py)")
+            "use the original one in bf16, fp16 or float32 (those in bitsandbytes' 4 bits, FP8 in "
+            "blocks, and gpt-oss in MXFP4, are opened by load_model of extras/models/opening.py)")
     return FAMILIES[name]
