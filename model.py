@@ -443,13 +443,13 @@ class Stack(nn.Module):
     def forward(self, stream: Stream, cache=None) -> tuple[Tensor, list[Tensor]]:
         """Return hidden states (T, C), and the router's logits (T, experts) of sparse layers.
 
-        With a `cache` (extras/decoder/generate.py) the stream goes on where an earlier one ended.
+        A `cache` (extras/decoder/generate.py) plans attention where a stream goes on; images may.
         """
         c = self.config
         x = self.embed(stream.input_ids, stream.position_ids)
         tables = rotary_tables(c.ropes, stream.position_ids, x.dtype)
         if self.vision is not None:
-            x, tables = self.vision(x, tables, stream.pictures, c.ropes, self.run_block)
+            x, tables, cache = self.vision(x, tables, stream.pictures, self.run_block, cache)
         planned = (c, stream.spans, stream.position_ids, compute_dtype(x))
         if cache is None:
             plans = [plan_attention(*planned)] * len(self.layers)

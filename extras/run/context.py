@@ -106,7 +106,7 @@ def cut(batch: Batch, number: int, size: int, group: Any) -> Batch:
 
 
 def join(model: Decoder, size: int) -> None:
-    """Let a model read parts of streams. Raises ValueError for models that cannot.
+    """Let a model read parts of streams, which are of text. Raises ValueError for models that cannot.
 
     By hooks that do nothing where the batch is no part; copies of the model have them too.
     """
@@ -128,8 +128,6 @@ def join(model: Decoder, size: int) -> None:
 
 def why_not(c: ModelConfig) -> str:
     """Return what a model has that needs a stream whole; "" for nothing."""
-    if c.vision is not None:
-        return "models that read images"
     if any(recurs(c)):
         return "models with recurrent layers, whose state goes from token to token"
     if c.moe is not None and c.moe["router_aux_loss_coef"] is not None:
