@@ -15,6 +15,7 @@ from vision_tiny import FAMILIES, make_model_directory
 import dpo
 import model as models
 from extras.models.opening import load_adapted, load_model
+from extras.run.forecast import memory, run_of
 from parts.checks import check_store
 from parts.names import file_name
 
@@ -178,6 +179,17 @@ def test_ranks_share_gemmas_streams_of_text_and_refuse_those_with_images(run, pl
     trainer.args.context_parallel_size = 2
     with pytest.raises(ValueError, match="--context_parallel_size 2: not for rows with images"):
         check_store(trainer.args, trainer.train_store, trainer.model.config, trainer.tokenizer.size)
+
+
+def test_a_dry_run_knows_the_images(run):
+    """Three distinct ones of 16 patches; the masks of prompt and completions, in pairs of query and key."""
+    _, trainer = run("out", "gemma3", max_steps=1)
+    found = run_of(trainer)
+    p, chosen, rejected = trainer.train_store.lengths.astype(int).T
+    assert found.patches == 3 * 16 and not found.tower_learns
+    assert found.masked == ((p + chosen) ** 2 + rejected * (p + rejected)).sum()
+    text = memory(trainer.model.config, found._replace(patches=0, masked=0))
+    assert memory(trainer.model.config, found)["total"] > text["total"]
 
 
 @pytest.mark.parametrize("change, words", [

@@ -766,6 +766,15 @@ class Loader:
             runs=torch.from_numpy(find_runs(ids, self.processor.token_id)),
         )
 
+    def patches(self, store: PairStore, rows: Iterable, vision: dict) -> int:
+        """Count the patches that the image encoder reads for a forward on these pairs."""
+        distinct = {p.sha256: p for i in rows for p in images_of(store, int(i))}
+        grids = [grid(p, self.processor) for p in distinct.values()]
+        if self.processor.kind == "patches":
+            return sum(down * across for down, across in grids)
+        side = vision["image_size"] // vision["patch_size"]
+        return side * side * sum(down * across + 1 for down, across in grids)
+
     def axes(self, batch: Batch, by_start: dict[int, list[RowImage]]) -> torch.Tensor | None:
         """Compute Qwen's positions; `by_start` maps a pair's start in the stream to its images."""
         if self.processor.kind != "patches":
