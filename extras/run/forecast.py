@@ -40,6 +40,9 @@ FROZEN = {"float32": (4, 4, 0, 4), "bf16": (4, 2, 0, 2), "bfloat16": (2, 2, 0, 2
 CHEAP = {"float32": (8, 0, 0, 4), "bf16": (4, 0, 0, 2), "bfloat16": (4, 0, 0, 2)}
 
 
+USUAL = ("q_proj", "v_proj")  # or what a family has in their place
+
+
 class Run(NamedTuple):
     """What memory depends on, besides the model."""
 
@@ -54,7 +57,7 @@ class Run(NamedTuple):
     offloading: bool = False  # of what blocks save, two blocks' are on the device
     live_ref: bool = False  # a copy of the weights
     rank: int = 0  # of a LoRA; 0 trains all weights
-    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    targets: tuple[str, ...] = USUAL
     patches: int = 0  # that the image encoder reads for one forward
     masked: int = 0  # (query, key) of its attention, where images are seen both ways
     tower_learns: bool = False  # the image encoder is trained too
@@ -81,7 +84,8 @@ def count(config: models.ModelConfig, run: Run) -> dict[str, int]:
         if config.vision is not None:
             freeze(model, not run.tower_learns)
         if run.rank:
-            targets = run.targets if isinstance(run.targets, str) else list(run.targets)
+            targets = None if run.targets == USUAL else run.targets
+            targets = targets if isinstance(targets, str) else list(targets or ())
             add_lora(model, {"r": run.rank, "lora_alpha": run.rank, "target_modules": targets})
     held = 0
     seen = set()  # a tied weight is counted once
@@ -337,7 +341,7 @@ def run_of(trainer: Any) -> Run:
     four_bit = None
     if c.load_in_4bit:
         four_bit = "nested" if c.use_bnb_nested_quant else "plain"
-    targets = trainer.lora.get("target_modules") or ("q_proj", "v_proj")
+    targets = trainer.lora.get("target_modules") or USUAL
     return Run(
         tokens=tokens, scored=scored, forwards=most, world=trainer.ranks.world,
         fsdp=trainer.place.is_sharded, weights=c.dtype,
