@@ -8,7 +8,7 @@ Tensors are fake (torch's FakeTensorMode, device "cuda"): shapes, types and devi
 computed. Two small libraries stand in for the driver. For each path it prints how often the host waits for the device and where,
 the operations on the device (about as many kernels), and the bytes that autograd keeps for the backward. No times. --predict
 takes each operation to last as long as the slowest of its bytes at 2.6 TB/s, its FLOPs at 620 TFLOP/s and a launch of 2.2
-microseconds, one after the other: an H100's rates as others publish them, and nothing that was measured here.
+microseconds, one after the other: rates assumed for an H100, and nothing that was measured.
 """
 
 import argparse
