@@ -475,15 +475,13 @@ def predict(name: str) -> None:
     config = models.read_config(case.shape)
     with torch.device("meta"):
         m = models.Decoder(config)
-    with MODE:
-        to_device(m, torch.float32 if case.targets is None else torch.bfloat16)
-        m.tie()
-        if case.targets is not None:
-            from extras.lora.targets import add_lora
+    if case.targets is not None:
+        from extras.lora.targets import add_lora
 
-            torch.set_default_device(DEVICE)
-            add_lora(m, 16, 32, 0.0, case.targets)
-            torch.set_default_device(None)
+        add_lora(m.to(torch.bfloat16), {"r": 16, "lora_alpha": 32, "target_modules": case.targets})
+    with MODE:
+        to_device(m)
+        m.tie()
         saved = {}
         METER[:] = [Traffic()]
         weights = {p.untyped_storage()._cdata for p in m.parameters()}
