@@ -312,10 +312,6 @@ FAMILIES = {
         dict(qk_norm="head", other_names=True),
         QWEN_MOE_KEYS | BIAS | dict(use_sliding_window=False, sliding_window=4096),
         slides=lambda i, c: True, more=moe),
-    "qwen3_vl_moe_text": Family(
-        dict(qk_norm="head", other_names=True),
-        QWEN_MOE_KEYS | BIAS | dict(norm_topk_prob=True), more=moe,
-        rename=lambda raw: without(raw, dict(norm_topk_prob=True))),
     "olmoe": Family(
         dict(qk_norm="full", other_names=True),
         MOE_KEYS | BIAS | dict(norm_topk_prob=False, router_aux_loss_coef=0.01), more=moe),
