@@ -44,6 +44,7 @@ WRAPPED = {
         model_type="gemma3_text", vocab_size=262208, hidden_size=2304, intermediate_size=9216,
         num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4, head_dim=256,
         max_position_embeddings=131072, rms_norm_eps=1e-6, tie_word_embeddings=True),
+    "gemma4": dict(model_type="gemma4_text"),
     "mistral3": dict(model_type="mistral"),
     "qwen3_vl": dict(model_type="qwen3_vl_text", rope_theta=5e5),
     "qwen3_5": dict(model_type="qwen3_5_text"), "qwen3_5_moe": dict(model_type="qwen3_5_moe_text"),
@@ -61,7 +62,8 @@ TOP = re.compile(
     r"|vision_feature_select_strategy|image_token_index)$")
 # of towers that are not computed
 OUTER = re.compile(
-    r"^([be]oi_token_(id|index)|mm_tokens_per_image|spatial_merge_size|downsample_ratio)$")
+    r"^([be]o[ai]_token_(id|index)|audio_(token_id|config)|mm_tokens_per_image|spatial_merge_size"
+    r"|downsample_ratio)$")
 
 
 def split_config(raw: dict) -> tuple[dict, dict | None]:

@@ -12,6 +12,8 @@ from test_families import (
     DELTA,
     EXPERTS,
     FULL,
+    GEMMA4,
+    GEMMA4_EXPERTS,
     NARROW,
     PAIRS,
     SIZES,
@@ -42,6 +44,10 @@ QWEN = dict(depth=1, hidden_size=16, intermediate_size=24, num_heads=2, patch_si
 INTERN = SIGLIP | dict(image_size=[8, 8], patch_size=[4, 4])
 MROPE = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 2, 2], mrope_interleaved=True)
 MROPE35 = MROPE | dict(mrope_section=[2, 1, 1], partial_rotary_factor=0.5)
+GEMMA4_TOWER = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+                    num_key_value_heads=2, head_dim=8, patch_size=4, position_embedding_size=16, use_clipped_linears=True)
+GEMMA4_EARS = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, subsampling_conv_channels=[8, 4],
+                   output_proj_dims=16)
 QWEN35 = {k: v for k, v in QWEN.items() if k != "deepstack_visual_indexes"}
 # name -> (model_type, its configuration)
 CASES = {
@@ -49,6 +55,8 @@ CASES = {
         sliding_window=5, layer_types=[SLIDING, FULL, SLIDING], query_pre_attn_scalar=20, rope_parameters={
             FULL: dict(rope_type="linear", rope_theta=1e6, factor=8.0),
             SLIDING: dict(rope_type="default", rope_theta=1e4)}))),
+    "gemma4": ("gemma4", dict(vision_config=GEMMA4_TOWER, audio_config=GEMMA4_EARS, text_config=GEMMA4)),
+    "gemma4_experts": ("gemma4", dict(vision_config=GEMMA4_TOWER, audio_config=None, text_config=GEMMA4_EXPERTS)),
     "mistral3": ("mistral3", dict(vision_config=PIXTRAL, text_config=NARROW | dict(
         model_type="mistral", sliding_window=None), tie_word_embeddings=False)),
     "ministral3": ("mistral3", dict(vision_config=PIXTRAL, tie_word_embeddings=True, text_config=NARROW | dict(

@@ -20,7 +20,7 @@ from torch import Tensor
 from extras.decoder.gated_delta import plan_chunks
 from model import Call, CallPlan, Decoder, ModelConfig, choose_attention, span_mask
 from parts.configs import check_length
-from parts.varlen import has_flash, plan_varlen
+from parts.varlen import has_flash, head_sizes, plan_varlen
 
 
 class Sampling(NamedTuple):
@@ -168,22 +168,31 @@ class Cache:
     def __init__(self, size: int):
         self.size = size
         self.ids: list[int] = []
+        self.reads: tuple[int, ...] = ()  # whose keys and values each layer reads
         # of each: keys and values, or States' `kept`
         self.layers: list[tuple[Tensor, Tensor] | dict] = []
 
     def allocate(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (self.size, config.num_key_value_heads, config.head_dim)
-        empty = lambda: torch.zeros(shape, dtype=dtype, device=device)
-        have_states = config.mixer["layers"] if config.mixer else [False] * len(config.windows)
-        self.layers = [{} if has else (empty(), empty()) for has in have_states]
+        usual = (config.num_key_value_heads, config.head_dim)
+        empty = lambda own: torch.zeros(
+            self.size, own.get("num_key_value_heads", usual[0]), own.get("head_dim", usual[1]),
+            dtype=dtype, device=device)
+        count = len(config.windows)
+        have_states = config.mixer["layers"] if config.mixer else [False] * count
+        sizes = config.per_layer["sizes"] if config.per_layer else ({},) * count
+        self.reads = config.per_layer["reads"] if config.per_layer else tuple(range(count))
+        made = [{} if has else (empty(own), empty(own))
+                for has, own in zip(have_states, sizes[:max(self.reads) + 1])]
+        self.layers = [made[i] for i in self.reads]
         self.position_ids = torch.zeros(self.size, dtype=torch.int64, device=device)
 
     def grow(self, size: int) -> None:
         """Make room for `size` places; what is cached stays."""
         if size > self.size:
             pad = lambda x: torch.cat([x, x.new_zeros(size - self.size, *x.shape[1:])])
-            self.layers = [layer if isinstance(layer, dict) else tuple(map(pad, layer))
-                           for layer in self.layers]
+            made = [layer if isinstance(layer, dict) else tuple(map(pad, layer))
+                    for layer in self.layers[:max(self.reads, default=-1) + 1]]
+            self.layers = [made[i] for i in self.reads]
             self.position_ids = pad(self.position_ids) if self.layers else None
             self.size = size
 
@@ -198,12 +207,14 @@ class Cache:
         places = torch.cat([torch.arange(row[1] - row[4], row[1]) for row in rows])
         places = places.to(device)  # (T,)
         self.position_ids[places] = position_ids
-        if has_flash(device, dtype, config.head_dim, config.attn_softcap):
+        sizes = head_sizes(config)
+        flash = [w for w in sizes if has_flash(device, dtype, sizes[w], config.attn_softcap)]
+        plans: dict = {}
+        if flash:
             plans = plan_varlen(config, spans[:, :4], device, spans[:, 4])
-        else:
-            attention = choose_attention(config)
-            plans = {window: CallPlan(self.calls(rows, window), attention)
-                     for window in set(config.windows)}
+        attention = choose_attention(config)
+        for window in sizes.keys() - flash:
+            plans[window] = CallPlan(self.calls(rows, window), attention)
         chunks = None
         if config.mixer is not None:
             ends = spans[:, 4].cumsum(0)

@@ -57,7 +57,8 @@ def options(config: ModelConfig, run: Run, longest: int, may_precompute: bool) -
         yield lambda r: Option("--fsdp", f"{EXACT} but by rounding", r._replace(fsdp=True))
     for size in range(2, run.world + 1):
         heads = (config.num_attention_heads, config.num_key_value_heads, run.world)
-        if not any(count % size for count in heads) and not (config.moe or config.mixer):
+        if not any(count % size for count in heads) and not (
+                config.moe or config.mixer or config.per_layer):
             yield lambda r, n=size: Option(
                 f"--context_parallel_size {n}", f"{EXACT} but by rounding",
                 r._replace(tokens=-(-r.tokens // n), scored=-(-r.scored // n)))

@@ -118,6 +118,8 @@ def join(model: Decoder, size: int) -> None:
     if c.mixer is not None:
         raise ValueError(
             f"{flag}: not for models with the gated delta rule, whose state goes from token to token")
+    if c.per_layer is not None:
+        raise ValueError(f"{flag}: not for layers that read others' keys and values")
     if c.moe is not None:
         raise ValueError(
             f"{flag}: not for mixtures of experts, whose balancing loss is that of a whole stream")
