@@ -63,7 +63,7 @@ TOP = re.compile(
 # of towers that are not computed
 OUTER = re.compile(
     r"^([be]o[ai]_token_(id|index)|audio_(token_id|config)|mm_tokens_per_image|spatial_merge_size"
-    r"|downsample_ratio)$")
+    r"|downsample_ratio|vision_soft_tokens_per_image)$")
 
 
 def split_config(raw: dict) -> tuple[dict, dict | None]:

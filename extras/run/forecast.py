@@ -10,6 +10,7 @@ context (about 0.5 GiB), NCCL's buffers, and the program itself.
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -106,6 +107,35 @@ def deltas(c: models.ModelConfig, first: int = 0) -> int:
     return sum(c.mixer["layers"][first:]) if c.mixer else 0
 
 
+def layers_of(c: models.ModelConfig) -> list[models.ModelConfig]:
+    """Return each layer's own configuration; one that reads another's keys has 0 heads of them."""
+    if c.per_layer is None:
+        return [c] * c.num_hidden_layers
+    found = []
+    for i, (own, read) in enumerate(zip(c.per_layer["sizes"], c.per_layer["reads"])):
+        found.append(replace(c, **own) if read == i else replace(c, **own, num_key_value_heads=0))
+    return found
+
+
+def beside(c: models.ModelConfig, kind: str, selective: bool) -> int:
+    """Return the bytes per token that a block of extras/decoder/per_layer.py keeps besides.
+
+    What its norms read: of q, k and v, and after attention and MLP; act(gate); what becomes of its
+    own input; and what its experts keep.
+    """
+    width = 4 if kind == "float32" else 2
+    p = c.per_layer
+    heads = c.num_attention_heads + 2 * c.num_key_value_heads
+    kept = 2 * c.hidden_size + heads * c.head_dim
+    kept += 0 if selective else c.intermediate_size
+    if p["input_size"]:
+        kept += 2 * c.hidden_size + (6 if kind == "bf16" else 4) * p["input_size"]
+    if p["moe"]:
+        each = 2 * c.hidden_size + (3 if selective else 4) * p["moe"]["size"]
+        kept += 4 * c.hidden_size + p["moe"]["per_token"] * each
+    return width * kept
+
+
 def block_activations(c: models.ModelConfig, run: Run, block: int, delta: bool) -> int:
     """Return the bytes that one block's forward on `run.tokens` keeps for its backward.
 
@@ -127,6 +157,8 @@ def block_activations(c: models.ModelConfig, run: Run, block: int, delta: bool) 
         sizes = (c.hidden_size, 0, 0, c.intermediate_size)
     for size, saved, frozen, again in zip(sizes, PER_TOKEN[kind], less, cheap, strict=True):
         per_token += size * (saved - max(frozen, again))
+    if c.per_layer:
+        per_token += beside(c, kind, run.checkpointing == "selective")
     per_token += 16 * run.rank * len(run.targets)
     casts = 2 * block if run.bf16 else 0  # autocast keeps the weights that it cast
     return run.tokens * per_token + casts
@@ -142,10 +174,15 @@ def activations(
     """
     wide = 4 if run.bf16 else getattr(torch, run.weights).itemsize
     ends = wide * (c.hidden_size * (run.tokens + run.scored) + 2 * c.head_dim * run.tokens)
+    if c.per_layer:  # another rotation; what the norm of the layers' own inputs reads
+        sizes = 2 * max(own.head_dim for own in layers_of(c))
+        sizes += c.num_hidden_layers * c.per_layer["input_size"]
+        ends += wide * sizes * run.tokens
     count = deltas(c, first)
-    of_attention = block_activations(c, run, block, False)
+    each = [block_activations(own, run, block, False) for own in layers_of(c)[first:]]
+    of_attention = max(each)
     of_delta = block_activations(c, run, block, True) if count else 0
-    kept_in_blocks = (c.num_hidden_layers - first - count) * of_attention + count * of_delta
+    kept_in_blocks = sum(each) + count * (of_delta - of_attention)
     again = run.tokens * DELTA_PASSES * c.mixer["value_heads"] if count else 0
     chunk = chunk_rows(c.vocab_size, run.device, models.HEAD_CHUNK)
     saves = run.rank or run.checkpointing or run.offloading
@@ -220,8 +257,9 @@ def flops(
     2 per weight and token forward, and twice that backward, less where weights are frozen.
     """
     passes = (2 if run.rank else 3) + (1 if run.checkpointing is True else 0) + references
-    layers = config.num_hidden_layers - deltas(config)
-    attention = 2 * layers * config.num_attention_heads * config.head_dim * length
+    heads = sum(own.num_attention_heads * own.head_dim for own in layers_of(config))
+    heads -= deltas(config) * config.num_attention_heads * config.head_dim
+    attention = 2 * heads * length
     per_token = 2 * count(config, run)["matrices"] + attention + delta_flops(config)
     return passes * (per_token * tokens + 2 * config.vocab_size * config.hidden_size * scored)
 
