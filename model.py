@@ -15,7 +15,7 @@ Sizes: T tokens, N scored tokens, S spans, V vocabulary, C hidden, H heads, K kv
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -84,7 +84,7 @@ class ModelConfig:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     output_gate: bool = False  # q_proj makes a gate too: its sigmoid scales attention's output
-    mixer: dict | None = None  # another token mixer, in the layers it names: make_mixer
+    mixer: dict | None = None  # recurrent token mixers, read by extras/decoder/mixers.py
     moe: dict | None = None  # read by extras/decoder/moe.py
     vision: dict | None = None  # read by extras/decoder/vision.py
     per_layer: dict | None = None  # layers of other sizes: extras/decoder/per_layer.py
@@ -204,7 +204,7 @@ def choose_attention(config: ModelConfig) -> Callable:
 
 def plan_attention(config: ModelConfig, spans: Tensor, position_ids: Tensor,
                    dtype: torch.dtype) -> dict[int | None, Callable]:
-    """Return {window: plan} for one stream, and the plan of another mixer by its name."""
+    """Return {window: plan} for one stream, and the plan of recurrent mixers under "mixer"."""
     device = position_ids.device
     sizes = head_sizes(config)
     flash = [w for w in sizes if has_flash(device, dtype, sizes[w], config.attn_softcap)]
@@ -214,9 +214,9 @@ def plan_attention(config: ModelConfig, spans: Tensor, position_ids: Tensor,
         plans[window] = CallPlan(plan_calls(spans, position_ids, window), attention)
     if config.mixer is None:
         return plans
-    from extras.decoder.gated_delta import plan_chunks
+    from extras.decoder.mixers import plan_mixer
 
-    return plans | {"linear_attn": (plan_chunks(spans, config.mixer["width"], device), None)}
+    return plans | plan_mixer(config, spans, device)
 
 
 # Modules
@@ -341,26 +341,21 @@ def make_mlp(config: ModelConfig, layer: int) -> nn.Module:
     return SparseMLP(config.hidden_size, config.moe, ACTIVATIONS[config.hidden_act], shared)
 
 
-def make_mixer(config: ModelConfig, layer: int) -> tuple[str, nn.Module]:
-    """Return what mixes the tokens of a layer, and its name in the block."""
-    if config.mixer is None or not config.mixer["layers"][layer]:
-        return "self_attn", Attention(config, layer)
-    from extras.decoder.gated_delta import GatedDelta
-
-    return "linear_attn", GatedDelta(config)
-
-
 class Block(nn.Module):
     """Norm, attention, norm, MLP, with residuals; the family says which of four norms exist."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.config = config
-        self.mixer, mixer = make_mixer(config, layer)
-        self.add_module(self.mixer, mixer)
+        self.mixers: tuple[str, ...] = ("self_attn",)  # their results add up
+        self.self_attn = Attention(config, layer)
         self.mlp = make_mlp(config, layer)
         for name in filter(None, config.block_norms):
             self.add_module(name, Norm(config.hidden_size, config))
+        if config.mixer is not None:
+            from extras.decoder.mixers import remix
+
+            remix(self, config, layer)
 
     def norm(self, which: int, x: Tensor) -> Tensor:
         name = self.config.block_norms[which]
@@ -369,7 +364,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, tables: dict, plans: dict) -> tuple[Tensor, Tensor | None]:
         """Return hidden states (T, C), and the router's logits (T, experts) of a sparse layer."""
         scale = self.config.residual_scale
-        out = getattr(self, self.mixer)(self.norm(0, x), tables, plans)
+        mixed = (self.norm(0, x), tables, plans)
+        out = reduce(torch.add, [getattr(self, name)(*mixed) for name in self.mixers])
         attended = torch.add(x, self.norm(1, out), alpha=scale)
         out = self.mlp(self.norm(2, x if self.config.parallel_residual else attended))
         out, router_logits = out if isinstance(out, tuple) else (out, None)
@@ -426,13 +422,13 @@ class Stack(nn.Module):
     def forward(self, stream: Stream, cache=None) -> tuple[Tensor, list[Tensor]]:
         """Return hidden states (T, C), and the router's logits (T, experts) of sparse layers.
 
-        With a `cache` (extras/decoder/generate.py) the stream goes on where an earlier one ended.
+        A `cache` (extras/decoder/generate.py) plans attention where a stream goes on; images may.
         """
         c = self.config
         x = self.embed(stream.input_ids, stream.position_ids)
         tables = rotary_tables(c.ropes, stream.position_ids, x.dtype)
         if self.vision is not None:
-            x, tables = self.vision(x, tables, stream.pictures, c.ropes, self.run_block)
+            x, tables, cache = self.vision(x, tables, stream.pictures, self.run_block, cache)
         planned = (c, stream.spans, stream.position_ids, compute_dtype(x))
         if cache is None:
             plans = [plan_attention(*planned)] * len(self.layers)

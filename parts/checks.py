@@ -177,6 +177,10 @@ def check_best_model(c: DPOConfig) -> None:
 def check_store(c: DPOConfig, store: Any, config: Any, tokenizer_size: int) -> None:
     """Raise ValueError for pairs that this model or these losses cannot be given."""
     check_length(config, store.longest())
+    if store.pictures and c.context_parallel_size > 1:
+        raise ValueError(
+            f"--context_parallel_size {c.context_parallel_size}: not for rows with images; leave "
+            "them out, or train without it")
     check_tokens(c, store, config.vocab_size, tokenizer_size)
     check_ratings(c, store)
 

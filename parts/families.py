@@ -26,7 +26,7 @@ class Family(NamedTuple):
 
 
 # of models with a vision_config, those whose tower is computed (parts/vision_configs.py)
-READS_IMAGES = ("llava", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl")
+READS_IMAGES = ("llava", "idefics3", "smolvlm", "gemma3", "qwen2_vl", "qwen2_5_vl")
 REQUIRED = object()  # in place of a default
 COMMON = dict(
     vocab_size=REQUIRED, hidden_size=REQUIRED, intermediate_size=REQUIRED,
@@ -230,8 +230,9 @@ def delta(c: dict, fused: bool = False) -> dict:
     if value_heads % key_heads:
         raise ValueError(f"config.json: linear_num_value_heads = {value_heads} is no multiple of "
                          f"linear_num_key_heads = {key_heads}")
+    recurs = tuple(t == "linear_attention" for t in types)
     return dict(mixer=dict(
-        layers=tuple(t == "linear_attention" for t in types), fused=fused, key_heads=key_heads,
+        kind="gated_delta", recurs=recurs, attends=tuple(not r for r in recurs), fused=fused, key_heads=key_heads,
         value_heads=value_heads, key_size=c["linear_key_head_dim"],
         value_size=c["linear_value_head_dim"], width=c["linear_conv_kernel_dim"]))
 

@@ -61,7 +61,8 @@ VISION = {
                  "model.vision.projector.": "model.connector.", "model.": "model.text_model."},
     "qwen2_vl": {"model.vision.projector.": "model.visual.merger.",
                  "model.vision.tower.": "model.visual.", "model.": "model.language_model."}}
-VISION |= {"smolvlm": VISION["idefics3"], "qwen2_5_vl": VISION["qwen2_vl"]}
+VISION |= {"smolvlm": VISION["idefics3"], "qwen2_5_vl": VISION["qwen2_vl"],
+           "gemma3": VISION["llava"]}
 VISION |= dict.fromkeys(WRAPPED, {"model.": "model.language_model."})  # their towers are carried
 # ... and back, from the prefixes of transformers 4 and 5.
 VISION_OURS = (
@@ -124,10 +125,13 @@ def find_places(names: Iterable[str], config: Any) -> dict[str, Place]:
 
 def carried_names(names: Iterable[str], config: Any) -> set[str]:
     """Return what is saved as it was read: all of a wrapper that is not its decoder, Qwen's layers
-    that predict several tokens at once (mtp), keys and values of layers that read others'."""
+    that predict several tokens at once (mtp), SigLIP's pooling head, whose output Gemma 3 does not
+    read, and keys and values of layers that read others'."""
     found = set()
     if config.model_type.startswith(("qwen3_next", "qwen3_5")):
         found |= {n for n in names if n.startswith("mtp.")}
+    if config.model_type == "gemma3":
+        found |= {n for n in names if vision_name(n).startswith("model.vision.tower.head.")}
     if config.per_layer:
         reads = config.per_layer["reads"]
         found |= {n for n in names if (own := OF_KEYS.search(n)) and int(own[1]) < len(reads)

@@ -141,7 +141,7 @@ def test_the_plan_of_a_configuration_says_what_to_turn_on(tiny, capsys, monkeypa
 
 def test_offloading_leaves_two_blocks_on_the_device():
     config, run = real("7B"), Run(4096, 2048, bf16=True, device="cuda", checkpointing="selective")
-    saved = forecast.block_activations(config, run, forecast.count(config, run)["block"], False)
+    saved = forecast.block_activations(config, run, forecast.count(config, run)["block"])
     for checkpointing, of_a_block in (("selective", saved), (True, 4 * config.hidden_size * run.tokens)):
         run = run._replace(checkpointing=checkpointing)
         less = memory(config, run)["activations"] - memory(config, run._replace(offloading=True))["activations"]

@@ -156,7 +156,7 @@ def test_parts_are_the_stream_and_each_pair_is_one_ranks_own(size, count):
     (dict(num_key_value_heads=1), "has 4, of keys and values 1; 2 divides not both"),
     (dict(model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8),
      "not for mixtures of experts"),
-    (GATED_DELTA, "not for models with the gated delta rule"),
+    (GATED_DELTA, "not for models with recurrent layers"),
 ])
 def test_models_that_cannot_are_refused_by_name(change, words):
     with pytest.raises(ValueError, match=words):

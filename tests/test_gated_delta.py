@@ -7,7 +7,8 @@ from test_families import DELTA, EXPERTS, PAIRS, our_logits, random_model, their
 from test_model import LLAMA, assert_same_gradients, make, random_pairs, stream
 
 import model as models
-from extras.decoder.gated_delta import CHUNK, GatedDelta, delta_rule, plan_chunks
+from extras.decoder.chunks import CHUNK, plan_chunks
+from extras.decoder.gated_delta import GatedDelta, delta_rule
 from extras.decoder.generate import Cache, Sampling, complete, generate
 from extras.models.opening import load_model
 
@@ -71,7 +72,7 @@ def test_a_layer_over_spans_equals_the_definition_on_every_sequence(config, shar
     x = torch.randn(int(spans[-1, 1]), 32, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(len(x), 32, dtype=torch.float64)
     plan = plan_chunks(spans, 4, x.device, chunk)
-    got = layer(x, {}, {"linear_attn": (plan, None)})
+    got = layer(x, {}, {"mixer": (plan, None)})
     expected = torch.cat([layer_alone(layer, x[rows])[len(rows) - own :] for rows, own in sequences(LONG, shared)])
     assert (got - expected).abs().max() < 1e-10
     named = {"x": x} | dict(layer.named_parameters())

@@ -4,86 +4,50 @@ Each value head has a state S (dk, dv), which every token lets decay and correct
 
     S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T         o_t = S_t^T q_t
 
-It is computed a chunk of tokens at a time (section 3.3): matrix products inside all chunks at
-once, then one step per chunk along each sequence. A completion's first chunk starts from the state
-after its prompt: the state forks, and the prompt is computed once. Spans lie side by side in a
-step.
+It is computed a chunk of tokens at a time (section 3.3), as extras/decoder/chunks.py lays them out.
 
-Sizes: T tokens, S spans, N chunks of n tokens, K key heads, r value heads of each, H = K r, dk and
-dv of a head, D = 2 K dk + H dv, W tokens of the convolution.
+Sizes: T tokens, N chunks of n tokens, K key heads, r value heads of each, H = K r, dk and dv of a
+head.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from extras.decoder.chunks import CHUNK, ChunkPlan, Convolution
 from parts.kernels import ACTIVATIONS, rms_norm, swiglu
 
-CHUNK = 64
+NAME = "linear_attn"
+# What a layer, which runs in float32, saves for its backward: bytes per token and unit of (q, k and v
+# side by side; its values).
+SAVED = {"float32": (12, 16), "bf16": (12, 14), "bfloat16": (12, 14)}
 
 
-class ChunkPlan(NamedTuple):
-    """How the spans of a stream are cut into chunks, in the order of the steps that compute them.
-    """
-
-    size: int  # n
-    place: Tensor  # (T,) of each token in the chunks laid end to end
-    steps: list[int]  # chunks of each step
-    # of each step but the first: which chunk of the step before each of its chunks goes on from
-    parents: list[Tensor]
-    ends: list[tuple[int, int]]  # of each span: step of its last chunk, and which chunk of it
-    # what the convolution reads, of each span the W - 1 tokens before it and its own: positions in
-    # the stream, and from T on those before the stream, W - 1 of each span
-    reads: Tensor  # (T + S (W - 1),)
-    kept: Tensor  # (T,) which of the convolution's results are those of the tokens
-    tails: Tensor  # (S, W - 1) what a token after the span would read before itself
-
-    def chunked(self, x: Tensor) -> Tensor:
-        """Lay x (T, ...) out as (N, n, ...); a chunk that is not full ends in zeros."""
-        rows = x.new_zeros(sum(self.steps) * self.size, *x.shape[1:])
-        return rows.index_copy(0, self.place, x).unflatten(0, (-1, self.size))
+def make(config: Any) -> nn.Module:
+    return GatedDelta(config)
 
 
-def plan_chunks(
-    spans: Tensor, width: int, device: torch.device, chunk: int = CHUNK,
-) -> ChunkPlan:
-    """Plan one stream of spans (S, 4), each after its prefix; `width` is W."""
-    rows = spans.tolist()
-    length = rows[-1][1]
-    size = min(chunk, max(end - start for start, end, *_ in rows))
-    parents: list[list[int]] = []
-    found = {}  # span -> its last chunk (step, which chunk of it), the last W - 1 tokens up to its end
-    chunks = []  # (step, which chunk of it, first token, token after the last)
-    reads = []
-    for i, (start, end, *prefix) in enumerate(rows):
-        before = length + torch.arange(i * (width - 1), (i + 1) * (width - 1))
-        if prefix[1] > prefix[0] and tuple(prefix) not in found:
-            raise ValueError(f"the prefix {prefix} is no span that comes before")
-        (step, which), before = found.get(tuple(prefix), ((-1, 0), before))
-        for at in range(start, end, size):
-            step += 1
-            parents += [[]] if step == len(parents) else []
-            parents[step].append(which)
-            which = len(parents[step]) - 1
-            chunks.append((step, which, at, min(at + size, end)))
-        reads.append(torch.cat([before, torch.arange(start, end)]))
-        found[start, end] = (step, which), reads[-1][end - start :]
-    steps = list(map(len, parents))
-    place = torch.empty(length, dtype=torch.int64)
-    for step, which, a, b in chunks:
-        first = (sum(steps[:step]) + which) * size
-        place[a:b] = torch.arange(first, first + b - a)
-    kept = torch.arange(length) + (width - 1) * torch.repeat_interleave(
-        torch.arange(len(rows)), (spans[:, 1] - spans[:, 0]).cpu().long())
-    there = lambda x: x.to(device, non_blocking=True)
-    return ChunkPlan(
-        size=size, place=there(place), steps=steps,
-        parents=[there(torch.tensor(p)) for p in parents[1:]],
-        ends=[found[start, end][0] for start, end, *_ in rows], reads=there(torch.cat(reads)),
-        kept=there(kept), tails=there(torch.stack([found[a, b][1] for a, b, *_ in rows])))
+def saved(c: dict, kind: str, frozen: int) -> int:
+    """Return the bytes per token kept for the backward (extras/decoder/mixers.py)."""
+    values = c["value_heads"] * c["value_size"]
+    mixed = values + 2 * c["key_heads"] * c["key_size"]
+    of_mixed, of_values = SAVED[kind]
+    return mixed * of_mixed + values * (of_values - frozen)
+
+
+def passing(c: dict) -> int:
+    """Return the bytes per token that come and go in the backward: four times a chunk's rows."""
+    return 4 * (8 * CHUNK) * c["value_heads"]
+
+
+def operations(c: dict) -> int:
+    """Count the operations per token of the rule itself, in chunks of n tokens."""
+    dk, dv = c["key_size"], c["value_size"]
+    return c["value_heads"] * (2 * CHUNK * (2 * dk + 2 * dv) + 2 * 3 * dk * dv)
+
 
 
 def delta_rule(
@@ -127,39 +91,6 @@ def delta_rule(
         states.append(written if state is None else since[..., -1:, :] * state + written)
     out = torch.cat(outs).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)  # (N n, H, dv)
     return out[plan.place], states
-
-
-class Convolution(torch.autograd.Function):
-    """y_t = sum_j weight[:, j] x[t - W + 1 + j], over the tokens before t in its sequence.
-
-    x is (T, D), weight (D, W); `before` (S (W - 1), D), without gradient, lies before the stream.
-    Autograd would keep each product and make as many whole gradients of x as there are taps.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, before: Tensor, plan: ChunkPlan) -> Tensor:
-        read = torch.cat([x, before])[plan.reads]
-        ctx.save_for_backward(read, weight)
-        ctx.plan = plan
-        count = len(read) - weight.shape[1] + 1
-        out = read.new_zeros(count, len(weight))
-        for j, w in enumerate(weight.T):
-            out.addcmul_(read[j : j + count], w)
-        return out[plan.kept]
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        read, weight = ctx.saved_tensors
-        plan = ctx.plan
-        count = len(read) - weight.shape[1] + 1
-        grad = grad.new_zeros(count, len(weight)).index_copy_(0, plan.kept, grad)
-        grad_read = torch.zeros_like(read)
-        grad_weight = torch.empty_like(weight)
-        for j, w in enumerate(weight.T):
-            grad_read[j : j + count].addcmul_(grad, w)
-            grad_weight[:, j] = torch.linalg.vecdot(read[j : j + count], grad, dim=0)
-        grad_x = torch.zeros_like(read).index_add_(0, plan.reads, grad_read)
-        return grad_x[: len(plan.place)], grad_weight, None, None
 
 
 class GatedNorm(nn.Module):
@@ -216,7 +147,7 @@ class GatedDelta(nn.Module):
         return torch.cat([q, k, v], 1), z, b.flatten(1), a.flatten(1)
 
     def forward(self, x: Tensor, tables: dict, plans: dict) -> Tensor:  # (T, C)
-        plan, memory = plans["linear_attn"]
+        plan, memory = plans["mixer"]
         qkv, z, b, a = self.project(x)
         wide = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):

@@ -2,9 +2,9 @@
 
 A sequence being written is a span, as in training, of which only the last token is new; the keys
 and values of the rest, and of the prompt that is its prefix, are cached. Samples of one prompt
-share it as the two completions of a pair do. A layer with the gated delta rule keeps a state of each
-sequence instead, and of each prompt, from which its samples go on. What a sequence draws depends on the seed and on its
-own number, not on what is written beside it (up to rounding).
+share it as the two completions of a pair do. A recurrent layer keeps a state of each sequence
+instead, and of each prompt, from which its samples go on. What a sequence draws depends on the seed
+and on its own number, not on what is written beside it (up to rounding).
 
 Sizes: S sequences, V vocabulary, T new tokens, K kv heads, D head dim.
 """
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from extras.decoder.gated_delta import plan_chunks
+from extras.decoder.mixers import attends, plan_mixer, recurs
 from model import Call, CallPlan, Decoder, ModelConfig, choose_attention, span_mask
 from parts.configs import check_length
 from parts.varlen import has_flash, head_sizes, plan_varlen
@@ -132,8 +132,8 @@ class Sequence:
 
 
 class States(NamedTuple):
-    """What a layer with the gated delta rule keeps of a sequence, by the place where that starts:
-    the last inputs of its convolution, and its state.
+    """What a recurrent layer keeps of a sequence, by the place where that starts: the last inputs of
+    its convolution, and its state.
     """
 
     kept: dict[int, tuple[Tensor, Tensor]]
@@ -169,8 +169,9 @@ class Cache:
         self.size = size
         self.ids: list[int] = []
         self.reads: tuple[int, ...] = ()  # whose keys and values each layer reads
-        # of each: keys and values, or States' `kept`
-        self.layers: list[tuple[Tensor, Tensor] | dict] = []
+        # of each that attends, keys and values; of each that recurs, States' `kept`
+        self.layers: list[tuple[Tensor, Tensor] | None] = []
+        self.states: list[dict | None] = []
 
     def allocate(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         usual = (config.num_key_value_heads, config.head_dim)
@@ -178,19 +179,19 @@ class Cache:
             self.size, own.get("num_key_value_heads", usual[0]), own.get("head_dim", usual[1]),
             dtype=dtype, device=device)
         count = len(config.windows)
-        have_states = config.mixer["layers"] if config.mixer else [False] * count
         sizes = config.per_layer["sizes"] if config.per_layer else ({},) * count
         self.reads = config.per_layer["reads"] if config.per_layer else tuple(range(count))
-        made = [{} if has else (empty(own), empty(own))
-                for has, own in zip(have_states, sizes[:max(self.reads) + 1])]
+        made = [(empty(own), empty(own)) if has else None
+                for has, own in zip(attends(config), sizes[:max(self.reads) + 1])]
         self.layers = [made[i] for i in self.reads]
+        self.states = [{} if has else None for has in recurs(config)]
         self.position_ids = torch.zeros(self.size, dtype=torch.int64, device=device)
 
     def grow(self, size: int) -> None:
         """Make room for `size` places; what is cached stays."""
         if size > self.size:
             pad = lambda x: torch.cat([x, x.new_zeros(size - self.size, *x.shape[1:])])
-            made = [layer if isinstance(layer, dict) else tuple(map(pad, layer))
+            made = [layer and (pad(layer[0]), pad(layer[1]))
                     for layer in self.layers[:max(self.reads, default=-1) + 1]]
             self.layers = [made[i] for i in self.reads]
             self.position_ids = pad(self.position_ids) if self.layers else None
@@ -215,14 +216,17 @@ class Cache:
         attention = choose_attention(config)
         for window in sizes.keys() - flash:
             plans[window] = CallPlan(self.calls(rows, window), attention)
-        chunks = None
-        if config.mixer is not None:
+        found: list[dict] = [
+            {window: CachedPlan(plans[window], *layer, places)} if layer else {}
+            for window, layer in zip(config.windows, self.layers)]
+        if any(recurs(config)):
             ends = spans[:, 4].cumsum(0)
             alone = torch.stack([ends - spans[:, 4], ends, 0 * ends, 0 * ends], 1)
-            chunks = plan_chunks(alone, config.mixer["width"], device)
-        return [{"linear_attn": (chunks, States(layer, rows))} if isinstance(layer, dict)
-                else {window: CachedPlan(plans[window], *layer, places)}
-                for window, layer in zip(config.windows, self.layers)]
+            chunks = plan_mixer(config, alone, device)["mixer"][0]
+            for plan, states in zip(found, self.states):
+                if states is not None:
+                    plan["mixer"] = (chunks, States(states, rows))
+        return found
 
     def calls(self, rows: list[list[int]], window: int | None) -> list[Call]:
         """Return the attention calls of the new tokens, for a path without varlen attention."""
@@ -299,7 +303,7 @@ def read_prompts(
         if len(sequences) == 1:
             same = [a == b for a, b in zip(cache.ids, prompt[:-1])]
             known = same.index(False) if False in same else len(same)
-            if model.config.mixer is not None and known < len(cache.ids):
+            if any(recurs(model.config)) and known < len(cache.ids):
                 known = 0  # a state is that at its end, and of no earlier place
             cache.ids = list(prompt)
         start = sequence.start if samples == 1 else sequence.prefix[0]

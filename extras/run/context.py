@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Batch
+from extras.decoder.mixers import recurs
 from model import Decoder, ModelConfig, TokenLogps, plan_attention
 from parts.ranks import Ranks
 
@@ -105,7 +106,7 @@ def cut(batch: Batch, number: int, size: int, group: Any) -> Batch:
 
 
 def join(model: Decoder, size: int) -> None:
-    """Let a model read parts of streams. Raises ValueError for models that cannot.
+    """Let a model read parts of streams, which are of text. Raises ValueError for models that cannot.
 
     By hooks that do nothing where the batch is no part; copies of the model have them too.
     """
@@ -113,11 +114,9 @@ def join(model: Decoder, size: int) -> None:
         return
     c = model.config
     flag = f"--context_parallel_size {size}"
-    if c.vision is not None:
-        raise ValueError(f"{flag}: not for models that read images")
-    if c.mixer is not None:
+    if any(recurs(c)):
         raise ValueError(
-            f"{flag}: not for models with the gated delta rule, whose state goes from token to token")
+            f"{flag}: not for models with recurrent layers, whose state goes from token to token")
     if c.per_layer is not None:
         raise ValueError(f"{flag}: not for layers that read others' keys and values")
     if c.moe is not None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 import model as models
-from extras.decoder.gated_delta import CHUNK
+from extras.decoder.mixers import KINDS, attends, recurs
 from extras.lora.targets import add_lora
 from extras.models.opening import build
 from extras.run.eight_bits import BLOCK
@@ -34,11 +34,6 @@ PER_TOKEN = {
 FROZEN = {"float32": (4, 4, 0, 4), "bf16": (4, 2, 0, 2), "bfloat16": (2, 2, 0, 2)}
 # What --gradient_checkpointing selective computes again: both norms, and gate * up.
 CHEAP = {"float32": (8, 0, 0, 4), "bf16": (4, 0, 0, 2), "bfloat16": (4, 0, 0, 2)}
-# What a layer with the gated delta rule, which runs in float32, saves in place of attention: bytes
-# per token and unit of (q, k and v side by side; its values); per token and value head, what comes
-# and goes inside it.
-DELTA = {"float32": (12, 16), "bf16": (12, 14), "bfloat16": (12, 14)}
-DELTA_PASSES = 4 * (8 * CHUNK)
 
 
 class Run(NamedTuple):
@@ -102,11 +97,6 @@ def count(config: models.ModelConfig, run: Run) -> dict[str, int]:
         "largest": max(trained), "matrices": sum(blocks), "first": first}
 
 
-def deltas(c: models.ModelConfig, first: int = 0) -> int:
-    """Return how many layers, from `first` on, have the gated delta rule."""
-    return sum(c.mixer["layers"][first:]) if c.mixer else 0
-
-
 def layers_of(c: models.ModelConfig) -> list[models.ModelConfig]:
     """Return each layer's own configuration; one that reads another's keys has 0 heads of them."""
     if c.per_layer is None:
@@ -136,10 +126,12 @@ def beside(c: models.ModelConfig, kind: str, selective: bool) -> int:
     return width * kept
 
 
-def block_activations(c: models.ModelConfig, run: Run, block: int, delta: bool) -> int:
+def block_activations(
+    c: models.ModelConfig, run: Run, block: int, attending: bool = True, recurrent: bool = False,
+) -> int:
     """Return the bytes that one block's forward on `run.tokens` keeps for its backward.
 
-    `delta` tells whether it has the gated delta rule in place of attention.
+    The last two say what mixes its tokens (extras/decoder/mixers.py).
     """
     kind = "bf16" if run.bf16 else "bfloat16" if run.weights == "bfloat16" else "float32"
     sizes = (
@@ -149,11 +141,10 @@ def block_activations(c: models.ModelConfig, run: Run, block: int, delta: bool) 
     less = (0, 0, 0, 0) if learns_all else FROZEN[kind]
     cheap = CHEAP[kind] if run.checkpointing == "selective" else (0, 0, 0, 0)
     per_token = 0
-    if delta:
-        values = c.mixer["value_heads"] * c.mixer["value_size"]
-        mixed = values + 2 * c.mixer["key_heads"] * c.mixer["key_size"]
-        of_mixed, of_values = DELTA[kind]
-        per_token = mixed * of_mixed + values * (of_values - (0 if learns_all else FROZEN[kind][0]))
+    if recurrent:
+        frozen = 0 if learns_all else FROZEN[kind][0]
+        per_token = KINDS[c.mixer["kind"]].saved(c.mixer, kind, frozen)
+    if not attending:
         sizes = (c.hidden_size, 0, 0, c.intermediate_size)
     for size, saved, frozen, again in zip(sizes, PER_TOKEN[kind], less, cheap, strict=True):
         per_token += size * (saved - max(frozen, again))
@@ -178,12 +169,11 @@ def activations(
         sizes = 2 * max(own.head_dim for own in layers_of(c))
         sizes += c.num_hidden_layers * c.per_layer["input_size"]
         ends += wide * sizes * run.tokens
-    count = deltas(c, first)
-    each = [block_activations(own, run, block, False) for own in layers_of(c)[first:]]
-    of_attention = max(each)
-    of_delta = block_activations(c, run, block, True) if count else 0
-    kept_in_blocks = sum(each) + count * (of_delta - of_attention)
-    again = run.tokens * DELTA_PASSES * c.mixer["value_heads"] if count else 0
+    kinds = list(zip(attends(c), recurs(c)))[first:]
+    kept_in_each = [block_activations(own, run, block, *kind)
+                    for own, kind in zip(layers_of(c)[first:], kinds)]
+    kept_in_blocks = sum(kept_in_each)
+    again = run.tokens * KINDS[c.mixer["kind"]].passing(c.mixer) if c.mixer else 0
     chunk = chunk_rows(c.vocab_size, run.device, models.HEAD_CHUNK)
     saves = run.rank or run.checkpointing or run.offloading
     kept = 0 if saves else min(run.scored, KEPT * chunk)
@@ -197,9 +187,11 @@ def activations(
     held = min(2, c.num_hidden_layers) if run.offloading else c.num_hidden_layers  # blocks
     if run.checkpointing is True:
         inputs = held * wide * c.hidden_size * run.tokens
-        return ends + inputs, max(head, of_attention + mlp, of_delta + max(mlp, again))
+        in_block = [kept + max(mlp, again * recurrent)
+                    for kept, (_, recurrent) in zip(kept_in_each, kinds)]
+        return ends + inputs, max(head, *in_block)
     if run.offloading:
-        kept_in_blocks = min(kept_in_blocks, 2 * max(of_attention, of_delta))
+        kept_in_blocks = min(kept_in_blocks, 2 * max(kept_in_each))
     return ends + kept_in_blocks, max(head, mlp, again)
 
 
@@ -239,15 +231,6 @@ def memory(
     return m | {"total": max(last, at_most if run.forwards > 1 or is_ddp else first)}
 
 
-def delta_flops(c: models.ModelConfig) -> int:
-    """Count the operations per token of the gated delta rule itself, in chunks of n tokens."""
-    if not c.mixer:
-        return 0
-    dk, dv = c.mixer["key_size"], c.mixer["value_size"]
-    per_head = 2 * CHUNK * (2 * dk + 2 * dv) + 2 * 3 * dk * dv
-    return deltas(c) * c.mixer["value_heads"] * per_head
-
-
 def flops(
     config: models.ModelConfig, run: Run, tokens: int, scored: int, length: float,
     references: float,
@@ -257,10 +240,12 @@ def flops(
     2 per weight and token forward, and twice that backward, less where weights are frozen.
     """
     passes = (2 if run.rank else 3) + (1 if run.checkpointing is True else 0) + references
-    heads = sum(own.num_attention_heads * own.head_dim for own in layers_of(config))
-    heads -= deltas(config) * config.num_attention_heads * config.head_dim
-    attention = 2 * heads * length
-    per_token = 2 * count(config, run)["matrices"] + attention + delta_flops(config)
+    heads = sum(own.num_attention_heads * own.head_dim
+                for own, has in zip(layers_of(config), attends(config)) if has)
+    per_token = 2 * count(config, run)["matrices"] + 2 * heads * length
+    if config.mixer:
+        kind = KINDS[config.mixer["kind"]]
+        per_token += sum(recurs(config)) * kind.operations(config.mixer)
     return passes * (per_token * tokens + 2 * config.vocab_size * config.hidden_size * scored)
 
 

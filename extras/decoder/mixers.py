@@ -1,0 +1,51 @@
+"""Token mixers whose state goes from token to token, in place of attention or beside it.
+
+`config.mixer` says which: its "kind" names a file here, "recurs" and "attends" tell of each layer
+whether it has that mixer and whether it has attention. Such a file offers
+
+    NAME                            of its module in a block
+    make(config)                    the module, called as attention is: x (T, C), tables, plans
+    saved(mixer, kind, frozen)      bytes per token that a layer keeps for its backward, in the number
+                                    type `kind`; a frozen linear layer does not keep `frozen` a unit
+    passing(mixer)                  bytes per token that come and go in its backward
+    operations(mixer)               floating-point operations per token, besides the projections'
+
+and reads plans["mixer"]: how the stream is cut into chunks, and what lies before the stream.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from extras.decoder import gated_delta
+from extras.decoder.chunks import plan_chunks
+
+KINDS: dict[str, Any] = {"gated_delta": gated_delta}
+
+
+def recurs(config: Any) -> tuple[bool, ...]:
+    """Tell of each layer whether it keeps a state of each sequence."""
+    return config.mixer["recurs"] if config.mixer else (False,) * config.num_hidden_layers
+
+
+def attends(config: Any) -> tuple[bool, ...]:
+    """Tell of each layer whether it has attention."""
+    return config.mixer["attends"] if config.mixer else (True,) * config.num_hidden_layers
+
+
+def remix(block: Any, config: Any, layer: int) -> None:
+    """Give a block the mixers of its layer."""
+    names = ("self_attn",) if attends(config)[layer] else ()
+    if not names:
+        del block.self_attn
+    if recurs(config)[layer]:
+        kind = KINDS[config.mixer["kind"]]
+        block.add_module(kind.NAME, kind.make(config))
+        names += (kind.NAME,)
+    block.mixers = names
+
+
+def plan_mixer(config: Any, spans: Tensor, device: torch.device) -> dict:
+    """Return the plan of a stream of spans (S, 4) that nothing lies before."""
+    return {"mixer": (plan_chunks(spans, config.mixer["width"], device), None)}
