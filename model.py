@@ -33,8 +33,8 @@ from parts.names import FIXED, file_name, find_places
 from parts.ropes import Rope, rotary_tables, rotate
 from parts.varlen import has_flash, head_sizes, plan_varlen
 
-# Logits held at once: rows x vocabulary (64 MiB in float32); on a GPU eight times as many.
-HEAD_CHUNK = 2**24
+# Logits held at once: rows x vocabulary (128 MiB in bfloat16); on a GPU twice as many.
+HEAD_CHUNK = 2**26
 SHARD_BYTES = 5 * 10**9  # a larger checkpoint is saved in several files
 
 
@@ -422,28 +422,29 @@ class Stack(nn.Module):
     def forward(self, stream: Stream, cache=None) -> tuple[Tensor, list[Tensor]]:
         """Return hidden states (T, C), and the router's logits (T, experts) of sparse layers.
 
-        A `cache` (extras/decoder/generate.py) plans attention where a stream goes on; images may.
+        A `cache` plans attention where a stream goes on (generate.py), or images see both ways.
         """
         c = self.config
         x = self.embed(stream.input_ids, stream.position_ids)
         tables = rotary_tables(c.ropes, stream.position_ids, x.dtype)
+        deep = []  # what is added at pictures after the first layers: Qwen3-VL's DeepStack
         if self.vision is not None:
-            x, tables, cache = self.vision(x, tables, stream.pictures, self.run_block, cache)
+            x, tables, cache, deep = self.vision(
+                x, tables, stream.pictures, self.run_block, cache)
         planned = (c, stream.spans, stream.position_ids, compute_dtype(x))
-        if cache is None:
-            plans = [plan_attention(*planned)] * len(self.layers)
-        else:
-            plans = cache.plan(*planned)
+        plans = (cache.plan(*planned) if cache is not None
+                 else [plan_attention(*planned)] * len(self.layers))
         if c.per_layer is not None:
             from extras.decoder.per_layer import run_layers
 
             return self.norm(run_layers(self, stream.input_ids, x, tables, plans)), []
         routed = []
-        for layer, plan in zip(self.layers, plans):
+        for i, (layer, plan) in enumerate(zip(self.layers, plans)):
             x, router_logits = self.run_block(layer, x, tables, plan)
-            if router_logits is not None:
-                routed.append(router_logits)
-        return self.norm(x), routed
+            if i < len(deep):
+                x = x.index_add(0, stream.pictures.place, deep[i])
+            routed.append(router_logits)
+        return self.norm(x), [logits for logits in routed if logits is not None]
 
 
 class TokenLogps(NamedTuple):
@@ -537,7 +538,7 @@ def token_logps(terms: list[tuple[Tensor, Tensor]], targets: Tensor, softcap: fl
 
     Matrix products run in the autocast type if there is one, all after them in float32 or wider.
     """
-    keep = keep if torch.is_grad_enabled() else 0
+    keep = keep if torch.is_grad_enabled() else None
     how = How(softcap, compute_dtype(terms[0][0]), HEAD_CHUNK, keep, statistics)
     with torch.autocast(targets.device.type, enabled=False):
         return TokenLogps(*chunked_logps(targets, how, *(t for term in terms for t in term)))

@@ -123,6 +123,8 @@ def check_readers(c: DPOConfig, options: dict[str, Any], defaults: dict[str, Any
             "hub_token"),
         "--load_in_4bit": (
             c.load_in_4bit, "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_compute_dtype"),
+        "--optim other than adafactor": (
+            c.optim != "adafactor", "adam_beta1 adam_beta2 adam_epsilon"),
         "--dtype bfloat16": (c.dtype in ("bfloat16", "auto"), "stochastic_rounding"),
         "--disable_dropout false": (not c.disable_dropout, "lora_dropout"),
         "--loss_type bco_pair": ("bco_pair" in c.loss_type, "bco_delta"),

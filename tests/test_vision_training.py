@@ -15,6 +15,7 @@ from vision_tiny import FAMILIES, make_model_directory
 import dpo
 import model as models
 from extras.models.opening import load_adapted, load_model
+from extras.run.forecast import memory, run_of
 from parts.checks import check_store
 from parts.names import file_name
 
@@ -67,7 +68,7 @@ def run(place, tmp_path):
     return go
 
 
-@pytest.mark.parametrize("family", ["llava", "idefics3", "gemma3", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["llava", "idefics3", "gemma3", "qwen2_5_vl", "qwen3_vl_moe"])
 @pytest.mark.parametrize("options", [
     {}, {"precompute_ref_log_probs": False}, {"use_peft": True}, {"gradient_checkpointing": True, "freeze_vision_tower": False},
     {"precompute_ref_log_probs": False, "freeze_vision_tower": False}], ids=str)
@@ -81,9 +82,8 @@ def test_the_first_loss_is_log2_in_every_mode(run, family, options):
 def test_two_steps_equal_trl(run, place, tmp_path, family):
     """Losses, rewards, gradient norms and, after two steps, every parameter: tower, projector and language model."""
     pytest.importorskip("trl")
-    if family not in ("llava", "idefics3", "gemma3"):
-        pytest.importorskip("torchvision", exc_type=Exception, reason="transformers' processor needs a torchvision that loads")
     if family == "smolvlm":
+        pytest.importorskip("torchvision", exc_type=Exception, reason="transformers' processor needs a torchvision that loads")
         pytest.importorskip("num2words", reason="transformers' SmolVLM processor needs num2words")
     arguments = dict(per_device_train_batch_size=4, max_steps=2, learning_rate=1e-3, max_length=None)
     (tmp_path / "run.json").write_text(json.dumps({"model": str(place / family), "data": str(place / "pictures.jsonl"),
@@ -178,6 +178,17 @@ def test_ranks_share_gemmas_streams_of_text_and_refuse_those_with_images(run, pl
     trainer.args.context_parallel_size = 2
     with pytest.raises(ValueError, match="--context_parallel_size 2: not for rows with images"):
         check_store(trainer.args, trainer.train_store, trainer.model.config, trainer.tokenizer.size)
+
+
+def test_a_dry_run_knows_the_images(run):
+    """Three distinct ones of 16 patches; the masks of prompt and completions, in pairs of query and key."""
+    _, trainer = run("out", "gemma3", max_steps=1)
+    found = run_of(trainer)
+    p, chosen, rejected = trainer.train_store.lengths.astype(int).T
+    assert found.patches == 3 * 16 and not found.tower_learns
+    assert found.masked == ((p + chosen) ** 2 + rejected * (p + rejected)).sum()
+    text = memory(trainer.model.config, found._replace(patches=0, masked=0))
+    assert memory(trainer.model.config, found)["total"] > text["total"]
 
 
 @pytest.mark.parametrize("change, words", [

@@ -221,11 +221,20 @@ def tile_features(kind: str, settings: dict, outer: dict, directory: Path) -> in
 def check_features(processor: Processor, vision: dict) -> None:
     """Raise ValueError where the model takes other images than its processor's file makes.
 
-    Another size, or another number of features than the text has room for.
+    Another size, or another number of features than the text has room for; of Qwen other patches.
     """
+    s = processor.settings
+    if processor.kind == "patches":
+        of_file = tuple(s[k] for k in ("patch_size", "temporal_patch_size", "merge_size"))
+        keys = ("patch_size", "temporal_patch_size", "spatial_merge_size")
+        of_model = tuple(vision.get(k) for k in keys)
+        if of_file != of_model:
+            raise ValueError(
+                f"the image processor's file has patch_size, temporal_patch_size, merge_size "
+                f"{of_file}, and config.json {of_model}; give the processor that belongs to the model"
+            )
     if processor.kind != "square":
         return
-    s = processor.settings
     size = s["crop_size"] if s["do_center_crop"] else s["size"]
     made = (size["height"], size["width"], processor.per_tile)
     side = vision["image_size"]
@@ -765,6 +774,15 @@ class Loader:
             axes=self.axes(batch, by_start),
             runs=torch.from_numpy(find_runs(ids, self.processor.token_id)),
         )
+
+    def patches(self, store: PairStore, rows: Iterable, vision: dict) -> int:
+        """Count the patches that the image encoder reads for a forward on these pairs."""
+        distinct = {p.sha256: p for i in rows for p in images_of(store, int(i))}
+        grids = [grid(p, self.processor) for p in distinct.values()]
+        if self.processor.kind == "patches":
+            return sum(down * across for down, across in grids)
+        side = vision["image_size"] // vision["patch_size"]
+        return side * side * sum(down * across + 1 for down, across in grids)
 
     def axes(self, batch: Batch, by_start: dict[int, list[RowImage]]) -> torch.Tensor | None:
         """Compute Qwen's positions; `by_start` maps a pair's start in the stream to its images."""

@@ -13,6 +13,7 @@ same exchange. What a rank's backward leaves in the weights is then the part of 
 went through its tokens; DDP and FSDP add these up as they do for ranks with pairs of their own.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -122,13 +123,19 @@ def join(model: Decoder, size: int) -> None:
     if c.moe is not None:
         raise ValueError(
             f"{flag}: not for mixtures of experts, whose balancing loss is that of a whole stream")
-    if c.num_attention_heads % size or c.num_key_value_heads % size:
+    if not divides_heads(c, size):
         raise ValueError(
-            f"{flag}: each rank attends with its part of the heads, and this model has "
-            f"{c.num_attention_heads}, of keys and values {c.num_key_value_heads}; "
-            f"{size} divides not both")
+            f"{flag}: each rank attends with its part of the heads, and the {c.num_attention_heads} "
+            f"of this model, which share {c.num_key_value_heads} of keys and values, cannot be "
+            f"divided by {size} without giving a rank heads of keys and values in part")
     model.model.register_forward_pre_hook(lend_plans, with_kwargs=True)
     model.register_forward_hook(gather_scores)
+
+
+def divides_heads(c: ModelConfig, size: int) -> bool:
+    """Tell whether `size` ranks can have equal parts of the heads: `ExchangingPlan` gives heads of
+    keys and values to several ranks where there are fewer of them than ranks."""
+    return c.num_attention_heads % math.lcm(c.num_key_value_heads, size) == 0
 
 
 def lend_plans(stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -166,7 +173,12 @@ class ExchangingPlan(NamedTuple):
         return out.transpose(0, 1).flatten(1, 2)
 
     def to_heads(self, x: Tensor) -> Tensor:
-        """(T / size, H, D), all heads of a part, to (T, H / size, D), a part of the heads of all."""
+        """(T / size, H, D), all heads of a part, to (T, H / size, D), a part of the heads of all.
+
+        Of keys and values that ranks share each gets a copy, and the copies' gradients are added.
+        """
+        copies = math.lcm(x.shape[1], self.size) // x.shape[1]
+        x = x.repeat_interleave(copies, 1) if copies > 1 else x
         x = x.unflatten(1, (self.size, -1)).transpose(0, 1)
         return Exchange.apply(x, self.group).flatten(0, 1)
 
