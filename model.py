@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from parts import weights
 from parts.activations import keep_all
 from parts.configs import read_fields
-from parts.files import write_json
 from parts.head import KEPT, How, chunked_logps
 from parts.kernels import ACTIVATIONS, add_low_rank, compute_dtype, cut, product, rms_norm
 from parts.names import FIXED, file_name, find_places
@@ -85,6 +84,7 @@ class ModelConfig:
     logit_scale: float = 1.0
     output_gate: bool = False  # q_proj makes a gate too: its sigmoid scales attention's output
     mixer: dict | None = None  # recurrent token mixers, read by extras/decoder/mixers.py
+    latent: dict | None = None  # read by extras/decoder/latent.py
     moe: dict | None = None  # read by extras/decoder/moe.py
     vision: dict | None = None  # read by extras/decoder/vision.py
     per_layer: dict | None = None  # layers of other sizes: extras/decoder/per_layer.py
@@ -335,10 +335,17 @@ class MLP(nn.Module):
 def make_mlp(config: ModelConfig, layer: int) -> nn.Module:
     if config.moe is None or not config.moe["sparse"][layer]:
         return MLP(config, config.intermediate_size)
-    from extras.decoder.moe import SparseMLP
+    from extras.decoder.moe import make_sparse
 
-    shared = MLP(config, config.moe["shared_size"]) if config.moe["shared_size"] else None
-    return SparseMLP(config.hidden_size, config.moe, ACTIVATIONS[config.hidden_act], shared)
+    return make_sparse(config, MLP)
+
+
+def make_attention(config: ModelConfig, layer: int) -> nn.Module:
+    if config.latent is None:
+        return Attention(config, layer)
+    from extras.decoder.latent import LatentAttention
+
+    return LatentAttention(config, Norm)
 
 
 class Block(nn.Module):
@@ -348,7 +355,7 @@ class Block(nn.Module):
         super().__init__()
         self.config = config
         self.mixers: tuple[str, ...] = ("self_attn",)  # their results add up
-        self.self_attn = Attention(config, layer)
+        self.self_attn = make_attention(config, layer)
         self.mlp = make_mlp(config, layer)
         for name in filter(None, config.block_norms):
             self.add_module(name, Norm(config.hidden_size, config))
@@ -500,7 +507,7 @@ class Decoder(nn.Module):
         terms = self.head_terms(hidden[batch.score_index])
         keep = KEPT if self.model.run_block is keep_all else 0
         out = token_logps(terms, batch.targets, self.config.final_softcap, keep, statistics)
-        if self.config.moe is None:
+        if not routed:
             return out
         from extras.decoder.moe import load_balancing_loss
 
@@ -636,10 +643,7 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device
     model.read = weights.Reader(opened, layout, parameters, dtype)
     model.load_state_dict(model.read(parameters, device), strict=False, assign=True)
     model.tie()
-    model.layout = layout
-    model.carried = weights.carry(opened, config)
-    model.raw_config = opened.raw_config
-    model.generation_config = opened.generation_config
+    weights.remember(model, opened, layout)
     return model.requires_grad_(True)
 
 
@@ -660,9 +664,6 @@ def save_model(model: Decoder, directory: str | Path, dtype: torch.dtype | None 
     layout = model.layout or find_places(names, model.config)
     dtype = dtype or next(iter(parameters.values())).dtype
     weights.save_shards(
-        parameters, layout, directory, dtype, SHARD_BYTES, whole, model.carried.tensors)
+        parameters, layout, directory, dtype, SHARD_BYTES, whole, weights.unlearned(model))
     key = "torch_dtype" if "torch_dtype" in model.raw_config else "dtype"
-    raw = model.raw_config | {key: str(dtype).removeprefix("torch.")}
-    write_json(directory / "config.json", raw)
-    if model.generation_config is not None:
-        write_json(directory / "generation_config.json", model.generation_config)
+    weights.write_configs(model, directory, {key: str(dtype).removeprefix("torch.")})

@@ -52,6 +52,8 @@ GATES = ("w1", "gate_proj")
 UPS = ("w3", "up_proj")
 DOWNS = ("w2", "down_proj")
 FIXED = (".layer_scalar",)  # the ends of names of what never learns, as in transformers
+BIAS = "e_score_correction_bias"  # of a router: carried_names
+NUMBER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 QUANTIZED = (".SCB", ".qweight", ".weight_scale", ".weight_scale_inv", ".absmax")
 
 # Of models that read images: ours -> transformers', by the first prefix that fits ...
@@ -136,10 +138,16 @@ def find_places(names: Iterable[str], config: Any) -> dict[str, Place]:
 
 
 def carried_names(names: Iterable[str], config: Any) -> set[str]:
-    """Return what is saved as it was read: all of a wrapper that is not its decoder, Qwen's layers
-    that predict several tokens at once (mtp), SigLIP's pooling head, whose output Gemma 3 does not
-    read, and keys and values of layers that read others'."""
-    found = set()
+    """Return what is saved as it was read: all of a wrapper that is not its decoder, layers that
+    predict several tokens at once (Qwen's "mtp"; DeepSeek's and GLM's come after the last layer),
+    the correction biases of routers, which do not learn, SigLIP's pooling head, whose output Gemma
+    3 does not read, and keys and values of layers that read others'."""
+    found = {n for n in names if n.endswith(f".{BIAS}")}
+    more = config.moe.get("more_layers", 0) if config.moe else 0
+    if more:
+        first = config.num_hidden_layers
+        numbers = {n: NUMBER.search(n) for n in names}
+        found |= {n for n, m in numbers.items() if m and first <= int(m[1]) < first + more}
     if config.model_type.startswith(("qwen3_next", "qwen3_5")):
         found |= {n for n in names if n.startswith("mtp.")}
     if config.model_type == "gemma3":

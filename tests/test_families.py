@@ -59,6 +59,10 @@ GEMMA4_EXPERTS = NARROW | dict(
     num_global_key_value_heads=1, attention_k_eq_v=True, hidden_size_per_layer_input=0, enable_moe_block=True,
     num_experts=5, top_k_experts=2, moe_intermediate_size=16, final_logit_softcapping=2.0,
     use_bidirectional_attention="vision")
+GROUPS = dict(n_routed_experts=6, num_experts_per_tok=2, n_group=3, topk_group=2, n_shared_experts=2, moe_intermediate_size=16,
+              routed_scaling_factor=1.7, first_k_dense_replace=1)
+LATENT = SIZES | GROUPS | dict(
+    num_key_value_heads=4, q_lora_rank=20, kv_lora_rank=16, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=10)
 
 # name -> (model_type, configuration); windows of 5 and 6 are crossed by the pairs below
 CASES = {
@@ -118,6 +122,16 @@ CASES = {
     "gpt_oss": ("gpt_oss", NARROW | dict(
         num_local_experts=5, num_experts_per_tok=2, sliding_window=5, swiglu_limit=0.7, rope_parameters=YARN | dict(
             rope_theta=100.0, beta_fast=4.0, beta_slow=0.5, truncate=False))),
+    "deepseek_v2": ("deepseek_v2", LATENT | dict(topk_method="group_limited_greedy", mlp_bias=True)),
+    "deepseek_v2 lite": ("deepseek_v2", LATENT | dict(q_lora_rank=None, rope_parameters=YARN | dict(
+        mscale=0.707, mscale_all_dim=0.707))),
+    "deepseek_v3": ("deepseek_v3", LATENT | dict(attention_bias=True, rope_parameters=YARN | dict(
+        rope_theta=100.0, beta_fast=4.0, beta_slow=0.5, mscale=0.7, mscale_all_dim=1.2))),
+    "deepseek_v3 ungrouped": ("deepseek_v3", LATENT | dict(
+        q_lora_rank=None, n_group=1, topk_group=1, norm_topk_prob=False, v_head_dim=24)),
+    "glm4_moe": ("glm4_moe", NARROW | GROUPS | dict(attention_bias=True, use_qk_norm=True)),
+    "glm4_moe_lite": ("glm4_moe_lite", {k: v for k, v in LATENT.items() if k != "first_k_dense_replace"} | dict(
+        v_head_dim=20, mlp_layer_types=["sparse", "dense", "sparse"])),
     "qwen3_next": ("qwen3_next", EXPERTS | DELTA | dict(
         moe_intermediate_size=16, shared_expert_intermediate_size=24, mlp_only_layers=[1])),
     "qwen3_5": ("qwen3_5_text", SIZES | DELTA),
@@ -125,6 +139,7 @@ CASES = {
         moe_intermediate_size=16, shared_expert_intermediate_size=24)),
 }
 SPARSE = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "qwen3_next", "qwen3_5_moe", "gpt_oss"]
+UNBALANCED = ["deepseek_v2", "deepseek_v2 lite", "deepseek_v3", "deepseek_v3 ungrouped", "glm4_moe", "glm4_moe_lite"]
 ROUTERS = ("mlp.gate.weight", "block_sparse_moe.gate.weight", "mlp.router.weight", "mlp.router.bias")
 STACKED = ("gpt_oss",)  # in its files too
 SOFTCAPPED = ("gemma2",)
@@ -156,6 +171,8 @@ def random_model(name: str):
         for n, b in model.named_buffers():
             if n.endswith(FIXED):
                 b.uniform_(0.5, 1.5)
+            if n.endswith("e_score_correction_bias"):
+                b.copy_(torch.randn_like(b) * 0.2)
     return model.float().eval()
 
 
@@ -170,10 +187,19 @@ def case(request, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=SPARSE)
 def sparse(request, tmp_path_factory):
-    directory = tmp_path_factory.mktemp(request.param)
-    theirs = random_model(request.param)
+    return saved_model(request.param, tmp_path_factory)
+
+
+@pytest.fixture(scope="module", params=SPARSE + UNBALANCED)
+def mixture(request, tmp_path_factory):
+    return saved_model(request.param, tmp_path_factory)
+
+
+def saved_model(name: str, tmp_path_factory) -> tuple:
+    directory = tmp_path_factory.mktemp(name.replace(" ", "_"))
+    theirs = random_model(name)
     theirs.save_pretrained(directory)
-    return request.param, theirs, directory
+    return name, theirs, directory
 
 
 def their_logits(theirs, pairs=PAIRS, **options) -> torch.Tensor:
@@ -265,7 +291,7 @@ def test_bf16_weights_are_as_near_to_float32_as_in_transformers(case):
 
 def assert_as_near(own, peer, exact, name: str) -> None:
     # a token near the border of two experts may go to the other one, in either implementation: not the mean then
-    middle = torch.median if name in (*SPARSE, "gemma4_experts") else torch.mean
+    middle = torch.median if name in (*SPARSE, *UNBALANCED, "gemma4_experts") else torch.mean
     error = lambda x: middle((x - exact).pow(2).mean(-1)).sqrt().item()
     assert error(own) < 1.5 * error(peer) + 1e-3
 
@@ -693,14 +719,14 @@ def test_dense_models_have_no_auxiliary_loss():
     assert make(CORE["llama"])(models.Stream(*stream(PAIRS))).aux_loss is None
 
 
-def test_fused_and_single_expert_files_are_one_model(sparse, tmp_path):
+def test_fused_and_single_expert_files_are_one_model(mixture, tmp_path):
     """Each is saved as it was read, and transformers reads both."""
-    name, theirs, directory = sparse
+    name, theirs, directory = mixture
     if name in STACKED:
         return
     single = models.load_model(directory)
     assert sum(".experts." in n for n in single.layout) > sum(".experts." in n for n, _ in single.named_parameters())
-    state = {n: p.detach() for n, p in single.named_parameters()}
+    state = {n: p.detach() for n, p in (*single.named_parameters(), *single.named_buffers())}
     (tmp_path / "fused").mkdir()
     save_file(state, tmp_path / "fused/model.safetensors", metadata={"format": "pt"})
     (tmp_path / "fused/config.json").write_text((directory / "config.json").read_text())
@@ -713,8 +739,8 @@ def test_fused_and_single_expert_files_are_one_model(sparse, tmp_path):
         assert torch.equal(their_logits(again)[0], their_logits(theirs)[0])
 
 
-def test_a_missing_expert_is_named(sparse, tmp_path):
-    name, _, directory = sparse
+def test_a_missing_expert_is_named(mixture, tmp_path):
+    name, _, directory = mixture
     if name in STACKED:
         return
     state = load_file(directory / "model.safetensors")
@@ -744,10 +770,10 @@ def test_grouped_linear_gives_every_row_its_own_expert(counts, dtype, tolerance)
         assert (a - b).abs().max() <= tolerance * b.abs().max()
 
 
-def test_no_expert_sees_a_token_that_was_not_sent_to_it(sparse):
+def test_no_expert_sees_a_token_that_was_not_sent_to_it(mixture):
     from extras.decoder.moe import SparseMLP
 
-    ours = models.load_model(sparse[2])
+    ours = models.load_model(mixture[2])
     layer = next(m for m in ours.modules() if isinstance(m, SparseMLP))
     seen = []
     layer.experts.register_forward_pre_hook(lambda m, args: seen.append((len(args[0]), args[1].tolist())))
@@ -756,8 +782,8 @@ def test_no_expert_sees_a_token_that_was_not_sent_to_it(sparse):
     assert rows == sum(counts) == 11 * ours.config.moe["per_token"]
 
 
-def test_lora_targets_that_are_experts_are_told_how_to_name_them(sparse):
-    ours = models.load_model(sparse[2])
+def test_lora_targets_that_are_experts_are_told_how_to_name_them(mixture):
+    ours = models.load_model(mixture[2])
     for target in ("experts", "gate_up_proj"):
         with pytest.raises(ValueError, match=f"--lora_target_modules {target}: .*experts and routers: --lora_target_parameters"):
             put_lora(ours, 2, 4, 0.0, [target])
