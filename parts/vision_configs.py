@@ -56,6 +56,7 @@ QWEN_OUTER = {"vision_config", "image_token_id", "video_token_id", "vision_start
 # Decoders within a wrapper: what their text_config leaves out. (Files of Mistral 3 have a head of
 # their own unless they say otherwise.)
 WRAPPED = {
+    "gemma4": dict(model_type="gemma4_text"),
     "mistral3": dict(model_type="mistral"),
     "internvl": dict(model_type="qwen2")}
 DECODERS = {"qwen3_vl_text": "qwen3", "qwen3_vl_moe_text": "qwen3_moe"}  # other names of families
@@ -71,7 +72,8 @@ TOP = re.compile(
     r"|vision_feature_select_strategy|image_token_index)$")
 # of Gemma 3, and of towers that are not computed
 OUTER = re.compile(
-    r"^([be]oi_token_(id|index)|mm_tokens_per_image|spatial_merge_size|downsample_ratio)$")
+    r"^([be]o[ai]_token_(id|index)|audio_(token_id|config)|mm_tokens_per_image|spatial_merge_size"
+    r"|downsample_ratio|vision_soft_tokens_per_image)$")
 
 
 def split_config(raw: dict) -> tuple[dict, dict | None]:
