@@ -284,7 +284,7 @@ def test_ranks_wait_for_rank_0_longer_than_their_time_out_while_it_works(setting
 @pytest.mark.slow
 @pytest.mark.parametrize("more,words", [
     ("dpo.fingerprint = lambda model: rank", "model is '1' on rank 1 and '0' on rank 0"),
-    ("import data; if rank == '1': data.PairStore.digest = property(lambda s: 'x', lambda s, v: None)",
+    ("import data\nif rank == '1': data.PairStore.digest = property(lambda s: 'x', lambda s, v: None)",
      "data is 'x' on rank 1"),
     ("from parts import weights; sys.argv.append('--fsdp'); weights.Reader.digest = lambda self: rank", "files is '1' on rank 1"),
     ("from parts import weights; sys.argv.append('--fsdp'); keep = weights.Reader.__call__\n"
