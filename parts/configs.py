@@ -13,7 +13,9 @@ SIZES = dict(
     head_dim=2**16, num_attention_heads=2**16, num_key_value_heads=2**16, num_experts=2**16,
     num_local_experts=2**16, num_experts_per_tok=2**16, moe_intermediate_size=2**24,
     linear_num_key_heads=2**16, linear_num_value_heads=2**16, linear_key_head_dim=2**16,
-    linear_value_head_dim=2**16, linear_conv_kernel_dim=2**10)
+    linear_value_head_dim=2**16, linear_conv_kernel_dim=2**10, mamba_n_heads=2**16,
+    mamba_n_groups=2**16, mamba_d_state=2**16, mamba_d_head=2**16, mamba_d_conv=2**10,
+    mamba_expand=2**10, mamba_d_ssm=2**20, shared_intermediate_size=2**24)
 # Numbers that are divided or multiplied by, so that 0, a negative one or null has no meaning; null
 # stands for none where that is the family's default.
 ABOVE_0 = ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling",

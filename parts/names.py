@@ -34,7 +34,15 @@ MODULES = {
     "hunyuan_v1_dense": {
         "model.layers.*.self_attn.q_norm": "model.layers.*.self_attn.query_layernorm",
         "model.layers.*.self_attn.k_norm": "model.layers.*.self_attn.key_layernorm"},
-    "gpt_oss": {"model.layers.*.mlp.gate": "model.layers.*.mlp.router"}}
+    "gpt_oss": {"model.layers.*.mlp.gate": "model.layers.*.mlp.router"},
+    "granitemoehybrid": {
+        "model.layers.*.mlp.gate_up_proj": "model.layers.*.shared_mlp.input_linear",
+        "model.layers.*.mlp.down_proj": "model.layers.*.shared_mlp.output_linear"},
+    "falcon_h1": {
+        "model.norm": "model.final_layernorm",
+        "model.layers.*.mlp.gate_proj": "model.layers.*.feed_forward.gate_proj",
+        "model.layers.*.mlp.up_proj": "model.layers.*.feed_forward.up_proj",
+        "model.layers.*.mlp.down_proj": "model.layers.*.feed_forward.down_proj"}}
 # how files of GPT-NeoX still name what transformers 5 calls lm_head
 OLDER = {"embed_out": "lm_head"}
 TRANSPOSED = {  # matrices that the files keep as (in, out)

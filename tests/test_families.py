@@ -49,6 +49,11 @@ YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_
 DELTA = dict(layer_types=["linear_attention", "linear_attention", FULL], full_attention_interval=3, head_dim=16, linear_num_key_heads=2,
              linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=24)
 
+MAMBA = dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=16, mamba_n_groups=2)
+GRANITE_H = SIZES | MAMBA | dict(
+    shared_intermediate_size=24, layer_types=["linear_attention", FULL, "linear_attention"], embedding_multiplier=3.0,
+    attention_multiplier=0.2, residual_multiplier=0.5, logits_scaling=2.0)
+
 # name -> (model_type, configuration); windows of 5 and 6 are crossed by the pairs below
 CASES = {
     "llama": ("llama", SIZES | dict(attention_bias=True, mlp_bias=True)),
@@ -91,6 +96,17 @@ CASES = {
     "smollm3": ("smollm3", SIZES | dict(no_rope_layer_interval=2)),
     "granite": ("granite", SIZES | dict(embedding_multiplier=3.0, attention_multiplier=0.2, residual_multiplier=0.5,
                                         logits_scaling=2.0)),
+    "granite h": ("granitemoehybrid", GRANITE_H | dict(num_local_experts=0, attention_bias=True)),
+    "granite h rope": ("granitemoehybrid", GRANITE_H | dict(
+        num_local_experts=0, position_embedding_type="rope", mamba_conv_bias=False, mamba_n_groups=1)),
+    "granite without h": ("granitemoehybrid", GRANITE_H | dict(
+        num_local_experts=0, position_embedding_type="rope", layer_types=[FULL] * 3)),
+    "falcon_h1": ("falcon_h1", SIZES | MAMBA | dict(
+        mamba_d_ssm=64, embedding_multiplier=5.0, lm_head_multiplier=0.5, key_multiplier=0.4, attention_in_multiplier=1.3,
+        attention_out_multiplier=0.9, ssm_in_multiplier=1.25, ssm_out_multiplier=0.6, ssm_multipliers=[0.9, 1.3, 0.5, 1.7, 0.4],
+        mlp_multipliers=[0.9, 0.6])),
+    "falcon_h1 norm": ("falcon_h1", SIZES | MAMBA | dict(mamba_d_ssm=64, mamba_rms_norm=True, mamba_norm_before_gate=False)),
+    "falcon_h1 norm first": ("falcon_h1", SIZES | MAMBA | dict(mamba_d_ssm=64, mamba_rms_norm=True, mamba_norm_before_gate=True, mamba_n_groups=1)),
     "gpt2": ("gpt2", dict(vocab_size=61, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1,
                           eos_token_id=2)),
     "pythia": ("gpt_neox", {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}),

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from extras.decoder import gated_delta
+from extras.decoder import gated_delta, mamba
 from extras.decoder.chunks import plan_chunks
 
-KINDS: dict[str, Any] = {"gated_delta": gated_delta}
+KINDS: dict[str, Any] = {"gated_delta": gated_delta, "mamba": mamba}
 
 
 def recurs(config: Any) -> tuple[bool, ...]:
@@ -44,6 +44,8 @@ def remix(block: Any, config: Any, layer: int) -> None:
         block.add_module(kind.NAME, kind.make(config))
         names += (kind.NAME,)
     block.mixers = names
+    if config.mixer.get("mlp_scales"):
+        mamba.scale(block, config.mixer)
 
 
 def plan_mixer(config: Any, spans: Tensor, device: torch.device) -> dict:
