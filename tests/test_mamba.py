@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_families import MAMBA, PAIRS
+from test_families import MAMBA, PAIRS, PUBLISHED
 from test_gated_delta import GREEDY, LONG, alone, sequences
 from test_model import LLAMA, assert_same_gradients, make, stream
 
@@ -12,6 +12,9 @@ from extras.decoder.chunks import CHUNK, plan_chunks
 from extras.decoder.generate import complete
 from extras.decoder.mamba import Mamba, scan
 from extras.decoder.mixers import attends, recurs
+from parts.names import find_places
+
+transformers = pytest.importorskip("transformers", reason="needs transformers")
 
 GRANITE_H = LLAMA | MAMBA | dict(
     model_type="granitemoehybrid", num_hidden_layers=3, shared_intermediate_size=24, layer_types=["mamba", "attention", "mamba"])
@@ -122,6 +125,21 @@ def test_under_autocast_the_states_are_float32(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         make(GRANITE_H, torch.float32)(models.Stream(*stream(PAIRS)))
     assert seen == [torch.float32] * 2
+
+
+@pytest.mark.parametrize("name, layers", [("granite-4.0-h-micro", (36, 4)), ("Falcon-H1-0.5B-Instruct", (36, 36))])
+def test_published_configurations_make_the_tensors_of_transformers(name, layers):
+    config = models.read_config(PUBLISHED[name])
+    assert (sum(recurs(config)), sum(attends(config))) == layers
+    with torch.device("meta"):
+        ours = dict(models.Decoder(config).named_parameters())
+        theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**PUBLISHED[name]))
+    shapes = {n: p.shape for n, p in theirs.named_parameters()}
+    places = find_places(shapes, config)
+    assert {n: ours[place.name].shape for n, place in places.items()} == shapes
+    assert len({p.name for p in places.values()}) == len(ours)
+    if layers == (36, 36):
+        assert sum(p.numel() for p in ours.values()) == 521_411_104  # as published
 
 
 @pytest.mark.parametrize("change, message", [
