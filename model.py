@@ -84,6 +84,7 @@ class ModelConfig:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     output_gate: bool = False  # q_proj makes a gate too: its sigmoid scales attention's output
+    chunked: dict | None = None  # read by extras/decoder/chunked.py
     mixer: dict | None = None  # recurrent token mixers, read by extras/decoder/mixers.py
     moe: dict | None = None  # read by extras/decoder/moe.py
     vision: dict | None = None  # read by extras/decoder/vision.py
@@ -233,6 +234,11 @@ def choose_attention(config: ModelConfig) -> Callable:
 def plan_attention(config: ModelConfig, spans: Tensor, position_ids: Tensor,
                    dtype: torch.dtype) -> dict[int | None, Callable]:
     """Return {window: plan} for one stream, and the plan of recurrent mixers under "mixer"."""
+    if config.chunked is not None:
+        from extras.decoder.chunked import plan_chunked, tuned
+
+        make = partial(plan_attention, position_ids=position_ids, dtype=dtype)
+        return tuned(config, plan_chunked(make, config, spans), position_ids)
     device = position_ids.device
     if has_flash(device, dtype, config.head_dim, config.attn_softcap):
         plans: dict = plan_varlen(config, spans, device)

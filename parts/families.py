@@ -218,6 +218,29 @@ def without_scan(raw: dict) -> dict:
     return {k: v for k, v in raw.items() if k not in none or v != none[k]}
 
 
+def llama4(c: dict) -> dict:
+    """Read attention in chunks, and where its experts are; the dense MLP has a size of its own."""
+    layers = range(c["num_hidden_layers"])
+    turns = tuple(smollm3_turns(i, c) for i in layers)
+    size = c["attention_chunk_size"]
+    types = c["layer_types"] or []
+    if any((kind == "chunked_attention") != turn for kind, turn in zip(types, turns)):
+        raise ValueError("config.json: layer_types: chunked attention in other layers than those "
+                         "that rotate (no_rope_layers) is not supported")
+    step = c["interleave_moe_layer_step"]
+    given = c["moe_layers"]
+    sparse = tuple(i in given if given is not None else (i + 1) % step == 0 for i in layers)
+    scale = (float(c["floor_scale"]), float(c["attn_scale"]))
+    return dict(
+        windows=tuple(-size if turn else None for turn in turns),
+        chunked=dict(size=size, eps=c["rms_norm_eps"] if c["use_qk_norm"] else None,
+                     temperature=scale if c["attn_temperature_tuning"] else None),
+        moe=moe(c)["moe"] | dict(
+            sparse=sparse, shared_size=c["intermediate_size"], router_aux_loss_coef=None,
+            scales_input=True),
+        intermediate_size=c["intermediate_size_mlp"])
+
+
 def granite_hybrid(c: dict) -> dict:
     """Read which layers have attention; their MLP is called a shared one, beside experts or not."""
     kinds = dict(mamba=True, linear_attention=True, attention=False, full_attention=False)
@@ -372,6 +395,15 @@ FAMILIES = {
         MAMBA_KEYS | FALCON_H1_SCALES | dict(
             mamba_d_ssm=None, mamba_rms_norm=False, mamba_norm_before_gate=True),
         more=falcon_h1, rename=without_scan),
+    "llama4_text": Family(
+        dict(other_names=True),
+        BIAS | MOE_KEYS | dict(
+            intermediate_size_mlp=REQUIRED, head_dim=128, num_key_value_heads=8, num_experts_per_tok=1,
+            num_local_experts=16, moe_layers=None, interleave_moe_layer_step=1, use_qk_norm=True,
+            no_rope_layers=None, no_rope_layer_interval=4, attention_chunk_size=8192,
+            layer_types=None, attn_temperature_tuning=True, floor_scale=8192, attn_scale=0.1,
+            rope_theta=5e5),
+        turns=smollm3_turns, more=llama4, interleaved=True),
     "gpt2": Family(
         dict(norm="layer", learned_positions=True, qkv_bias=True, o_bias=True, mlp_bias=True,
              fused_qkv="blocks", gated_mlp=False, other_names=True),

@@ -35,6 +35,12 @@ MODULES = {
         "model.layers.*.self_attn.q_norm": "model.layers.*.self_attn.query_layernorm",
         "model.layers.*.self_attn.k_norm": "model.layers.*.self_attn.key_layernorm"},
     "gpt_oss": {"model.layers.*.mlp.gate": "model.layers.*.mlp.router"},
+    "llama4_text": {
+        "model.layers.*.mlp.gate": "model.layers.*.feed_forward.router"} | {
+        f"model.layers.*.mlp.{n}": f"model.layers.*.feed_forward.{n}" for n in (
+            "gate_proj", "up_proj", "down_proj", "shared_expert.gate_proj",
+            "shared_expert.up_proj", "shared_expert.down_proj", "experts.gate_up_proj",
+            "experts.down_proj")},
     "granitemoehybrid": {
         "model.layers.*.mlp.gate_up_proj": "model.layers.*.shared_mlp.input_linear",
         "model.layers.*.mlp.down_proj": "model.layers.*.shared_mlp.output_linear"},
@@ -47,7 +53,8 @@ MODULES = {
 OLDER = {"embed_out": "lm_head"}
 TRANSPOSED = {  # matrices that the files keep as (in, out)
     "gpt2": re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$"),
-    "gpt_oss": re.compile(r"\.experts\.(gate_up|down)_proj$")}
+    "gpt_oss": re.compile(r"\.experts\.(gate_up|down)_proj$"),
+    "llama4_text": re.compile(r"\.experts\.(gate_up|down)_proj$")}
 CONSTANTS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$")  # causal masks in old files
 # text models cut out of LLaVA's kind have "language_model.model.layers"
 PREFIXES = {"model.language_model.": "model.", "language_model.": ""}

@@ -49,6 +49,8 @@ YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_
 DELTA = dict(layer_types=["linear_attention", "linear_attention", FULL], full_attention_interval=3, head_dim=16, linear_num_key_heads=2,
              linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=24)
 
+EXPERTS_4 = FOUR | dict(head_dim=12, intermediate_size=24, intermediate_size_mlp=40, num_local_experts=5,
+                        num_experts_per_tok=1, attention_chunk_size=5, floor_scale=4, attn_scale=0.3)
 MAMBA = dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=16, mamba_n_groups=2)
 GRANITE_H = SIZES | MAMBA | dict(
     shared_intermediate_size=24, layer_types=["linear_attention", FULL, "linear_attention"], embedding_multiplier=3.0,
@@ -107,6 +109,11 @@ CASES = {
         mlp_multipliers=[0.9, 0.6])),
     "falcon_h1 norm": ("falcon_h1", SIZES | MAMBA | dict(mamba_d_ssm=64, mamba_rms_norm=True, mamba_norm_before_gate=False)),
     "falcon_h1 norm first": ("falcon_h1", SIZES | MAMBA | dict(mamba_d_ssm=64, mamba_rms_norm=True, mamba_norm_before_gate=True, mamba_n_groups=1)),
+    "llama4": ("llama4_text", EXPERTS_4 | dict(interleave_moe_layer_step=2)),
+    "llama4 without norm": ("llama4_text", EXPERTS_4 | dict(
+        use_qk_norm=False, num_experts_per_tok=2, no_rope_layers=[1, 0, 0, 1], rope_parameters=dict(
+            rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+            original_max_position_embeddings=32))),
     "gpt2": ("gpt2", dict(vocab_size=61, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1,
                           eos_token_id=2)),
     "pythia": ("gpt_neox", {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}),

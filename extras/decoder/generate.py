@@ -11,12 +11,14 @@ Sizes: S sequences, V vocabulary, T new tokens, K kv heads, D head dim.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from extras.decoder.chunked import plan_chunked, tuned
 from extras.decoder.mixers import attends, plan_mixer, recurs
 from model import Call, CallPlan, Decoder, ModelConfig, choose_attention, span_mask
 from parts.configs import check_length
@@ -198,15 +200,13 @@ class Cache:
         places = torch.cat([torch.arange(row[1] - row[4], row[1]) for row in rows])
         places = places.to(device)  # (T,)
         self.position_ids[places] = position_ids
-        if has_flash(device, dtype, config.head_dim, config.attn_softcap):
-            plans = plan_varlen(config, spans[:, :4], device, spans[:, 4])
-        else:
-            attention = choose_attention(config)
-            plans = {window: CallPlan(self.calls(rows, window), attention)
-                     for window in set(config.windows)}
+        make = partial(self.plan_keys, device=device, dtype=dtype)
+        plans = plan_chunked(make, config, spans) if config.chunked else make(config, spans)
         found: list[dict] = [
             {window: CachedPlan(plans[window], *layer, places)} if layer else {}
             for window, layer in zip(config.windows, self.layers)]
+        if config.chunked:
+            found = [tuned(config, plan, position_ids) for plan in found]
         if any(recurs(config)):
             ends = spans[:, 4].cumsum(0)
             alone = torch.stack([ends - spans[:, 4], ends, 0 * ends, 0 * ends], 1)
@@ -215,6 +215,16 @@ class Cache:
                 if states is not None:
                     plan["mixer"] = (chunks, States(states, rows))
         return found
+
+    def plan_keys(
+        self, config: ModelConfig, spans: Tensor, device: torch.device, dtype: torch.dtype,
+    ) -> dict:
+        """Return {window: plan} over all cached keys and values."""
+        if has_flash(device, dtype, config.head_dim, config.attn_softcap):
+            return plan_varlen(config, spans[:, :4], device, spans[:, 4])
+        attention = choose_attention(config)
+        return {window: CallPlan(self.calls(spans.tolist(), window), attention)
+                for window in set(config.windows)}
 
     def calls(self, rows: list[list[int]], window: int | None) -> list[Call]:
         """Return the attention calls of the new tokens, for a path without varlen attention."""
