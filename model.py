@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from parts import weights
 from parts.activations import keep_all
 from parts.configs import read_fields
-from parts.files import write_json
 from parts.head import KEPT, How, chunked_logps
 from parts.kernels import ACTIVATIONS, add_low_rank, compute_dtype, cut, product, rms_norm, rotation
 from parts.names import file_name, find_places
@@ -84,8 +83,8 @@ class ModelConfig:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     output_gate: bool = False  # q_proj makes a gate too: its sigmoid scales attention's output
-    chunked: dict | None = None  # read by extras/decoder/chunked.py
-    mixer: dict | None = None  # recurrent token mixers, read by extras/decoder/mixers.py
+    mixer: dict | None = None  # recurrent or chunked, read by extras/decoder/mixers.py
+    latent: dict | None = None  # read by extras/decoder/latent.py
     moe: dict | None = None  # read by extras/decoder/moe.py
     vision: dict | None = None  # read by extras/decoder/vision.py
     other_names: bool = False  # its files name or lay out parameters otherwise
@@ -233,24 +232,17 @@ def choose_attention(config: ModelConfig) -> Callable:
 
 def plan_attention(config: ModelConfig, spans: Tensor, position_ids: Tensor,
                    dtype: torch.dtype) -> dict[int | None, Callable]:
-    """Return {window: plan} for one stream, and the plan of recurrent mixers under "mixer"."""
-    if config.chunked is not None:
-        from extras.decoder.chunked import plan_chunked, tuned
+    """Return {window: plan} for one stream, and under "mixer" that of recurrent layers."""
+    if config.mixer is not None:
+        from extras.decoder.mixers import plan_mixer
 
-        make = partial(plan_attention, position_ids=position_ids, dtype=dtype)
-        return tuned(config, plan_chunked(make, config, spans), position_ids)
+        return plan_mixer(plan_attention, config, spans, position_ids, dtype)
     device = position_ids.device
     if has_flash(device, dtype, config.head_dim, config.attn_softcap):
-        plans: dict = plan_varlen(config, spans, device)
-    else:
-        attention = choose_attention(config)
-        plans = {window: CallPlan(plan_calls(spans, position_ids, window), attention)
-                 for window in set(config.windows)}
-    if config.mixer is None:
-        return plans
-    from extras.decoder.mixers import plan_mixer
-
-    return plans | plan_mixer(config, spans, device)
+        return dict(plan_varlen(config, spans, device))
+    attention = choose_attention(config)
+    return {window: CallPlan(plan_calls(spans, position_ids, window), attention)
+            for window in set(config.windows)}
 
 
 # Modules
@@ -369,10 +361,17 @@ class MLP(nn.Module):
 def make_mlp(config: ModelConfig, layer: int) -> nn.Module:
     if config.moe is None or not config.moe["sparse"][layer]:
         return MLP(config, config.intermediate_size)
-    from extras.decoder.moe import SparseMLP
+    from extras.decoder.moe import make_sparse
 
-    shared = MLP(config, config.moe["shared_size"]) if config.moe["shared_size"] else None
-    return SparseMLP(config.hidden_size, config.moe, ACTIVATIONS[config.hidden_act], shared)
+    return make_sparse(config, MLP)
+
+
+def make_attention(config: ModelConfig, layer: int) -> nn.Module:
+    if config.latent is None:
+        return Attention(config, layer)
+    from extras.decoder.latent import LatentAttention
+
+    return LatentAttention(config, Norm)
 
 
 class Block(nn.Module):
@@ -382,7 +381,7 @@ class Block(nn.Module):
         super().__init__()
         self.config = config
         self.mixers: tuple[str, ...] = ("self_attn",)  # their results add up
-        self.self_attn = Attention(config, layer)
+        self.self_attn = make_attention(config, layer)
         self.mlp = make_mlp(config, layer)
         for name in filter(None, config.block_norms):
             self.add_module(name, Norm(config.hidden_size, config))
@@ -508,7 +507,7 @@ class Decoder(nn.Module):
         terms = self.head_terms(hidden[batch.score_index])
         keep = KEPT if self.model.run_block is keep_all else 0
         out = token_logps(terms, batch.targets, self.config.final_softcap, keep, statistics)
-        if self.config.moe is None:
+        if not routed:
             return out
         from extras.decoder.moe import load_balancing_loss
 
@@ -644,10 +643,7 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device
     model.read = weights.Reader(opened, layout, parameters, dtype)
     model.load_state_dict(model.read(parameters, device), strict=False, assign=True)
     model.tie()
-    model.layout = layout
-    model.carried = weights.carry(opened, config)
-    model.raw_config = opened.raw_config
-    model.generation_config = opened.generation_config
+    weights.remember(model, opened, layout)
     return model.requires_grad_(True)
 
 
@@ -668,9 +664,6 @@ def save_model(model: Decoder, directory: str | Path, dtype: torch.dtype | None 
     layout = model.layout or find_places(names, model.config)
     dtype = dtype or next(iter(parameters.values())).dtype
     weights.save_shards(
-        parameters, layout, directory, dtype, SHARD_BYTES, whole, model.carried.tensors)
+        parameters, layout, directory, dtype, SHARD_BYTES, whole, weights.unlearned(model))
     key = "torch_dtype" if "torch_dtype" in model.raw_config else "dtype"
-    raw = model.raw_config | {key: str(dtype).removeprefix("torch.")}
-    write_json(directory / "config.json", raw)
-    if model.generation_config is not None:
-        write_json(directory / "generation_config.json", model.generation_config)
+    weights.write_configs(model, directory, {key: str(dtype).removeprefix("torch.")})

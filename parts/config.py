@@ -220,7 +220,7 @@ class DPOConfig:
         "the dequantized weights, in bfloat16")
     lora_target_modules: list[str] | None = flag(
         None, "names such as q_proj v_proj lm_head embed_tokens, or all-linear, or one pattern of "
-        "whole names, as PEFT's; unset is q_proj v_proj (or their fused form)")
+        "whole names, as PEFT's; unset is q_proj v_proj, or what a family has in their place")
     lora_target_parameters: list[str] | None = flag(
         None, "stacks of experts and routers: mlp.experts.gate_up_proj mlp.experts.down_proj "
         "gate.weight")

@@ -5,6 +5,7 @@ where its files name parameters otherwise, `other_names=True` and an entry of pa
 well.
 """
 
+import math
 import re
 from typing import Callable, NamedTuple
 
@@ -71,6 +72,16 @@ DELTA_KEYS = BIAS | dict(
     linear_num_key_heads=16, linear_num_value_heads=32, layer_types=None,
     full_attention_interval=4, head_dim=256, partial_rotary_factor=0.25)
 SHARED_KEYS = dict(moe_intermediate_size=REQUIRED, shared_expert_intermediate_size=REQUIRED)
+# DeepSeek's mixtures of experts, and GLM's
+GROUP_KEYS = BIAS | dict(
+    n_routed_experts=REQUIRED, num_experts_per_tok=REQUIRED, moe_intermediate_size=REQUIRED,
+    n_shared_experts=1, first_k_dense_replace=0, n_group=1, topk_group=1, norm_topk_prob=True,
+    routed_scaling_factor=1.0, num_nextn_predict_layers=1, output_router_logits=False)
+LATENT_KEYS = GROUP_KEYS | dict(
+    q_lora_rank=None, kv_lora_rank=REQUIRED, qk_nope_head_dim=REQUIRED, qk_rope_head_dim=REQUIRED,
+    v_head_dim=REQUIRED)
+DEEPSEEK_KEYS = LATENT_KEYS | dict(
+    n_group=8, topk_group=4, routed_scaling_factor=2.5, first_k_dense_replace=3)
 
 # Mamba-2: Granite 4 H, Falcon-H1
 MAMBA_KEYS = dict(
@@ -177,6 +188,75 @@ def delta(c: dict, fused: bool = False) -> dict:
         value_size=c["linear_value_head_dim"], width=c["linear_conv_kernel_dim"]))
 
 
+def grouped(c: dict, scores: str = "sigmoid") -> dict:
+    """Read what the routers of DeepSeek and GLM need: experts in groups, of which some may be
+    chosen; with sigmoid scores a correction bias, which the choice alone sees."""
+    experts, per_token = c["n_routed_experts"], c["num_experts_per_tok"]
+    groups, kept = c["n_group"] or 1, c["topk_group"] or 1
+    least = 2 if scores == "sigmoid" else 1  # a group counts by its best experts
+    if experts % groups or experts // groups < least or kept > groups:
+        raise ValueError(f"config.json: n_routed_experts = {experts} in n_group = {groups}, of "
+                         f"which topk_group = {kept}: no such division")
+    if per_token > kept * (experts // groups):
+        raise ValueError(f"config.json: num_experts_per_tok = {per_token} of "
+                         f"{kept * (experts // groups)} experts in topk_group = {kept} groups")
+    layers = range(c["num_hidden_layers"])
+    sparse = [i >= c["first_k_dense_replace"] for i in layers]
+    if c.get("mlp_layer_types"):
+        sparse = [kind == "sparse" for kind in c["mlp_layer_types"]]
+    if len(sparse) != len(layers):
+        raise ValueError(
+            f"config.json: mlp_layer_types names {len(sparse)} layers of {len(layers)}")
+    size = c["moe_intermediate_size"]
+    return dict(moe=dict(
+        experts=experts, per_token=per_token, size=size, sparse=tuple(sparse), scores=scores,
+        shared_size=size * (c["n_shared_experts"] or 0), normalize=bool(c["norm_topk_prob"]),
+        groups=groups, groups_kept=kept, scale=c["routed_scaling_factor"],
+        router_aux_loss_coef=None, more_layers=c["num_nextn_predict_layers"] or 0))
+
+
+def latent(c: dict, scores: str = "sigmoid") -> dict:
+    """Read what extras/decoder/latent.py needs, and the experts.
+
+    `head_dim` is the larger of that of queries and keys and that of values. YaRN's `mscale_all_dim`
+    scales the scores (the factor on cos and sin is a ratio of two such numbers, most often 1).
+    """
+    heads = c["num_attention_heads"]
+    if (c["num_key_value_heads"] or heads) != heads:
+        raise ValueError(
+            f"config.json: num_key_value_heads = {c['num_key_value_heads']}, but latent attention "
+            f"has keys and values for each of its {heads} heads")
+    nope, rope, value = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
+    scale = (nope + rope) ** -0.5
+    given = c["rope_scaling"] or c["rope_parameters"] or {}
+    if given.get("mscale_all_dim") and given["factor"] > 1:
+        scale *= (0.1 * given["mscale_all_dim"] * math.log(given["factor"]) + 1) ** 2
+    sizes = dict(
+        query=c["q_lora_rank"], latent=c["kv_lora_rank"], nope=nope, rope=rope, value=value)
+    return grouped(c, scores) | dict(
+        latent=sizes, head_dim=max(nope + rope, value), attention_scale=scale)
+
+
+# what files of DeepSeek's layout say of training, or twice
+UNREAD = ("aux_loss_alpha", "seq_aux", "num_mtp_layers", "qk_head_dim", "head_dim")
+
+
+def latent_keys(raw: dict) -> dict:
+    """Leave out what DeepSeek's layout says anyway. The rotation has dims of its own."""
+    if raw["model_type"] == "deepseek_v2":
+        said = dict(scoring_func="softmax", norm_topk_prob=False)
+        method = raw.get("topk_method") or "greedy"
+        if method not in ("greedy", "group_limited_greedy"):
+            raise ValueError(f"config.json: topk_method = {method!r} is not supported")
+        raw = {k: v for k, v in raw.items() if k != "topk_method"}
+        if method == "greedy":
+            raw |= dict(n_group=1, topk_group=1)
+    else:
+        said = dict(scoring_func="sigmoid", topk_method="noaux_tc")
+    raw = without(raw, said | dict(rope_interleave=True, moe_layer_freq=1, ep_size=1), UNREAD)
+    return raw | dict(head_dim=raw.get("qk_rope_head_dim"))
+
+
 def without_axes(raw: dict) -> dict:
     """Drop how Qwen3.5 shares its rotation among time, height and width: in text they are equal."""
     raw = without(raw, dict(attn_output_gate=True, output_gate_type="swish"))
@@ -233,11 +313,12 @@ def llama4(c: dict) -> dict:
     scale = (float(c["floor_scale"]), float(c["attn_scale"]))
     return dict(
         windows=tuple(-size if turn else None for turn in turns),
-        chunked=dict(size=size, eps=c["rms_norm_eps"] if c["use_qk_norm"] else None,
-                     temperature=scale if c["attn_temperature_tuning"] else None),
+        mixer=dict(kind="chunked", size=size, recurs=(False,) * len(turns), attends=(True,) * len(turns),
+                   eps=c["rms_norm_eps"] if c["use_qk_norm"] else None,
+                   temperature=scale if c["attn_temperature_tuning"] else None),
         moe=moe(c)["moe"] | dict(
             sparse=sparse, shared_size=c["intermediate_size"], router_aux_loss_coef=None,
-            scales_input=True),
+            scales_input=True, shared_gate=False),
         intermediate_size=c["intermediate_size_mlp"])
 
 
@@ -250,7 +331,11 @@ def granite_hybrid(c: dict) -> dict:
         raise ValueError(f"config.json: layer_types names {', '.join(odd)}; known are "
                          f"{', '.join(kinds)}")
     recurs = tuple(kinds[t] for t in types)
-    return granite(c) | mamba(c, recurs, tuple(not r for r in recurs)) | dict(
+    experts = {}
+    if c["num_local_experts"]:
+        experts = dict(moe=moe(c)["moe"] | dict(
+            shared_size=c["shared_intermediate_size"], shared_gate=False))
+    return granite(c) | mamba(c, recurs, tuple(not r for r in recurs)) | experts | dict(
         intermediate_size=c["shared_intermediate_size"])
 
 
@@ -384,9 +469,8 @@ FAMILIES = {
     "granite": Family({}, BIAS | SCALES | dict(mlp_bias=False), more=granite),
     "granitemoehybrid": Family(
         dict(fused_gate_up=True, other_names=True),
-        BIAS | SCALES | MAMBA_KEYS | dict(
-            shared_intermediate_size=REQUIRED, num_local_experts=None, num_experts_per_tok=None,
-            output_router_logits=False, router_aux_loss_coef=0.001, layer_types=None,
+        BIAS | SCALES | MAMBA_KEYS | MOE_KEYS | dict(
+            shared_intermediate_size=REQUIRED, num_experts_per_tok=None, layer_types=None,
             position_embedding_type=None),
         turns=lambda i, c: c["position_embedding_type"] == "rope", more=granite_hybrid,
         rename=without_scan),
@@ -437,6 +521,26 @@ FAMILIES = {
                 rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
                 original_max_position_embeddings=4096)),
         slides=lambda i, c: i % 2 == 0, more=gpt_oss, rename=gpt_oss_keys),
+    "deepseek_v2": Family(
+        dict(other_names=True),
+        LATENT_KEYS | dict(
+            n_shared_experts=2, num_nextn_predict_layers=0, norm_topk_prob=False, mlp_bias=False),
+        more=lambda c: latent(c, "softmax"), rename=latent_keys, interleaved=True),
+    "deepseek_v3": Family(
+        dict(other_names=True), DEEPSEEK_KEYS, more=latent, rename=latent_keys, interleaved=True),
+    "kimi_k2": Family(
+        dict(other_names=True), DEEPSEEK_KEYS, more=latent, rename=latent_keys, interleaved=True),
+    "glm4_moe": Family(
+        dict(o_bias=False, other_names=True),
+        GROUP_KEYS | dict(
+            first_k_dense_replace=1, partial_rotary_factor=0.5, use_qk_norm=False),
+        more=lambda c: grouped(c) | dict(qk_norm="head" if c["use_qk_norm"] else None),
+        rename=lambda raw: without(raw, dict(scoring_func="sigmoid", topk_method="noaux_tc"))),
+    "glm4_moe_lite": Family(
+        dict(other_names=True),
+        LATENT_KEYS | dict(
+            first_k_dense_replace=1, mlp_layer_types=None, routed_scaling_factor=1.8),
+        more=latent, rename=latent_keys, interleaved=True),
     "qwen3_next": Family(
         DELTA | dict(other_names=True),
         QWEN_MOE_KEYS | DELTA_KEYS | SHARED_KEYS | dict(norm_topk_prob=True),
@@ -455,9 +559,6 @@ def find_family(raw: dict) -> Family:
     if raw.get("is_encoder_decoder"):
         raise ValueError(
             f"model_type {name!r} is an encoder-decoder model; only decoders are supported")
-    if raw.get("kv_lora_rank"):
-        raise ValueError(f"model_type {name!r} has multi-head latent attention (kv_lora_rank), "
-                         "which is not supported")
     if "audio_config" in raw:
         raise ValueError(f"model_type {name!r} reads sound; text-only decoders are supported "
                          f"({known})")
@@ -466,7 +567,7 @@ def find_family(raw: dict) -> Family:
         why = " and needs remote code (auto_map), which is never run" if remote else ""
         raise ValueError(f"model_type {name!r} is not supported{why}; supported are {known}")
     # files of a supported family often still name the code it had before transformers took it in
-    own = name.removesuffix("_text").replace("_", "")
+    own = {"kimi_k2": "deepseek_v3"}.get(name, name).removesuffix("_text").replace("_", "")
     if remote and not remote.replace("_", "").lower().startswith(own):
         raise ValueError(f"auto_map names code of its own ({remote}) for model_type {name!r}; "
                          "remote code is never run")
@@ -474,6 +575,6 @@ def find_family(raw: dict) -> Family:
     if quantized:
         raise ValueError(
             f"the checkpoint is quantized ({quantized.get('quant_method', 'method unknown')}); "
-            "use the original one in bf16, fp16 or float32 (those in bitsandbytes' 4 bits, and "
-            "gpt-oss in MXFP4, are opened by load_model of extras/models/opening.py)")
+            "use the original one in bf16, fp16 or float32 (those in bitsandbytes' 4 bits, FP8 in "
+            "blocks, and gpt-oss in MXFP4, are opened by load_model of extras/models/opening.py)")
     return FAMILIES[name]

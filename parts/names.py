@@ -39,22 +39,35 @@ MODULES = {
         "model.layers.*.mlp.gate": "model.layers.*.feed_forward.router"} | {
         f"model.layers.*.mlp.{n}": f"model.layers.*.feed_forward.{n}" for n in (
             "gate_proj", "up_proj", "down_proj", "shared_expert.gate_proj",
-            "shared_expert.up_proj", "shared_expert.down_proj", "experts.gate_up_proj",
-            "experts.down_proj")},
+            "shared_expert.up_proj", "shared_expert.down_proj", "experts")},
     "granitemoehybrid": {
         "model.layers.*.mlp.gate_up_proj": "model.layers.*.shared_mlp.input_linear",
         "model.layers.*.mlp.down_proj": "model.layers.*.shared_mlp.output_linear"},
+    "granitemoehybrid with experts": {
+        "model.layers.*.mlp.gate": "model.layers.*.block_sparse_moe.router",
+        "model.layers.*.mlp.gate.weight": "model.layers.*.block_sparse_moe.router.layer.weight",
+        "model.layers.*.mlp.experts": "model.layers.*.block_sparse_moe.experts",
+        "model.layers.*.mlp.experts.gate_up_proj":
+            "model.layers.*.block_sparse_moe.input_linear.weight",
+        "model.layers.*.mlp.experts.down_proj":
+            "model.layers.*.block_sparse_moe.output_linear.weight",
+        "model.layers.*.mlp.shared_expert.gate_up_proj":
+            "model.layers.*.shared_mlp.input_linear",
+        "model.layers.*.mlp.shared_expert.down_proj":
+            "model.layers.*.shared_mlp.output_linear"},
     "falcon_h1": {
         "model.norm": "model.final_layernorm",
         "model.layers.*.mlp.gate_proj": "model.layers.*.feed_forward.gate_proj",
         "model.layers.*.mlp.up_proj": "model.layers.*.feed_forward.up_proj",
         "model.layers.*.mlp.down_proj": "model.layers.*.feed_forward.down_proj"}}
+MODULES["llama4"] = MODULES["llama4_text"]  # in its wrapper
 # how files of GPT-NeoX still name what transformers 5 calls lm_head
 OLDER = {"embed_out": "lm_head"}
 TRANSPOSED = {  # matrices that the files keep as (in, out)
     "gpt2": re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$"),
     "gpt_oss": re.compile(r"\.experts\.(gate_up|down)_proj$"),
-    "llama4_text": re.compile(r"\.experts\.(gate_up|down)_proj$")}
+    "llama4_text": re.compile(r"\.experts\.(gate_up|down)_proj$"),
+    "llama4": re.compile(r"\.experts\.(gate_up|down)_proj$")}
 CONSTANTS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$")  # causal masks in old files
 # text models cut out of LLaVA's kind have "language_model.model.layers"
 PREFIXES = {"model.language_model.": "model.", "language_model.": ""}
@@ -63,6 +76,8 @@ EXPERT = re.compile(
 GATES = ("w1", "gate_proj")
 UPS = ("w3", "up_proj")
 DOWNS = ("w2", "down_proj")
+BIAS = "e_score_correction_bias"  # of a router: carried_names
+NUMBER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 QUANTIZED = (".SCB", ".qweight", ".weight_scale", ".weight_scale_inv", ".absmax")
 
 # Of models that read images: ours -> transformers', by the first prefix that fits ...
@@ -76,11 +91,12 @@ VISION = {
                  "model.vision.tower.": "model.visual.", "model.": "model.language_model."}}
 VISION |= {"smolvlm": VISION["idefics3"], "qwen2_5_vl": VISION["qwen2_vl"]}
 VISION |= dict.fromkeys(WRAPPED, {"model.": "model.language_model."})  # their towers are carried
+VISION["llama4"] = {"model.": "language_model.model.", "lm_head": "language_model.lm_head"}
 # ... and back, from the prefixes of transformers 4 and 5.
 VISION_OURS = (
     (r"^(model\.)?vision_tower\.(vision_model\.)?", "model.vision.tower."),
     (r"^(model\.)?multi_modal_projector\.", "model.vision.projector."),
-    (r"^model\.vision_model\.", "model.vision.tower."),
+    (r"^(model\.)?vision_model\.", "model.vision.tower."),
     (r"^model\.connector\.", "model.vision.projector."),
     (r"^(model\.)?visual\.merger\.", "model.vision.projector."),
     (r"^(model\.)?visual\.", "model.vision.tower."),
@@ -104,12 +120,19 @@ def file_name(name: str, config: Any) -> str:
     """Return Hugging Face's name of a module or parameter of ours."""
     if not config.other_names:
         return name
+    name = rename(name, modules(config.model_type, config.moe))
     if config.model_type not in VISION:
-        return rename(name, MODULES.get(config.model_type, {}))
+        return name
     for ours, theirs in VISION[config.model_type].items():
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)
     return name
+
+
+def modules(family: str, moe: dict | None) -> dict[str, str]:
+    """Return {our name: Hugging Face's} of a family's modules."""
+    known = MODULES.get(family, {})
+    return MODULES.get(f"{family} with experts", known) if moe else known
 
 
 def find_places(names: Iterable[str], config: Any) -> dict[str, Place]:
@@ -134,9 +157,15 @@ def find_places(names: Iterable[str], config: Any) -> dict[str, Place]:
 
 
 def carried_names(names: Iterable[str], config: Any) -> set[str]:
-    """Return what is saved as it was read: all of a wrapper that is not its decoder, and Qwen's
-    layers that predict several tokens at once (mtp)."""
-    found = set()
+    """Return what is saved as it was read: all of a wrapper that is not its decoder, layers that
+    predict several tokens at once (Qwen's "mtp"; DeepSeek's and GLM's come after the last layer),
+    and the correction biases of routers, which do not learn."""
+    found = {n for n in names if n.endswith(f".{BIAS}")}
+    more = config.moe.get("more_layers", 0) if config.moe else 0
+    if more:
+        first = config.num_hidden_layers
+        numbers = {n: NUMBER.search(n) for n in names}
+        found |= {n for n, m in numbers.items() if m and first <= int(m[1]) < first + more}
     if config.model_type.startswith(("qwen3_next", "qwen3_5")):
         found |= {n for n in names if n.startswith("mtp.")}
     if config.model_type in WRAPPED:
@@ -163,7 +192,7 @@ def rename(name: str, names: dict[str, str]) -> str:
 
 def other_places(names: Iterable[str], family: str, moe: dict | None) -> dict[str, Place]:
     """Return {tensor name in the files: Place}; constants are left out."""
-    back = {theirs: ours for ours, theirs in MODULES.get(family, {}).items()} | OLDER
+    back = {theirs: ours for ours, theirs in modules(family, moe).items()} | OLDER
     places = {}
     for name in names:
         if CONSTANTS.search(name):
@@ -176,8 +205,8 @@ def other_places(names: Iterable[str], family: str, moe: dict | None) -> dict[st
             places[name] = expert_place(*expert.groups(), moe["size"])
         else:
             transposed = family in TRANSPOSED and bool(TRANSPOSED[family].search(plain))
-            plain = plain.replace(".block_sparse_moe.", ".mlp.")
-            places[name] = Place(rename(plain, back), transposed=transposed)
+            ours = rename(plain, back).replace(".block_sparse_moe.", ".mlp.")
+            places[name] = Place(ours, transposed=transposed)
     return places
 
 

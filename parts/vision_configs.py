@@ -47,7 +47,7 @@ WRAPPED = {
     "mistral3": dict(model_type="mistral"),
     "qwen3_vl": dict(model_type="qwen3_vl_text", rope_theta=5e5),
     "qwen3_5": dict(model_type="qwen3_5_text"), "qwen3_5_moe": dict(model_type="qwen3_5_moe_text"),
-    "internvl": dict(model_type="qwen2")}
+    "internvl": dict(model_type="qwen2"), "llama4": dict(model_type="llama4_text")}
 DECODERS = {"qwen3_vl_text": "qwen3"}  # other names of families
 # Keys of a tower used alone, or left over from training: they change nothing in a forward pass.
 UNREAD = re.compile(

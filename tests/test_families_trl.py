@@ -24,9 +24,12 @@ transformers = pytest.importorskip("transformers", reason="needs transformers")
 
 FAMILIES = """llama mistral qwen2 qwen3 gemma gemma2 gemma3 phi3 olmo2 olmo3 exaone4 seed_oss arcee ministral3
     glm4 cohere2 hunyuan ernie4_5 smollm3 granite gpt2 pythia
-    granite_h falcon_h1
-    mixtral qwen2_moe qwen3_moe olmoe qwen3_next qwen3_5 qwen3_5_moe gpt_oss""".split()
-WINDOWED = ("mistral", "qwen2", "gemma2", "gemma3", "phi3", "olmo3", "exaone4", "cohere2", "mixtral", "gpt_oss")
+    granite_h falcon_h1 llama4
+    mixtral qwen2_moe qwen3_moe olmoe qwen3_next qwen3_5 qwen3_5_moe gpt_oss
+    deepseek_v2 deepseek_v3 glm4_moe glm4_moe_lite""".split()
+WINDOWED = ("mistral", "qwen2", "gemma2", "gemma3", "phi3", "olmo3", "exaone4", "cohere2", "mixtral", "gpt_oss",
+            "llama4")
+NO_BALANCE = ("granite_h", "llama4")  # TRL's own sum over experts asks these configurations for a num_experts they lack
 ROWS = make_rows(8, seed=1)
 COMMON = {"per_device_train_batch_size": 4, "max_steps": 2, "learning_rate": 1e-3}
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["all-linear"], "learning_rate": 1e-2}
@@ -65,7 +68,8 @@ def trl_runs(families):
         if not (families / "trl-done").exists():
             run = {"data": [families / "pairs.jsonl"], "threads": 1}
             trl_peer.run_many(families, {f"{name}/trl": run | {
-                "model": families / name / "model", "args": trl_peer.FLOAT32 | flags_of(name)} for name in FAMILIES})
+                "model": families / name / "model", "args": trl_peer.FLOAT32 | flags_of(name) | (
+                    {"router_aux_loss_coef": 0.0} if name in NO_BALANCE else {})} for name in FAMILIES})
             (families / "trl-done").touch()
     return families
 
@@ -79,12 +83,13 @@ def train(directory, name: str, out, flags: dict) -> list[dict]:
 
 
 def test_every_family_is_here_and_every_window_is_crossed(families):
-    assert {CASES[name][0] for name in FAMILIES} == known_families.FAMILIES.keys()
+    assert {CASES[name][0] for name in FAMILIES} == known_families.FAMILIES.keys() - {"kimi_k2"}  # is deepseek_v3
     lengths = [len(f"{row['prompt']} {row[side]}".split()) for row in ROWS for side in ("chosen", "rejected")]
     assert len(set(lengths)) > 5
     windows = {name: load_adapted(families / name / "model", torch.float32)[0].config.windows for name in FAMILIES}
     assert {name for name in FAMILIES if any(windows[name])} == set(WINDOWED)
-    longer = {name: sum(n > max(filter(None, windows[name])) for n in lengths) for name in WINDOWED}
+    longest = {name: max(abs(window or 0) for window in windows[name]) for name in WINDOWED}  # chunks are below 0
+    longer = {name: sum(n > longest[name] for n in lengths) for name in WINDOWED}
     assert min(longer.values()) >= len(lengths) / 2, longer
 
 

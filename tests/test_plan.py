@@ -99,7 +99,7 @@ SHAPES = {"square": {}, "deep": dict(num_hidden_layers=12), "wide": dict(hidden_
           "gated delta": dict(model_type="qwen3_5_text", num_hidden_layers=8, linear_num_key_heads=2,
                               linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16),
           "mamba": dict(model_type="granitemoehybrid", num_hidden_layers=8, shared_intermediate_size=352, mamba_n_heads=4,
-                        mamba_d_head=32, mamba_d_state=32, layer_types=(["mamba"] * 3 + ["attention"]) * 2),
+                        mamba_d_head=32, mamba_d_state=32, layer_types=(["attention"] + ["mamba"] * 3) * 2),
           "mamba beside attention": dict(model_type="falcon_h1", num_hidden_layers=6, mamba_d_ssm=256, mamba_n_heads=4,
                                          mamba_d_head=64, mamba_d_state=32)}
 MODES = {"float32": {}, "bf16": dict(bf16=True), "accumulated": dict(forwards=2), "checkpointing": dict(checkpointing=True),

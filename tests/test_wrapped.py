@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_families import (
     DELTA,
     EXPERTS,
+    EXPERTS_4,
     FULL,
     NARROW,
     PAIRS,
@@ -40,6 +41,8 @@ PIXTRAL = SIGLIP | dict(model_type="pixtral", head_dim=8)
 QWEN = dict(depth=1, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=4, out_hidden_size=32,
             num_position_embeddings=16, deepstack_visual_indexes=[0])
 INTERN = SIGLIP | dict(image_size=[8, 8], patch_size=[4, 4])
+LLAMA4 = dict(hidden_size=16, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14,
+              vision_output_dim=16, projector_input_dim=16, projector_output_dim=16)
 MROPE = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 2, 2], mrope_interleaved=True)
 MROPE35 = MROPE | dict(mrope_section=[2, 1, 1], partial_rotary_factor=0.5)
 QWEN35 = {k: v for k, v in QWEN.items() if k != "deepstack_visual_indexes"}
@@ -60,6 +63,7 @@ CASES = {
         rope_parameters=MROPE35))),
     "qwen3_5_moe": ("qwen3_5_moe", dict(vision_config=QWEN35, text_config=EXPERTS | DELTA | dict(
         moe_intermediate_size=16, shared_expert_intermediate_size=24, rope_parameters=MROPE35))),
+    "llama4": ("llama4", dict(vision_config=LLAMA4, text_config=EXPERTS_4)),
     "internvl": ("internvl", dict(vision_config=INTERN, text_config=SIZES | dict(model_type="qwen3", head_dim=12))),
 }
 

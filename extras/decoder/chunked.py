@@ -64,14 +64,14 @@ def temperature(position_ids: Tensor, floor: float, growth: float) -> Tensor:  #
 
 def plan_chunked(make: Callable, config: Any, spans: Tensor) -> dict:
     """Return {window: plan}; `make(config, spans)` makes those of spans, cut or not."""
-    whole = replace(config, windows=(None,), chunked=None)
-    size = config.chunked["size"]
+    whole = replace(config, windows=(None,), mixer=None)
+    size = config.mixer["size"]
     return {None: make(whole, spans)[None], -size: make(whole, cut_spans(spans, size))[None]}
 
 
 def tuned(config: Any, plans: dict, position_ids: Tensor) -> dict:
     """Return the plans of chunks with norms, and that of all positions with its temperature."""
-    c = config.chunked
+    c = config.mixer
     scale = temperature(position_ids, *c["temperature"]) if c["temperature"] else None
     return {window: TunedPlan(plan, *((None, scale) if window is None else (c["eps"], None)))
             for window, plan in plans.items()}

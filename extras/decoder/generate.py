@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from extras.decoder.chunked import plan_chunked, tuned
-from extras.decoder.mixers import attends, plan_mixer, recurs
+from extras.decoder.chunks import plan_chunks
+from extras.decoder.mixers import attends, recurs
 from model import Call, CallPlan, Decoder, ModelConfig, choose_attention, span_mask
 from parts.configs import check_length
 from parts.varlen import has_flash, plan_varlen
@@ -200,17 +201,18 @@ class Cache:
         places = torch.cat([torch.arange(row[1] - row[4], row[1]) for row in rows])
         places = places.to(device)  # (T,)
         self.position_ids[places] = position_ids
+        is_chunked = config.mixer is not None and config.mixer["kind"] == "chunked"
         make = partial(self.plan_keys, device=device, dtype=dtype)
-        plans = plan_chunked(make, config, spans) if config.chunked else make(config, spans)
+        plans = plan_chunked(make, config, spans) if is_chunked else make(config, spans)
         found: list[dict] = [
             {window: CachedPlan(plans[window], *layer, places)} if layer else {}
             for window, layer in zip(config.windows, self.layers)]
-        if config.chunked:
+        if is_chunked:
             found = [tuned(config, plan, position_ids) for plan in found]
         if any(recurs(config)):
             ends = spans[:, 4].cumsum(0)
             alone = torch.stack([ends - spans[:, 4], ends, 0 * ends, 0 * ends], 1)
-            chunks = plan_mixer(config, alone, device)["mixer"][0]
+            chunks = plan_chunks(alone, config.mixer["width"], device)
             for plan, states in zip(found, self.states):
                 if states is not None:
                     plan["mixer"] = (chunks, States(states, rows))

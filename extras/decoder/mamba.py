@@ -48,9 +48,9 @@ def saved(c: dict, kind: str, frozen: int) -> int:
 
 
 def passing(c: dict) -> int:
-    """Return the bytes per token that come and go in the backward: about four times a chunk's rows, and
-    four times what in_proj made, in float32."""
-    return 4 * 4 * (CHUNK * c["heads"] + sum(widths(c)))
+    """Return the bytes per token that come and go in the backward: about six times a chunk's rows, and
+    six times what in_proj made, in float32."""
+    return 4 * 6 * (CHUNK * c["heads"] + sum(widths(c)))
 
 
 def operations(c: dict) -> int:

@@ -37,14 +37,13 @@ DEFAULTS: dict[str, Any] = {
 
 
 def add_lora(model: nn.Module, settings: dict) -> list[str]:
-    """Freeze `model` and wrap what PEFT's settings choose, by default q_proj and v_proj.
+    """Freeze `model` and wrap what PEFT's settings choose, by default what makes q and v.
 
     Returns the wrapped modules' names. The random draws follow the model's order. Raises
     ValueError for a target that matches nothing.
     """
     if not (settings.get("target_modules") or settings.get("target_parameters")):
-        usual = ["qkv_proj"] if model.config.fused_qkv else ["q_proj", "v_proj"]
-        settings = settings | {"target_modules": usual}
+        settings = settings | {"target_modules": usual_targets(model.config)}
     settings = named_experts(DEFAULTS | settings, model.config)
     model.requires_grad_(False)
     chosen = choose(model, settings)
@@ -54,6 +53,13 @@ def add_lora(model: nn.Module, settings: dict) -> list[str]:
         with in_memory(model, name, reads):
             replace_module(model, name, make())
     return list(chosen)
+
+
+def usual_targets(config: ModelConfig) -> list[str]:
+    """Return q_proj and v_proj, or what a family has in their place."""
+    if config.latent is not None:
+        return ["q_proj" if config.latent["query"] is None else "q_b_proj", "kv_b_proj"]
+    return ["qkv_proj"] if config.fused_qkv else ["q_proj", "v_proj"]
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -235,6 +241,9 @@ FORMER = {
     "qwen3_moe": SWIGLU | {"gate": "gate.weight"},
     "olmoe": SWIGLU | {"gate": "gate.weight"},
     "qwen3_next": SWIGLU | {"gate": "gate.weight"}}
+FORMER |= dict.fromkeys(
+    ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe", "glm4_moe_lite"),
+    SWIGLU | {"gate": "gate.weight"})
 
 
 def former_names(config: ModelConfig) -> dict[str, str]:

@@ -29,10 +29,9 @@ from torch import Tensor, nn
 
 from extras.decoder.moe import Experts
 from model import Decoder, read_config
-from parts.files import write_json
 from parts.kernels import compute_dtype as usual_dtype
 from parts.names import carried_names, find_places
-from parts.weights import Checkpoint, Reader, carry, check_tensors, read_tensors
+from parts.weights import Checkpoint, Reader, check_tensors, read_tensors, remember, write_configs
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -685,10 +684,7 @@ def load_4bit(
     read = partial(read_block, checkpoint, layout, beside, wide, dtype)
     model.read = Reader4bit(Reader(checkpoint, layout, {}, dtype), read, wide, model.four_bit)
     model.tie()
-    model.layout = layout
-    model.carried = carry(checkpoint, config)
-    model.raw_config = raw
-    model.generation_config = checkpoint.generation_config
+    remember(model, checkpoint._replace(raw_config=raw), layout)
     return model.requires_grad_(True)
 
 
@@ -786,9 +782,7 @@ def save_4bit(
         inside = {n.removeprefix("model.").partition(".")[0] for n in model.carried.tensors}
         config["quantization_config"]["llm_int8_skip_modules"] = [
             "lm_head", *(f"model.{name}" for name in sorted(inside))]
-    write_json(directory / "config.json", model.raw_config | config)
-    if model.generation_config is not None:
-        write_json(directory / "generation_config.json", model.generation_config)
+    write_configs(model, directory, config)
 
 
 def stored_state(module: nn.Module, child: str, index: tuple, name: str) -> Quantized | None:

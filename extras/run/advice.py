@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from extras.decoder.mixers import recurs
+from extras.run.context import why_not
 from extras.run.forecast import Run, count, describe, gib, memory, run_of
 from model import ModelConfig
 
@@ -58,7 +58,7 @@ def options(config: ModelConfig, run: Run, longest: int, may_precompute: bool) -
         yield lambda r: Option("--fsdp", f"{EXACT} but by rounding", r._replace(fsdp=True))
     for size in range(2, run.world + 1):
         heads = (config.num_attention_heads, config.num_key_value_heads, run.world)
-        if not any(count % size for count in heads) and not (config.moe or any(recurs(config))):
+        if not any(count % size for count in heads) and not why_not(config):
             yield lambda r, n=size: Option(
                 f"--context_parallel_size {n}", f"{EXACT} but by rounding",
                 r._replace(tokens=-(-r.tokens // n), scored=-(-r.scored // n)))

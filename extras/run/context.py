@@ -114,14 +114,9 @@ def join(model: Decoder, size: int) -> None:
         return
     c = model.config
     flag = f"--context_parallel_size {size}"
-    if c.vision is not None:
-        raise ValueError(f"{flag}: not for models that read images")
-    if any(recurs(c)):
-        raise ValueError(
-            f"{flag}: not for models with recurrent layers, whose state goes from token to token")
-    if c.moe is not None:
-        raise ValueError(
-            f"{flag}: not for mixtures of experts, whose balancing loss is that of a whole stream")
+    reason = why_not(c)
+    if reason:
+        raise ValueError(f"{flag}: not for {reason}")
     if c.num_attention_heads % size or c.num_key_value_heads % size:
         raise ValueError(
             f"{flag}: each rank attends with its part of the heads, and this model has "
@@ -129,6 +124,17 @@ def join(model: Decoder, size: int) -> None:
             f"{size} divides not both")
     model.model.register_forward_pre_hook(lend_plans, with_kwargs=True)
     model.register_forward_hook(gather_scores)
+
+
+def why_not(c: ModelConfig) -> str:
+    """Return what a model has that needs a stream whole; "" for nothing."""
+    if c.vision is not None:
+        return "models that read images"
+    if any(recurs(c)):
+        return "models with recurrent layers, whose state goes from token to token"
+    if c.moe is not None and c.moe["router_aux_loss_coef"] is not None:
+        return "mixtures of experts, whose balancing loss is that of a whole stream"
+    return ""
 
 
 def lend_plans(stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

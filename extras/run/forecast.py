@@ -35,6 +35,9 @@ FROZEN = {"float32": (4, 4, 0, 4), "bf16": (4, 2, 0, 2), "bfloat16": (2, 2, 0, 2
 CHEAP = {"float32": (8, 0, 0, 4), "bf16": (4, 0, 0, 2), "bfloat16": (4, 0, 0, 2)}
 
 
+USUAL = ("q_proj", "v_proj")  # or what a family has in their place
+
+
 class Run(NamedTuple):
     """What memory depends on, besides the model."""
 
@@ -49,7 +52,7 @@ class Run(NamedTuple):
     offloading: bool = False  # of what blocks save, two blocks' are on the device
     live_ref: bool = False  # a copy of the weights
     rank: int = 0  # of a LoRA; 0 trains all weights
-    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    targets: tuple[str, ...] = USUAL
     four_bit: str | None = None  # "plain" or "nested" absmax
     optimizer: str | None = None  # what parts.schedule.small_kind says
     device: str = "cpu"
@@ -71,7 +74,8 @@ def count(config: models.ModelConfig, run: Run) -> dict[str, int]:
     with torch.device("meta"):
         model = build(config)
         if run.rank:
-            targets = run.targets if isinstance(run.targets, str) else list(run.targets)
+            targets = None if run.targets == USUAL else run.targets
+            targets = targets if isinstance(targets, str) else list(targets or ())
             add_lora(model, {"r": run.rank, "lora_alpha": run.rank, "target_modules": targets})
     held = 0
     seen = set()  # a tied weight is counted once
@@ -136,7 +140,7 @@ def activations(
     kinds = list(zip(attends(c), recurs(c)))[first:]
     kept_in_each = [block_activations(c, run, block, *kind) for kind in kinds]
     kept_in_blocks = sum(kept_in_each)
-    again = run.tokens * KINDS[c.mixer["kind"]].passing(c.mixer) if c.mixer else 0
+    again = run.tokens * KINDS[c.mixer["kind"]].passing(c.mixer) if any(recurs(c)) else 0
     chunk = chunk_rows(c.vocab_size, run.device, models.HEAD_CHUNK)
     saves = run.rank or run.checkpointing or run.offloading
     kept = 0 if saves else min(run.scored, KEPT * chunk)
@@ -205,7 +209,7 @@ def flops(
     passes = (2 if run.rank else 3) + (1 if run.checkpointing is True else 0) + references
     attention = 2 * sum(attends(config)) * config.num_attention_heads * config.head_dim * length
     per_token = 2 * count(config, run)["matrices"] + attention
-    if config.mixer:
+    if any(recurs(config)):
         kind = KINDS[config.mixer["kind"]]
         per_token += sum(recurs(config)) * kind.operations(config.mixer)
     return passes * (per_token * tokens + 2 * config.vocab_size * config.hidden_size * scored)
@@ -247,7 +251,7 @@ def run_of(trainer: Any) -> Run:
     four_bit = None
     if c.load_in_4bit:
         four_bit = "nested" if c.use_bnb_nested_quant else "plain"
-    targets = trainer.lora.get("target_modules") or ("q_proj", "v_proj")
+    targets = trainer.lora.get("target_modules") or USUAL
     return Run(
         tokens=tokens, scored=scored, forwards=most, world=trainer.ranks.world,
         fsdp=trainer.place.is_sharded, weights=c.dtype,
