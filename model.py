@@ -32,8 +32,8 @@ from parts.names import file_name, find_places
 from parts.ropes import Rope
 from parts.varlen import has_flash, plan_varlen
 
-# Logits held at once: rows x vocabulary (64 MiB in float32); on a GPU eight times as many.
-HEAD_CHUNK = 2**24
+# Logits held at once: rows x vocabulary (128 MiB in bfloat16); on a GPU twice as many.
+HEAD_CHUNK = 2**26
 SHARD_BYTES = 5 * 10**9  # a larger checkpoint is saved in several files
 
 
@@ -441,13 +441,13 @@ class Stack(nn.Module):
     def forward(self, stream: Stream, cache=None) -> tuple[Tensor, list[Tensor]]:
         """Return hidden states (T, C), and the router's logits (T, experts) of sparse layers.
 
-        With a `cache` (extras/decoder/generate.py) the stream goes on where an earlier one ended.
+        A `cache` plans attention where a stream goes on (generate.py), or images see both ways.
         """
         c = self.config
         x = self.embed(stream.input_ids, stream.position_ids)
         tables = rotary_tables(c.ropes, stream.position_ids, x.dtype)
         if self.vision is not None:
-            x, tables = self.vision(x, tables, stream.pictures, c.ropes, self.run_block)
+            x, tables, cache = self.vision(x, tables, stream.pictures, self.run_block, cache)
         planned = (c, stream.spans, stream.position_ids, compute_dtype(x))
         if cache is None:
             plans = [plan_attention(*planned)] * len(self.layers)
@@ -545,7 +545,7 @@ def token_logps(terms: list[tuple[Tensor, Tensor]], targets: Tensor, softcap: fl
 
     Matrix products run in the autocast type if there is one, all after them in float32 or wider.
     """
-    keep = keep if torch.is_grad_enabled() else 0
+    keep = keep if torch.is_grad_enabled() else None
     how = How(softcap, compute_dtype(terms[0][0]), HEAD_CHUNK, keep, statistics)
     with torch.autocast(targets.device.type, enabled=False):
         return TokenLogps(*chunked_logps(targets, how, *(t for term in terms for t in term)))

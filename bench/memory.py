@@ -27,7 +27,9 @@ from parts.schedule import make_optimizer, small_kind  # noqa: E402
 
 MODES = {
     "float32, AdamW": {}, "float32, adamw_8bit": dict(optim="adamw_8bit"), "bfloat16, stochastic rounding": dict(dtype="bfloat16"),
-    "bfloat16, adamw_8bit": dict(optim="adamw_8bit", dtype="bfloat16")}
+    "bfloat16, adamw_8bit": dict(optim="adamw_8bit", dtype="bfloat16"), "float32, adafactor": dict(optim="adafactor"),
+    "bfloat16, adafactor": dict(optim="adafactor", dtype="bfloat16"), "float32, muon": dict(optim="muon"),
+    "bfloat16, muon": dict(optim="muon", dtype="bfloat16")}
 COMMON = dict(max_position_embeddings=8192, rms_norm_eps=1e-6, rope_theta=1e6)
 LARGE = {
     "8B": dict(COMMON, model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336,
@@ -62,10 +64,13 @@ def counted(raw: dict, options: dict, batch) -> tuple[int, int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=24, help="of the model that is made")
-    raw = SHAPES["qwen2-0.5b"] | dict(num_hidden_layers=parser.parse_args().layers)
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES), help="all, unless named")
+    args = parser.parse_args()
+    raw = SHAPES["qwen2-0.5b"] | dict(num_hidden_layers=args.layers)
     batch = batches_of(2, 1, raw["vocab_size"])[0]
     print(f"{'mode':30} {'bytes a weight':>14} {'peak, GiB':>10} {'forecast':>9} {'ratio':>6}" + "".join(f" {n:>7}" for n in LARGE))
-    for name, options in MODES.items():
+    for name in args.modes:
+        options = MODES[name]
         weights, held, peak = counted(raw, options, batch)
         total = forecast(raw, options, batch)["total"]
         larger = [forecast(large, options, batch)["total"] / 2**30 for large in LARGE.values()]

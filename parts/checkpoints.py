@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from parts.config import DPOConfig
+from parts.config import BY_RULE, DPOConfig
 from parts.custom_optimizer import restore_state, saved_state
 from parts.files import TensorFile, read_json, write_json, write_tensors
 from parts.output import sync
@@ -611,6 +611,8 @@ def optimizer_name(kind: str | None) -> str:
     """Return how messages name what `optimizer_kind` says."""
     if kind == "of a function":
         return "one of your own"
+    if layout_of(kind) in BY_RULE.values():
+        return str(kind)
     return f"AdamW ({kind})" if kind else "AdamW"
 
 
@@ -623,17 +625,24 @@ def check_parameters(directory: Path, model: nn.Module) -> dict:
     """Raise ValueError if SmallAdamW's tensors are not those of this model's parameters."""
     path = directory / "optimizer.safetensors"
     shapes = {name: tuple(p.shape) for name, p in trained(model)}
-    of_all = (*MOMENTS[1:], "state1", "state2")  # they have a value for each element
     for name, entry in TensorFile(path).header.items():
         stem, _, key = name.rpartition(".")
         if stem.startswith("param_groups."):
             continue
         shape = tuple(entry["shape"])
-        if stem not in shapes or key in of_all and shape != shapes[stem]:
+        if stem not in shapes or shape != moment_shape(key, shapes[stem], shape):
             raise ValueError(
                 f"{path}: {name} is {shape}, and {stem} is {shapes.get(stem, 'not trained')} in "
                 "this run; it is of another model")
     return {}
+
+
+def moment_shape(key: str, of_weights: tuple, found: tuple) -> tuple:
+    """Return the shape that a moment of such weights must have; of others, `found`."""
+    if key in (*MOMENTS[1:], "state1", "state2", "momentum_buffer"):
+        return of_weights
+    of_means = {"exp_avg_sq_row": of_weights[:-1], "exp_avg_sq_col": of_weights[:-2] + of_weights[-1:]}
+    return of_means.get(key, found)
 
 
 def check_moments(directory: Path, model: nn.Module) -> None:

@@ -124,6 +124,8 @@ def check_readers(c: DPOConfig, options: dict[str, Any], defaults: dict[str, Any
             "hub_token"),
         "--load_in_4bit": (
             c.load_in_4bit, "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_compute_dtype"),
+        "--optim other than adafactor": (
+            c.optim != "adafactor", "adam_beta1 adam_beta2 adam_epsilon"),
         "--dtype bfloat16": (c.dtype in ("bfloat16", "auto"), "stochastic_rounding"),
         "--disable_dropout false": (not c.disable_dropout, "lora_dropout"),
         "--loss_type bco_pair": ("bco_pair" in c.loss_type, "bco_delta"),
@@ -178,6 +180,10 @@ def check_best_model(c: DPOConfig) -> None:
 def check_store(c: DPOConfig, store: Any, config: Any, tokenizer_size: int) -> None:
     """Raise ValueError for pairs that this model or these losses cannot be given."""
     check_length(config, store.longest())
+    if store.pictures and c.context_parallel_size > 1:
+        raise ValueError(
+            f"--context_parallel_size {c.context_parallel_size}: not for rows with images; leave "
+            "them out, or train without it")
     check_tokens(c, store, config.vocab_size, tokenizer_size)
     check_ratings(c, store)
 

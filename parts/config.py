@@ -14,6 +14,7 @@ from parts.rates import SHAPES
 from parts.trl_flags import takes_trls
 
 EIGHT_BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")  # values of --optim
+BY_RULE = {"adafactor": "Adafactor", "muon": "Muon"}  # others that see a whole matrix
 DTYPES = ("float32", "bfloat16", "float64")
 
 
@@ -246,15 +247,16 @@ class DPOConfig:
     per_device_train_batch_size: int = flag(8, "pairs in one forward", "training", least=1)
     gradient_accumulation_steps: int = flag(1, "forwards in one optimizer step", least=1)
     max_tokens_per_forward: int | None = flag(
-        None, "cut forwards further, to at most this many tokens: bounds memory; unset is 2048 on "
-        "a CPU, where longer ones are no faster", least=1)
+        None, "cut forwards further, to at most this many tokens: bounds memory; unset is 4096 on "
+        "a CPU, where longer ones are hardly faster", least=1)
     num_train_epochs: float = flag(3.0, "passes over the training pairs", least=0)
     max_steps: int = flag(
         -1, "stop after this many optimizer steps; -1: num_train_epochs decides")
     optim: str = flag(
-        "adamw_torch_fused", "the optimizer: AdamW (two names of one), or AdamW with moments in 8 "
-        "bits (three names of one)",
-        choices=("adamw_torch_fused", "adamw_torch", *EIGHT_BIT))
+        "adamw_torch_fused", "the optimizer: AdamW (two names of one), AdamW with moments in 8 bits "
+        "(three names of one), Adafactor, or Muon for the matrices inside the model with AdamW for "
+        "all else",
+        choices=("adamw_torch_fused", "adamw_torch", *EIGHT_BIT, *BY_RULE))
     stochastic_rounding: bool | None = flag(
         None, "with dtype bfloat16, round weights and moments up or down at random, in proportion "
         "to how near each is, so that small steps are not lost; unset is on where all weights are "

@@ -27,7 +27,7 @@ class Family(NamedTuple):
 
 
 # of models with a vision_config, those whose tower is computed (parts/vision_configs.py)
-READS_IMAGES = ("llava", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl")
+READS_IMAGES = ("llava", "idefics3", "smolvlm", "gemma3", "qwen2_vl", "qwen2_5_vl")
 REQUIRED = object()  # in place of a default
 INFINITY = float("inf")
 COMMON = dict(

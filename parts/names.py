@@ -89,7 +89,8 @@ VISION = {
                  "model.vision.projector.": "model.connector.", "model.": "model.text_model."},
     "qwen2_vl": {"model.vision.projector.": "model.visual.merger.",
                  "model.vision.tower.": "model.visual.", "model.": "model.language_model."}}
-VISION |= {"smolvlm": VISION["idefics3"], "qwen2_5_vl": VISION["qwen2_vl"]}
+VISION |= {"smolvlm": VISION["idefics3"], "qwen2_5_vl": VISION["qwen2_vl"],
+           "gemma3": VISION["llava"]}
 VISION |= dict.fromkeys(WRAPPED, {"model.": "model.language_model."})  # their towers are carried
 VISION["llama4"] = {"model.": "language_model.model.", "lm_head": "language_model.lm_head"}
 # ... and back, from the prefixes of transformers 4 and 5.
@@ -159,7 +160,8 @@ def find_places(names: Iterable[str], config: Any) -> dict[str, Place]:
 def carried_names(names: Iterable[str], config: Any) -> set[str]:
     """Return what is saved as it was read: all of a wrapper that is not its decoder, layers that
     predict several tokens at once (Qwen's "mtp"; DeepSeek's and GLM's come after the last layer),
-    and the correction biases of routers, which do not learn."""
+    the correction biases of routers, which do not learn, and SigLIP's pooling head, whose output
+    Gemma 3 does not read."""
     found = {n for n in names if n.endswith(f".{BIAS}")}
     more = config.moe.get("more_layers", 0) if config.moe else 0
     if more:
@@ -168,6 +170,8 @@ def carried_names(names: Iterable[str], config: Any) -> set[str]:
         found |= {n for n, m in numbers.items() if m and first <= int(m[1]) < first + more}
     if config.model_type.startswith(("qwen3_next", "qwen3_5")):
         found |= {n for n in names if n.startswith("mtp.")}
+    if config.model_type == "gemma3":
+        found |= {n for n in names if vision_name(n).startswith("model.vision.tower.head.")}
     if config.model_type in WRAPPED:
         found |= {n for n in names if vision_name(n).startswith("model.vision.")}
     return found

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from parts.config import EIGHT_BIT, DPOConfig
+from parts.config import BY_RULE, EIGHT_BIT, DPOConfig
 from parts.rates import Moment, learning_rate
 
 
@@ -78,8 +78,11 @@ def rounds_at_random(c: DPOConfig) -> bool:
 
 
 def small_kind(c: DPOConfig, lora: dict) -> str | None:
-    """Return what makes AdamW smaller, see extras/run/small_adamw.py; None for torch's AdamW."""
+    """Return which optimizer in fewer bytes it is, see extras/run/small_adamw.py; None for torch's
+    AdamW."""
     found = ["8 bits"] if c.optim in EIGHT_BIT else []
+    if c.optim in BY_RULE:
+        found.append(BY_RULE[c.optim])
     if rounds_at_random(c) and not lora:  # adapters are float32
         found.append("stochastic rounding")
     return ", ".join(found) or None

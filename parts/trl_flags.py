@@ -90,7 +90,7 @@ REASONS = {
     ("false", "--use_cpu, or a CUDA GPU"): "use_mps_device tpu_metrics_debug",
     ("none", "--use_cpu, or a CUDA GPU"): "tpu_num_cores",
     ("none", "--adam_beta1, --adam_beta2, --adam_epsilon, --weight_decay"): "optim_args",
-    ("false", "--optim adamw_8bit, whose moments take 2 bytes a weight"): "adafactor",
+    ("false", "--optim adafactor"): "adafactor",
     ("0", "--label_smoothing, which is DPO's"): "label_smoothing_factor",
     ("none", "leave it out: nccl on GPUs, gloo elsewhere"): "ddp_backend",
     ("none", "torchrun --nproc_per_node=N dpo.py --fsdp"):

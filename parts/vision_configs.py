@@ -1,13 +1,14 @@
 """Split the config.json of models that read images into that of their decoder and the tower's
 settings.
 
-LLaVA (CLIP or SigLIP tower), Idefics3 and SmolVLM (SigLIP), Qwen2-VL and Qwen2.5-VL. The modules
-are in extras/decoder/vision.py and extras/decoder/qwen_vl.py.
+LLaVA (CLIP or SigLIP tower), Idefics3, SmolVLM and Gemma 3 (SigLIP), Qwen2-VL and Qwen2.5-VL. The
+modules are in extras/decoder/vision.py and extras/decoder/qwen_vl.py.
 
 Of others, `WRAPPED`, only the decoder is trained, on text: their towers are neither read nor
 changed.
 """
 
+import math
 import re
 
 from parts.families import HARMLESS
@@ -32,6 +33,10 @@ QWEN25 = dict(
     depth=32, hidden_size=3584, out_hidden_size=3584, hidden_act="silu", intermediate_size=3420,
     num_heads=16, in_channels=3, patch_size=14, spatial_merge_size=2, temporal_patch_size=2,
     window_size=112, fullatt_block_indexes=[7, 15, 23, 31])
+GEMMA3_TEXT = dict(
+    model_type="gemma3_text", vocab_size=262208, hidden_size=2304, intermediate_size=9216,
+    num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4, head_dim=256,
+    max_position_embeddings=131072, rms_norm_eps=1e-6, tie_word_embeddings=True)
 # Keys of Qwen's tower: other names of read ones, then those of video, and a default.
 QWEN_IGNORED = {"in_chans", "spatial_patch_size", "tokens_per_second", "rope_parameters"}
 QWEN_OUTER = {"vision_config", "image_token_id", "video_token_id", "vision_start_token_id",
@@ -40,10 +45,6 @@ QWEN_OUTER = {"vision_config", "image_token_id", "video_token_id", "vision_start
 # Decoders within a wrapper: what their text_config leaves out. (Files of Mistral 3 have a head of
 # their own unless they say otherwise.)
 WRAPPED = {
-    "gemma3": dict(
-        model_type="gemma3_text", vocab_size=262208, hidden_size=2304, intermediate_size=9216,
-        num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4, head_dim=256,
-        max_position_embeddings=131072, rms_norm_eps=1e-6, tie_word_embeddings=True),
     "mistral3": dict(model_type="mistral"),
     "qwen3_vl": dict(model_type="qwen3_vl_text", rope_theta=5e5),
     "qwen3_5": dict(model_type="qwen3_5_text"), "qwen3_5_moe": dict(model_type="qwen3_5_moe_text"),
@@ -59,7 +60,7 @@ TOP = re.compile(
     r"|vocab_size|(image|video|vision)_.*token_(id|index)|vision_token_id|_?pad_token_id"
     r"|scale_factor|projector_hidden_act|multimodal_projector_bias|vision_feature_layer"
     r"|vision_feature_select_strategy|image_token_index)$")
-# of towers that are not computed
+# of Gemma 3, and of towers that are not computed
 OUTER = re.compile(
     r"^([be]oi_token_(id|index)|mm_tokens_per_image|spatial_merge_size|downsample_ratio)$")
 
@@ -71,13 +72,14 @@ def split_config(raw: dict) -> tuple[dict, dict | None]:
     """
     kind = raw.get("model_type")
     splits = {"llava": split_llava, "idefics3": split_idefics, "smolvlm": split_idefics,
-              "qwen2_vl": split_qwen, "qwen2_5_vl": split_qwen} | dict.fromkeys(WRAPPED, unwrap)
+              "gemma3": split_gemma, "qwen2_vl": split_qwen, "qwen2_5_vl": split_qwen}
+    splits |= dict.fromkeys(WRAPPED, unwrap)
     if kind not in splits:
         raise ValueError(f"model_type {kind!r} reads images or sound; of those, "
                          f"{', '.join(splits)} are supported, and text-only decoders")
     if "text_config" in raw:
         refuse_unknown({k: v for k, v in raw.items() if not TOP.match(k)
-                        and not (kind in WRAPPED and OUTER.match(k))}, kind)
+                        and not (kind in ("gemma3", *WRAPPED) and OUTER.match(k))}, kind)
     text, vision = splits[kind](raw)
     tied = text.get("tie_word_embeddings", False)
     text = {k: v for k, v in text.items() if not UNREAD.match(k) or k == "vocab_size"}
@@ -144,6 +146,20 @@ def split_idefics(raw: dict) -> tuple[dict, dict]:
         kind="idefics3", is_clip=False, drop_first=False, layers=(-1,),
         scale_factor=raw.get("scale_factor", 2))
     return LLAMA | text, vision
+
+
+def split_gemma(raw: dict) -> tuple[dict, dict]:
+    """Split Gemma 3's. Raises ValueError where pooling would not make the number of tokens asked for.
+    """
+    vision = read_tower(dict(raw["vision_config"]), "gemma3", SIGLIP)
+    tokens = raw.get("mm_tokens_per_image", 256)
+    side = vision["image_size"] // vision["patch_size"]
+    across = math.isqrt(tokens)
+    if across * across != tokens or side % across:
+        raise ValueError(f"config.json: mm_tokens_per_image = {tokens}: {side} x {side} patches are "
+                         "not pooled to a square of that many")
+    vision |= dict(kind="gemma3", is_clip=False, drop_first=False, layers=(-1,), tokens=tokens)
+    return GEMMA3_TEXT | raw["text_config"], vision
 
 
 def split_qwen(raw: dict) -> tuple[dict, dict]:

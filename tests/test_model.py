@@ -229,15 +229,16 @@ def test_kept_chunks_of_the_head_equal_those_computed_again_to_the_bit(dtype, mo
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_a_frozen_head_computes_its_gradient_in_forward_and_keeps_no_logits(softcap, monkeypatch):
+@pytest.mark.parametrize("keep", [2, 0])  # 0 with checkpointing
+def test_a_frozen_head_computes_its_gradient_in_forward_and_keeps_no_logits(keep, softcap, monkeypatch):
     torch.manual_seed(0)
     targets, slope = torch.randint(0, 61, (75,)), torch.randn(75, dtype=torch.float64)
     terms = [(torch.randn(75, n, dtype=torch.float64, requires_grad=True), torch.randn(61, n, dtype=torch.float64)) for n in (8, 3)]
     inputs = [x for x, _ in terms]
     monkeypatch.setattr(models, "HEAD_CHUNK", 20 * 61)
-    frozen = models.token_logps(terms, targets, softcap).logps
+    frozen = models.token_logps(terms, targets, softcap, keep).logps
     assert [tuple(t.shape) for t in frozen.grad_fn.saved_tensors] == [(75, 8), (75, 3)]
-    learning = models.token_logps([(x, w.requires_grad_()) for x, w in terms], targets, softcap).logps
+    learning = models.token_logps([(x, w.requires_grad_()) for x, w in terms], targets, softcap, keep).logps
     assert torch.equal(frozen, learning)
     for a, b in zip(*(torch.autograd.grad((logps * slope).sum(), inputs) for logps in (frozen, learning)), strict=True):
         assert (a - b).abs().max() < 1e-12 and a.abs().max() > 0.1

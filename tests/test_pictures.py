@@ -18,7 +18,7 @@ from PIL import Image  # noqa: E402
 from extras.rows import pictures  # noqa: E402
 
 THEIRS = {"llava": "CLIPImageProcessorPil", "idefics3": "Idefics3ImageProcessorPil", "smolvlm": "SmolVLMImageProcessorPil",
-          "qwen2_vl": "Qwen2VLImageProcessorPil", "qwen2_5_vl": "Qwen2VLImageProcessorPil"}
+          "gemma3": "Gemma3ImageProcessorPil", "qwen2_vl": "Qwen2VLImageProcessorPil", "qwen2_5_vl": "Qwen2VLImageProcessorPil"}
 SIZES = [(30, 20), (20, 30), (28, 28), (29, 57), (100, 41), (8, 8), (150, 149), (61, 200)]
 
 
@@ -71,7 +71,9 @@ def test_pixels_equal_transformers(family, size, tmp_path):
     dict(image_processor_type="Idefics3ImageProcessor", size={"longest_edge": 84}, max_image_size={"longest_edge": 28},
          do_image_splitting=False),
     dict(image_processor_type="SmolVLMImageProcessor"), dict(image_processor_type="Qwen2VLImageProcessor"),
-    dict(image_processor_type="CLIPImageProcessor")], ids=lambda s: str(s)[25:70])
+    dict(image_processor_type="CLIPImageProcessor"), dict(image_processor_type="Gemma3ImageProcessor"),
+    dict(image_processor_type="Gemma3ImageProcessorFast", size={"height": 31, "width": 31}, do_convert_rgb=None,
+         do_pan_and_scan=None, pan_and_scan_max_num_crops=None)], ids=lambda s: str(s)[25:70])
 @pytest.mark.parametrize("size", [(90, 61), (31, 80)], ids=str)
 def test_pixels_equal_transformers_for_other_settings_and_for_defaults(settings, size, tmp_path):
     transformers = pytest.importorskip("transformers")
@@ -103,6 +105,8 @@ def test_token_ids_equal_transformers_processors(family, tmp_path):
                                                 vision_feature_select_strategy="default")
     elif family == "idefics3":
         processor = transformers.Idefics3Processor(image_processor, theirs, image_seq_len=4)
+    elif family == "gemma3":
+        processor = transformers.Gemma3Processor(image_processor, theirs, image_seq_length=4)
     else:  # their processors need torchvision, for videos: what they put in the place of a picture
         processor = bare_processor(family, image_processor, theirs)
     expected = processor(text=[text], images=[Image.open(p) for p in paths], add_special_tokens=False)["input_ids"][0]

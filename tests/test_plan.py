@@ -14,7 +14,10 @@ import data
 import dpo
 import model as models
 from extras import plan
+from extras.decoder.in_stream import Pictures, find_runs
 from extras.decoder.memory import save_memory
+from extras.decoder.vision import freeze
+from extras.models.opening import build
 from parts.activations import keep_all, recompute
 
 
@@ -63,8 +66,10 @@ def batches_of(count, forwards, vocab_size):
 
 def counted_peak(config, run, batches):
     """The most bytes alive in a second step: by then the optimizer has its moments."""
-    model = models.Decoder(config).to(getattr(torch, run.weights))
+    model = build(config).to(getattr(torch, run.weights))
     model.requires_grad_(True)
+    if config.vision is not None:
+        freeze(model, not run.tower_learns)
     if run.four_bit:
         from extras.models.nf4 import quantize_linears
 
@@ -114,6 +119,34 @@ def test_predicted_memory_is_within_15_percent_of_the_tensors_counted(shape, mod
     batches = batches_of(4, MODES[mode].get("forwards", 1), config.vocab_size)
     run = plan.Run(len(batches[0].input_ids), len(batches[0].targets), **MODES[mode])
     predicted, counted = plan.memory(config, run), counted_peak(config, run, batches)
+    assert predicted["total"] == pytest.approx(counted, rel=0.15), predicted
+
+
+def with_images(layers: int, inner: int):
+    """A Gemma 3 whose encoder reads 256 patches for 16 tokens, and four pairs with an image each."""
+    text = dict(model_type="gemma3_text", hidden_size=64, intermediate_size=176, num_hidden_layers=4, num_attention_heads=4,
+                num_key_value_heads=2, head_dim=16, vocab_size=320, max_position_embeddings=4096, sliding_window=50)
+    tower = dict(hidden_size=96, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=4, image_size=112,
+                 patch_size=7)
+    config = models.read_config(dict(
+        model_type="gemma3", text_config=text, vision_config=tower, mm_tokens_per_image=16, tie_word_embeddings=False))
+    rng = np.random.default_rng(0)
+    ids = lambda n: rng.integers(0, 300, n).astype(np.int32)
+    image = np.full(16, 310, np.int32)
+    batch = data.collate([data.Pair(np.concatenate([ids(30), image, ids(30)]), ids(60), ids(40)) for _ in range(4)])
+    place = (batch.input_ids == 310).nonzero().flatten()
+    runs = torch.from_numpy(find_runs(batch.input_ids.numpy(), 310))
+    pictures = Pictures(torch.randn(4, 3, 112, 112), torch.zeros(4, 2).long(), place, torch.arange(64), runs=runs)
+    return config, batch._replace(pictures=pictures)
+
+
+@pytest.mark.parametrize("layers, inner", [(2, 256), (8, 128)])
+@pytest.mark.parametrize("mode", [{}, dict(tower_learns=True), dict(rank=4), dict(bf16=True), dict(bf16=True, tower_learns=True),
+                                  dict(checkpointing=True, tower_learns=True)], ids=str)
+def test_predicted_memory_knows_the_image_encoder(layers, inner, mode):
+    config, batch = with_images(layers, inner)
+    run = plan.Run(len(batch.input_ids), len(batch.targets), patches=4 * 256, masked=4 * (136**2 + 40 * 116), **mode)
+    predicted, counted = plan.memory(config, run), counted_peak(config, run, [batch])
     assert predicted["total"] == pytest.approx(counted, rel=0.15), predicted
 
 

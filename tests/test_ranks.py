@@ -165,6 +165,19 @@ def test_ranks_sharding_and_cuts_never_change_the_result(tiny, ragged, tmp_path)
     check(tmp_path, found)
 
 
+@pytest.mark.slow
+def test_four_ranks_train_4_bits_as_one_does(tiny, ragged, tmp_path):
+    """Plain and nested, with a merged adapter too; a rank has fewer rows of some tensors than others, or none."""
+    modes = {name: MODES[name] for name in ("4 bits", "4 bits, nested, checkpointing, live reference", "4 bits, merged")}
+    for name, more in modes.items():
+        dpo.DPOTrainer(args=dpo.DPOConfig(**settings(tiny, ragged, tmp_path, f"{name}: one", 1, 8, **more))).train()
+    launch([settings(tiny, ragged, tmp_path, name, 4, 4, **more, fsdp="full_shard") for name, more in modes.items()], 4, tmp_path)
+    for name in modes:
+        loss, weight = apart(result(tmp_path, f"{name}: one"), result(tmp_path, name))
+        print(f"{name}: losses {loss:.1e}  weights {weight:.1e}")
+        assert loss < 1e-5 and weight < 1e-5
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_fsdp_goes_with(home, mode):
     loss, weight = apart(result(home, f"{mode}: one"), result(home, mode))

@@ -1,13 +1,15 @@
 """Vision-language models against transformers: names, log-probs, gradients, shared prefixes."""
 
+import json
+
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from vision_tiny import FAMILIES, IMAGE, make_checkpoint, random_pictures, theirs_forward
 
 import model as models
-from extras.decoder.in_stream import Pictures, stream_axes
+from extras.decoder.in_stream import Pictures, find_runs, stream_axes
 from extras.models.opening import load_model
 from parts.names import file_name
 
@@ -22,6 +24,12 @@ def pair(request, tmp_path_factory):
     return request.param, theirs, load_model(directory), directory
 
 
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("gemma")
+    return make_checkpoint("gemma3", directory), load_model(directory)
+
+
 def stream_of(sequences, image_pixels, grids, family):
     """Sequences as spans without prefix, with their pictures."""
     ids = torch.cat([torch.tensor(s) for s in sequences])
@@ -33,7 +41,8 @@ def stream_of(sequences, image_pixels, grids, family):
     if "qwen" in family:
         by_start = {int(s[0]): [tuple(g) for g in grids[i : i + 1].tolist()] for i, s in enumerate(spans)}
         axes = torch.from_numpy(stream_axes(ids.numpy(), spans.numpy(), IMAGE, by_start, 2))
-    return ids, positions, spans, Pictures(image_pixels, grids, place, torch.arange(len(place)), axes)
+    runs = torch.from_numpy(find_runs(ids.numpy(), IMAGE))
+    return ids, positions, spans, Pictures(image_pixels, grids, place, torch.arange(len(place)), axes, runs)
 
 
 def test_logits_equal_transformers(pair):
@@ -44,7 +53,7 @@ def test_logits_equal_transformers(pair):
     hidden, _ = ours.model(models.Stream(ids, positions, spans, pictures=pictures))
     logits = sum(x @ w.T for x, w in ours.head_terms(hidden))
     expected = torch.cat([expected[i, : len(s)] for i, s in enumerate(sequences)])
-    assert (logits - expected).abs().max() < 1e-4
+    assert (logits - expected).abs().max() < 1e-5
     assert logits.std() > 1e-3
 
 
@@ -67,7 +76,10 @@ def test_gradients_equal_transformers(pair):
             assert grad is None or not grad.any(), name
             continue
         seen += 1
-        assert (grad - p.grad).norm() <= 1e-3 * p.grad.norm() + 1e-6, name
+        if name.endswith("k_proj.bias") and "language_model" not in name:  # 0: the same for all of a query's scores
+            assert max(grad.norm(), p.grad.norm()) < 1e-5, name
+            continue
+        assert (grad - p.grad).norm() <= 1e-4 * p.grad.norm() + 1e-6, name
     assert seen > 40
 
 
@@ -92,6 +104,42 @@ def test_the_newer_prefixes_load_too(pair, tmp_path):
     (tmp_path / "config.json").write_text((directory / "config.json").read_text())
     again = load_model(tmp_path)
     assert all(torch.equal(p, q) for p, q in zip(again.parameters(), ours.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("sequence", [
+    [3, *[IMAGE] * 4, 5, *[IMAGE] * 4, 6, 7], [*[IMAGE] * 4, 5, 6], [3, *[IMAGE] * 8, 4, *[IMAGE] * 4]], ids=str)
+def test_tokens_of_an_image_see_each_other_within_the_window_before_them(gemma, sequence):
+    """Images side by side are as one, in transformers too; the window is 3, an image 4 tokens or 8."""
+    theirs, ours = gemma
+    count = sequence.count(IMAGE) // 4
+    pixels = torch.randn(count, 3, 28, 28, generator=torch.Generator().manual_seed(2))
+    expected = theirs_forward(theirs, "gemma3", [sequence], pixels, None)[0]
+    ids, positions, spans, pictures = stream_of([sequence], pixels, torch.zeros(0, 2).long(), "gemma3")
+    both = lambda pictures: ours.model(models.Stream(ids, positions, spans, pictures=pictures))[0] @ ours.lm_head.weight.T
+    assert (both(pictures) - expected).abs().max() < 1e-5
+    one_way = pictures._replace(runs=torch.zeros(0, 2).long())
+    assert (both(one_way) - expected).abs().max() > 1e-3
+
+
+def test_siglips_pooling_head_is_carried(gemma, tmp_path):
+    """Files of Gemma 3 lack it, unless someone saved a tower with one: nothing reads it."""
+    theirs, ours = gemma
+    directory = tmp_path / "with"
+    state = {n: p.contiguous() for n, p in theirs.state_dict().items() if n != "lm_head.weight"}
+    head = {"model.vision_tower.head.probe": torch.randn(1, 1, 24), "model.vision_tower.head.mlp.fc1.bias": torch.randn(48).half()}
+    directory.mkdir()
+    save_file(state | head, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(ours.raw_config))
+    models.save_model(load_model(directory), tmp_path / "out")
+    after = load_file(tmp_path / "out/model.safetensors")
+    assert all(torch.equal(after[n], t) and after[n].dtype == t.dtype for n, t in head.items())
+
+
+def test_images_of_another_number_of_tokens_are_refused():
+    raw = {"model_type": "gemma3", "vision_config": {"image_size": 28, "patch_size": 7}, "text_config": {}}
+    for tokens in (3, 9):
+        with pytest.raises(ValueError, match=f"mm_tokens_per_image = {tokens}: 4 x 4 patches are not pooled"):
+            models.read_config(raw | {"mm_tokens_per_image": tokens})
 
 
 def test_an_unknown_vision_family_is_refused_by_name():
@@ -129,14 +177,15 @@ def test_a_shared_prefix_with_pictures_equals_two_sequences_in_float64(pair):
         if "qwen" in family:
             starts = {int(s[0]): [tuple(grids[0].tolist())] for s in spans if s[2] == s[3]}
             axes = torch.from_numpy(stream_axes(ids.numpy(), spans.numpy(), IMAGE, starts, 2))
-        pictures = Pictures(tiles.double(), grids, place, source, axes)
+        runs = torch.from_numpy(find_runs(ids.numpy(), IMAGE))
+        pictures = Pictures(tiles.double(), grids, place, source, axes, runs)
         out = ours(models.Stream(
             ids, torch.tensor(positions), spans, torch.tensor(score), torch.tensor(chosen + rejected), pictures))
         ours.zero_grad()
         (out.logps * torch.linspace(-1, 1, 7, dtype=torch.float64)).sum().backward()
         outs.append((out.logps.detach(), {n: p.grad.clone() for n, p in ours.named_parameters() if p.grad is not None}))
     (logps, grads), (other, other_grads) = outs
-    assert (logps - other).abs().max() < 1e-8
+    assert (logps - other).abs().max() < 1e-10
     assert grads.keys() == other_grads.keys()
-    assert max((grads[n] - other_grads[n]).abs().max() for n in grads) < 1e-8
+    assert max((grads[n] - other_grads[n]).abs().max() for n in grads) < 1e-10
     assert sum("vision.tower" in n and bool(g.any()) for n, g in grads.items()) > 10

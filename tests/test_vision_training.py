@@ -1,6 +1,7 @@
 """Pairs with pictures through the trainer: start values, TRL's numbers, LoRA, ranks, saved files."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +15,8 @@ from vision_tiny import FAMILIES, make_model_directory
 import dpo
 import model as models
 from extras.models.opening import load_adapted, load_model
+from extras.run.forecast import memory, run_of
+from parts.checks import check_store
 from parts.names import file_name
 
 pytest.importorskip("PIL")
@@ -65,7 +68,7 @@ def run(place, tmp_path):
     return go
 
 
-@pytest.mark.parametrize("family", ["llava", "idefics3", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["llava", "idefics3", "gemma3", "qwen2_5_vl"])
 @pytest.mark.parametrize("options", [
     {}, {"precompute_ref_log_probs": False}, {"use_peft": True}, {"gradient_checkpointing": True, "freeze_vision_tower": False},
     {"precompute_ref_log_probs": False, "freeze_vision_tower": False}], ids=str)
@@ -79,7 +82,7 @@ def test_the_first_loss_is_log2_in_every_mode(run, family, options):
 def test_two_steps_equal_trl(run, place, tmp_path, family):
     """Losses, rewards, gradient norms and, after two steps, every parameter: tower, projector and language model."""
     pytest.importorskip("trl")
-    if family not in ("llava", "idefics3"):
+    if family not in ("llava", "idefics3", "gemma3"):
         pytest.importorskip("torchvision", exc_type=Exception, reason="transformers' processor needs a torchvision that loads")
     if family == "smolvlm":
         pytest.importorskip("num2words", reason="transformers' SmolVLM processor needs num2words")
@@ -114,15 +117,18 @@ def test_the_tower_is_frozen_unless_asked_for(run, place):
     assert moved(run("b", freeze_vision_tower=False)[1]) == {"projector", "tower"}
 
 
-@pytest.mark.parametrize("targets, frozen, expected", [
-    (["q_proj", "v_proj"], True, {"layers"}), (["all-linear"], True, {"layers", "projector"}),
-    (["all-linear"], False, {"layers", "projector", "tower"}), (["encoder.layers.0.mlp.fc1"], False, {"tower"})])
-def test_lora_on_the_language_model_the_tower_or_both_loads_in_peft(run, place, tmp_path, targets, frozen, expected):
+@pytest.mark.parametrize("family, targets, frozen, expected", [
+    ("llava", ["q_proj", "v_proj"], True, {"layers"}), ("llava", ["all-linear"], True, {"layers", "projector"}),
+    ("llava", ["all-linear"], False, {"layers", "projector", "tower"}),
+    ("llava", ["encoder.layers.0.mlp.fc1"], False, {"tower"}), ("gemma3", ["all-linear"], True, {"layers"}),
+    ("gemma3", ["all-linear"], False, {"layers", "tower"})])  # its projector's matrix is no linear layer
+def test_lora_on_the_language_model_the_tower_or_both_loads_in_peft(run, place, tmp_path, family, targets, frozen, expected):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    _, trainer = run("out", use_peft=True, lora_r=4, lora_target_modules=targets, freeze_vision_tower=frozen, learning_rate=1e-2)
+    _, trainer = run("out", family, use_peft=True, lora_r=4, lora_target_modules=targets, freeze_vision_tower=frozen,
+                     learning_rate=1e-2)
     part = lambda n: n.split(".")[2] if "vision" in n else n.split(".")[1]
     assert {part(n) for n in models.lora_modules(trainer.model)} == expected
-    base = transformers.LlavaForConditionalGeneration.from_pretrained(place / "llava")
+    base = transformers.AutoModelForImageTextToText.from_pretrained(place / family)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "out")
     state = {n.replace(".default", ""): p for n, p in theirs.named_parameters() if "lora_" in n}
     from extras.lora.peft_files import adapter_tensors
@@ -132,6 +138,71 @@ def test_lora_on_the_language_model_the_tower_or_both_loads_in_peft(run, place, 
     assert all(torch.equal(state[n], ours[n]) for n in ours) and any(p.any() for n, p in ours.items() if "lora_B" in n)
     again, _ = load_adapted(str(tmp_path / "out"), torch.float32)
     assert all(torch.equal(p, ours[n]) for n, p in adapter_tensors(again).items())
+
+
+def test_gemma_trains_in_4_bits_and_with_adapters(run, place):
+    metrics, trainer = run("out", "gemma3", use_peft=True, load_in_4bit=True)
+    assert metrics[0]["loss"] == pytest.approx(LN2, abs=1e-6) and metrics[1]["loss"] != metrics[0]["loss"]
+
+
+def text_rows(place) -> None:
+    """texts.jsonl: rows without images, whose messages are texts."""
+    say = lambda role, text: [{"role": role, "content": text}]
+    rows = [{"prompt": say("user", f"What is it, {i}?"), "chosen": say("assistant", ANSWERS[i]),
+             "rejected": say("assistant", ANSWERS[i + 1])} for i in range(4)]
+    (place / "texts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def test_rows_of_text_leave_gemmas_tower_and_projector_as_they_were(run, place, tmp_path):
+    """To the byte, though the projector may learn; and no blank image is encoded for it."""
+    text_rows(place)
+    metrics, trainer = run("out", "gemma3", "texts", learning_rate=1e-2)
+    assert metrics[1]["loss"] != pytest.approx(LN2, abs=1e-4)
+    before, after = (load_file(d / "model.safetensors") for d in (place / "gemma3", tmp_path / "out"))
+    same = {n for n in before if torch.equal(before[n], after[n])}
+    assert before.keys() == after.keys()
+    assert same == {n for n in before if "vision_tower" in n or "multi_modal_projector" in n}
+    seen = trainer.train_store[0].prompt_ids
+    assert trainer.tokenizer.decode(seen) == "<s><start_of_turn>user\nWhat is it, 0?<end_of_turn>\n<start_of_turn>model\n"
+
+
+def test_ranks_share_gemmas_streams_of_text_and_refuse_those_with_images(run, place, tmp_path):
+    text_rows(place)
+    one, _ = run("one", "gemma3", "texts", dtype="float64")
+    run_dpo("--model_name_or_path", place / "gemma3", "--cache_dir", tmp_path / "cache2", "--use_cpu", "--dtype", "float64",
+            "--no_bf16", "--max_steps", 2, "--learning_rate", "1e-3", "--per_device_train_batch_size", 4, "--logging_steps", 1,
+            "--shuffle_dataset", "false", "--context_parallel_size", 2, "--dataset_name", place / "texts.jsonl",
+            "--output_dir", tmp_path / "two", ranks=2)
+    for a, b in zip(one, read_metrics(tmp_path / "two"), strict=True):
+        assert all(a[k] == pytest.approx(b[k], rel=1e-9, abs=1e-12) for k in ("loss", "grad_norm", "logps/chosen"))
+    _, trainer = run("images", "gemma3")
+    trainer.args.context_parallel_size = 2
+    with pytest.raises(ValueError, match="--context_parallel_size 2: not for rows with images"):
+        check_store(trainer.args, trainer.train_store, trainer.model.config, trainer.tokenizer.size)
+
+
+def test_a_dry_run_knows_the_images(run):
+    """Three distinct ones of 16 patches; the masks of prompt and completions, in pairs of query and key."""
+    _, trainer = run("out", "gemma3", max_steps=1)
+    found = run_of(trainer)
+    p, chosen, rejected = trainer.train_store.lengths.astype(int).T
+    assert found.patches == 3 * 16 and not found.tower_learns
+    assert found.masked == ((p + chosen) ** 2 + rejected * (p + rejected)).sum()
+    text = memory(trainer.model.config, found._replace(patches=0, masked=0))
+    assert memory(trainer.model.config, found)["total"] > text["total"]
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(size={"height": 14, "width": 14}), "images of 14 x 14 pixels and 4 tokens, and config.json says 28 x 28 pixels and 4"),
+    (dict(do_pan_and_scan=True), "do_pan_and_scan is on"), (None, "28 x 28 pixels and 256 tokens, .* says 28 x 28 pixels and 4")])
+def test_a_processor_of_another_gemma_is_refused(run, place, tmp_path, change, words):
+    shutil.copytree(place / "gemma3", tmp_path / "model")
+    path = tmp_path / "model" / ("processor_config.json" if change is None else "preprocessor_config.json")
+    given = json.loads(path.read_text())
+    given.pop("image_seq_length", None)
+    path.write_text(json.dumps(given | (change or {})))
+    with pytest.raises(ValueError, match=words):
+        run("out", model_name_or_path=str(tmp_path / "model"))
 
 
 def test_what_is_saved_is_whole_for_transformers(run, tmp_path):
@@ -211,8 +282,6 @@ def test_the_flag_needs_a_tower(tiny, pairs_file, tmp_path):
 def test_resuming_with_pictures_is_bitwise(run, tmp_path):
     whole, _ = run("a", "qwen2_5_vl", max_steps=4, save_steps=2, freeze_vision_tower=False)
     a = load_file(tmp_path / "a" / "model.safetensors")
-    import shutil
-
     shutil.copytree(tmp_path / "a" / "checkpoint-2", tmp_path / "b" / "checkpoint-2")
     run("b", "qwen2_5_vl", max_steps=4, save_steps=2, freeze_vision_tower=False, resume_from_checkpoint="true")
     b = load_file(tmp_path / "b" / "model.safetensors")

@@ -2,7 +2,7 @@
 
 import torch
 
-FAMILIES = ("llava", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl")
+FAMILIES = ("llava", "idefics3", "smolvlm", "gemma3", "qwen2_vl", "qwen2_5_vl")
 IMAGE = 150
 TEXT = dict(vocab_size=200, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2)
@@ -29,6 +29,16 @@ def make_checkpoint(family: str, directory, vocab_size: int = 200, image: int = 
         config = hf.SmolVLMConfig(vision_config=TOWER, text_config=llama, image_token_id=image, scale_factor=2,
                                   tie_word_embeddings=True)
         model = hf.SmolVLMForConditionalGeneration(config)
+    elif family == "gemma3":  # an image is longer than the window
+        layers = ["sliding_attention", "full_attention", "sliding_attention"]
+        ropes = {"full_attention": dict(rope_type="linear", rope_theta=1e6, factor=8.0),
+                 "sliding_attention": dict(rope_type="default", rope_theta=1e4)}
+        config = hf.Gemma3Config(
+            vision_config=TOWER | dict(vision_use_head=False), mm_tokens_per_image=4, image_token_id=image,
+            boi_token_id=image + 2, eoi_token_id=image + 3, text_config=text | dict(
+                num_hidden_layers=3, head_dim=8, query_pre_attn_scalar=12, sliding_window=3, layer_types=layers,
+                rope_parameters=ropes))
+        model = hf.Gemma3ForConditionalGeneration(config)
     elif family == "qwen2_vl":
         tower = dict(depth=2, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2, patch_size=4)
         model = hf.Qwen2VLForConditionalGeneration(
@@ -70,6 +80,8 @@ def theirs_forward(model, family: str, sequences, pixels, grids) -> torch.Tensor
     if "qwen" in family:
         more["image_grid_thw"] = torch.cat([torch.ones(len(grids), 1).long(), grids], 1)
         more["mm_token_type_ids"] = (ids == IMAGE).int()
+    elif family == "gemma3":
+        more["token_type_ids"] = (ids == IMAGE).int()
     elif family != "llava":
         more["pixel_values"] = pixels[:, None]
     return model(input_ids=ids, attention_mask=mask, **more).logits
@@ -79,8 +91,9 @@ def theirs_forward(model, family: str, sequences, pixels, grids) -> torch.Tensor
 
 SPECIAL = ["<s>", "</s>", "<pad>", "<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<|vision_start|>",
            "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>", "<|im_end|>",
+           "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>",
            *(f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7))]
-IMAGE_TOKENS = {"qwen2_vl": "<|image_pad|>", "qwen2_5_vl": "<|image_pad|>"}
+IMAGE_TOKENS = {"gemma3": "<image_soft_token>", "qwen2_vl": "<|image_pad|>", "qwen2_5_vl": "<|image_pad|>"}
 PARTS = "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% elif part['type'] == 'image' %}"
 TEMPLATES = {
     "llava": "{% for message in messages %}{{ message['role'] | upper }}: " + PARTS + "{{ '<image>\\n' }}{% endif %}{% endfor %}"
@@ -88,12 +101,17 @@ TEMPLATES = {
     "idefics3": "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}{% if message['content'][0]['type'] == "
                 "'image' %}{{':'}}{% else %}{{': '}}{% endif %}" + PARTS + "{{ '<image>' }}{% endif %}{% endfor %}"
                 "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}",
+    "gemma3": "{{ bos_token }}{% for message in messages %}{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else "
+              "'user') + '\n' }}{% if message['content'] is string %}{{ message['content'] | trim }}{% else %}" + PARTS.replace(
+                  "part['text'] }}", "part['text'] | trim }}") + "{{ '<start_of_image>' }}{% endif %}{% endfor %}{% endif %}"
+              "{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
     "qwen": "{% for message in messages %}<|im_start|>{{ message['role'] }}\n" + PARTS + "<|vision_start|><|image_pad|><|vision_end|>"
             "{% endif %}{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"}
 PREPROCESSORS = {
     "llava": dict(image_processor_type="CLIPImageProcessor", size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
     "idefics3": dict(image_processor_type="Idefics3ImageProcessor", size={"longest_edge": 84}, max_image_size={"longest_edge": 28}),
     "smolvlm": dict(image_processor_type="SmolVLMImageProcessor", size={"longest_edge": 56}, max_image_size={"longest_edge": 28}),
+    "gemma3": dict(image_processor_type="Gemma3ImageProcessor", size={"height": 28, "width": 28}),
     "qwen2_vl": dict(image_processor_type="Qwen2VLImageProcessor", patch_size=4, temporal_patch_size=2, merge_size=2,
                      min_pixels=64, max_pixels=1600)}
 PREPROCESSORS["qwen2_5_vl"] = PREPROCESSORS["qwen2_vl"]
@@ -101,6 +119,7 @@ OUTER = {"llava": dict(processor_class="LlavaProcessor", patch_size=7, vision_fe
                        num_additional_image_tokens=1, image_token="<image>"),
          "idefics3": dict(processor_class="Idefics3Processor", image_seq_len=4),
          "smolvlm": dict(processor_class="SmolVLMProcessor", image_seq_len=4),
+         "gemma3": dict(processor_class="Gemma3Processor", image_seq_length=4),
          "qwen2_vl": dict(processor_class="Qwen2VLProcessor"), "qwen2_5_vl": dict(processor_class="Qwen2_5_VLProcessor")}
 
 
@@ -120,8 +139,9 @@ def make_tokenizer(family: str, directory) -> int:
     backend.save(str(directory / "tokenizer.json"))
     kind = "qwen" if "qwen" in family else "idefics3" if family == "smolvlm" else family
     write = lambda name, value: (directory / name).write_text(json.dumps(value))
+    named = dict(boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>")
     write("tokenizer_config.json", dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-                                        chat_template=TEMPLATES[kind]))
+                                        chat_template=TEMPLATES[kind], **(named if kind == "gemma3" else {})))
     write("preprocessor_config.json", PREPROCESSORS[family])
     write("processor_config.json", OUTER[family])
     (directory / "chat_template.jinja").write_text(TEMPLATES[kind])

@@ -14,13 +14,20 @@ class Pictures(NamedTuple):
     place: Tensor  # (M,) int64, stream positions of image tokens
     source: Tensor  # (M,) int64, which feature each of them becomes
     axes: Tensor | None = None  # (3, T) int64, Qwen's time, height and width of every token
+    runs: Tensor | None = None  # (images, 2) int64, start and end of each one's tokens; Gemma 3
 
     def to(self, device: Any, non_blocking: bool = False) -> "Pictures":
-        """Move to a device, except `grids`, which the tower reads on the CPU."""
+        """Move to a device, except `grids` and `runs`, which are read on the CPU."""
         move = lambda tensor: tensor.to(device, non_blocking=non_blocking)
         axes = None if self.axes is None else move(self.axes)
         return self._replace(
             pixels=move(self.pixels), place=move(self.place), source=move(self.source), axes=axes)
+
+
+def find_runs(input_ids: np.ndarray, image_token: int) -> np.ndarray:  # (runs, 2)
+    """Return start and end of each stretch of image tokens: what Gemma 3 takes for one image."""
+    is_image = np.pad((input_ids == image_token).astype(np.int8), 1)
+    return np.flatnonzero(np.diff(is_image)).reshape(-1, 2)
 
 
 def stream_axes(

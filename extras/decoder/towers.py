@@ -1,4 +1,4 @@
-"""Image encoders of LLaVA (CLIP, SigLIP), Idefics3 and SmolVLM (SigLIP)."""
+"""Image encoders of LLaVA (CLIP, SigLIP), Idefics3, SmolVLM and Gemma 3 (SigLIP)."""
 
 from typing import Callable
 
@@ -115,7 +115,7 @@ class Tower(nn.Module):
     def unreached(self) -> list[nn.Module]:
         """Return the modules that the files hold but no feature passes through."""
         layers = list(self.encoder.layers)[max(self.wanted()) :]
-        return layers + ([] if self.config["kind"] == "idefics3" else [self.post_layernorm])
+        return layers + ([self.post_layernorm] if self.config["kind"] == "llava" else [])
 
     def forward(
         self, pixels: Tensor, grids: Tensor, run: Callable,
@@ -131,7 +131,7 @@ class Tower(nn.Module):
                 kept[i] = x
             if i < max(wanted):
                 x = run(self.encoder.layers[i], x, [length] * tiles)
-        if self.config["kind"] == "idefics3":
+        if self.config["kind"] != "llava":
             kept = {i: self.post_layernorm(x) for i in wanted}
         x = torch.cat([kept[i] for i in wanted], -1).unflatten(0, (tiles, length))
         return x[:, 1:] if self.config["drop_first"] else x

@@ -1,23 +1,29 @@
 """Vision-language models: a tower turns images into features, a projector maps these to the
 decoder's size.
 
-LLaVA, Idefics3 and SmolVLM (extras/decoder/towers.py), Qwen2-VL and Qwen2.5-VL (qwen_vl.py). Used
-where config.json has a `vision_config`; image files are read and cut by extras/rows/pictures.py.
+LLaVA, Idefics3, SmolVLM and Gemma 3 (extras/decoder/towers.py), Qwen2-VL and Qwen2.5-VL
+(qwen_vl.py). Used where config.json has a `vision_config`; image files are read and cut by
+extras/rows/pictures.py.
 
 The features replace the embeddings of the image tokens in the stream. Each distinct image of a
 batch is encoded once, though both completions see it and rows may share it: `Pictures.source`
 tells which feature goes where.
 """
 
+import math
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from extras.decoder import qwen_vl
+from extras.decoder.both_ways import BothWays
 from extras.decoder.in_stream import Pictures
 from extras.decoder.towers import Tower
-from model import ModelConfig
+from model import ModelConfig, Norm
 from parts.activations import keep_all
 from parts.kernels import ACTIVATIONS
 
@@ -53,18 +59,41 @@ class ShuffleProjector(nn.Module):
         return self.modality_projection.proj(x.reshape(-1, s * s * size))
 
 
+class PoolProjector(nn.Module):
+    """Average squares of neighbouring features to `tokens` of them, norm, linear map (Gemma 3)."""
+
+    def __init__(self, c: dict):
+        super().__init__()
+        side = c["image_size"] // c["patch_size"]
+        self.side = side
+        self.width = side // math.isqrt(c["tokens"])
+        norm = SimpleNamespace(norm_eps=c["layer_norm_eps"], norm_offset=True, norm="rms")
+        self.mm_soft_emb_norm = Norm(c["hidden_size"], norm)
+        self.mm_input_projection_weight = nn.Parameter(
+            torch.zeros(c["hidden_size"], c["text_size"]))
+
+    def forward(self, x: Tensor) -> Tensor:  # (F, C) of the decoder
+        x = x.transpose(1, 2).unflatten(-1, (self.side, self.side))  # (images, C, down, across)
+        x = F.avg_pool2d(x, self.width).flatten(2).transpose(1, 2)
+        return (self.mm_soft_emb_norm(x) @ self.mm_input_projection_weight).flatten(0, 1)
+
+
+PROJECTORS = {"llava": LlavaProjector, "idefics3": ShuffleProjector, "gemma3": PoolProjector}
+
+
 class Vision(nn.Module):
     """Put the features of images into the stream."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         c = self.config = config.vision
+        self.ropes = config.ropes
         if c["kind"] == "qwen":
             self.tower = qwen_vl.Tower(c)
             self.projector = qwen_vl.Merger(c)
         else:
             self.tower = Tower(c)
-            self.projector = LlavaProjector(c) if c["kind"] == "llava" else ShuffleProjector(c)
+            self.projector = PROJECTORS[c["kind"]](c)
 
     def encode(
         self, pixels: Tensor, grids: Tensor, run_layer: Callable = keep_all,
@@ -76,35 +105,30 @@ class Vision(nn.Module):
         return self.projector(self.tower(pixels, grids, run_layer))
 
     def forward(
-        self, x: Tensor, tables: dict, pictures: Pictures | None, ropes: dict, run_layer: Callable,
-    ) -> tuple[Tensor, dict]:
-        """Return the embeddings (T, C) with features in their places, and the rotary tables.
+        self, x: Tensor, tables: dict, pictures: Pictures | None, run_layer: Callable, cache: Any,
+    ) -> tuple[Tensor, dict, Any]:
+        """Return the embeddings (T, C) with features in their places, the rotary tables, and what
+        plans attention in place of `cache`.
 
-        The tables change only for Qwen, whose positions have three axes. Without images a blank
-        one is encoded and multiplied by 0 where the tower or projector learns, so that each
-        parameter has a gradient on every rank, as DDP and FSDP expect.
+        The tables change only for Qwen, whose positions have three axes, and the plan only for
+        Gemma 3. Without images, 0 times the sum of the tower's and projector's weights is added
+        where they learn, so that each has a gradient on every rank, as DDP and FSDP expect.
         """
         if pictures is None:
-            learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-            if not learns:
-                return x, tables
-            return x + 0 * self.encode(*self.blank(x.device)).sum(), tables
+            learning = [p for p in self.parameters() if p.requires_grad]
+            if torch.is_grad_enabled() and learning:
+                x = x + 0 * torch.stack([p.sum() for p in learning]).sum()
+            return x, tables, cache
         features = self.encode(pictures.pixels, pictures.grids, run_layer)
         features = features[pictures.source]  # (M, C)
         x = x.index_put((pictures.place,), features.to(x.dtype))
         if pictures.axes is not None:
-            tables = qwen_vl.axes_tables(ropes, pictures.axes, self.config["sections"], x.dtype)
-        return x, tables
-
-    def blank(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return pixels and grids of the smallest image that the tower reads."""
-        c = self.config
-        if c["kind"] == "qwen":
-            side = c["spatial_merge_size"]
-            size = c["in_channels"] * c["temporal_patch_size"] * c["patch_size"] ** 2
-            return torch.zeros(side * side, size, device=device), torch.tensor([[side, side]])
-        shape = (1, c["num_channels"], c["image_size"], c["image_size"])
-        return torch.zeros(shape, device=device), torch.zeros(0, 2).long()
+            sections = self.config["sections"]
+            tables = qwen_vl.axes_tables(self.ropes, pictures.axes, sections, x.dtype)
+        if self.config["kind"] == "gemma3":
+            assert cache is None and pictures.runs is not None
+            cache = BothWays(pictures.runs.tolist())
+        return x, tables, cache
 
 
 def freeze(model: nn.Module, tower: bool) -> None:

@@ -9,7 +9,6 @@ bfloat16, and so the model is saved.
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from extras.models.mxfp4 import unpacked

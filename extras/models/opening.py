@@ -186,6 +186,7 @@ def open_pictures(model: nn.Module, tokenizer: Any, freeze_tower: bool) -> Any:
     freeze(model, freeze_tower)
     if tokenizer.pictures is None:
         return None
-    from extras.rows.pictures import Loader
+    from extras.rows.pictures import Loader, check_features
 
+    check_features(tokenizer.pictures, model.config.vision)
     return Loader(tokenizer.pictures)

@@ -24,7 +24,7 @@ from extras.models.objects import check_object, is_peft, object_name
 from extras.rows.mixture import Mixture
 from extras.rows.pictures import open_tokenizer
 from extras.rows.written import row_line
-from parts.config import EIGHT_BIT
+from parts.config import BY_RULE, EIGHT_BIT
 from parts.custom_optimizer import make_custom
 from parts.output import cache_directory
 from parts.rows import NEEDS, find_files
@@ -139,7 +139,7 @@ def optimizer_maker(args: Any, given: dict[str, Any]) -> Callable | None:
             f"optimizers is a {type(make).__name__}; give a function of the parameters that learn, "
             "such as lambda parameters: torch.optim.SGD(parameters, lr=1e-4); the schedule is "
             "--lr_scheduler_type")
-    if make is not None and args.optim in EIGHT_BIT:
+    if make is not None and args.optim in (*EIGHT_BIT, *BY_RULE):
         raise ValueError(f"optimizers and optim={args.optim!r}: choose one")
     return None if make is None else partial(make_custom, make)
 

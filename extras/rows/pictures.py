@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from data import Batch, DataOptions, Pair, PairStore, Tokenizer, encode_texts
-from extras.decoder.in_stream import Pictures, stream_axes
+from extras.decoder.in_stream import Pictures, find_runs, stream_axes
 from parts.conversations import RowTexts, row_texts
 from parts.rows import DataError, DroppedPair, attempt
 from parts.tokenizer_files import explained_types, read_json
@@ -74,10 +74,12 @@ PATCHES = COMMON | dict(
     merge_size=2,
     size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
 )
+GEMMA3 = SIGLIP | dict(resample=2)
 KINDS = {
     "CLIP": ("square", SQUARE),
     "Llava": ("square", SQUARE),
     "Siglip": ("square", SIGLIP),
+    "Gemma3": ("square", GEMMA3),
     "Idefics3": ("tiles", TILES),
     "SmolVLM": ("tiles", TILES),
     "Qwen2VL": ("patches", PATCHES),
@@ -100,10 +102,13 @@ class Processor(NamedTuple):
 
     kind: str  # square: one size for all; tiles: cut into squares; patches: any size (Qwen)
     settings: dict
-    token: str  # in the text, once for each feature
-    token_id: int
+    token: str  # where an image goes, as the chat template writes it
+    token_id: int  # in the stream, once for each feature
     framed: str  # what replaces <image> in plain text
     per_tile: int  # features of one tile; 0 where the image size decides
+    feature: str  # in the text, once for each feature: `token_id`
+    around: tuple[str, str] = ("", "")  # before and after an image's features
+    takes_text: bool = False  # the template takes texts for messages, and not only lists of parts
 
     def open_rows(self, rows: Iterable, places: Iterable[str]) -> list:
         """Open the images that the rows name, in threads."""
@@ -134,12 +139,16 @@ def open_tokenizer(directory: str | Path, chat_template: str | None = None) -> T
     """Load a tokenizer, with an image processor if its directory has one. Raises DataError."""
     tokenizer = Tokenizer.load(directory, chat_template)
     with explained_types(directory):
-        tokenizer.pictures = load_processor(tokenizer.directory, tokenizer.backend)
+        tokenizer.pictures = load_processor(tokenizer)
     return tokenizer
 
 
-def load_processor(directory: Path, backend: Any) -> Processor | None:
-    """Read the files beside the tokenizer; return None unless they name a known image processor."""
+def load_processor(tokenizer: Tokenizer) -> Processor | None:
+    """Read the files beside the tokenizer; return None unless they name a known image processor.
+
+    Raises DataError for settings that are not supported.
+    """
+    directory = tokenizer.directory
     outer = read_json(directory / "processor_config.json")
     given = outer.get("image_processor") or read_json(directory / "preprocessor_config.json")
     class_name = given.get("image_processor_type", given.get("feature_extractor_type", ""))
@@ -151,19 +160,38 @@ def load_processor(directory: Path, backend: Any) -> Processor | None:
     if kind == "patches":
         edges = {"shortest_edge": given.get("min_pixels"), "longest_edge": given.get("max_pixels")}
         settings["size"] = settings["size"] | {k: v for k, v in edges.items() if v is not None}
+    if given.get("do_pan_and_scan"):
+        raise DataError(
+            f"{directory}: do_pan_and_scan is on in the image processor's file, and images cut "
+            "into crops are not supported; set it to null there"
+        )
     token = {"patches": "<|image_pad|>"}.get(kind, outer.get("image_token", "<image>"))
-    token_id = backend.token_to_id(token)
+    texts: dict[str, Any] = dict(token=token, feature=token, framed=token)
+    if kind == "patches":
+        texts["framed"] = f"<|vision_start|>{token}<|vision_end|>"
+    per_tile = tile_features(kind, settings, outer, directory)
+    if name == "Gemma3":
+        texts = gemma_texts(tokenizer.special_tokens)
+        per_tile = outer.get("image_seq_length", 256)
+    token_id = tokenizer.backend.token_to_id(texts["feature"])
     if token_id is None:
         return None
-    framed = f"<|vision_start|>{token}<|vision_end|>" if kind == "patches" else token
     return Processor(
         kind=kind,
         settings=settings,
-        token=token,
         token_id=token_id,
-        framed=framed,
-        per_tile=tile_features(kind, settings, outer, directory),
+        per_tile=per_tile,
+        **texts,
     )
+
+
+def gemma_texts(named: dict[str, str]) -> dict:
+    """Return how Gemma 3 writes images: its chat template only where one begins."""
+    begin = named.get("boi_token", "<start_of_image>")
+    end = named.get("eoi_token", "<end_of_image>")
+    feature = named.get("image_token", "<image_soft_token>")
+    around = (f"\n\n{begin}", f"{end}\n\n")
+    return dict(token=begin, feature=feature, framed=begin, around=around, takes_text=True)
 
 
 def tile_features(kind: str, settings: dict, outer: dict, directory: Path) -> int:
@@ -188,6 +216,26 @@ def tile_features(kind: str, settings: dict, outer: dict, directory: Path) -> in
             "that is not supported"
         )
     return size["height"] // patch * (size["width"] // patch) + extra - (strategy == "default")
+
+
+def check_features(processor: Processor, vision: dict) -> None:
+    """Raise ValueError where the model takes other images than its processor's file makes.
+
+    Another size, or another number of features than the text has room for.
+    """
+    if processor.kind != "square":
+        return
+    s = processor.settings
+    size = s["crop_size"] if s["do_center_crop"] else s["size"]
+    made = (size["height"], size["width"], processor.per_tile)
+    side = vision["image_size"]
+    taken = (side, side, vision.get("tokens", processor.per_tile))
+    if made != taken:
+        words = "{} x {} pixels and {} tokens"
+        raise ValueError(
+            f"the image processor's file makes images of {words.format(*made)}, and config.json "
+            f"says {words.format(*taken)}; give the processor that belongs to the model"
+        )
 
 
 # Reading
@@ -495,9 +543,10 @@ def features(image: RowImage, processor: Processor) -> int:
 def image_text(image: RowImage, processor: Processor) -> str:
     """Write the text that stands for an image: one token for each feature, and marks."""
     if processor.kind != "tiles":
-        return processor.token * features(image, processor)
+        before, after = processor.around
+        return before + processor.feature * features(image, processor) + after
     rows, columns = grid(image, processor)
-    tile = processor.token * processor.per_tile
+    tile = processor.feature * processor.per_tile
     frame = "<fake_token_around_image>"
     lines = [
         "".join(f"{frame}<row_{r + 1}_col_{c + 1}>{tile}" for c in range(columns)) + "\n"
@@ -524,7 +573,7 @@ def prepare(row: dict, processor: Processor) -> tuple[dict, tuple[RowImage, ...]
         if isinstance(row[key], str):
             if holds and images:
                 row[key] = row[key].replace("<image>", processor.framed)
-        elif isinstance(row[key], list):
+        elif isinstance(row[key], list) and (images or not processor.takes_text):
             row[key] = place_images(row[key], len(images) if holds else 0, key)
     return row, tuple(images)
 
@@ -708,8 +757,23 @@ class Loader:
         place = torch.from_numpy(np.flatnonzero(ids == self.processor.token_id))
         source = torch.from_numpy(np.concatenate(source).astype(np.int64))
         assert len(place) == len(source), (len(place), len(source))
-        grids = torch.tensor([grid(p, self.processor) for p in distinct])
-        return Pictures(torch.cat(pixels), grids, place, source, self.axes(batch, by_start))
+        return Pictures(
+            pixels=torch.cat(pixels),
+            grids=torch.tensor([grid(p, self.processor) for p in distinct]),
+            place=place,
+            source=source,
+            axes=self.axes(batch, by_start),
+            runs=torch.from_numpy(find_runs(ids, self.processor.token_id)),
+        )
+
+    def patches(self, store: PairStore, rows: Iterable, vision: dict) -> int:
+        """Count the patches that the image encoder reads for a forward on these pairs."""
+        distinct = {p.sha256: p for i in rows for p in images_of(store, int(i))}
+        grids = [grid(p, self.processor) for p in distinct.values()]
+        if self.processor.kind == "patches":
+            return sum(down * across for down, across in grids)
+        side = vision["image_size"] // vision["patch_size"]
+        return side * side * sum(down * across + 1 for down, across in grids)
 
     def axes(self, batch: Batch, by_start: dict[int, list[RowImage]]) -> torch.Tensor | None:
         """Compute Qwen's positions; `by_start` maps a pair's start in the stream to its images."""

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from extras.run.context import why_not
+from extras.run.context import divides_heads, why_not
 from extras.run.forecast import Run, count, describe, gib, memory, run_of
 from model import ModelConfig
+from parts.config import BY_RULE
 
 # Of a device's memory, what a prediction may fill: the allocator wastes some of the rest.
 USABLE = 0.9
@@ -57,8 +58,8 @@ def options(config: ModelConfig, run: Run, longest: int, may_precompute: bool) -
     if run.world > 1 and not run.fsdp:
         yield lambda r: Option("--fsdp", f"{EXACT} but by rounding", r._replace(fsdp=True))
     for size in range(2, run.world + 1):
-        heads = (config.num_attention_heads, config.num_key_value_heads, run.world)
-        if not any(count % size for count in heads) and not why_not(config):
+        fits = run.world % size == 0 and divides_heads(config, size)
+        if fits and not why_not(config):
             yield lambda r, n=size: Option(
                 f"--context_parallel_size {n}", f"{EXACT} but by rounding",
                 r._replace(tokens=-(-r.tokens // n), scored=-(-r.scored // n)))
@@ -69,7 +70,7 @@ def options(config: ModelConfig, run: Run, longest: int, may_precompute: bool) -
 def options_that_change_numbers(run: Run) -> Iterator[Callable]:
     """Yield the options that train with other numbers, or other weights."""
     if not run.rank:
-        if "8 bits" not in str(run.optimizer):
+        if not any(word in str(run.optimizer) for word in ("8 bits", *BY_RULE.values())):
             yield lambda r: Option(
                 "--optim adamw_8bit", "moments in 8 bits",
                 r._replace(optimizer=with_words(r.optimizer, "8 bits")))

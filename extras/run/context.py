@@ -13,6 +13,7 @@ same exchange. What a rank's backward leaves in the weights is then the part of 
 went through its tokens; DDP and FSDP add these up as they do for ranks with pairs of their own.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -106,7 +107,7 @@ def cut(batch: Batch, number: int, size: int, group: Any) -> Batch:
 
 
 def join(model: Decoder, size: int) -> None:
-    """Let a model read parts of streams. Raises ValueError for models that cannot.
+    """Let a model read parts of streams, which are of text. Raises ValueError for models that cannot.
 
     By hooks that do nothing where the batch is no part; copies of the model have them too.
     """
@@ -117,24 +118,28 @@ def join(model: Decoder, size: int) -> None:
     reason = why_not(c)
     if reason:
         raise ValueError(f"{flag}: not for {reason}")
-    if c.num_attention_heads % size or c.num_key_value_heads % size:
+    if not divides_heads(c, size):
         raise ValueError(
-            f"{flag}: each rank attends with its part of the heads, and this model has "
-            f"{c.num_attention_heads}, of keys and values {c.num_key_value_heads}; "
-            f"{size} divides not both")
+            f"{flag}: each rank attends with its part of the heads, and the {c.num_attention_heads} "
+            f"of this model, which share {c.num_key_value_heads} of keys and values, cannot be "
+            f"divided by {size} without giving a rank heads of keys and values in part")
     model.model.register_forward_pre_hook(lend_plans, with_kwargs=True)
     model.register_forward_hook(gather_scores)
 
 
 def why_not(c: ModelConfig) -> str:
     """Return what a model has that needs a stream whole; "" for nothing."""
-    if c.vision is not None:
-        return "models that read images"
     if any(recurs(c)):
         return "models with recurrent layers, whose state goes from token to token"
     if c.moe is not None and c.moe["router_aux_loss_coef"] is not None:
         return "mixtures of experts, whose balancing loss is that of a whole stream"
     return ""
+
+
+def divides_heads(c: ModelConfig, size: int) -> bool:
+    """Tell whether `size` ranks can have equal parts of the heads: `ExchangingPlan` gives heads of
+    keys and values to several ranks where there are fewer of them than ranks."""
+    return c.num_attention_heads % math.lcm(c.num_key_value_heads, size) == 0
 
 
 def lend_plans(stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -172,7 +177,12 @@ class ExchangingPlan(NamedTuple):
         return out.transpose(0, 1).flatten(1, 2)
 
     def to_heads(self, x: Tensor) -> Tensor:
-        """(T / size, H, D), all heads of a part, to (T, H / size, D), a part of the heads of all."""
+        """(T / size, H, D), all heads of a part, to (T, H / size, D), a part of the heads of all.
+
+        Of keys and values that ranks share each gets a copy, and the copies' gradients are added.
+        """
+        copies = math.lcm(x.shape[1], self.size) // x.shape[1]
+        x = x.repeat_interleave(copies, 1) if copies > 1 else x
         x = x.unflatten(1, (self.size, -1)).transpose(0, 1)
         return Exchange.apply(x, self.group).flatten(0, 1)
 

@@ -12,16 +12,19 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 import model as models
 from extras.decoder.mixers import KINDS, attends, recurs
+from extras.decoder.vision import freeze
 from extras.lora.targets import add_lora
 from extras.models.opening import build
 from extras.run.eight_bits import BLOCK
+from extras.run.rules import is_hidden
 from extras.run.small_adamw import AT_ONCE, PER_ELEMENT, SMALLEST
 from parts.checks import needs_reference, precomputes_reference
-from parts.head import KEPT, chunk_rows
+from parts.head import KEPT, chunk_rows, group_rows, kept_chunks
 from parts.schedule import small_kind
 
 # What a block saves for its backward: bytes per token and unit of (hidden, all query heads, all kv
@@ -53,6 +56,9 @@ class Run(NamedTuple):
     live_ref: bool = False  # a copy of the weights
     rank: int = 0  # of a LoRA; 0 trains all weights
     targets: tuple[str, ...] = USUAL
+    patches: int = 0  # that the image encoder reads for one forward
+    masked: int = 0  # (query, key) of its attention, where images are seen both ways
+    tower_learns: bool = False  # the image encoder is trained too
     four_bit: str | None = None  # "plain" or "nested" absmax
     optimizer: str | None = None  # what parts.schedule.small_kind says
     device: str = "cpu"
@@ -73,6 +79,8 @@ def count(config: models.ModelConfig, run: Run) -> dict[str, int]:
     """
     with torch.device("meta"):
         model = build(config)
+        if config.vision is not None:
+            freeze(model, not run.tower_learns)
         if run.rank:
             targets = None if run.targets == USUAL else run.targets
             targets = targets if isinstance(targets, str) else list(targets or ())
@@ -86,18 +94,48 @@ def count(config: models.ModelConfig, run: Run) -> dict[str, int]:
                 seen.add(id(p))
                 held += int(p.numel() * bits / 8)
     width = 4 if run.rank else getattr(torch, run.weights).itemsize
-    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    trained = [p.numel() for _, p in learning]
     learns = width * sum(trained)
-    moments = 2 * learns
-    if "8 bits" in str(run.optimizer):
-        moments = sum(8 * n if n < SMALLEST else 2 * n + 8 * -(-n // BLOCK) for n in trained)
+    kind = str(run.optimizer)
+    moments = sum(moments_of(kind, n, p, width) for n, p in learning)
+    largest = {False: 0, True: 0}  # parameter, by whether it is stepped by a rule
+    for name, p in learning:
+        has = has_rule(kind, name, p)
+        largest[has] = max(largest[has], p.numel())
     blocks = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
-    learning = [any(p.requires_grad for p in part.parameters())
-                for part in (model.model.embed_tokens, *model.model.layers)]
-    first = max(0, learning.index(True) - 1) if True in learning else 0
+    learns_in = [any(p.requires_grad for p in part.parameters())
+                 for part in (model.model.embed_tokens, *model.model.layers)]
+    first = max(0, learns_in.index(True) - 1) if True in learns_in else 0
     return {
         "weights": held, "learns": learns, "moments": moments, "block": max(blocks),
-        "largest": max(trained), "matrices": sum(blocks), "first": first}
+        "in_pieces": largest[False], "by_rule": largest[True], "matrices": sum(blocks), "first": first}
+
+
+def has_rule(kind: str, name: str, p: torch.nn.Parameter) -> bool:
+    """Tell whether a parameter is stepped whole, by a rule of extras/run/rules.py."""
+    return "Adafactor" in kind or "Muon" in kind and is_hidden(name, p)
+
+
+def moments_of(kind: str, name: str, p: torch.nn.Parameter, width: int) -> int:
+    """Return the bytes that an optimizer holds of a parameter, whose gradient has `width` each."""
+    n = p.numel()
+    if "Adafactor" in kind:
+        return 4 * (n if p.dim() < 2 else n // p.shape[-1] + n // p.shape[-2])
+    if "8 bits" in kind:
+        return 8 * n if n < SMALLEST else 2 * n + 8 * -(-n // BLOCK)
+    return width * n * (1 if has_rule(kind, name, p) else 2)
+
+
+def of_step(counted: dict[str, int], run: Run, parts: int) -> int:
+    """Return the bytes that come and go in the step of an optimizer of extras/run: in float32, a
+    piece at a time, or a whole matrix by a rule."""
+    at_once = AT_ONCE.get(run.device, AT_ONCE["cpu"])
+    matrix = counted["by_rule"] // parts
+    by_rule = 12 * matrix
+    if run.weights == "bfloat16":  # also copies in float32; then random bits
+        by_rule = max(18 * matrix, 4 * matrix + 24 * min(matrix, at_once))
+    return max(by_rule, PER_ELEMENT * min(counted["in_pieces"] // parts, at_once))
 
 
 def block_activations(
@@ -122,6 +160,10 @@ def block_activations(
         sizes = (c.hidden_size, 0, 0, c.intermediate_size)
     for size, saved, frozen, again in zip(sizes, PER_TOKEN[kind], less, cheap, strict=True):
         per_token += size * (saved - max(frozen, again))
+    narrow = 4 if kind == "float32" else 2
+    more_norms = sum(name is not None for name in c.block_norms) - 2  # after a sublayer: their input
+    per_token += narrow * sizes[0] * max(0, more_norms)
+    per_token += narrow * (sizes[1] + sizes[2]) * bool(c.qk_norm)  # q and k before
     per_token += 16 * run.rank * len(run.targets)
     casts = 2 * block if run.bf16 else 0  # autocast keeps the weights that it cast
     return run.tokens * per_token + casts
@@ -143,11 +185,11 @@ def activations(
     again = run.tokens * KINDS[c.mixer["kind"]].passing(c.mixer) if any(recurs(c)) else 0
     chunk = chunk_rows(c.vocab_size, run.device, models.HEAD_CHUNK)
     saves = run.rank or run.checkpointing or run.offloading
-    kept = 0 if saves else min(run.scored, KEPT * chunk)
+    kept = 0 if saves else min(run.scored, kept_chunks(KEPT, run.device) * chunk)
     rows = min(run.scored - kept, chunk)
-    few = min(run.scored, 32 if run.device == "cpu" else max(16, models.HEAD_CHUNK // c.vocab_size))
+    few = min(run.scored, group_rows(c.vocab_size, run.device, models.HEAD_CHUNK))
     narrow = 2 if run.bf16 else wide
-    logits = c.vocab_size * (narrow * rows + 8 * few)  # a few rows in float32, twice
+    logits = c.vocab_size * (narrow * rows + 12 * few)  # a few rows in float32, three times
     ends += c.vocab_size * narrow * kept  # logits, as their gradients
     head = logits + 4 * c.hidden_size * (run.scored + (0 if run.rank else c.vocab_size))
     mlp = (5 if narrow == 2 else 10) * run.tokens * c.intermediate_size
@@ -160,6 +202,35 @@ def activations(
     if run.offloading:
         kept_in_blocks = min(kept_in_blocks, 2 * max(kept_in_each))
     return ends + kept_in_blocks, max(head, mlp, again)
+
+
+def of_images(config: models.ModelConfig, run: Run) -> tuple[int, int]:
+    """Return the bytes held for the images of a forward, and the most that comes and goes meanwhile.
+
+    Held are the pixels and, where it learns, what the encoder keeps: of each layer both norms with
+    their inputs, q, k, v, the heads' output, the MLP's inner states before and after its function.
+    Masks are there for layers with and without a window.
+    """
+    c = config.vision
+    if c is None or not run.patches:
+        return 0, 0
+    size = c.get("size") or c["hidden_size"]
+    inner = c.get("intermediate_size") or int(size * c["mlp_ratio"])
+    layers = c.get("depth") or c["num_hidden_layers"]
+    width = 2 if run.bf16 else getattr(torch, run.weights).itemsize
+    channels = c.get("in_channels") or c["num_channels"]
+    pixels = 4 * c["patch_size"] ** 2 * channels * c.get("temporal_patch_size", 1)
+    # under autocast the norms' inputs are float32, and q, k and v have a cast of theirs each
+    layer = run.patches * width * ((12 if run.bf16 else 8) * size + 2 * inner)
+    passing = run.patches * width * (5 * size + 2 * inner)
+    each = 2 if run.bf16 and run.device != "cpu" else 4  # each layer's call makes numbers of its mask
+    masks = run.masked * (2 + each * (1 if run.checkpointing is True else config.num_hidden_layers))
+    held = run.patches * pixels + masks
+    if not run.tower_learns:
+        return held, passing
+    if run.checkpointing is True:
+        return held + layers * run.patches * width * size, layer
+    return held + layers * layer, 0
 
 
 def memory(
@@ -176,6 +247,9 @@ def memory(
         "gradients": counted["learns"] // parts}
     m["activations"], m["passing"] = activations(
         config, run, counted["block"], counted["first"])
+    images, encoding = of_images(config, run)
+    m["activations"] += images
+    before = sum(m.values()) - m["activations"] - m["passing"] + images + encoding
     is_ddp = run.world > 1 and not run.fsdp
     if is_ddp:
         m["exchange"] = counted["learns"]  # DDP's buckets
@@ -186,15 +260,15 @@ def memory(
     at_most = sum(m.values())
     first = at_most - m["gradients"]  # with one forward in a step, gradients come as activations go
     last = at_most - m["activations"] - m["passing"]
-    if run.optimizer:  # it computes a step piece by piece, in float32
-        piece = min(counted["largest"] // parts, AT_ONCE.get(run.device, AT_ONCE["cpu"]))
-        last += PER_ELEMENT * piece
+    if run.optimizer:
+        last += of_step(counted, run, parts)
     if config.tie_word_embeddings and not run.rank:
         # the head's part of the gradient waits for the embedding's, and their sum is a third
         width = getattr(torch, run.weights).itemsize
         tied = 2 * config.vocab_size * config.hidden_size * width
         last = max(last, at_most - m["activations"] - m["passing"] + tied)
     # DDP's buckets hold all gradients throughout
+    last = max(last, before)
     return m | {"total": max(last, at_most if run.forwards > 1 or is_ddp else first)}
 
 
@@ -241,9 +315,16 @@ def run_of(trainer: Any) -> Run:
     store = trainer.train_store
     sizes = []
     most = 0
+    patches = masked = 0
     for step in range(min(100, trainer.schedule.total_steps)):
         forwards = trainer.forwards(store, trainer.pairs_of(step), c.per_device_train_batch_size)
         for rows in forwards:
+            if trainer.images is not None:
+                vision = trainer.model.config.vision
+                patches = max(patches, trainer.images.patches(store, rows, vision))
+                if vision["kind"] == "gemma3":
+                    p, chosen, rejected = store.lengths[rows].astype(np.int64).T
+                    masked = max(masked, int(((p + chosen) ** 2 + rejected * (p + rejected)).sum()))
             here = (store.tokens[rows].sum(), store.lengths[rows, 1:].sum())
             sizes.append(tuple(-(-int(n) // trainer.ranks.context) for n in here))
         most = max(most, len(forwards))
@@ -258,7 +339,8 @@ def run_of(trainer: Any) -> Run:
         bf16=trainer.precision.half is torch.bfloat16, checkpointing=c.gradient_checkpointing,
         offloading=c.activation_offloading,
         live_ref=trainer.reference.model is not None, rank=trainer.lora.get("r", 0),
-        optimizer=small_kind(c, trainer.lora),
+        optimizer=small_kind(c, trainer.lora), patches=patches, masked=masked,
+        tower_learns=patches > 0 and not c.freeze_vision_tower,
         targets=targets if isinstance(targets, str) else tuple(targets), four_bit=four_bit, device=trainer.ranks.device.type)
 
 

@@ -7,9 +7,10 @@
     --dtype bfloat16                    2        4        2         8
     --dtype bfloat16, adamw_8bit        2        2        2         6
 
-and 1/32 for the largest magnitudes of 8-bit blocks. The step is computed in float32, on a part of a
-tensor at a time, so that its temporaries stay small. A second moment moves by 1/1000 of its
-distance; in bfloat16 it too would stand still if it were rounded to nearest.
+and 1/32 for the largest magnitudes of 8-bit blocks; rules.py has those of Adafactor and Muon. The
+step is computed in float32, on a part of a tensor at a time, so that its temporaries stay small. A
+second moment moves by 1/1000 of its distance; in bfloat16 it too would stand still if it were
+rounded to nearest.
 
 Every result is a function of whole tensors: the random bits of an element and the block that it
 belongs to do not depend on how FSDP cuts the tensor.
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from extras.run.eight_bits import BLOCK, decode, dynamic_code, encode, largest
 from extras.run.rounding import draws, key_of, rounded
+from extras.run.rules import rules_of
 from parts.config import EIGHT_BIT, DPOConfig
 from parts.schedule import groups_of, rounds_at_random
 
@@ -118,7 +120,8 @@ class SmallAdamW:
     """AdamW with the attributes and methods of a torch.optim.Optimizer that a trainer uses.
 
     `names` gives each parameter the name that its random bits come from. `eight_bit` keeps moments
-    in 8 bits; `rounds` rounds what is bfloat16 at random, else to nearest.
+    in 8 bits; `rounds` rounds what is bfloat16 at random, else to nearest. A group may have a
+    `rule` of extras/run/rules.py instead of AdamW's.
     """
 
     def __init__(
@@ -142,19 +145,24 @@ class SmallAdamW:
     def step(self) -> None:
         """Update all parameters that have a gradient."""
         todo = [(p, g) for g in self.param_groups for p in g["params"] if p.grad is not None]
-        for p, _ in todo:
+        for p, group in todo:
             if not self.state[p]:
-                self.begin(p)
+                self.begin(p, group)
             self.adopt(p)
             self.state[p]["step"] += 1
         common = self.common_maxima(todo)
         for p, group in todo:
-            self.update(p, group, common.get(p))
+            if "rule" in group:
+                self.follow(p, group)
+            else:
+                self.update(p, group, common.get(p))
 
-    def begin(self, p: nn.Parameter) -> None:
+    def begin(self, p: nn.Parameter, group: dict) -> None:
         """Set the state before the first step."""
         state = self.state[p]
         state["step"] = 0
+        if "rule" in group:  # which begins its own
+            return
         if not self.eight_bit or p.numel() < SMALLEST:
             kind = torch.float32 if self.eight_bit else p.dtype
             state["exp_avg"] = torch.zeros_like(p, dtype=kind)
@@ -200,6 +208,21 @@ class SmallAdamW:
             found = {p: part.view_as(t).to(t.device) for (p, t), part in zip(found.items(), parts)}
         return found
 
+    def follow(self, p: nn.Parameter, group: dict) -> None:
+        """Update a parameter by its group's rule, which sees the whole tensor."""
+        wide = torch.promote_types(p.dtype, torch.float32)
+        value = group["rule"](self.state[p], p.detach(), p.grad.to(wide), group).view(-1)
+        key = key_of(self.seed, self.state[p]["step"], self.names[p])
+        weights = flat(p)
+        for piece in pieces(shard_of(p), AT_ONCE.get(weights.device.type, 2**20)):
+            keep(weights[piece.local], value[piece.local], self.bits(p, key, piece), 0)
+
+    def bits(self, p: nn.Parameter, key: int, piece: Piece) -> Tensor | None:
+        """Return the random bits of a piece's elements, if they are to be rounded by any."""
+        if not self.rounds or p.dtype != torch.bfloat16:
+            return None
+        return draws(key, piece.first, piece.local.stop - piece.local.start, flat(p).device)
+
     def update(self, p: nn.Parameter, group: dict, common: Tensor | None) -> None:
         """w <- (1 - lr decay) w - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)."""
         shard = shard_of(p)
@@ -214,9 +237,7 @@ class SmallAdamW:
             if group["weight_decay"]:
                 w.mul_(1 - group["lr"] * group["weight_decay"])
             w.addcdiv_(m, (v.sqrt() / unbias_sq).add_(group["eps"]), value=-group["lr"] / unbias)
-            bits = None
-            if self.rounds and p.dtype == torch.bfloat16:
-                bits = draws(key, piece.first, len(w), w.device)
+            bits = self.bits(p, key, piece)
             keep(weights[piece.local], w, bits, 0)
             self.keep_moments(p, piece, (m, v), bits, common)
 
@@ -282,7 +303,10 @@ def keep(target: Tensor, value: Tensor, bits: Tensor | None, lane: int) -> None:
 
 def make(c: DPOConfig, named: list[tuple[str, nn.Parameter]]) -> SmallAdamW:
     """Return the optimizer that the flags ask for."""
-    groups = groups_of(c, named)
+    groups = []
+    for rule, members in rules_of(c, named):
+        found = groups_of(c, members)
+        groups += [group | {"rule": rule} if rule else group for group in found]
     for group in groups:
         group["lr"] = c.learning_rate
         group["betas"] = (c.adam_beta1, c.adam_beta2)
