@@ -446,19 +446,20 @@ class Stack(nn.Module):
         c = self.config
         x = self.embed(stream.input_ids, stream.position_ids)
         tables = rotary_tables(c.ropes, stream.position_ids, x.dtype)
+        deep = []  # what is added at pictures after the first layers: Qwen3-VL's DeepStack
         if self.vision is not None:
-            x, tables, cache = self.vision(x, tables, stream.pictures, self.run_block, cache)
+            x, tables, cache, deep = self.vision(
+                x, tables, stream.pictures, self.run_block, cache)
         planned = (c, stream.spans, stream.position_ids, compute_dtype(x))
-        if cache is None:
-            plans = [plan_attention(*planned)] * len(self.layers)
-        else:
-            plans = cache.plan(*planned)
+        plans = (cache.plan(*planned) if cache is not None
+                 else [plan_attention(*planned)] * len(self.layers))
         routed = []
-        for layer, plan in zip(self.layers, plans):
+        for i, (layer, plan) in enumerate(zip(self.layers, plans)):
             x, router_logits = self.run_block(layer, x, tables, plan)
-            if router_logits is not None:
-                routed.append(router_logits)
-        return self.norm(x), routed
+            if i < len(deep):
+                x = x.index_add(0, stream.pictures.place, deep[i])
+            routed.append(router_logits)
+        return self.norm(x), [logits for logits in routed if logits is not None]
 
 
 class TokenLogps(NamedTuple):

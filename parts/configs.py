@@ -5,7 +5,7 @@ from typing import Any
 from parts.families import COMMON, HARMLESS, REQUIRED, Family, find_family
 from parts.kernels import ACTIVATIONS
 from parts.ropes import Rope, read_ropes
-from parts.vision_configs import split_config
+from parts.vision_configs import check_sections, split_config
 
 # The largest value that is taken for a size; more is a damaged file.
 SIZES = dict(
@@ -38,6 +38,7 @@ def read_fields(raw: dict, max_length: int | None = None) -> dict:
         fields = text_fields(text, max_length)
         if vision is not None:
             vision = vision | {"text_size": fields["hidden_size"]}
+            check_sections(vision, len(fields["ropes"]["full_attention"].frequencies))
         return fields | dict(model_type=raw["model_type"], other_names=True, vision=vision)
     except wrong as error:
         raise ValueError("config.json: a value of another type or size than expected "

@@ -27,7 +27,8 @@ class Family(NamedTuple):
 
 
 # of models with a vision_config, those whose tower is computed (parts/vision_configs.py)
-READS_IMAGES = ("llava", "idefics3", "smolvlm", "gemma3", "qwen2_vl", "qwen2_5_vl")
+READS_IMAGES = ("llava", "idefics3", "smolvlm", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
+                "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 REQUIRED = object()  # in place of a default
 INFINITY = float("inf")
 COMMON = dict(
@@ -509,6 +510,10 @@ FAMILIES = {
         dict(qk_norm="head", other_names=True),
         QWEN_MOE_KEYS | BIAS | dict(use_sliding_window=False, sliding_window=4096),
         slides=lambda i, c: True, more=moe),
+    "qwen3_vl_moe_text": Family(
+        dict(qk_norm="head", other_names=True),
+        QWEN_MOE_KEYS | BIAS | dict(norm_topk_prob=True), more=moe,
+        rename=lambda raw: without(raw, dict(norm_topk_prob=True))),
     "olmoe": Family(
         dict(qk_norm="full", other_names=True),
         MOE_KEYS | BIAS | dict(norm_topk_prob=False, router_aux_loss_coef=0.01), more=moe),

@@ -10,7 +10,7 @@ from typing import Any, Iterable, NamedTuple
 
 from torch import Tensor
 
-from parts.vision_configs import WRAPPED
+from parts.vision_configs import QWEN3_TEXT, WRAPPED
 
 # Ours -> Hugging Face's, by module; "*" is the layer's number.
 MODULES = {
@@ -68,6 +68,8 @@ TRANSPOSED = {  # matrices that the files keep as (in, out)
     "gpt_oss": re.compile(r"\.experts\.(gate_up|down)_proj$"),
     "llama4_text": re.compile(r"\.experts\.(gate_up|down)_proj$"),
     "llama4": re.compile(r"\.experts\.(gate_up|down)_proj$")}
+# ... or keep either way: (in, out) as published, (out, in) as transformers 5 writes a new model
+EITHER_WAY = {"qwen3_vl_moe": re.compile(r"\.experts\.(gate_up|down)_proj$")}
 CONSTANTS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$")  # causal masks in old files
 # text models cut out of LLaVA's kind have "language_model.model.layers"
 PREFIXES = {"model.language_model.": "model.", "language_model.": ""}
@@ -87,10 +89,11 @@ VISION = {
               "model.": "model.language_model."},
     "idefics3": {"model.vision.tower.": "model.vision_model.",
                  "model.vision.projector.": "model.connector.", "model.": "model.text_model."},
-    "qwen2_vl": {"model.vision.projector.": "model.visual.merger.",
+    "qwen2_vl": {"model.vision.projector.deep.": "model.visual.deepstack_merger_list.",
+                 "model.vision.projector.": "model.visual.merger.",
                  "model.vision.tower.": "model.visual.", "model.": "model.language_model."}}
-VISION |= {"smolvlm": VISION["idefics3"], "qwen2_5_vl": VISION["qwen2_vl"],
-           "gemma3": VISION["llava"]}
+VISION |= {"smolvlm": VISION["idefics3"], "gemma3": VISION["llava"]}
+VISION |= dict.fromkeys(("qwen2_5_vl", *QWEN3_TEXT), VISION["qwen2_vl"])
 VISION |= dict.fromkeys(WRAPPED, {"model.": "model.language_model."})  # their towers are carried
 VISION["llama4"] = {"model.": "language_model.model.", "lm_head": "language_model.lm_head"}
 # ... and back, from the prefixes of transformers 4 and 5.
@@ -99,10 +102,17 @@ VISION_OURS = (
     (r"^(model\.)?multi_modal_projector\.", "model.vision.projector."),
     (r"^(model\.)?vision_model\.", "model.vision.tower."),
     (r"^model\.connector\.", "model.vision.projector."),
+    (r"^(model\.)?visual\.deepstack_merger_list\.", "model.vision.projector.deep."),
     (r"^(model\.)?visual\.merger\.", "model.vision.projector."),
     (r"^(model\.)?visual\.", "model.vision.tower."),
     (r"^(model\.(text_model|language_model)|language_model\.model)\.", "model."),
     (r"^language_model\.lm_head", "lm_head"))
+
+
+def may_be_turned(name: str, config: Any) -> bool:
+    """Tell whether only its shape says which way round the files keep a matrix."""
+    family = config.model_type
+    return family in EITHER_WAY and bool(EITHER_WAY[family].search(name))
 
 
 class Place(NamedTuple):
@@ -146,7 +156,9 @@ def find_places(names: Iterable[str], config: Any) -> dict[str, Place]:
         raise ValueError(
             f"the checkpoint is quantized (it has {quantized[0]}); use the original one")
     if config.vision is not None:
-        places = {n: Place(vision_name(n)) for n in names if not n.endswith("position_ids")}
+        ours = {n: vision_name(n) for n in names if not n.endswith("position_ids")}
+        found = other_places(ours.values(), config.model_type, config.moe)
+        places = {theirs: found[name] for theirs, name in ours.items() if name in found}
     elif config.other_names or any("language_model." in n for n in names):
         places = other_places(names, config.model_type, config.moe)
     else:

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from parts.files import open_safetensors, read_json, write_json, write_tensors
-from parts.names import BIAS, Place, carried_names, file_name, find_places, without_prefix
+from parts.names import (
+    BIAS,
+    Place,
+    carried_names,
+    file_name,
+    find_places,
+    may_be_turned,
+    without_prefix,
+)
 
 DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -141,7 +149,10 @@ def each_tensor(checkpoint: Checkpoint, layout: dict[str, Place]) -> Iterator[tu
 def check_tensors(
     checkpoint: Checkpoint, layout: dict[str, Place], parameters: dict, config: Any,
 ) -> None:
-    """Raise ValueError listing missing, unexpected and misshaped tensors; reads only headers."""
+    """Raise ValueError listing missing, unexpected and misshaped tensors; reads only headers.
+
+    Corrects the layout of matrices that files keep either way round.
+    """
     problems = []
     found = dict.fromkeys(parameters, 0)  # values of each parameter that the files have
     absent = dict(layout)
@@ -153,6 +164,10 @@ def check_tensors(
             problems.append(f"unexpected {name} {shape} in {file}")
             continue
         expected = tuple(place.view(parameters[place.name]).shape)
+        if shape == (*expected[:-2], *expected[:-3:-1]) and may_be_turned(name, config):
+            if shape != expected:  # square ones lie as transformers has them
+                layout[name] = place._replace(transposed=not place.transposed)
+            expected = shape
         found[place.name] += torch.Size(expected).numel()
         if shape != expected:
             problems.append(f"{name} in {file} is {shape}, config.json says {expected}")

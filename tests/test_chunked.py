@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_families import CASES, PAIRS, SIZES
+from test_families import CASES
 from test_gated_delta import GREEDY, alone
 from test_model import make, random_pairs, stream
 

@@ -53,7 +53,8 @@ def test_logits_equal_transformers(pair):
     hidden, _ = ours.model(models.Stream(ids, positions, spans, pictures=pictures))
     logits = sum(x @ w.T for x, w in ours.head_terms(hidden))
     expected = torch.cat([expected[i, : len(s)] for i, s in enumerate(sequences)])
-    assert (logits - expected).abs().max() < 1e-5
+    # the gated delta rule rounds more; tests/test_qwen3_vl.py holds it to float64
+    assert (logits - expected).abs().max() < (1e-5 if ours.config.mixer is None else 1e-4)
     assert logits.std() > 1e-3
 
 

@@ -677,6 +677,7 @@ def load_4bit(
     plain = {n: place for n, place in layout.items() if n not in beside}
     parameters = {n: p for n, p in model.named_parameters() if n not in in_bits}
     check_tensors(checkpoint, plain, parameters, config)
+    layout |= plain
     read = partial(read_block, checkpoint, layout, beside, model, dtype)
     quantize_linears(model, **settings, read=partial(read, device=device))
     with torch.device("meta"):
