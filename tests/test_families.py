@@ -817,6 +817,8 @@ def test_no_expert_sees_a_token_that_was_not_sent_to_it(mixture):
 def test_lora_targets_that_are_experts_are_told_how_to_name_them(mixture):
     ours = models.load_model(mixture[2])
     for target in ("experts", "gate_up_proj"):
+        if target == "gate_up_proj" and mixture[0] == "granite_h experts":
+            continue  # its shared expert has a linear layer of that name
         with pytest.raises(ValueError, match=f"--lora_target_modules {target}: .*experts and routers: --lora_target_parameters"):
             put_lora(ours, 2, 4, 0.0, [target])
 
