@@ -3,9 +3,9 @@ extras.plan).
 
 Memory is that of tensors, in bytes per rank: what stays between steps (weights, moments, a live
 reference) and what a step adds (gradients, activations, the head's chunk). Parameters are counted
-on a model without storage. Activations follow a formula, `PER_TOKEN`, whose coefficients were
-counted on the CPU's paths and for gated MLPs. Not included: what the allocator wastes, the CUDA
-context (about 0.5 GiB), NCCL's buffers, and the program itself.
+on a model without storage. Activations follow a formula, whose coefficients were counted for gated
+MLPs, on the CPU's paths (`PER_TOKEN`) and with flash attention (`FLASH`). Not included: what the
+allocator wastes, the CUDA context (about 0.5 GiB), NCCL's buffers, and the program itself.
 """
 
 import time
@@ -32,6 +32,8 @@ from parts.schedule import small_kind
 # gate, up and their product. bf16 is autocast; in bfloat16, weights and all else are.
 PER_TOKEN = {
     "float32": (16, 12, 12, 12), "bf16": (12, 11, 11, 6), "bfloat16": (8, 10, 11, 6)}
+# With the flash kernel on a GPU; there the log-sum-exp comes on top, 4 bytes per token and head.
+FLASH = {"bf16": (12, 4, 4, 6), "bfloat16": (8, 4, 4, 6)}
 # What a frozen linear layer saves less: its input.
 FROZEN = {"float32": (4, 4, 0, 4), "bf16": (4, 2, 0, 2), "bfloat16": (2, 2, 0, 2)}
 # What --gradient_checkpointing selective computes again: both norms, and gate * up.
@@ -158,13 +160,20 @@ def block_activations(
         per_token = KINDS[c.mixer["kind"]].saved(c.mixer, kind, frozen)
     if not attending:
         sizes = (c.hidden_size, 0, 0, c.intermediate_size)
-    for size, saved, frozen, again in zip(sizes, PER_TOKEN[kind], less, cheap, strict=True):
+    bytes_saved = PER_TOKEN[kind]
+    of_lora = 16 * len(run.targets)
+    if run.device == "cuda" and kind in FLASH and c.attn_softcap is None and c.head_dim <= 256:
+        bytes_saved = FLASH[kind]
+        less = (less[0], 0, 0, less[3])  # the kernel's backward needs its result anyway
+        per_token += 4 * c.num_attention_heads if attending else 0
+        of_lora = 2 * (7 if "all-linear" in run.targets else len(run.targets))  # x a^T
+    for size, saved, frozen, again in zip(sizes, bytes_saved, less, cheap, strict=True):
         per_token += size * (saved - max(frozen, again))
     narrow = 4 if kind == "float32" else 2
     more_norms = sum(name is not None for name in c.block_norms) - 2  # after a sublayer: their input
     per_token += narrow * sizes[0] * max(0, more_norms)
     per_token += narrow * (sizes[1] + sizes[2]) * bool(c.qk_norm)  # q and k before
-    per_token += 16 * run.rank * len(run.targets)
+    per_token += run.rank * of_lora
     casts = 2 * block if run.bf16 else 0  # autocast keeps the weights that it cast
     return run.tokens * per_token + casts
 
