@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from test_families import CASES
+from test_families import CASES, PUBLISHED
 from test_gated_delta import GREEDY, alone
+from test_mamba import assert_same_tensors
 from test_model import make, random_pairs, stream
 
 import model as models
@@ -77,6 +78,14 @@ def test_samples_of_a_prompt_that_crosses_chunks():
         expected = [alone(model, prompt) for prompt in prompts]
     assert complete(model, prompts, GREEDY) == expected
     assert complete(model, prompts, GREEDY, samples=2) == [e for e in expected for _ in range(2)]
+
+
+@pytest.mark.parametrize("name, experts", [("Scout", 48), ("Maverick", 24)])
+def test_published_configurations_make_the_tensors_of_transformers(name, experts):
+    raw = next(raw for n, raw in PUBLISHED.items() if name in n)
+    config = models.read_config(raw)
+    assert sum(config.moe["sparse"]) == experts and config.windows[:5] == (-8192, -8192, -8192, None, -8192)
+    assert round(assert_same_tensors(raw) / 1e9) == {"Scout": 108, "Maverick": 401}[name]
 
 
 def test_layers_in_chunks_must_be_those_that_rotate():

@@ -117,7 +117,7 @@ CASES = {
     "llama4": ("llama4_text", EXPERTS_4 | dict(interleave_moe_layer_step=2)),
     "llama4 without norm": ("llama4_text", EXPERTS_4 | dict(
         use_qk_norm=False, num_experts_per_tok=2, no_rope_layers=[1, 0, 0, 1], rope_parameters=dict(
-            rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+            rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=1.0,  # as Scout's
             original_max_position_embeddings=32))),
     "gpt2": ("gpt2", dict(vocab_size=61, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1,
                           eos_token_id=2)),
@@ -419,6 +419,12 @@ def test_older_files_mean_the_same(case):
         assert models.read_config(without) == models.read_config(new)
 
 
+SCOUT = dict(
+    model_type="llama4_text", vocab_size=202048, hidden_size=5120, intermediate_size=8192, intermediate_size_mlp=16384,
+    num_hidden_layers=48, num_attention_heads=40, num_key_value_heads=8, head_dim=128, hidden_act="silu", rms_norm_eps=1e-5,
+    attention_bias=False, attention_chunk_size=8192, for_llm_compressor=False, num_experts_per_tok=1,
+    output_router_logits=False, rope_theta=500000.0, router_aux_loss_coef=0.001, router_jitter_noise=0.0,
+    tie_word_embeddings=False)
 # Configurations as published (those parts that matter), which must be read without complaint.
 PUBLISHED = {
     "Llama-2-7b": dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008,
@@ -511,6 +517,14 @@ PUBLISHED = {
         num_attention_heads=16, num_key_value_heads=2, head_dim=128, rms_norm_eps=1e-5, max_position_embeddings=131072,
         rope_theta=500000, use_bias=False, tie_word_embeddings=True,
         auto_map={"AutoModelForCausalLM": "modeling_ernie4_5.Ernie4_5_ForCausalLM"}),
+    "Llama-4-Scout-17B-16E-Instruct, its text_config": SCOUT | dict(
+        max_position_embeddings=10485760, num_local_experts=16, interleave_moe_layer_step=1, use_qk_norm=True,
+        no_rope_layers=[], attn_temperature_tuning=True, floor_scale=8192, attn_scale=0.1, rope_scaling=dict(
+            factor=16.0, high_freq_factor=1.0, low_freq_factor=1.0, original_max_position_embeddings=8192,
+            rope_type="llama3")),
+    "Llama-4-Maverick-17B-128E-Instruct, its text_config": SCOUT | dict(
+        max_position_embeddings=1048576, num_local_experts=128, interleave_moe_layer_step=2, use_qk_norm=False,
+        rope_scaling=None),
     "granite-4.0-h-micro": dict(
         model_type="granitemoehybrid", vocab_size=100352, hidden_size=2048, intermediate_size=8192, num_hidden_layers=40,
         num_attention_heads=32, num_key_value_heads=8, hidden_act="silu", rms_norm_eps=1e-5, max_position_embeddings=131072,
@@ -568,7 +582,7 @@ def test_published_configurations_are_read_as_transformers_reads_them(name, tmp_
     theirs = transformers.AutoConfig.for_model(**{k: v for k, v in raw.items() if k != "auto_map"})
     same = SLIDING if getattr(theirs, "sliding_window", None) else FULL
     types = getattr(theirs, "layer_types", None) or [same] * config.num_hidden_layers
-    assert [w is not None for w in config.windows] == [t == SLIDING for t in types]
+    assert [w is not None for w in config.windows] == [t in (SLIDING, "chunked_attention") for t in types]
     assert config.tie_word_embeddings == theirs.tie_word_embeddings
     assert config.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
 
