@@ -22,12 +22,12 @@ from parts import families as known_families
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 
-FAMILIES = """llama mistral qwen2 qwen3 gemma gemma2 gemma3 phi3 olmo2 olmo3 exaone4 seed_oss arcee ministral3
+FAMILIES = """llama mistral qwen2 qwen3 gemma gemma2 gemma3 gemma4 gemma4_experts phi3 olmo2 olmo3 exaone4 seed_oss arcee ministral3
     glm4 cohere2 hunyuan ernie4_5 smollm3 granite gpt2 pythia
     granite_h falcon_h1 llama4
     mixtral qwen2_moe qwen3_moe olmoe qwen3_next qwen3_5 qwen3_5_moe gpt_oss
     deepseek_v2 deepseek_v3 glm4_moe glm4_moe_lite""".split()
-WINDOWED = ("mistral", "qwen2", "gemma2", "gemma3", "phi3", "olmo3", "exaone4", "cohere2", "mixtral", "gpt_oss",
+WINDOWED = ("mistral", "qwen2", "gemma2", "gemma3", "gemma4", "gemma4_experts", "phi3", "olmo3", "exaone4", "cohere2", "mixtral", "gpt_oss",
             "llama4")
 NO_BALANCE = ("granite_h",)  # TRL's own sum over experts asks this configuration for a num_experts that it lacks
 # TRL calls `base_model` for hidden states, which for transformers' Llama4ForCausalLM is the model itself, with its head

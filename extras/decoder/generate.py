@@ -23,7 +23,7 @@ from extras.decoder.chunks import plan_chunks
 from extras.decoder.mixers import attends, recurs
 from model import Call, CallPlan, Decoder, ModelConfig, choose_attention, span_mask
 from parts.configs import check_length
-from parts.varlen import has_flash, plan_varlen
+from parts.varlen import has_flash, head_sizes, plan_varlen
 
 
 class Sampling(NamedTuple):
@@ -171,14 +171,22 @@ class Cache:
     def __init__(self, size: int):
         self.size = size
         self.ids: list[int] = []
+        self.reads: tuple[int, ...] = ()  # whose keys and values each layer reads
         # of each that attends, keys and values; of each that recurs, States' `kept`
         self.layers: list[tuple[Tensor, Tensor] | None] = []
         self.states: list[dict | None] = []
 
     def allocate(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (self.size, config.num_key_value_heads, config.head_dim)
-        empty = lambda: torch.zeros(shape, dtype=dtype, device=device)
-        self.layers = [(empty(), empty()) if has else None for has in attends(config)]
+        usual = (config.num_key_value_heads, config.head_dim)
+        empty = lambda own: torch.zeros(
+            self.size, own.get("num_key_value_heads", usual[0]), own.get("head_dim", usual[1]),
+            dtype=dtype, device=device)
+        count = len(config.windows)
+        sizes = config.per_layer["sizes"] if config.per_layer else ({},) * count
+        self.reads = config.per_layer["reads"] if config.per_layer else tuple(range(count))
+        made = [(empty(own), empty(own)) if has else None
+                for has, own in zip(attends(config), sizes[:max(self.reads) + 1])]
+        self.layers = [made[i] for i in self.reads]
         self.states = [{} if has else None for has in recurs(config)]
         self.position_ids = torch.zeros(self.size, dtype=torch.int64, device=device)
 
@@ -186,7 +194,9 @@ class Cache:
         """Make room for `size` places; what is cached stays."""
         if size > self.size:
             pad = lambda x: torch.cat([x, x.new_zeros(size - self.size, *x.shape[1:])])
-            self.layers = [layer and (pad(layer[0]), pad(layer[1])) for layer in self.layers]
+            made = [layer and (pad(layer[0]), pad(layer[1]))
+                    for layer in self.layers[:max(self.reads, default=-1) + 1]]
+            self.layers = [made[i] for i in self.reads]
             self.position_ids = pad(self.position_ids) if self.layers else None
             self.size = size
 
@@ -222,11 +232,15 @@ class Cache:
         self, config: ModelConfig, spans: Tensor, device: torch.device, dtype: torch.dtype,
     ) -> dict:
         """Return {window: plan} over all cached keys and values."""
-        if has_flash(device, dtype, config.head_dim, config.attn_softcap):
-            return plan_varlen(config, spans[:, :4], device, spans[:, 4])
+        sizes = head_sizes(config)
+        flash = [w for w in sizes if has_flash(device, dtype, sizes[w], config.attn_softcap)]
+        plans: dict = {}
+        if flash:
+            plans = plan_varlen(config, spans[:, :4], device, spans[:, 4])
         attention = choose_attention(config)
-        return {window: CallPlan(self.calls(spans.tolist(), window), attention)
-                for window in set(config.windows)}
+        for window in sizes.keys() - flash:
+            plans[window] = CallPlan(self.calls(spans.tolist(), window), attention)
+        return plans
 
     def calls(self, rows: list[list[int]], window: int | None) -> list[Call]:
         """Return the attention calls of the new tokens, for a path without varlen attention."""

@@ -10,6 +10,7 @@ allocator wastes, the CUDA context (about 0.5 GiB), NCCL's buffers, and the prog
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -140,6 +141,35 @@ def of_step(counted: dict[str, int], run: Run, parts: int) -> int:
     return max(by_rule, PER_ELEMENT * min(counted["in_pieces"] // parts, at_once))
 
 
+def layers_of(c: models.ModelConfig) -> list[models.ModelConfig]:
+    """Return each layer's own configuration; one that reads another's keys has 0 heads of them."""
+    if c.per_layer is None:
+        return [c] * c.num_hidden_layers
+    found = []
+    for i, (own, read) in enumerate(zip(c.per_layer["sizes"], c.per_layer["reads"])):
+        found.append(replace(c, **own) if read == i else replace(c, **own, num_key_value_heads=0))
+    return found
+
+
+def beside(c: models.ModelConfig, kind: str, selective: bool) -> int:
+    """Return the bytes per token that a block of extras/decoder/per_layer.py keeps besides.
+
+    What its norms of q, k and v read; act(gate); what becomes of its own input; and what its
+    experts keep.
+    """
+    width = 4 if kind == "float32" else 2
+    p = c.per_layer
+    heads = c.num_attention_heads + 2 * c.num_key_value_heads
+    kept = heads * c.head_dim
+    kept += 0 if selective else c.intermediate_size
+    if p["input_size"]:
+        kept += 2 * c.hidden_size + (6 if kind == "bf16" else 4) * p["input_size"]
+    if p["moe"]:
+        each = 2 * c.hidden_size + (3 if selective else 4) * p["moe"]["size"]
+        kept += 4 * c.hidden_size + p["moe"]["per_token"] * each
+    return width * kept
+
+
 def block_activations(
     c: models.ModelConfig, run: Run, block: int, attending: bool = True, recurrent: bool = False,
 ) -> int:
@@ -169,6 +199,8 @@ def block_activations(
         of_lora = 2 * (7 if "all-linear" in run.targets else len(run.targets))  # x a^T
     for size, saved, frozen, again in zip(sizes, bytes_saved, less, cheap, strict=True):
         per_token += size * (saved - max(frozen, again))
+    if c.per_layer:
+        per_token += beside(c, kind, run.checkpointing == "selective")
     narrow = 4 if kind == "float32" else 2
     more_norms = sum(name is not None for name in c.block_norms) - 2  # after a sublayer: their input
     per_token += narrow * sizes[0] * max(0, more_norms)
@@ -188,8 +220,13 @@ def activations(
     """
     wide = 4 if run.bf16 else getattr(torch, run.weights).itemsize
     ends = wide * (c.hidden_size * (run.tokens + run.scored) + 2 * c.head_dim * run.tokens)
+    if c.per_layer:  # another rotation; what the norm of the layers' own inputs reads
+        sizes = 2 * max(own.head_dim for own in layers_of(c))
+        sizes += c.num_hidden_layers * c.per_layer["input_size"]
+        ends += wide * sizes * run.tokens
     kinds = list(zip(attends(c), recurs(c)))[first:]
-    kept_in_each = [block_activations(c, run, block, *kind) for kind in kinds]
+    kept_in_each = [block_activations(own, run, block, *kind)
+                    for own, kind in zip(layers_of(c)[first:], kinds)]
     kept_in_blocks = sum(kept_in_each)
     again = run.tokens * KINDS[c.mixer["kind"]].passing(c.mixer) if any(recurs(c)) else 0
     chunk = chunk_rows(c.vocab_size, run.device, models.HEAD_CHUNK)
@@ -290,8 +327,9 @@ def flops(
     2 per weight and token forward, and twice that backward, less where weights are frozen.
     """
     passes = (2 if run.rank else 3) + (1 if run.checkpointing is True else 0) + references
-    attention = 2 * sum(attends(config)) * config.num_attention_heads * config.head_dim * length
-    per_token = 2 * count(config, run)["matrices"] + attention
+    heads = sum(own.num_attention_heads * own.head_dim
+                for own, has in zip(layers_of(config), attends(config)) if has)
+    per_token = 2 * count(config, run)["matrices"] + 2 * heads * length
     if any(recurs(config)):
         kind = KINDS[config.mixer["kind"]]
         per_token += sum(recurs(config)) * kind.operations(config.mixer)
