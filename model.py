@@ -5,7 +5,7 @@ knows which token belongs where, through `spans`: rows (start, end, prefix_start
 a stretch of the stream that attends fully to its prefix and causally to itself. The head scores
 only the positions it is asked for and never holds (T, V) logits.
 
-From leaf to root: configuration, rotation, attention, modules, head, LoRA, files. Families differ
+From leaf to root: configuration, attention, modules, head, LoRA, files. Families differ
 by features, not by classes (parts/families.py); parameters carry Hugging Face's names, and where
 files differ, parts/names.py has the map. Backward passes written by hand are in parts/kernels.py.
 
@@ -14,7 +14,7 @@ Sizes: T tokens, N scored tokens, S spans, V vocabulary, C hidden, H heads, K kv
 
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -26,15 +26,14 @@ from torch import Tensor, nn
 from parts import weights
 from parts.activations import keep_all
 from parts.configs import read_fields
-from parts.files import write_json
 from parts.head import KEPT, How, chunked_logps
-from parts.kernels import ACTIVATIONS, add_low_rank, compute_dtype, cut, product, rms_norm, rotation
-from parts.names import file_name, find_places
-from parts.ropes import Rope
-from parts.varlen import has_flash, plan_varlen
+from parts.kernels import ACTIVATIONS, add_low_rank, compute_dtype, cut, product, rms_norm
+from parts.names import FIXED, file_name, find_places
+from parts.ropes import Rope, rotary_tables, rotate
+from parts.varlen import has_flash, head_sizes, plan_varlen
 
-# Logits held at once: rows x vocabulary (64 MiB in float32); on a GPU eight times as many.
-HEAD_CHUNK = 2**24
+# Logits held at once: rows x vocabulary (128 MiB in bfloat16); on a GPU twice as many.
+HEAD_CHUNK = 2**26
 SHARD_BYTES = 5 * 10**9  # a larger checkpoint is saved in several files
 
 
@@ -84,9 +83,11 @@ class ModelConfig:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     output_gate: bool = False  # q_proj makes a gate too: its sigmoid scales attention's output
-    mixer: dict | None = None  # recurrent token mixers, read by extras/decoder/mixers.py
+    mixer: dict | None = None  # recurrent or chunked, read by extras/decoder/mixers.py
+    latent: dict | None = None  # read by extras/decoder/latent.py
     moe: dict | None = None  # read by extras/decoder/moe.py
     vision: dict | None = None  # read by extras/decoder/vision.py
+    per_layer: dict | None = None  # layers of other sizes: extras/decoder/per_layer.py
     other_names: bool = False  # its files name or lay out parameters otherwise
 
 
@@ -116,35 +117,6 @@ class Stream(NamedTuple):
     score_index: Tensor | None = None  # (N,) stream positions that predict `targets`
     targets: Tensor | None = None  # (N,)
     pictures: Any = None  # extras/decoder/vision.py's Pictures
-
-
-# Rotary position embeddings
-
-
-def rotary_tables(ropes: dict[str, Rope], position_ids: Tensor,
-                  dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, bool]]:
-    """Return {name: (cos, sin, whether dims are interleaved)}, each (T, 1, rotated dims).
-
-    Angles are float32 whatever the model is: in bfloat16 positions beyond 256 would coincide.
-    """
-    tables = {}
-    with torch.autocast(position_ids.device.type, enabled=False):
-        for name, rope in ropes.items():
-            freq = torch.tensor(rope.frequencies, dtype=torch.float32)
-            freq = freq.to(position_ids.device, non_blocking=True)
-            angles = position_ids.float()[:, None] * freq  # (T, D/2)
-            angles = torch.cat([angles, angles], -1)[:, None]  # (T, 1, D)
-            cos, sin = angles.cos() * rope.factor, angles.sin() * rope.factor
-            tables[name] = (cos.to(dtype), sin.to(dtype), rope.interleaved)
-    return tables
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:  # (T, H, D)
-    """Rotate the first `cos.shape[-1]` dims of each head: x cos + rotate_half(x) sin."""
-    size = cos.shape[-1]
-    rotated = rotation(x[..., :size], cos, sin, interleaved)
-    rest = x[..., size:]
-    return torch.cat([rotated, rest.to(rotated.dtype)], -1) if rest.shape[-1] else rotated
 
 
 # Attention over spans. A plan is made once per stream and called by every layer: plan(q, k, v).
@@ -232,19 +204,19 @@ def choose_attention(config: ModelConfig) -> Callable:
 
 def plan_attention(config: ModelConfig, spans: Tensor, position_ids: Tensor,
                    dtype: torch.dtype) -> dict[int | None, Callable]:
-    """Return {window: plan} for one stream, and the plan of recurrent mixers under "mixer"."""
-    device = position_ids.device
-    if has_flash(device, dtype, config.head_dim, config.attn_softcap):
-        plans: dict = plan_varlen(config, spans, device)
-    else:
-        attention = choose_attention(config)
-        plans = {window: CallPlan(plan_calls(spans, position_ids, window), attention)
-                 for window in set(config.windows)}
-    if config.mixer is None:
-        return plans
-    from extras.decoder.mixers import plan_mixer
+    """Return {window: plan} for one stream, and under "mixer" that of recurrent layers."""
+    if config.mixer is not None:
+        from extras.decoder.mixers import plan_mixer
 
-    return plans | plan_mixer(config, spans, device)
+        return plan_mixer(plan_attention, config, spans, position_ids, dtype)
+    device = position_ids.device
+    sizes = head_sizes(config)
+    flash = [w for w in sizes if has_flash(device, dtype, sizes[w], config.attn_softcap)]
+    plans: dict = plan_varlen(config, spans, device) if flash else {}
+    attention = choose_attention(config)
+    for window in sizes.keys() - flash:
+        plans[window] = CallPlan(plan_calls(spans, position_ids, window), attention)
+    return plans
 
 
 # Modules
@@ -363,10 +335,17 @@ class MLP(nn.Module):
 def make_mlp(config: ModelConfig, layer: int) -> nn.Module:
     if config.moe is None or not config.moe["sparse"][layer]:
         return MLP(config, config.intermediate_size)
-    from extras.decoder.moe import SparseMLP
+    from extras.decoder.moe import make_sparse
 
-    shared = MLP(config, config.moe["shared_size"]) if config.moe["shared_size"] else None
-    return SparseMLP(config.hidden_size, config.moe, ACTIVATIONS[config.hidden_act], shared)
+    return make_sparse(config, MLP)
+
+
+def make_attention(config: ModelConfig, layer: int) -> nn.Module:
+    if config.latent is None:
+        return Attention(config, layer)
+    from extras.decoder.latent import LatentAttention
+
+    return LatentAttention(config, Norm)
 
 
 class Block(nn.Module):
@@ -376,7 +355,7 @@ class Block(nn.Module):
         super().__init__()
         self.config = config
         self.mixers: tuple[str, ...] = ("self_attn",)  # their results add up
-        self.self_attn = Attention(config, layer)
+        self.self_attn = make_attention(config, layer)
         self.mlp = make_mlp(config, layer)
         for name in filter(None, config.block_norms):
             self.add_module(name, Norm(config.hidden_size, config))
@@ -400,6 +379,16 @@ class Block(nn.Module):
         return torch.add(attended, self.norm(3, out), alpha=scale), router_logits
 
 
+def make_block(config: ModelConfig, layer: int) -> nn.Module:
+    if config.per_layer is None:
+        return Block(config, layer)
+    from extras.decoder.per_layer import PerLayerBlock
+
+    own = replace(config, **config.per_layer["sizes"][layer])
+    mlp = MLP(own, own.intermediate_size)
+    return PerLayerBlock(own, layer, partial(Norm, config=own), mlp)
+
+
 def make_embedding(count: int, size: int) -> nn.Embedding:
     """Draw with the standard deviation 0.02 of transformers' models.
 
@@ -421,9 +410,13 @@ class Stack(nn.Module):
         if config.learned_positions:
             self.embed_positions = make_embedding(
                 config.max_position_embeddings, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(make_block(config, i) for i in range(config.num_hidden_layers))
         self.norm = Norm(config.hidden_size, config)
         self.vision = make_vision(config) if make_vision else None
+        if config.per_layer is not None:
+            from extras.decoder.per_layer import add_inputs
+
+            add_inputs(self, make_embedding, partial(Norm, config=config))
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:  # (T, C)
         x = self.embed_tokens(input_ids)
@@ -441,19 +434,24 @@ class Stack(nn.Module):
         c = self.config
         x = self.embed(stream.input_ids, stream.position_ids)
         tables = rotary_tables(c.ropes, stream.position_ids, x.dtype)
+        deep = []  # what is added at pictures after the first layers: Qwen3-VL's DeepStack
         if self.vision is not None:
-            x, tables, cache = self.vision(x, tables, stream.pictures, self.run_block, cache)
+            x, tables, cache, deep = self.vision(
+                x, tables, stream.pictures, self.run_block, cache)
         planned = (c, stream.spans, stream.position_ids, compute_dtype(x))
-        if cache is None:
-            plans = [plan_attention(*planned)] * len(self.layers)
-        else:
-            plans = cache.plan(*planned)
+        plans = (cache.plan(*planned) if cache is not None
+                 else [plan_attention(*planned)] * len(self.layers))
+        if c.per_layer is not None:
+            from extras.decoder.per_layer import run_layers
+
+            return self.norm(run_layers(self, stream.input_ids, x, tables, plans)), []
         routed = []
-        for layer, plan in zip(self.layers, plans):
+        for i, (layer, plan) in enumerate(zip(self.layers, plans)):
             x, router_logits = self.run_block(layer, x, tables, plan)
-            if router_logits is not None:
-                routed.append(router_logits)
-        return self.norm(x), routed
+            if i < len(deep):
+                x = x.index_add(0, stream.pictures.place, deep[i])
+            routed.append(router_logits)
+        return self.norm(x), [logits for logits in routed if logits is not None]
 
 
 class TokenLogps(NamedTuple):
@@ -493,6 +491,13 @@ class Decoder(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    def requires_grad_(self, requires_grad: bool = True) -> "Decoder":
+        """Leave alone what is held fixed."""
+        super().requires_grad_(requires_grad)
+        for name, p in self.named_parameters():
+            p.requires_grad = p.requires_grad and not name.endswith(FIXED)
+        return self
+
     def forward(self, batch: Stream, statistics: bool = True) -> TokenLogps:
         """Return log-probs of the batch's `targets` (N,) at its positions `score_index` (N,).
 
@@ -502,7 +507,7 @@ class Decoder(nn.Module):
         terms = self.head_terms(hidden[batch.score_index])
         keep = KEPT if self.model.run_block is keep_all else 0
         out = token_logps(terms, batch.targets, self.config.final_softcap, keep, statistics)
-        if self.config.moe is None:
+        if not routed:
             return out
         from extras.decoder.moe import load_balancing_loss
 
@@ -540,7 +545,7 @@ def token_logps(terms: list[tuple[Tensor, Tensor]], targets: Tensor, softcap: fl
 
     Matrix products run in the autocast type if there is one, all after them in float32 or wider.
     """
-    keep = keep if torch.is_grad_enabled() else 0
+    keep = keep if torch.is_grad_enabled() else None
     how = How(softcap, compute_dtype(terms[0][0]), HEAD_CHUNK, keep, statistics)
     with torch.autocast(targets.device.type, enabled=False):
         return TokenLogps(*chunked_logps(targets, how, *(t for term in terms for t in term)))
@@ -638,10 +643,7 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device
     model.read = weights.Reader(opened, layout, parameters, dtype)
     model.load_state_dict(model.read(parameters, device), strict=False, assign=True)
     model.tie()
-    model.layout = layout
-    model.carried = weights.carry(opened, config)
-    model.raw_config = opened.raw_config
-    model.generation_config = opened.generation_config
+    weights.remember(model, opened, layout)
     return model.requires_grad_(True)
 
 
@@ -662,9 +664,6 @@ def save_model(model: Decoder, directory: str | Path, dtype: torch.dtype | None 
     layout = model.layout or find_places(names, model.config)
     dtype = dtype or next(iter(parameters.values())).dtype
     weights.save_shards(
-        parameters, layout, directory, dtype, SHARD_BYTES, whole, model.carried.tensors)
+        parameters, layout, directory, dtype, SHARD_BYTES, whole, weights.unlearned(model))
     key = "torch_dtype" if "torch_dtype" in model.raw_config else "dtype"
-    raw = model.raw_config | {key: str(dtype).removeprefix("torch.")}
-    write_json(directory / "config.json", raw)
-    if model.generation_config is not None:
-        write_json(directory / "generation_config.json", model.generation_config)
+    weights.write_configs(model, directory, {key: str(dtype).removeprefix("torch.")})

@@ -5,6 +5,7 @@
     ... --adapter lora              LoRA on q_proj and v_proj on both sides; qlora: ours alone
     ... --ablate sharing packing    ours with one thing turned off; see ABLATIONS
     ... --model qwen2-0.5b --tokenizer DIR --device cuda     a random model of that shape
+    sh bench/table.sh MODEL PAIRS OUT    README's table and every ablation
 
 Both train one epoch in file order, each run in a fresh process, with the reference precomputed:
 TRL's fastest mode, and our default. Activation checkpointing is off on both sides unless asked for;
@@ -19,7 +20,8 @@ Columns:
     share     of the machine's matrix rate, measured here: the model's FLOPs (prompts once, nothing
               recomputed) of reference pass and training, over run s
 
-An ablation runs ours with one thing turned off (or on: compile, checkpointing) beside our default.
+An ablation runs ours with one thing turned off (or on: compile, checkpointing, forwards of other
+lengths) beside our default.
 Prints a table, and JSON with --json.
 """
 
@@ -75,12 +77,25 @@ ABLATIONS = {  # flags, or code that runs before dpo.main()
     "sharing": "import functools, data; "
     "data.collate = functools.partial(data.collate, share_prefix=False)",
     "packing": {"max_tokens_per_forward": 1},
+    "forwards_1024": {"max_tokens_per_forward": 1024},
+    "forwards_2048": {"max_tokens_per_forward": 2048},
+    "forwards_4096": {"max_tokens_per_forward": 4096},
     "chunked_head": "import model; model.HEAD_CHUNK = 2**40",
-    "kept_logits": "import model; model.KEPT = 0",
-    "checkpointing": {"gradient_checkpointing": True},
+    "wide_chunks": "import model; model.HEAD_CHUNK, model.KEPT = 2**24, 8",
+    # backward computes all logits again, of a frozen head too
+    "kept_logits": "import model, parts.head; model.How = "
+    "lambda cap, compute, chunk, keep, more: parts.head.How(cap, compute, chunk, None, more)",
+    "lean_reference": "import model; forward = model.Decoder.forward; "
+    "model.Decoder.forward = lambda self, batch, statistics=True: forward(self, batch)",
     "precomputed_reference": {"precompute_ref_log_probs": False},
+    "lora_product": "import model; from torch.nn.functional import linear; "
+    "model.add_low_rank = lambda out, x, a, b, s: "
+    "out + s * linear(linear(x.to(out.dtype), a.to(out.dtype)), b.to(out.dtype))",
+    "short_spin": {},
+    "checkpointing": {"gradient_checkpointing": True},
     "compile": {"torch_compile": True},
 }
+ENVIRONMENTS = {"short_spin": {"GOMP_SPINCOUNT": "300000"}}  # OpenMP's default
 COLUMNS = (
     "run_s",
     "start_s",
@@ -296,7 +311,7 @@ if torch.cuda.is_initialized():
 def run(name: str, args, pairs: Path, out: Path, work: dict) -> dict:
     """Run once in a process of its own, measured from outside."""
     command = trl(args, pairs, out) if name == "trl" else ours(name, args, pairs, out)
-    env = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+    env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), **ENVIRONMENTS.get(name, {})}
     before, started, marks, peak = (
         resource.getrusage(resource.RUSAGE_CHILDREN),
         time.perf_counter(),
@@ -356,16 +371,13 @@ def resident(pid: int) -> int:
 
 
 def report(args, results: dict, rate: float, work: dict) -> None:
-    median = {
-        name: {k: statistics.median(r[k] for r in runs) for k in runs[0]}
-        for name, runs in results.items()
-    }
-    for r in median.values():
-        r["share"] = round(r.pop("flops_per_s") / rate, 3)
+    """Print medians and ratios; write them with every round, if asked."""
+    median = medians(results, rate)
     print(
         f"{work['pairs']} pairs, {work['tokens']} tokens "
         f"({work['stream_tokens']} with each prompt once), "
-        f"{work['flops'] / 1e12:.2f} TFLOP; matrix rate {rate / 1e9:.0f} GFLOP/s"
+        f"{work['flops'] / 1e12:.2f} TFLOP; matrix rate {rate / 1e9:.0f} GFLOP/s: "
+        f"{work['flops'] / rate:.1f} s of products at that rate"
     )
     print(f"{'':22}" + "".join(f"{c:>13}" for c in COLUMNS))
     for name, r in median.items():
@@ -385,29 +397,32 @@ def report(args, results: dict, rate: float, work: dict) -> None:
     for name, r in ratio.items():
         print(f"ours / {name}: " + "  ".join(f"{k} {v:.2f}x" for k, v in r.items()))
     if args.json:
-        machine = {
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "torch": torch.__version__,
-            "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
-        }
-        setting = {
-            k: v for k, v in vars(args).items() if k not in ("model", "data", "json", "tokenizer")
-        } | {"model": Path(args.model).name, "data": Path(args.data).name}
-        text = json.dumps(
-            {
-                "date": time.strftime("%Y-%m-%d"),
-                "machine": machine,
-                "setting": setting,
-                "work": work,
-                "matrix_gflops": round(rate / 1e9),
-                "median": median,
-                "ours_over": ratio,
-                "rounds": results,
-            },
-            indent=1,
-        )
-        Path(args.json).write_text(text + "\n")
+        found = {"median": median, "ours_over": ratio, "rounds": results}
+        write_json(args, {"work": work, "matrix_gflops": round(rate / 1e9)} | found)
+
+
+def medians(results: dict, rate: float) -> dict:
+    """Return each side's medians over the rounds, with its share of the matrix rate."""
+    found = {}
+    for name, runs in results.items():
+        found[name] = {k: statistics.median(r[k] for r in runs) for k in runs[0]}
+        found[name]["share"] = round(found[name].pop("flops_per_s") / rate, 3)
+    return found
+
+
+def write_json(args, found: dict) -> None:
+    """Write what was found, with the day, the machine and the setting."""
+    machine = {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
+    }
+    hidden = ("model", "data", "json", "tokenizer")
+    setting = {k: v for k, v in vars(args).items() if k not in hidden}
+    setting |= {"model": Path(args.model).name, "data": Path(args.data).name}
+    day = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "setting": setting}
+    Path(args.json).write_text(json.dumps(day | found, indent=1) + "\n")
 
 
 def processor() -> str:

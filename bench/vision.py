@@ -47,12 +47,8 @@ def parse() -> argparse.Namespace:
 
 def make_inputs(folder: Path, args: argparse.Namespace) -> None:
     """Make a checkpoint with its processor, images of noise, and pairs.jsonl."""
-    import random
-
-    import numpy as np
     import torch
     import transformers as hf
-    from PIL import Image
     from vision_tiny import OUTER, make_tokenizer
 
     image = make_tokenizer("llava", folder)
@@ -82,10 +78,20 @@ def make_inputs(folder: Path, args: argparse.Namespace) -> None:
         )
     )
     (folder / "processor_config.json").write_text(json.dumps(OUTER["llava"] | {"patch_size": 14}))
+    write_pairs(folder, args.pairs)
+
+
+def write_pairs(folder: Path, count: int) -> None:
+    """Write pairs.jsonl, each pair about an image of noise."""
+    import random
+
+    import numpy as np
+    from PIL import Image
+
     rng = random.Random(0)
     text = lambda: [{"type": "text", "text": " ".join(rng.choices(WORDS, k=rng.randint(4, 16)))}]
     rows = []
-    for i in range(args.pairs):
+    for i in range(count):
         noise = np.random.default_rng(i).integers(0, 256, (60, 80, 3), np.uint8)
         Image.fromarray(noise).resize((320, 240)).save(folder / f"{i}.png")
         rows.append(

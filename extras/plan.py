@@ -12,7 +12,7 @@ from pathlib import Path
 import model as models
 from extras.run.advice import lines_of
 from extras.run.forecast import Run, gib, memory, table
-from parts.configs import is_mxfp4
+from parts.configs import packed_in
 from parts.files import read_json
 
 
@@ -43,7 +43,7 @@ def main() -> None:
     }
     for directory in c.directories:
         raw = read_json(Path(directory) / "config.json")
-        if is_mxfp4(raw):
+        if packed_in(raw):
             del raw["quantization_config"]
         config = models.read_config(raw)
         if c.memory is not None:

@@ -13,6 +13,7 @@ from parts.config import DPOConfig
 from parts.configs import check_length
 from parts.loss_checks import check_losses
 from parts.metrics import METRICS
+from parts.names import BIAS
 from parts.rates import check_rates
 from parts.rows import row_at
 from parts.schedule import optimizer_kind
@@ -254,6 +255,10 @@ def check_optimizer(trainer: Any) -> None:
     """Say what will surprise about the optimizer; raise ValueError where a flag has no effect."""
     c = trainer.args
     say = trainer.log.say
+    fixed = [name for name, _ in trainer.model.named_buffers() if name.endswith(f".{BIAS}")]
+    if fixed:
+        say(f"the correction biases of {len(fixed)} routers ({BIAS}) are held fixed, and saved as "
+            "they were read")
     if c.stochastic_rounding is not None and (c.dtype != "bfloat16" or trainer.lora):
         raise ValueError(
             f"--stochastic_rounding {c.stochastic_rounding}: read only with --dtype bfloat16 and "
@@ -311,6 +316,10 @@ def check_model(c: DPOConfig, config: Any, raw_config: dict[str, Any]) -> None:
         raise ValueError("--freeze_vision_tower false: this model reads no images")
     if config.moe is None and c.router_aux_loss_coef is not None:
         raise ValueError("--router_aux_loss_coef: this model has no experts")
+    if config.moe and config.moe["router_aux_loss_coef"] is None and c.router_aux_loss_coef:
+        raise ValueError(
+            f"--router_aux_loss_coef {c.router_aux_loss_coef:g}: {config.model_type} models have "
+            "no load-balancing loss here, as in transformers; leave it out")
 
 
 def check_held_reference(c: DPOConfig, model: Any) -> None:

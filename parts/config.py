@@ -221,7 +221,7 @@ class DPOConfig:
         "the dequantized weights, in bfloat16")
     lora_target_modules: list[str] | None = flag(
         None, "names such as q_proj v_proj lm_head embed_tokens, or all-linear, or one pattern of "
-        "whole names, as PEFT's; unset is q_proj v_proj (or their fused form)")
+        "whole names, as PEFT's; unset is q_proj v_proj, or what a family has in their place")
     lora_target_parameters: list[str] | None = flag(
         None, "stacks of experts and routers: mlp.experts.gate_up_proj mlp.experts.down_proj "
         "gate.weight")
@@ -247,8 +247,8 @@ class DPOConfig:
     per_device_train_batch_size: int = flag(8, "pairs in one forward", "training", least=1)
     gradient_accumulation_steps: int = flag(1, "forwards in one optimizer step", least=1)
     max_tokens_per_forward: int | None = flag(
-        None, "cut forwards further, to at most this many tokens: bounds memory; unset is 2048 on "
-        "a CPU, where longer ones are no faster", least=1)
+        None, "cut forwards further, to at most this many tokens: bounds memory; unset is 4096 on "
+        "a CPU, where longer ones are hardly faster", least=1)
     num_train_epochs: float = flag(3.0, "passes over the training pairs", least=0)
     max_steps: int = flag(
         -1, "stop after this many optimizer steps; -1: num_train_epochs decides")

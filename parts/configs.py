@@ -5,7 +5,7 @@ from typing import Any
 from parts.families import COMMON, HARMLESS, REQUIRED, Family, find_family
 from parts.kernels import ACTIVATIONS
 from parts.ropes import Rope, read_ropes
-from parts.vision_configs import split_config
+from parts.vision_configs import check_sections, split_config
 
 # The largest value that is taken for a size; more is a damaged file.
 SIZES = dict(
@@ -13,11 +13,17 @@ SIZES = dict(
     head_dim=2**16, num_attention_heads=2**16, num_key_value_heads=2**16, num_experts=2**16,
     num_local_experts=2**16, num_experts_per_tok=2**16, moe_intermediate_size=2**24,
     linear_num_key_heads=2**16, linear_num_value_heads=2**16, linear_key_head_dim=2**16,
-    linear_value_head_dim=2**16, linear_conv_kernel_dim=2**10)
+    linear_value_head_dim=2**16, linear_conv_kernel_dim=2**10, mamba_n_heads=2**16,
+    mamba_n_groups=2**16, mamba_d_state=2**16, mamba_d_head=2**16, mamba_d_conv=2**10,
+    mamba_expand=2**10, mamba_d_ssm=2**20, shared_intermediate_size=2**24,
+    n_routed_experts=2**16,
+    n_group=2**16, topk_group=2**16, q_lora_rank=2**20, kv_lora_rank=2**20, v_head_dim=2**16,
+    qk_nope_head_dim=2**16, qk_rope_head_dim=2**16, global_head_dim=2**16,
+    num_global_key_value_heads=2**16, top_k_experts=2**16)
 # Numbers that are divided or multiplied by, so that 0, a negative one or null has no meaning; null
 # stands for none where that is the family's default.
 ABOVE_0 = ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling",
-           "query_pre_attn_scalar")
+           "query_pre_attn_scalar", "routed_scaling_factor")
 # Keys that ModelConfig has under the same name.
 SAME = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
         "num_attention_heads", "max_position_embeddings", "hidden_act")
@@ -33,6 +39,7 @@ def read_fields(raw: dict, max_length: int | None = None) -> dict:
         fields = text_fields(text, max_length)
         if vision is not None:
             vision = vision | {"text_size": fields["hidden_size"]}
+            check_sections(vision, len(fields["ropes"]["full_attention"].frequencies))
         return fields | dict(model_type=raw["model_type"], other_names=True, vision=vision)
     except wrong as error:
         raise ValueError("config.json: a value of another type or size than expected "
@@ -45,17 +52,25 @@ def check_supported(raw: dict) -> None:
     quantized = raw.get("quantization_config") or {}
     read_fields({k: v for k, v in raw.items() if k != "quantization_config"})
     method = quantized.get("quant_method", "bitsandbytes")
-    if quantized and not is_mxfp4(raw) and (method != "bitsandbytes" or not quantized.get("load_in_4bit")):
+    if quantized and not packed_in(raw) and (method != "bitsandbytes" or not quantized.get("load_in_4bit")):
         raise ValueError(
             f"the checkpoint is quantized ({method}); use the original one in bf16, fp16 or float32, or "
             "one in bitsandbytes' 4 bits")
 
 
-def is_mxfp4(raw: dict) -> bool:
-    """Tell whether a config.json is gpt-oss's as published, which extras/models/mxfp4.py reads."""
+def packed_in(raw: dict) -> str:
+    """Return in which of the forms that extras/models reads as numbers a config.json says its files
+    are: "mxfp4", as gpt-oss is published; "fp8" in blocks, as DeepSeek-V3 is; "" for neither."""
     quantized = raw.get("quantization_config")
-    is_method = isinstance(quantized, dict) and quantized.get("quant_method") == "mxfp4"
-    return is_method and raw.get("model_type") == "gpt_oss"
+    if not isinstance(quantized, dict):
+        return ""
+    method, block = quantized.get("quant_method"), quantized.get("weight_block_size")
+    if method == "mxfp4" and raw.get("model_type") == "gpt_oss":
+        return "mxfp4"
+    sides = block if isinstance(block, list) and len(block) == 2 else [0]
+    is_plain = quantized.get("fmt") in (None, "e4m3") and "vision_config" not in raw
+    in_blocks = all(type(side) is int and side > 0 for side in sides)
+    return "fp8" if method == "fp8" and is_plain and in_blocks else ""
 
 
 def text_fields(raw: dict, max_length: int | None) -> dict:

@@ -5,6 +5,7 @@ where its files name parameters otherwise, `other_names=True` and an entry of pa
 well.
 """
 
+import math
 import re
 from typing import Callable, NamedTuple
 
@@ -26,8 +27,10 @@ class Family(NamedTuple):
 
 
 # of models with a vision_config, those whose tower is computed (parts/vision_configs.py)
-READS_IMAGES = ("llava", "idefics3", "smolvlm", "gemma3", "qwen2_vl", "qwen2_5_vl")
+READS_IMAGES = ("llava", "idefics3", "smolvlm", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
+                "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 REQUIRED = object()  # in place of a default
+INFINITY = float("inf")
 COMMON = dict(
     vocab_size=REQUIRED, hidden_size=REQUIRED, intermediate_size=REQUIRED,
     num_hidden_layers=REQUIRED, num_attention_heads=REQUIRED, max_position_embeddings=REQUIRED,
@@ -55,6 +58,16 @@ GEMMA_KEYS = BIAS | dict(
     head_dim=256, hidden_act="gelu_pytorch_tanh", hidden_activation=None, tie_word_embeddings=True)
 GEMMA2_KEYS = GEMMA_KEYS | dict(
     query_pre_attn_scalar=256, sliding_window=4096, layer_types=None, final_logit_softcapping=None)
+GEMMA4_ROPES = dict(
+    full_attention=dict(rope_type="proportional", partial_rotary_factor=0.25, rope_theta=1e6),
+    sliding_attention=dict(rope_type="default", rope_theta=1e4))
+GEMMA4_KEYS = BIAS | dict(
+    head_dim=256, hidden_activation="gelu_pytorch_tanh", tie_word_embeddings=True,
+    num_key_value_heads=4, sliding_window=512, layer_types=None, final_logit_softcapping=None,
+    rope_parameters=GEMMA4_ROPES, global_head_dim=512, num_global_key_value_heads=None,
+    attention_k_eq_v=False, num_kv_shared_layers=0, use_double_wide_mlp=False,
+    hidden_size_per_layer_input=256, vocab_size_per_layer_input=262144, enable_moe_block=False,
+    num_experts=None, top_k_experts=None, moe_intermediate_size=None)
 SCALES = dict(
     embedding_multiplier=1.0, attention_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0)
 MOE_KEYS = dict(
@@ -70,6 +83,25 @@ DELTA_KEYS = BIAS | dict(
     linear_num_key_heads=16, linear_num_value_heads=32, layer_types=None,
     full_attention_interval=4, head_dim=256, partial_rotary_factor=0.25)
 SHARED_KEYS = dict(moe_intermediate_size=REQUIRED, shared_expert_intermediate_size=REQUIRED)
+# DeepSeek's mixtures of experts, and GLM's
+GROUP_KEYS = BIAS | dict(
+    n_routed_experts=REQUIRED, num_experts_per_tok=REQUIRED, moe_intermediate_size=REQUIRED,
+    n_shared_experts=1, first_k_dense_replace=0, n_group=1, topk_group=1, norm_topk_prob=True,
+    routed_scaling_factor=1.0, num_nextn_predict_layers=1, output_router_logits=False)
+LATENT_KEYS = GROUP_KEYS | dict(
+    q_lora_rank=None, kv_lora_rank=REQUIRED, qk_nope_head_dim=REQUIRED, qk_rope_head_dim=REQUIRED,
+    v_head_dim=REQUIRED)
+DEEPSEEK_KEYS = LATENT_KEYS | dict(
+    n_group=8, topk_group=4, routed_scaling_factor=2.5, first_k_dense_replace=3)
+
+# Mamba-2: Granite 4 H, Falcon-H1
+MAMBA_KEYS = dict(
+    mamba_n_heads=128, mamba_n_groups=1, mamba_d_state=256, mamba_d_head=None, mamba_d_conv=4,
+    mamba_expand=2, mamba_conv_bias=True, time_step_limit=None)
+FALCON_H1_SCALES = dict(
+    embedding_multiplier=1.0, lm_head_multiplier=1.0, key_multiplier=1.0,
+    attention_in_multiplier=1.0, attention_out_multiplier=1.0, ssm_in_multiplier=1.0,
+    ssm_out_multiplier=1.0, ssm_multipliers=None, mlp_multipliers=None)
 
 # Norms before attention, after it, before the MLP, after it.
 SANDWICH = ("input_layernorm", "post_attention_layernorm",
@@ -89,6 +121,66 @@ def gemma(c: dict) -> dict:
                 attention_scale=c.get("query_pre_attn_scalar", c["head_dim"]) ** -0.5,
                 attn_softcap=c.get("attn_logit_softcapping"),
                 final_softcap=c.get("final_logit_softcapping"))
+
+
+def gemma4_keys(raw: dict) -> dict:
+    """Read `per_layer_config`, which newer files have, as what older ones say of all layers without
+    a window. (What attends both ways with "vision" are pictures alone.)
+
+    Raises ValueError where it says anything else.
+    """
+    raw = without(raw, dict(use_bidirectional_attention="vision"))
+    count = raw.get("num_hidden_layers") or 0
+    types = raw.get("layer_types") or [
+        "full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(count)]
+    raw["layer_types"] = [*types[:-1], "full_attention"]  # the last one always
+    if raw.get("rope_parameters") is None:
+        raw["rope_parameters"] = GEMMA4_ROPES
+    own = raw.pop("per_layer_config", None)
+    if own is None:
+        return raw
+    own = {int(i): dict(changes) for i, changes in own.items()}
+    full = [i for i, kind in enumerate(raw["layer_types"]) if kind == "full_attention"]
+    changes = own.get(full[0], {})
+    is_known = changes.keys() <= {"head_dim", "num_key_value_heads"}
+    if own != (dict.fromkeys(full, changes) if changes else {}) or not is_known:
+        raise ValueError("config.json: per_layer_config says more than the head_dim and "
+                         "num_key_value_heads of all layers without a window; not supported")
+    raw["global_head_dim"] = changes.get("head_dim", raw.get("head_dim"))
+    raw["num_global_key_value_heads"] = changes.get("num_key_value_heads")
+    return raw
+
+
+def gemma4(c: dict) -> dict:
+    """Read what extras/decoder/per_layer.py needs."""
+    n, types = c["num_hidden_layers"], c["layer_types"]
+    full = [kind == "full_attention" for kind in types]
+    first = n - c["num_kv_shared_layers"]  # from here on, layers read others' keys and values
+    makers = {kind: i for i, kind in enumerate(types[:first])}
+    odd = sorted({*types} - {"full_attention", "sliding_attention"})
+    if odd:
+        raise ValueError(f"config.json: layer_types names {', '.join(odd)}; sliding_attention and "
+                         "full_attention are known")
+    if not 0 < first <= n or not makers.keys() >= set(types):
+        raise ValueError(f"config.json: num_kv_shared_layers = {n - first} of {n}: no layer before "
+                         "them makes the keys and values that they read")
+    of_full = dict(head_dim=c["global_head_dim"] or c["head_dim"])
+    if c["attention_k_eq_v"] and c["num_global_key_value_heads"]:
+        of_full["num_key_value_heads"] = c["num_global_key_value_heads"]
+    wide = dict(intermediate_size=2 * c["intermediate_size"]) if c["use_double_wide_mlp"] else {}
+    sizes = tuple((of_full if full[i] else {}) | (wide if i >= first else {}) for i in range(n))
+    experts = None
+    if c["enable_moe_block"]:
+        experts = dict(experts=c["num_experts"], per_token=c["top_k_experts"],
+                       size=c["moe_intermediate_size"])
+        if None in experts.values() or experts["per_token"] > experts["experts"]:
+            raise ValueError("config.json: enable_moe_block needs num_experts, top_k_experts of "
+                             f"them, and moe_intermediate_size; it has {experts}")
+    return gemma(c) | dict(hidden_act=c["hidden_activation"], per_layer=dict(
+        sizes=sizes, reads=tuple(i if i < first else makers[types[i]] for i in range(n)),
+        same=tuple(full[i] and c["attention_k_eq_v"] for i in range(n)),
+        input_size=c["hidden_size_per_layer_input"] or 0,
+        vocab_size=c["vocab_size_per_layer_input"], moe=experts))
 
 
 def smollm3_turns(i: int, c: dict) -> bool:
@@ -167,6 +259,75 @@ def delta(c: dict, fused: bool = False) -> dict:
         value_size=c["linear_value_head_dim"], width=c["linear_conv_kernel_dim"]))
 
 
+def grouped(c: dict, scores: str = "sigmoid") -> dict:
+    """Read what the routers of DeepSeek and GLM need: experts in groups, of which some may be
+    chosen; with sigmoid scores a correction bias, which the choice alone sees."""
+    experts, per_token = c["n_routed_experts"], c["num_experts_per_tok"]
+    groups, kept = c["n_group"] or 1, c["topk_group"] or 1
+    least = 2 if scores == "sigmoid" else 1  # a group counts by its best experts
+    if experts % groups or experts // groups < least or kept > groups:
+        raise ValueError(f"config.json: n_routed_experts = {experts} in n_group = {groups}, of "
+                         f"which topk_group = {kept}: no such division")
+    if per_token > kept * (experts // groups):
+        raise ValueError(f"config.json: num_experts_per_tok = {per_token} of "
+                         f"{kept * (experts // groups)} experts in topk_group = {kept} groups")
+    layers = range(c["num_hidden_layers"])
+    sparse = [i >= c["first_k_dense_replace"] for i in layers]
+    if c.get("mlp_layer_types"):
+        sparse = [kind == "sparse" for kind in c["mlp_layer_types"]]
+    if len(sparse) != len(layers):
+        raise ValueError(
+            f"config.json: mlp_layer_types names {len(sparse)} layers of {len(layers)}")
+    size = c["moe_intermediate_size"]
+    return dict(moe=dict(
+        experts=experts, per_token=per_token, size=size, sparse=tuple(sparse), scores=scores,
+        shared_size=size * (c["n_shared_experts"] or 0), normalize=bool(c["norm_topk_prob"]),
+        groups=groups, groups_kept=kept, scale=c["routed_scaling_factor"],
+        router_aux_loss_coef=None, more_layers=c["num_nextn_predict_layers"] or 0))
+
+
+def latent(c: dict, scores: str = "sigmoid") -> dict:
+    """Read what extras/decoder/latent.py needs, and the experts.
+
+    `head_dim` is the larger of that of queries and keys and that of values. YaRN's `mscale_all_dim`
+    scales the scores (the factor on cos and sin is a ratio of two such numbers, most often 1).
+    """
+    heads = c["num_attention_heads"]
+    if (c["num_key_value_heads"] or heads) != heads:
+        raise ValueError(
+            f"config.json: num_key_value_heads = {c['num_key_value_heads']}, but latent attention "
+            f"has keys and values for each of its {heads} heads")
+    nope, rope, value = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
+    scale = (nope + rope) ** -0.5
+    given = c["rope_scaling"] or c["rope_parameters"] or {}
+    if given.get("mscale_all_dim") and given["factor"] > 1:
+        scale *= (0.1 * given["mscale_all_dim"] * math.log(given["factor"]) + 1) ** 2
+    sizes = dict(
+        query=c["q_lora_rank"], latent=c["kv_lora_rank"], nope=nope, rope=rope, value=value)
+    return grouped(c, scores) | dict(
+        latent=sizes, head_dim=max(nope + rope, value), attention_scale=scale)
+
+
+# what files of DeepSeek's layout say of training, or twice
+UNREAD = ("aux_loss_alpha", "seq_aux", "num_mtp_layers", "qk_head_dim", "head_dim")
+
+
+def latent_keys(raw: dict) -> dict:
+    """Leave out what DeepSeek's layout says anyway. The rotation has dims of its own."""
+    if raw["model_type"] == "deepseek_v2":
+        said = dict(scoring_func="softmax", norm_topk_prob=False)
+        method = raw.get("topk_method") or "greedy"
+        if method not in ("greedy", "group_limited_greedy"):
+            raise ValueError(f"config.json: topk_method = {method!r} is not supported")
+        raw = {k: v for k, v in raw.items() if k != "topk_method"}
+        if method == "greedy":
+            raw |= dict(n_group=1, topk_group=1)
+    else:
+        said = dict(scoring_func="sigmoid", topk_method="noaux_tc")
+    raw = without(raw, said | dict(rope_interleave=True, moe_layer_freq=1, ep_size=1), UNREAD)
+    return raw | dict(head_dim=raw.get("qk_rope_head_dim"))
+
+
 def without_axes(raw: dict) -> dict:
     """Drop how Qwen3.5 shares its rotation among time, height and width: in text they are equal."""
     raw = without(raw, dict(attn_output_gate=True, output_gate_type="swish"))
@@ -176,6 +337,93 @@ def without_axes(raw: dict) -> dict:
     if "moe_intermediate_size" in raw:  # no layer is dense
         raw.setdefault("intermediate_size", raw["moe_intermediate_size"])
     return raw
+
+
+def mamba(c: dict, recurs: tuple[bool, ...], attends: tuple[bool, ...], **more: object) -> dict:
+    """Read what extras/decoder/mamba.py needs, for the layers that `recurs` names."""
+    if not any(recurs):
+        return {}
+    heads, groups = c["mamba_n_heads"], c["mamba_n_groups"]
+    inner = c.get("mamba_d_ssm") or c["mamba_expand"] * c["hidden_size"]
+    size = c["mamba_d_head"] or inner // heads
+    if heads * size != inner or heads % groups:
+        raise ValueError(f"config.json: {heads} mamba_n_heads of {size} in {groups} mamba_n_groups "
+                         f"do not make {inner} channels")
+    limit = c["time_step_limit"] or [0.0, INFINITY]
+    # as transformers 5 writes it into config.json
+    limit = [INFINITY if x == {"__float__": "Infinity"} else x for x in limit]
+    if [type(x) for x in limit] != [float, float] or limit[0] > limit[1]:
+        raise ValueError(f"config.json: time_step_limit = {c['time_step_limit']!r:.60}: expected two "
+                         "numbers, the smaller first")
+    return dict(mixer=dict(
+        kind="mamba", recurs=recurs, attends=attends, heads=heads, head_size=size, groups=groups,
+        state_size=c["mamba_d_state"], width=c["mamba_d_conv"], conv_bias=c["mamba_conv_bias"],
+        dt_limit=tuple(limit), act=c["hidden_act"], norm="last", scales=None) | more)
+
+
+def without_scan(raw: dict) -> dict:
+    """Leave out what says how Mamba's scan is cut, and biases that no published file has."""
+    raw = without(raw, dict(mamba_proj_bias=False, projectors_bias=False, mamba_use_mlp=True), (
+        "mamba_chunk_size", "num_logits_to_keep", "mlp_expansion_factor", "normalization_function"))
+    none = dict(mamba_d_head="auto", num_local_experts=0, num_experts_per_tok=0)
+    return {k: v for k, v in raw.items() if k not in none or v != none[k]}
+
+
+def llama4(c: dict) -> dict:
+    """Read attention in chunks, and where its experts are; the dense MLP has a size of its own."""
+    layers = range(c["num_hidden_layers"])
+    turns = tuple(smollm3_turns(i, c) for i in layers)
+    size = c["attention_chunk_size"]
+    types = c["layer_types"] or []
+    if any((kind == "chunked_attention") != turn for kind, turn in zip(types, turns)):
+        raise ValueError("config.json: layer_types: chunked attention in other layers than those "
+                         "that rotate (no_rope_layers) is not supported")
+    step = c["interleave_moe_layer_step"]
+    given = c["moe_layers"]
+    sparse = tuple(i in given if given is not None else (i + 1) % step == 0 for i in layers)
+    scale = (float(c["floor_scale"]), float(c["attn_scale"]))
+    return dict(
+        windows=tuple(-size if turn else None for turn in turns),
+        mixer=dict(kind="chunked", size=size, recurs=(False,) * len(turns), attends=(True,) * len(turns),
+                   eps=c["rms_norm_eps"] if c["use_qk_norm"] else None,
+                   temperature=scale if c["attn_temperature_tuning"] else None),
+        moe=moe(c)["moe"] | dict(
+            sparse=sparse, shared_size=c["intermediate_size"], router_aux_loss_coef=None,
+            scales_input=True, shared_gate=False),
+        intermediate_size=c["intermediate_size_mlp"])
+
+
+def granite_hybrid(c: dict) -> dict:
+    """Read which layers have attention; their MLP is called a shared one, beside experts or not."""
+    kinds = dict(mamba=True, linear_attention=True, attention=False, full_attention=False)
+    types = c["layer_types"] or ["mamba"] * c["num_hidden_layers"]
+    odd = sorted({*types} - kinds.keys())
+    if odd:
+        raise ValueError(f"config.json: layer_types names {', '.join(odd)}; known are "
+                         f"{', '.join(kinds)}")
+    recurs = tuple(kinds[t] for t in types)
+    experts = {}
+    if c["num_local_experts"]:
+        experts = dict(moe=moe(c)["moe"] | dict(
+            shared_size=c["shared_intermediate_size"], shared_gate=False))
+    return granite(c) | mamba(c, recurs, tuple(not r for r in recurs)) | experts | dict(
+        intermediate_size=c["shared_intermediate_size"])
+
+
+def falcon_h1(c: dict) -> dict:
+    """Read the multipliers; those inside attention scale its scores, the rest is the mixer's."""
+    inside = c["attention_in_multiplier"]
+    parts = [c["ssm_in_multiplier"] * s for s in c["ssm_multipliers"] or [1.0] * 5]
+    every = (True,) * c["num_hidden_layers"]
+    norm = None
+    if c["mamba_rms_norm"]:
+        norm = "first" if c["mamba_norm_before_gate"] else "last"
+    return dict(
+        embed_scale=c["embedding_multiplier"], logit_scale=c["lm_head_multiplier"],
+        attention_scale=c["head_dim"] ** -0.5 * c["key_multiplier"] * inside**2) | mamba(
+        c, every, every, norm=norm, scales=parts, out_scale=c["ssm_out_multiplier"],
+        attention_out=inside * c["attention_out_multiplier"],
+        mlp_scales=c["mlp_multipliers"] or [1.0, 1.0])
 
 
 LLAMA_KEYS = {
@@ -245,6 +493,9 @@ FAMILIES = {
         dict(norm_offset=True, block_norms=SANDWICH, qk_norm="head"),
         GEMMA2_KEYS | dict(rope_theta=1e6, rope_local_base_freq=1e4, sliding_window_pattern=6),
         slides=lambda i, c: (i + 1) % c["sliding_window_pattern"] != 0, more=gemma),
+    "gemma4_text": Family(
+        dict(block_norms=SANDWICH, attention_scale=1.0), GEMMA4_KEYS, more=gemma4,
+        rename=gemma4_keys),
     "phi3": Family(
         dict(fused_qkv="blocks", fused_gate_up=True), dict(sliding_window=None),
         slides=lambda i, c: True),
@@ -290,6 +541,27 @@ FAMILIES = {
                                  no_rope_layers=None, no_rope_layer_interval=4),
         slides=lambda i, c: not smollm3_turns(i, c), turns=smollm3_turns),
     "granite": Family({}, BIAS | SCALES | dict(mlp_bias=False), more=granite),
+    "granitemoehybrid": Family(
+        dict(fused_gate_up=True, other_names=True),
+        BIAS | SCALES | MAMBA_KEYS | MOE_KEYS | dict(
+            shared_intermediate_size=REQUIRED, num_experts_per_tok=None, layer_types=None,
+            position_embedding_type=None),
+        turns=lambda i, c: c["position_embedding_type"] == "rope", more=granite_hybrid,
+        rename=without_scan),
+    "falcon_h1": Family(
+        dict(block_norms=("input_layernorm", None, "pre_ff_layernorm", None), other_names=True),
+        MAMBA_KEYS | FALCON_H1_SCALES | dict(
+            mamba_d_ssm=None, mamba_rms_norm=False, mamba_norm_before_gate=True),
+        more=falcon_h1, rename=without_scan),
+    "llama4_text": Family(
+        dict(other_names=True),
+        BIAS | MOE_KEYS | dict(
+            intermediate_size_mlp=REQUIRED, head_dim=128, num_key_value_heads=8, num_experts_per_tok=1,
+            num_local_experts=16, moe_layers=None, interleave_moe_layer_step=1, use_qk_norm=True,
+            no_rope_layers=None, no_rope_layer_interval=4, attention_chunk_size=8192,
+            layer_types=None, attn_temperature_tuning=True, floor_scale=8192, attn_scale=0.1,
+            rope_theta=5e5),
+        turns=smollm3_turns, more=llama4, interleaved=True),
     "gpt2": Family(
         dict(norm="layer", learned_positions=True, qkv_bias=True, o_bias=True, mlp_bias=True,
              fused_qkv="blocks", gated_mlp=False, other_names=True),
@@ -323,6 +595,26 @@ FAMILIES = {
                 rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
                 original_max_position_embeddings=4096)),
         slides=lambda i, c: i % 2 == 0, more=gpt_oss, rename=gpt_oss_keys),
+    "deepseek_v2": Family(
+        dict(other_names=True),
+        LATENT_KEYS | dict(
+            n_shared_experts=2, num_nextn_predict_layers=0, norm_topk_prob=False, mlp_bias=False),
+        more=lambda c: latent(c, "softmax"), rename=latent_keys, interleaved=True),
+    "deepseek_v3": Family(
+        dict(other_names=True), DEEPSEEK_KEYS, more=latent, rename=latent_keys, interleaved=True),
+    "kimi_k2": Family(
+        dict(other_names=True), DEEPSEEK_KEYS, more=latent, rename=latent_keys, interleaved=True),
+    "glm4_moe": Family(
+        dict(o_bias=False, other_names=True),
+        GROUP_KEYS | dict(
+            first_k_dense_replace=1, partial_rotary_factor=0.5, use_qk_norm=False),
+        more=lambda c: grouped(c) | dict(qk_norm="head" if c["use_qk_norm"] else None),
+        rename=lambda raw: without(raw, dict(scoring_func="sigmoid", topk_method="noaux_tc"))),
+    "glm4_moe_lite": Family(
+        dict(other_names=True),
+        LATENT_KEYS | dict(
+            first_k_dense_replace=1, mlp_layer_types=None, routed_scaling_factor=1.8),
+        more=latent, rename=latent_keys, interleaved=True),
     "qwen3_next": Family(
         DELTA | dict(other_names=True),
         QWEN_MOE_KEYS | DELTA_KEYS | SHARED_KEYS | dict(norm_topk_prob=True),
@@ -341,9 +633,6 @@ def find_family(raw: dict) -> Family:
     if raw.get("is_encoder_decoder"):
         raise ValueError(
             f"model_type {name!r} is an encoder-decoder model; only decoders are supported")
-    if raw.get("kv_lora_rank"):
-        raise ValueError(f"model_type {name!r} has multi-head latent attention (kv_lora_rank), "
-                         "which is not supported")
     if "audio_config" in raw:
         raise ValueError(f"model_type {name!r} reads sound; text-only decoders are supported "
                          f"({known})")
@@ -352,7 +641,7 @@ def find_family(raw: dict) -> Family:
         why = " and needs remote code (auto_map), which is never run" if remote else ""
         raise ValueError(f"model_type {name!r} is not supported{why}; supported are {known}")
     # files of a supported family often still name the code it had before transformers took it in
-    own = name.removesuffix("_text").replace("_", "")
+    own = {"kimi_k2": "deepseek_v3"}.get(name, name).removesuffix("_text").replace("_", "")
     if remote and not remote.replace("_", "").lower().startswith(own):
         raise ValueError(f"auto_map names code of its own ({remote}) for model_type {name!r}; "
                          "remote code is never run")
@@ -360,6 +649,6 @@ def find_family(raw: dict) -> Family:
     if quantized:
         raise ValueError(
             f"the checkpoint is quantized ({quantized.get('quant_method', 'method unknown')}); "
-            "use the original one in bf16, fp16 or float32 (those in bitsandbytes' 4 bits, and "
-            "gpt-oss in MXFP4, are opened by load_model of extras/models/opening.py)")
+            "use the original one in bf16, fp16 or float32 (those in bitsandbytes' 4 bits, FP8 in "
+            "blocks, and gpt-oss in MXFP4, are opened by load_model of extras/models/opening.py)")
     return FAMILIES[name]

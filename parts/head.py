@@ -1,12 +1,13 @@
 """The head's log-probs, in chunks: forward and backward."""
 
-from importlib.util import find_spec
 from typing import Any, Iterator, NamedTuple
 
 import torch
 from torch import Tensor
 
-KEPT = 8  # chunks whose gradient by the logits is kept for backward
+from parts.kernels import has_triton
+
+KEPT = 2  # chunks whose gradient by the logits is kept for backward; on a GPU four times as many
 
 Terms = list[tuple[Tensor, Tensor]]  # inputs (N, C_k) and weights (V, C_k)
 
@@ -17,7 +18,7 @@ class How(NamedTuple):
     softcap: float | None
     compute: torch.dtype  # of the matrix products
     chunk: int  # logits held at once
-    keep: int  # chunks kept for backward; 0 where there is no backward, or memory counts more
+    keep: int | None  # chunks kept for backward: 0 where memory counts more; None: no backward
     statistics: bool = True  # or the log-probs alone
 
     @property
@@ -58,11 +59,11 @@ class ChunkedLogps(torch.autograd.Function):
         inputs, weights = ctx.needs_input_grad[2::2], ctx.needs_input_grad[3::2]
         ctx.how = how
         ctx.dtypes = [t.dtype for t in tensors]
-        ctx.inputs_alone = how.keep > 0 and any(inputs) and not any(weights)
+        ctx.inputs_alone = how.keep is not None and any(inputs) and not any(weights)
         tensors = [t.to(how.compute) for t in tensors]  # once, for backward too
         terms = list(zip(tensors[0::2], tensors[1::2]))
         slopes = [torch.empty_like(x, dtype=how.wide) for x, _ in terms if ctx.inputs_alone]
-        keep = how.keep if any(weights) else 0
+        keep = kept_chunks(how.keep, targets.device.type) if any(weights) else 0
         kept = []
         out = []
         for rows in chunks(targets, len(terms[0][1]), how.chunk):
@@ -139,13 +140,17 @@ def chunks(targets: Tensor, vocab_size: int, budget: int) -> Iterator[slice]:
 
 
 def chunk_rows(vocab_size: int, device: str, budget: int) -> int:
-    """Return the rows of a chunk of `budget` logits, on a GPU of eight times as many.
+    """Return the rows of a chunk of `budget` logits, on a GPU of twice as many.
 
-    Every chunk reads the whole weight, and adds to all of its gradient: a GPU waits for that below
-    some 600 rows.
+    Every chunk reads the whole weight, and adds to all of its gradient: below some 600 rows that
+    takes longer than the products, on a GPU and on a CPU that multiplies bfloat16.
     """
-    size = budget if device == "cpu" else 8 * budget
+    size = budget if device == "cpu" else 2 * budget
     return max(16, size // vocab_size)
+
+
+def kept_chunks(keep: int | None, device: str) -> int:
+    return (keep or 0) * (1 if device == "cpu" else 4)
 
 
 def chunk_logits(terms: Terms, rows: slice, softcap: float | None) -> Tensor:  # (n, V)
@@ -159,10 +164,14 @@ def chunk_logits(terms: Terms, rows: slice, softcap: float | None) -> Tensor:  #
 def few_rows(budget: int, logits: Tensor, *more: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Cut a chunk into groups of rows, since scoring passes over them several times in float32.
 
-    A group is what a CPU's caches hold, on a GPU `budget` values.
+    A group is what a CPU's caches hold, on a GPU a quarter of the budget.
     """
-    size = 32 if logits.device.type == "cpu" else max(16, budget // logits.shape[1])
+    size = group_rows(logits.shape[1], logits.device.type, budget)
     return zip(*(t.split(size) for t in (logits, *more)))
+
+
+def group_rows(vocab_size: int, device: str, budget: int) -> int:
+    return 32 if device == "cpu" else max(16, budget // 4 // vocab_size)
 
 
 def score_chunk(logits: Tensor, targets: Tensor, how: How, slopes: bool) -> list[list[Tensor]]:
@@ -173,21 +182,16 @@ def score_chunk(logits: Tensor, targets: Tensor, how: How, slopes: bool) -> list
         return triton_head.score_chunk(logits, targets, how, slopes)
     out = []
     for rows, at in few_rows(how.chunk, logits, targets[:, None]):
-        log_p = rows.log_softmax(-1, dtype=how.wide)
+        wide = rows.to(how.wide)
+        log_p = wide.log_softmax(-1)
         out.append([log_p.gather(-1, at).squeeze(-1)])
         if slopes or how.statistics:
             p = log_p.exp()
         if how.statistics:
-            out[-1] += statistics(rows, log_p, p, at)
+            out[-1] += statistics(wide, log_p, p, at)
         if slopes:
             write_slopes(rows, p, at, how)
     return out
-
-
-def has_triton(device: torch.device) -> bool:
-    """Tell whether Triton is installed and computes bfloat16 on this device."""
-    return (device.type == "cuda" and find_spec("triton") is not None
-            and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 def statistics(logits: Tensor, log_p: Tensor, p: Tensor, at: Tensor) -> list[Tensor]:  # four (n,)

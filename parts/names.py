@@ -10,7 +10,7 @@ from typing import Any, Iterable, NamedTuple
 
 from torch import Tensor
 
-from parts.vision_configs import WRAPPED
+from parts.vision_configs import QWEN3_TEXT, WRAPPED
 
 # Ours -> Hugging Face's, by module; "*" is the layer's number.
 MODULES = {
@@ -34,20 +34,54 @@ MODULES = {
     "hunyuan_v1_dense": {
         "model.layers.*.self_attn.q_norm": "model.layers.*.self_attn.query_layernorm",
         "model.layers.*.self_attn.k_norm": "model.layers.*.self_attn.key_layernorm"},
-    "gpt_oss": {"model.layers.*.mlp.gate": "model.layers.*.mlp.router"}}
+    "gpt_oss": {"model.layers.*.mlp.gate": "model.layers.*.mlp.router"},
+    "llama4_text": {
+        "model.layers.*.mlp.gate": "model.layers.*.feed_forward.router"} | {
+        f"model.layers.*.mlp.{n}": f"model.layers.*.feed_forward.{n}" for n in (
+            "gate_proj", "up_proj", "down_proj", "shared_expert.gate_proj",
+            "shared_expert.up_proj", "shared_expert.down_proj", "experts")},
+    "granitemoehybrid": {
+        "model.layers.*.mlp.gate_up_proj": "model.layers.*.shared_mlp.input_linear",
+        "model.layers.*.mlp.down_proj": "model.layers.*.shared_mlp.output_linear"},
+    "granitemoehybrid with experts": {
+        "model.layers.*.mlp.gate": "model.layers.*.block_sparse_moe.router",
+        "model.layers.*.mlp.gate.weight": "model.layers.*.block_sparse_moe.router.layer.weight",
+        "model.layers.*.mlp.experts": "model.layers.*.block_sparse_moe.experts",
+        "model.layers.*.mlp.experts.gate_up_proj":
+            "model.layers.*.block_sparse_moe.input_linear.weight",
+        "model.layers.*.mlp.experts.down_proj":
+            "model.layers.*.block_sparse_moe.output_linear.weight",
+        "model.layers.*.mlp.shared_expert.gate_up_proj":
+            "model.layers.*.shared_mlp.input_linear",
+        "model.layers.*.mlp.shared_expert.down_proj":
+            "model.layers.*.shared_mlp.output_linear"},
+    "falcon_h1": {
+        "model.norm": "model.final_layernorm",
+        "model.layers.*.mlp.gate_proj": "model.layers.*.feed_forward.gate_proj",
+        "model.layers.*.mlp.up_proj": "model.layers.*.feed_forward.up_proj",
+        "model.layers.*.mlp.down_proj": "model.layers.*.feed_forward.down_proj"}}
+MODULES["llama4"] = MODULES["llama4_text"]  # in its wrapper
 # how files of GPT-NeoX still name what transformers 5 calls lm_head
 OLDER = {"embed_out": "lm_head"}
 TRANSPOSED = {  # matrices that the files keep as (in, out)
     "gpt2": re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$"),
-    "gpt_oss": re.compile(r"\.experts\.(gate_up|down)_proj$")}
+    "gpt_oss": re.compile(r"\.experts\.(gate_up|down)_proj$"),
+    "llama4_text": re.compile(r"\.experts\.(gate_up|down)_proj$"),
+    "llama4": re.compile(r"\.experts\.(gate_up|down)_proj$")}
+# ... or keep either way: (in, out) as published, (out, in) as transformers 5 writes a new model
+EITHER_WAY = {"qwen3_vl_moe": re.compile(r"\.experts\.(gate_up|down)_proj$")}
 CONSTANTS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$")  # causal masks in old files
 # text models cut out of LLaVA's kind have "language_model.model.layers"
 PREFIXES = {"model.language_model.": "model.", "language_model.": ""}
+OF_KEYS = re.compile(r"\.layers\.(\d+)\.self_attn\.[kv]_(proj|norm)\.")
 EXPERT = re.compile(
     r"(.*\.layers\.\d+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.weight$")
 GATES = ("w1", "gate_proj")
 UPS = ("w3", "up_proj")
 DOWNS = ("w2", "down_proj")
+FIXED = (".layer_scalar",)  # the ends of names of what never learns, as in transformers
+BIAS = "e_score_correction_bias"  # of a router: carried_names
+NUMBER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 QUANTIZED = (".SCB", ".qweight", ".weight_scale", ".weight_scale_inv", ".absmax")
 
 # Of models that read images: ours -> transformers', by the first prefix that fits ...
@@ -57,21 +91,32 @@ VISION = {
               "model.": "model.language_model."},
     "idefics3": {"model.vision.tower.": "model.vision_model.",
                  "model.vision.projector.": "model.connector.", "model.": "model.text_model."},
-    "qwen2_vl": {"model.vision.projector.": "model.visual.merger.",
+    "qwen2_vl": {"model.vision.projector.deep.": "model.visual.deepstack_merger_list.",
+                 "model.vision.projector.": "model.visual.merger.",
                  "model.vision.tower.": "model.visual.", "model.": "model.language_model."}}
-VISION |= {"smolvlm": VISION["idefics3"], "qwen2_5_vl": VISION["qwen2_vl"],
-           "gemma3": VISION["llava"]}
+VISION |= {"smolvlm": VISION["idefics3"], "gemma3": VISION["llava"]}
+VISION |= dict.fromkeys(("qwen2_5_vl", *QWEN3_TEXT), VISION["qwen2_vl"])
 VISION |= dict.fromkeys(WRAPPED, {"model.": "model.language_model."})  # their towers are carried
+VISION["llama4"] = {"model.": "language_model.model.", "lm_head": "language_model.lm_head"}
 # ... and back, from the prefixes of transformers 4 and 5.
 VISION_OURS = (
     (r"^(model\.)?vision_tower\.(vision_model\.)?", "model.vision.tower."),
     (r"^(model\.)?multi_modal_projector\.", "model.vision.projector."),
-    (r"^model\.vision_model\.", "model.vision.tower."),
+    (r"^(model\.)?vision_model\.", "model.vision.tower."),
     (r"^model\.connector\.", "model.vision.projector."),
+    (r"^(model\.)?visual\.deepstack_merger_list\.", "model.vision.projector.deep."),
     (r"^(model\.)?visual\.merger\.", "model.vision.projector."),
+    (r"^(model\.)?embed_(vision|audio)\.", r"model.vision.projector.\2."),  # Gemma 4
+    (r"^(model\.)?audio_tower\.", "model.vision.audio_tower."),
     (r"^(model\.)?visual\.", "model.vision.tower."),
     (r"^(model\.(text_model|language_model)|language_model\.model)\.", "model."),
     (r"^language_model\.lm_head", "lm_head"))
+
+
+def may_be_turned(name: str, config: Any) -> bool:
+    """Tell whether only its shape says which way round the files keep a matrix."""
+    family = config.model_type
+    return family in EITHER_WAY and bool(EITHER_WAY[family].search(name))
 
 
 class Place(NamedTuple):
@@ -90,12 +135,19 @@ def file_name(name: str, config: Any) -> str:
     """Return Hugging Face's name of a module or parameter of ours."""
     if not config.other_names:
         return name
+    name = rename(name, modules(config.model_type, config.moe))
     if config.model_type not in VISION:
-        return rename(name, MODULES.get(config.model_type, {}))
+        return name
     for ours, theirs in VISION[config.model_type].items():
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)
     return name
+
+
+def modules(family: str, moe: dict | None) -> dict[str, str]:
+    """Return {our name: Hugging Face's} of a family's modules."""
+    known = MODULES.get(family, {})
+    return MODULES.get(f"{family} with experts", known) if moe else known
 
 
 def find_places(names: Iterable[str], config: Any) -> dict[str, Place]:
@@ -108,7 +160,9 @@ def find_places(names: Iterable[str], config: Any) -> dict[str, Place]:
         raise ValueError(
             f"the checkpoint is quantized (it has {quantized[0]}); use the original one")
     if config.vision is not None:
-        places = {n: Place(vision_name(n)) for n in names if not n.endswith("position_ids")}
+        ours = {n: vision_name(n) for n in names if not n.endswith("position_ids")}
+        found = other_places(ours.values(), config.model_type, config.moe)
+        places = {theirs: found[name] for theirs, name in ours.items() if name in found}
     elif config.other_names or any("language_model." in n for n in names):
         places = other_places(names, config.model_type, config.moe)
     else:
@@ -120,14 +174,24 @@ def find_places(names: Iterable[str], config: Any) -> dict[str, Place]:
 
 
 def carried_names(names: Iterable[str], config: Any) -> set[str]:
-    """Return what is saved as it was read: all of a wrapper that is not its decoder, Qwen's layers
-    that predict several tokens at once (mtp), and SigLIP's pooling head, whose output Gemma 3 does
-    not read."""
-    found = set()
+    """Return what is saved as it was read: all of a wrapper that is not its decoder, layers that
+    predict several tokens at once (Qwen's "mtp"; DeepSeek's and GLM's come after the last layer),
+    the correction biases of routers, which do not learn, SigLIP's pooling head, whose output Gemma
+    3 does not read, and keys and values of layers that read others'."""
+    found = {n for n in names if n.endswith(f".{BIAS}")}
+    more = config.moe.get("more_layers", 0) if config.moe else 0
+    if more:
+        first = config.num_hidden_layers
+        numbers = {n: NUMBER.search(n) for n in names}
+        found |= {n for n, m in numbers.items() if m and first <= int(m[1]) < first + more}
     if config.model_type.startswith(("qwen3_next", "qwen3_5")):
         found |= {n for n in names if n.startswith("mtp.")}
     if config.model_type == "gemma3":
         found |= {n for n in names if vision_name(n).startswith("model.vision.tower.head.")}
+    if config.per_layer:
+        reads = config.per_layer["reads"]
+        found |= {n for n in names if (own := OF_KEYS.search(n)) and int(own[1]) < len(reads)
+                  and reads[int(own[1])] != int(own[1])}
     if config.model_type in WRAPPED:
         found |= {n for n in names if vision_name(n).startswith("model.vision.")}
     return found
@@ -152,7 +216,7 @@ def rename(name: str, names: dict[str, str]) -> str:
 
 def other_places(names: Iterable[str], family: str, moe: dict | None) -> dict[str, Place]:
     """Return {tensor name in the files: Place}; constants are left out."""
-    back = {theirs: ours for ours, theirs in MODULES.get(family, {}).items()} | OLDER
+    back = {theirs: ours for ours, theirs in modules(family, moe).items()} | OLDER
     places = {}
     for name in names:
         if CONSTANTS.search(name):
@@ -165,8 +229,8 @@ def other_places(names: Iterable[str], family: str, moe: dict | None) -> dict[st
             places[name] = expert_place(*expert.groups(), moe["size"])
         else:
             transposed = family in TRANSPOSED and bool(TRANSPOSED[family].search(plain))
-            plain = plain.replace(".block_sparse_moe.", ".mlp.")
-            places[name] = Place(rename(plain, back), transposed=transposed)
+            ours = rename(plain, back).replace(".block_sparse_moe.", ".mlp.")
+            places[name] = Place(ours, transposed=transposed)
     return places
 
 

@@ -1,8 +1,8 @@
 """Split the config.json of models that read images into that of their decoder and the tower's
 settings.
 
-LLaVA (CLIP or SigLIP tower), Idefics3, SmolVLM and Gemma 3 (SigLIP), Qwen2-VL and Qwen2.5-VL. The
-modules are in extras/decoder/vision.py and extras/decoder/qwen_vl.py.
+LLaVA (CLIP or SigLIP tower), Idefics3, SmolVLM and Gemma 3 (SigLIP), Qwen2-VL, Qwen2.5-VL, Qwen3-VL
+and Qwen3.5. The modules are in extras/decoder/vision.py, qwen_vl.py and qwen3_vl.py.
 
 Of others, `WRAPPED`, only the decoder is trained, on text: their towers are neither read nor
 changed.
@@ -33,6 +33,17 @@ QWEN25 = dict(
     depth=32, hidden_size=3584, out_hidden_size=3584, hidden_act="silu", intermediate_size=3420,
     num_heads=16, in_channels=3, patch_size=14, spatial_merge_size=2, temporal_patch_size=2,
     window_size=112, fullatt_block_indexes=[7, 15, 23, 31])
+QWEN3 = dict(
+    depth=27, hidden_size=1152, hidden_act="gelu_pytorch_tanh", intermediate_size=4304,
+    num_heads=16, in_channels=3, patch_size=16, spatial_merge_size=2, temporal_patch_size=2,
+    out_hidden_size=3584, num_position_embeddings=2304)
+# Of Qwen3-VL and Qwen3.5: what text_config leaves out, and how many pairs of dims turn with time,
+# height and width where it does not say.
+QWEN3_TEXT = {
+    "qwen3_vl": dict(model_type="qwen3_vl_text", rope_theta=5e5),
+    "qwen3_vl_moe": dict(model_type="qwen3_vl_moe_text", rope_theta=5e5),
+    "qwen3_5": dict(model_type="qwen3_5_text"), "qwen3_5_moe": dict(model_type="qwen3_5_moe_text")}
+QWEN3_SECTIONS = {"qwen3_vl": (24, 20, 20), "qwen3_5": (11, 11, 10)}
 GEMMA3_TEXT = dict(
     model_type="gemma3_text", vocab_size=262208, hidden_size=2304, intermediate_size=9216,
     num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4, head_dim=256,
@@ -45,11 +56,10 @@ QWEN_OUTER = {"vision_config", "image_token_id", "video_token_id", "vision_start
 # Decoders within a wrapper: what their text_config leaves out. (Files of Mistral 3 have a head of
 # their own unless they say otherwise.)
 WRAPPED = {
+    "gemma4": dict(model_type="gemma4_text"),
     "mistral3": dict(model_type="mistral"),
-    "qwen3_vl": dict(model_type="qwen3_vl_text", rope_theta=5e5),
-    "qwen3_5": dict(model_type="qwen3_5_text"), "qwen3_5_moe": dict(model_type="qwen3_5_moe_text"),
-    "internvl": dict(model_type="qwen2")}
-DECODERS = {"qwen3_vl_text": "qwen3"}  # other names of families
+    "internvl": dict(model_type="qwen2"), "llama4": dict(model_type="llama4_text")}
+DECODERS = {"qwen3_vl_text": "qwen3", "qwen3_vl_moe_text": "qwen3_moe"}  # other names of families
 # Keys of a tower used alone, or left over from training: they change nothing in a forward pass.
 UNREAD = re.compile(
     r"^(projection_dim|vocab_size|initializer_factor|size|max_image_size|vision_use_head"
@@ -62,7 +72,8 @@ TOP = re.compile(
     r"|vision_feature_select_strategy|image_token_index)$")
 # of Gemma 3, and of towers that are not computed
 OUTER = re.compile(
-    r"^([be]oi_token_(id|index)|mm_tokens_per_image|spatial_merge_size|downsample_ratio)$")
+    r"^([be]o[ai]_token_(id|index)|audio_(token_id|config)|mm_tokens_per_image|spatial_merge_size"
+    r"|downsample_ratio|vision_soft_tokens_per_image)$")
 
 
 def split_config(raw: dict) -> tuple[dict, dict | None]:
@@ -73,7 +84,7 @@ def split_config(raw: dict) -> tuple[dict, dict | None]:
     kind = raw.get("model_type")
     splits = {"llava": split_llava, "idefics3": split_idefics, "smolvlm": split_idefics,
               "gemma3": split_gemma, "qwen2_vl": split_qwen, "qwen2_5_vl": split_qwen}
-    splits |= dict.fromkeys(WRAPPED, unwrap)
+    splits |= dict.fromkeys(QWEN3_TEXT, split_qwen3) | dict.fromkeys(WRAPPED, unwrap)
     if kind not in splits:
         raise ValueError(f"model_type {kind!r} reads images or sound; of those, "
                          f"{', '.join(splits)} are supported, and text-only decoders")
@@ -89,13 +100,17 @@ def split_config(raw: dict) -> tuple[dict, dict | None]:
 
 
 def unwrap(raw: dict) -> tuple[dict, None]:
-    """Return the config.json of the decoder alone. Text has the same position on all axes."""
+    """Return the config.json of the decoder alone."""
     text = WRAPPED[raw["model_type"]] | raw["text_config"]
-    text["model_type"] = DECODERS.get(text["model_type"], text["model_type"])
-    for key in ("rope_scaling", "rope_parameters"):
-        if text.get(key):
-            text[key] = {k: v for k, v in text[key].items() if not k.startswith("mrope_")}
     return text, None
+
+
+def check_sections(vision: dict, pairs: int) -> None:
+    """Raise ValueError where not all of the `pairs` of dims that turn have an axis."""
+    sections = vision.get("sections", (pairs, 0, 0))
+    if len(sections) != 3 or sum(sections) != pairs:
+        raise ValueError(f"config.json: mrope_section = {list(sections)}: expected pairs of dims "
+                         f"for time, height and width; found {sum(sections)} in all, of {pairs}")
 
 
 def refuse_unknown(raw: dict, kind: str) -> None:
@@ -184,3 +199,38 @@ def split_qwen(raw: dict) -> tuple[dict, dict]:
         c |= {"size": c["embed_dim"], "out": c["hidden_size"]}
     c |= {"kind": "qwen", "newer": newer, "sections": tuple(sections)}
     return QWEN2_TEXT | text, c
+
+
+def split_qwen3(raw: dict) -> tuple[dict, dict]:
+    """Split that of Qwen3-VL and Qwen3.5, whose dims turn with time, height and width in turn."""
+    kind = raw["model_type"]
+    text = QWEN3_TEXT[kind] | raw["text_config"]
+    text["model_type"] = DECODERS.get(text["model_type"], text["model_type"])
+    if text["model_type"] == "qwen3_moe" and text.setdefault("norm_topk_prob", True) is not True:
+        raise ValueError(f"config.json: norm_topk_prob = {text['norm_topk_prob']} is not supported "
+                         f"for {kind!r}, whose routers always normalize")
+    axes = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        given = text.get(key) or {}
+        axes |= {k: v for k, v in given.items() if k.startswith("mrope_")}
+        text[key] = {k: v for k, v in given.items() if k not in axes}
+    if axes.get("mrope_interleaved") is False:
+        raise ValueError(f"config.json: mrope_interleaved = False is not supported for {kind!r}")
+    given = {k: v for k, v in raw["vision_config"].items() if k not in QWEN_IGNORED}
+    deep = given.pop("deepstack_visual_indexes", None)
+    if kind.startswith("qwen3_5"):
+        deep = ()
+    elif deep is None:
+        deep = (8, 16, 24)
+    c = read_tower(given, kind, QWEN3)
+    if len({*deep}) < len(deep) or not {*deep} <= {*range(c["depth"])}:
+        raise ValueError(f"config.json: deepstack_visual_indexes = {list(deep)} in vision_config: "
+                         f"expected different layers of the tower, 0 to {c['depth'] - 1}")
+    places = c["num_position_embeddings"]
+    if math.isqrt(places) ** 2 != places:
+        raise ValueError(f"config.json: num_position_embeddings = {places} in vision_config: "
+                         "expected those of a square")
+    default = QWEN3_SECTIONS[kind.removesuffix("_moe")]
+    return text, c | dict(
+        kind="qwen3", size=c["hidden_size"], deep=tuple(deep),
+        sections=tuple(axes.get("mrope_section", default)))

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from parts.files import open_safetensors, read_json, write_json, write_tensors
-from parts.names import Place, carried_names, file_name, find_places
+from parts.names import (
+    BIAS,
+    Place,
+    carried_names,
+    file_name,
+    find_places,
+    may_be_turned,
+    without_prefix,
+)
 
 DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -141,7 +149,10 @@ def each_tensor(checkpoint: Checkpoint, layout: dict[str, Place]) -> Iterator[tu
 def check_tensors(
     checkpoint: Checkpoint, layout: dict[str, Place], parameters: dict, config: Any,
 ) -> None:
-    """Raise ValueError listing missing, unexpected and misshaped tensors; reads only headers."""
+    """Raise ValueError listing missing, unexpected and misshaped tensors; reads only headers.
+
+    Corrects the layout of matrices that files keep either way round.
+    """
     problems = []
     found = dict.fromkeys(parameters, 0)  # values of each parameter that the files have
     absent = dict(layout)
@@ -153,6 +164,10 @@ def check_tensors(
             problems.append(f"unexpected {name} {shape} in {file}")
             continue
         expected = tuple(place.view(parameters[place.name]).shape)
+        if shape == (*expected[:-2], *expected[:-3:-1]) and may_be_turned(name, config):
+            if shape != expected:  # square ones lie as transformers has them
+                layout[name] = place._replace(transposed=not place.transposed)
+            expected = shape
         found[place.name] += torch.Size(expected).numel()
         if shape != expected:
             problems.append(f"{name} in {file} is {shape}, config.json says {expected}")
@@ -194,6 +209,15 @@ def read_tensors(checkpoint: Checkpoint, layout: dict[str, Place], parameters: d
     return state
 
 
+def remember(model: Any, checkpoint: Checkpoint, layout: dict[str, Place]) -> None:
+    """Give a model what it is saved by: as the files lay that it was read from."""
+    model.layout = layout
+    model.carried = carry(checkpoint, model.config)
+    set_biases(model, checkpoint.directory)
+    model.raw_config = checkpoint.raw_config
+    model.generation_config = checkpoint.generation_config
+
+
 def carry(checkpoint: Checkpoint, config: Any) -> Carried:
     """Find what is saved again as it is. Raises ValueError for what is not where the index says."""
     wanted = dict.fromkeys(carried_names(checkpoint.files, config))
@@ -202,6 +226,33 @@ def carry(checkpoint: Checkpoint, config: Any) -> Carried:
         raise ValueError(f"{checkpoint.directory}: missing {name} in {checkpoint.files[name]}, "
                          "where the index says it is")
     return Carried(found)
+
+
+def unlearned(model: Any) -> dict[str, Tensor]:
+    """Return what is saved beside the parameters: what is carried; of a model that was not read
+    from files, the biases of its routers."""
+    if model.layout:
+        return model.carried.tensors
+    return {n: b for n, b in model.named_buffers() if n.endswith(f".{BIAS}")}
+
+
+def set_biases(model: Any, directory: Path) -> None:
+    """Read the routers' correction biases from what is carried: they are used, but do not learn.
+
+    Raises ValueError for one that is missing or misshaped.
+    """
+    device = next(model.parameters()).device
+    carried = {without_prefix(name): tensor for name, tensor in model.carried.tensors.items()}
+    for name, empty in list(model.named_buffers()):
+        owner, _, last = name.rpartition(".")
+        if last != BIAS:
+            continue
+        found = carried.get(name)
+        if found is None or found.shape != empty.shape or not found.is_floating_point():
+            what = "missing" if found is None else f"{tuple(found.shape)} of {found.dtype}"
+            raise ValueError(f"{directory}: {name}: {what}; config.json says {tuple(empty.shape)}")
+        there = "cpu" if device.type == "meta" else device  # under --fsdp; the files' type stays
+        setattr(model.get_submodule(owner), BIAS, found.to(there, copy=True))
 
 
 class Reader:
@@ -318,6 +369,13 @@ def save_shards(
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         write_json(directory / "model.safetensors.index.json", index)
+
+
+def write_configs(model: Any, directory: Path, changed: dict) -> None:
+    """Write config.json with what has changed in it, and generation_config.json if there was one."""
+    write_json(directory / "config.json", model.raw_config | changed)
+    if model.generation_config is not None:
+        write_json(directory / "generation_config.json", model.generation_config)
 
 
 def pieces_of(

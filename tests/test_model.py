@@ -229,15 +229,16 @@ def test_kept_chunks_of_the_head_equal_those_computed_again_to_the_bit(dtype, mo
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_a_frozen_head_computes_its_gradient_in_forward_and_keeps_no_logits(softcap, monkeypatch):
+@pytest.mark.parametrize("keep", [2, 0])  # 0 with checkpointing
+def test_a_frozen_head_computes_its_gradient_in_forward_and_keeps_no_logits(keep, softcap, monkeypatch):
     torch.manual_seed(0)
     targets, slope = torch.randint(0, 61, (75,)), torch.randn(75, dtype=torch.float64)
     terms = [(torch.randn(75, n, dtype=torch.float64, requires_grad=True), torch.randn(61, n, dtype=torch.float64)) for n in (8, 3)]
     inputs = [x for x, _ in terms]
     monkeypatch.setattr(models, "HEAD_CHUNK", 20 * 61)
-    frozen = models.token_logps(terms, targets, softcap).logps
+    frozen = models.token_logps(terms, targets, softcap, keep).logps
     assert [tuple(t.shape) for t in frozen.grad_fn.saved_tensors] == [(75, 8), (75, 3)]
-    learning = models.token_logps([(x, w.requires_grad_()) for x, w in terms], targets, softcap).logps
+    learning = models.token_logps([(x, w.requires_grad_()) for x, w in terms], targets, softcap, keep).logps
     assert torch.equal(frozen, learning)
     for a, b in zip(*(torch.autograd.grad((logps * slope).sum(), inputs) for logps in (frozen, learning)), strict=True):
         assert (a - b).abs().max() < 1e-12 and a.abs().max() > 0.1
@@ -464,8 +465,7 @@ assert "extras" not in sys.modules
     (dict(model_type="mamba"), "model_type 'mamba' is not supported; supported are llama, mistral"),
     (dict(model_type=None), "model_type None is not supported"),
     (dict(model_type="t5", is_encoder_decoder=True), "'t5' is an encoder-decoder model"),
-    (dict(model_type="deepseek_v3", kv_lora_rank=512), "'deepseek_v3' has multi-head latent attention"),
-    (dict(model_type="deepseek_v2", kv_lora_rank=512, auto_map={}), "'deepseek_v2' has multi-head latent attention"),
+    (dict(model_type="deepseek_v32", kv_lora_rank=512), "model_type 'deepseek_v32' is not supported"),
     (dict(model_type="mine", auto_map={"AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}), "needs remote code"),
     (dict(auto_map={"AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}), "auto_map names code of its own"),
     (dict(model_type="paligemma", vision_config={}), "'paligemma' reads images or sound"),

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from vision_tiny import FAMILIES, IMAGE_TOKENS, PREPROCESSORS, make_tokenizer
+from vision_tiny import FAMILIES, IMAGE_TOKENS, PREPROCESSORS, QWEN3, make_tokenizer
 
 import data
 from parts.rows import DataError, DroppedPair
@@ -18,7 +18,8 @@ from PIL import Image  # noqa: E402
 from extras.rows import pictures  # noqa: E402
 
 THEIRS = {"llava": "CLIPImageProcessorPil", "idefics3": "Idefics3ImageProcessorPil", "smolvlm": "SmolVLMImageProcessorPil",
-          "gemma3": "Gemma3ImageProcessorPil", "qwen2_vl": "Qwen2VLImageProcessorPil", "qwen2_5_vl": "Qwen2VLImageProcessorPil"}
+          "gemma3": "Gemma3ImageProcessorPil",
+          **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", *QWEN3), "Qwen2VLImageProcessorPil")}
 SIZES = [(30, 20), (20, 30), (28, 28), (29, 57), (100, 41), (8, 8), (150, 149), (61, 200)]
 
 
@@ -118,7 +119,8 @@ def bare_processor(family, image_processor, tokenizer):
     """SmolVLM's and Qwen's replacement of a picture's token, by their own code, without their video processors."""
     import transformers
 
-    cls = {"smolvlm": transformers.SmolVLMProcessor}.get(family, transformers.Qwen2VLProcessor)
+    cls = {"smolvlm": transformers.SmolVLMProcessor} | dict.fromkeys(QWEN3, transformers.Qwen3VLProcessor)
+    cls = cls.get(family, transformers.Qwen2VLProcessor)
     token = IMAGE_TOKENS.get(family, "<image>")
     bare = SimpleNamespace(image_processor=image_processor, image_token=token, image_seq_len=4, global_image_token="<global-img>",
                            fake_image_token="<fake_token_around_image>", global_image_tag="<global-img>")

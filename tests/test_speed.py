@@ -136,14 +136,14 @@ def test_a_norm_is_rounded_once_for_the_products_after_it():
     assert torch.autograd.grad(y.float().sum(), x)[0].dtype == torch.float32
 
 
-@pytest.mark.parametrize("options,limit", [({}, 2048), (dict(max_tokens_per_forward=300), 300),
+@pytest.mark.parametrize("options,limit", [({}, 4096), (dict(max_tokens_per_forward=300), 300),
                                            (dict(loss_type=["aot"], exact_global_loss=False), None)], ids=str)
 def test_forwards_on_a_cpu_are_cut_by_their_tokens_unless_one_loss_couples_them(tiny, pairs_file, tmp_path, options, limit):
     trainer = dpo.DPOTrainer(args=dpo.DPOConfig(model_name_or_path=str(tiny), dataset_name=str(pairs_file), use_cpu=True,
                                                 output_dir=str(tmp_path / "o"), cache_dir=str(tmp_path / "c"), **options))
-    pairs = np.tile(trainer.train_pairs, 40)
+    pairs = np.tile(trainer.train_pairs, 80)
     sizes = [int(trainer.train_store.tokens[rows].sum()) for rows in trainer.forwards(trainer.train_store, pairs, len(pairs))]
-    assert sum(sizes) > 2 * 2048
+    assert sum(sizes) > 2 * 4096
     assert (len(sizes) == 1) if limit is None else (max(sizes) <= limit < sizes[0] + sizes[1])
 
 

@@ -68,7 +68,7 @@ def run(place, tmp_path):
     return go
 
 
-@pytest.mark.parametrize("family", ["llava", "idefics3", "gemma3", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["llava", "idefics3", "gemma3", "qwen2_5_vl", "qwen3_vl_moe"])
 @pytest.mark.parametrize("options", [
     {}, {"precompute_ref_log_probs": False}, {"use_peft": True}, {"gradient_checkpointing": True, "freeze_vision_tower": False},
     {"precompute_ref_log_probs": False, "freeze_vision_tower": False}], ids=str)
@@ -82,9 +82,8 @@ def test_the_first_loss_is_log2_in_every_mode(run, family, options):
 def test_two_steps_equal_trl(run, place, tmp_path, family):
     """Losses, rewards, gradient norms and, after two steps, every parameter: tower, projector and language model."""
     pytest.importorskip("trl")
-    if family not in ("llava", "idefics3", "gemma3"):
-        pytest.importorskip("torchvision", exc_type=Exception, reason="transformers' processor needs a torchvision that loads")
     if family == "smolvlm":
+        pytest.importorskip("torchvision", exc_type=Exception, reason="transformers' processor needs a torchvision that loads")
         pytest.importorskip("num2words", reason="transformers' SmolVLM processor needs num2words")
     arguments = dict(per_device_train_batch_size=4, max_steps=2, learning_rate=1e-3, max_length=None)
     (tmp_path / "run.json").write_text(json.dumps({"model": str(place / family), "data": str(place / "pictures.jsonl"),
@@ -221,12 +220,13 @@ def test_micro_batches_and_prefix_sharing_do_not_change_the_result(run):
         assert all(a[k] == pytest.approx(b[k], rel=1e-9, abs=1e-12) for k in ("loss", "grad_norm", "logps/chosen"))
 
 
-@pytest.mark.parametrize("flags", [(), ("--fsdp", "full_shard")], ids=str)
-def test_two_ranks_with_text_only_batches_equal_one(run, place, tmp_path, flags):
+@pytest.mark.parametrize("family, flags", [
+    ("llava", ()), ("llava", ("--fsdp", "full_shard")), ("gemma3", ("--fsdp", "full_shard"))], ids=str)
+def test_two_ranks_with_text_only_batches_equal_one(run, place, tmp_path, family, flags):
     """Three of four micro-batches of a step are text alone, on one rank all; the tower trains."""
     options = dict(data="mixed", dtype="float64", freeze_vision_tower=False)
-    one, trainer = run("one", per_device_train_batch_size=4, max_steps=2, **options)
-    run_dpo("--model_name_or_path", place / "llava", "--dataset_name", place / "mixed.jsonl", "--output_dir", tmp_path / "two",
+    one, trainer = run("one", family, per_device_train_batch_size=4, max_steps=2, **options)
+    run_dpo("--model_name_or_path", place / family, "--dataset_name", place / "mixed.jsonl", "--output_dir", tmp_path / "two",
             "--cache_dir", tmp_path / "cache2", "--logging_steps", 1, "--use_cpu", "--dtype", "float64", "--no_bf16", "--max_steps", 2,
             "--learning_rate", "1e-3", "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2,
             "--shuffle_dataset", "false", "--freeze_vision_tower", "false", *flags, ranks=2)
@@ -271,6 +271,21 @@ def test_pictures_in_rows_of_python_train_as_their_files_do(place, run, tmp_path
         assert [line["loss"] for line in found] == [line["loss"] for line in expected]
     with pytest.raises(ValueError, match="the row has videos, which no model here reads"):
         dpo.DPOTrainer(args=config, train_dataset=[named[0] | {"videos": ["a.mp4"]}])
+
+
+def test_an_object_of_transformers_trains_as_its_files_do(run, place, tmp_path):
+    """With its processor, as TRL's script for Gemma 3 gives them."""
+    transformers = pytest.importorskip("transformers")
+    expected, _ = run("files", "gemma3")
+    model = transformers.AutoModelForImageTextToText.from_pretrained(place / "gemma3")
+    processor = transformers.AutoProcessor.from_pretrained(place / "gemma3")
+    config = dpo.DPOConfig(
+        output_dir=str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"), logging_steps=1, use_cpu=True, max_steps=2,
+        per_device_train_batch_size=4, learning_rate=1e-3, bf16=False, shuffle_dataset=False,
+        dataset_name=str(place / "pictures.jsonl"))
+    dpo.DPOTrainer(model, args=config, processing_class=processor).train()
+    found = read_metrics(tmp_path / "out")
+    assert [line["loss"] for line in found] == [line["loss"] for line in expected]
 
 
 def test_the_flag_needs_a_tower(tiny, pairs_file, tmp_path):

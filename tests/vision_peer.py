@@ -2,14 +2,32 @@
 
 run.json: {"model": DIR, "data": FILE, "out": DIR, "args": {...}, "backend": "pil"}. Writes metrics.jsonl and the
 trained parameters, params.safetensors. Without torchvision transformers has its pillow processors, and LLaVA's and
-Idefics3's processors work; SmolVLM's and Qwen's hold a video processor, which only exists with torchvision. `backend` says
-who scales pictures: "pil", which extras/pictures.py equals, or "torchvision", transformers' own choice where it is installed.
+Idefics3's processors work; SmolVLM's and Qwen's hold a video processor, which only exists with torchvision: they are made
+without one. `backend` says who scales pictures: "pil", which extras/pictures.py equals, or "torchvision", transformers' own
+choice where it is installed.
 """
 
+import importlib.util
 import json
 import sys
 import time
 from pathlib import Path
+
+
+def make_processor(directory: str, backend: str):
+    """The model's processor, without its video processor where there is no torchvision."""
+    import transformers as hf
+
+    images = hf.AutoImageProcessor.from_pretrained(directory, backend=backend)
+    named = json.loads((Path(directory) / "processor_config.json").read_text())["processor_class"]
+    if importlib.util.find_spec("torchvision") or "Qwen" not in named:
+        processor = hf.AutoProcessor.from_pretrained(directory)
+        processor.image_processor = images
+        return processor
+    unchecked = dict(check_argument_for_proper_class=lambda self, name, argument: type(argument))
+    bare = type(named, (getattr(hf, named),), unchecked)
+    tokenizer = hf.AutoTokenizer.from_pretrained(directory)
+    return bare(images, tokenizer, None, chat_template=tokenizer.chat_template)
 
 
 def main(path: str) -> None:
@@ -18,7 +36,7 @@ def main(path: str) -> None:
     from datasets import Dataset
     from PIL import Image
     from safetensors.torch import save_file
-    from transformers import AutoImageProcessor, AutoProcessor, TrainerCallback
+    from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
     torch.set_num_threads(run.get("threads", 1))
@@ -37,8 +55,7 @@ def main(path: str) -> None:
     args = DPOConfig(output_dir=str(out), use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1,
                      logging_nan_inf_filter=False, train_sampling_strategy="sequential", bf16=False,
                      gradient_checkpointing=False, **run["args"])
-    processor = AutoProcessor.from_pretrained(run["model"])
-    processor.image_processor = AutoImageProcessor.from_pretrained(run["model"], backend=run.get("backend", "pil"))
+    processor = make_processor(run["model"], run.get("backend", "pil"))
     trainer = DPOTrainer(model=run["model"], args=args, train_dataset=Dataset.from_list(rows), callbacks=[Write()],
                          processing_class=processor)
     started = time.perf_counter()

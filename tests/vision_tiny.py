@@ -2,7 +2,8 @@
 
 import torch
 
-FAMILIES = ("llava", "idefics3", "smolvlm", "gemma3", "qwen2_vl", "qwen2_5_vl")
+QWEN3 = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+FAMILIES = ("llava", "idefics3", "smolvlm", "gemma3", "qwen2_vl", "qwen2_5_vl", *QWEN3)
 IMAGE = 150
 TEXT = dict(vocab_size=200, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2)
@@ -43,6 +44,8 @@ def make_checkpoint(family: str, directory, vocab_size: int = 200, image: int = 
         tower = dict(depth=2, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2, patch_size=4)
         model = hf.Qwen2VLForConditionalGeneration(
             hf.Qwen2VLConfig(text_config=text | dict(rope_parameters=rope), vision_config=tower, **ids))
+    elif family in QWEN3:
+        model = make_qwen3(family, text, ids)
     else:
         tower = dict(depth=3, hidden_size=32, out_hidden_size=32, intermediate_size=48, num_heads=2, patch_size=4,
                      window_size=16, fullatt_block_indexes=[1])
@@ -54,6 +57,31 @@ def make_checkpoint(family: str, directory, vocab_size: int = 200, image: int = 
     if directory is not None:
         model.save_pretrained(directory)
     return model
+
+
+def make_qwen3(family: str, text: dict, ids: dict):
+    """DeepStack takes layers 2 and 0 of the tower, in that order; the table of places has 5 x 5 rows."""
+    import transformers as hf
+
+    size = text["hidden_size"]
+    tower = dict(depth=3, hidden_size=size, out_hidden_size=size, intermediate_size=2 * size, num_heads=2, patch_size=4,
+                 num_position_embeddings=25)
+    rope = dict(rope_type="default", mrope_section=[2, 1, 1], rope_theta=1e4, mrope_interleaved=True)
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12)
+    delta = dict(linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4,
+                 layer_types=["linear_attention", "full_attention"], head_dim=16)
+    if family.startswith("qwen3_vl"):
+        text = text | dict(head_dim=16, num_hidden_layers=3, attention_bias=True, rope_parameters=rope | dict(
+            mrope_section=[3, 3, 2]))
+        tower |= dict(deepstack_visual_indexes=[2, 0])
+    else:
+        text = text | delta | dict(rope_parameters=rope | dict(partial_rotary_factor=0.5))
+    if family.endswith("_moe"):
+        text |= experts
+    if family == "qwen3_5_moe":
+        text |= dict(shared_expert_intermediate_size=24)
+    config = hf.AutoConfig.for_model(family, text_config=text, vision_config=tower, **ids)
+    return hf.AutoModelForImageTextToText.from_config(config)
 
 
 def random_pictures(family: str):
@@ -93,7 +121,7 @@ SPECIAL = ["<s>", "</s>", "<pad>", "<image>", "<fake_token_around_image>", "<glo
            "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>", "<|im_end|>",
            "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>",
            *(f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7))]
-IMAGE_TOKENS = {"gemma3": "<image_soft_token>", "qwen2_vl": "<|image_pad|>", "qwen2_5_vl": "<|image_pad|>"}
+IMAGE_TOKENS = {"gemma3": "<image_soft_token>"} | dict.fromkeys(("qwen2_vl", "qwen2_5_vl", *QWEN3), "<|image_pad|>")
 PARTS = "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% elif part['type'] == 'image' %}"
 TEMPLATES = {
     "llava": "{% for message in messages %}{{ message['role'] | upper }}: " + PARTS + "{{ '<image>\\n' }}{% endif %}{% endfor %}"
@@ -115,12 +143,16 @@ PREPROCESSORS = {
     "qwen2_vl": dict(image_processor_type="Qwen2VLImageProcessor", patch_size=4, temporal_patch_size=2, merge_size=2,
                      min_pixels=64, max_pixels=1600)}
 PREPROCESSORS["qwen2_5_vl"] = PREPROCESSORS["qwen2_vl"]
+PREPROCESSORS |= dict.fromkeys(QWEN3, dict(
+    image_processor_type="Qwen2VLImageProcessorFast", patch_size=4, temporal_patch_size=2, merge_size=2, image_mean=[0.5] * 3,
+    image_std=[0.5] * 3, size={"shortest_edge": 64, "longest_edge": 1600}))
 OUTER = {"llava": dict(processor_class="LlavaProcessor", patch_size=7, vision_feature_select_strategy="default",
                        num_additional_image_tokens=1, image_token="<image>"),
          "idefics3": dict(processor_class="Idefics3Processor", image_seq_len=4),
          "smolvlm": dict(processor_class="SmolVLMProcessor", image_seq_len=4),
          "gemma3": dict(processor_class="Gemma3Processor", image_seq_length=4),
-         "qwen2_vl": dict(processor_class="Qwen2VLProcessor"), "qwen2_5_vl": dict(processor_class="Qwen2_5_VLProcessor")}
+         "qwen2_vl": dict(processor_class="Qwen2VLProcessor"), "qwen2_5_vl": dict(processor_class="Qwen2_5_VLProcessor"),
+         **dict.fromkeys(QWEN3, dict(processor_class="Qwen3VLProcessor"))}
 
 
 def make_tokenizer(family: str, directory) -> int:

@@ -5,22 +5,24 @@ Tokens are sorted by expert, so that each expert multiplies its own rows once an
 that was not sent to it.
 """
 
-from typing import Callable
+from typing import Any, Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parts.kernels import product
+from parts.kernels import ACTIVATIONS, product
 
 
 class Router(nn.Module):
-    """Choose `per_token` experts for each token, and their weights."""
+    """Choose `per_token` experts for each token, and their weights: probabilities, or Llama 4's
+    sigmoids of the logits."""
 
     def __init__(self, hidden_size: int, moe: dict):
         super().__init__()
         self.per_token = moe["per_token"]
         self.normalize = moe["normalize"]
+        self.scales_input = moe.get("scales_input", False)
         self.in_features = hidden_size
         self.out_features = moe["experts"]
         self.weight = nn.Parameter(torch.zeros(moe["experts"], hidden_size))
@@ -34,10 +36,68 @@ class Router(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.scales_input:
+            best, chosen = logits.topk(self.per_token, dim=-1)
+            return logits, best.to(torch.promote_types(best.dtype, torch.float32)).sigmoid(), chosen
         weights, chosen = probabilities(logits).topk(self.per_token, dim=-1)
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
         return logits, weights, chosen
+
+
+class GroupRouter(Router):
+    """The routers of DeepSeek-V3 and GLM (arXiv:2412.19437 section 2.1.2), and of DeepSeek-V2.
+
+    Scores are sigmoids of the logits. The choice is by score + correction bias, among the experts
+    of the groups whose two best are best. The weights are the chosen scores alone, normalized,
+    times `scale`. With moe["scores"] "softmax" there is no bias, and a group counts by its best.
+
+    In pretraining the bias is moved by the experts' loads, not by a gradient. Here it is a buffer:
+    nothing moves it, and it keeps the type of the files, since a choice may hang on its last digit.
+    """
+
+    def __init__(self, hidden_size: int, moe: dict):
+        super().__init__(hidden_size, moe)
+        self.groups = moe["groups"]
+        self.groups_kept = moe["groups_kept"]
+        self.scale = moe["scale"]
+        self.biased = moe["scores"] == "sigmoid"
+        if self.biased:
+            self.register_buffer("e_score_correction_bias", torch.zeros(moe["experts"]))
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        """Move to another device, or cast all but the bias: what .to(...) calls."""
+        before = getattr(self, "e_score_correction_bias", None)
+        super()._apply(fn, recurse)
+        if before is not None and self.e_score_correction_bias.dtype != before.dtype:
+            self.e_score_correction_bias = before.to(self.e_score_correction_bias.device)
+        return self
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return them in float32 or wider, under autocast too."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(wide), self.weight.to(wide))
+
+    def route(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scores = logits.sigmoid() if self.biased else probabilities(logits)
+        with torch.no_grad():
+            chosen = self.choose(scores)
+        weights = scores.gather(1, chosen)
+        if self.normalize:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return logits, weights * self.scale, chosen
+
+    def choose(self, scores: Tensor) -> Tensor:  # (T, per_token)
+        if self.biased:
+            scores = scores + self.e_score_correction_bias
+        if self.groups > 1:
+            grouped = scores.unflatten(1, (self.groups, -1))  # (T, groups, experts of a group)
+            best = grouped.topk(2 if self.biased else 1, dim=-1).values.sum(-1)
+            kept = best.topk(self.groups_kept, dim=-1).indices
+            left_out = torch.ones_like(best, dtype=torch.bool).scatter_(1, kept, False)
+            scores = grouped.masked_fill(left_out[..., None], -torch.inf).flatten(1)
+        return scores.topk(self.per_token, dim=-1).indices
 
 
 def probabilities(logits: Tensor) -> Tensor:
@@ -106,34 +166,66 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:  # (n, 
     return torch.cat(parts)
 
 
-class SparseMLP(nn.Module):
-    """Router and experts, and Qwen2-MoE's shared expert, which sees every token through a gate."""
+def mix(
+    experts: nn.Module, count: int, x: Tensor, weights: Tensor, chosen: Tensor,
+    scales_input: bool = False,
+) -> Tensor:  # (T, C)
+    """Return the sum of what each token's `chosen` of the `count` experts make of it.
 
-    def __init__(
-        self, hidden_size: int, moe: dict, act: Callable, shared_expert: nn.Module | None,
-    ):
+    `weights` and `chosen` are (T, per_token); weights scale what the experts read, or what they
+    return.
+    """
+    order = chosen.flatten().argsort(stable=True)  # (T * per_token,) sorted by expert
+    # not by bincount, which waits for the device
+    counts = torch.zeros(count, dtype=torch.int64, device=x.device)
+    counts.scatter_add_(0, chosen.flatten(), torch.ones_like(chosen.flatten()))
+    sent = x[order // chosen.shape[1]]
+    if scales_input:
+        sent = sent * weights.flatten()[order, None].to(sent.dtype)
+    out = experts(sent, counts)
+    numbers = torch.arange(len(order), device=order.device)
+    back = torch.empty_like(order).scatter_(0, order, numbers)
+    out = out[back].unflatten(0, chosen.shape)  # (T, per_token, C)
+    return out.sum(1) if scales_input else (out * weights.to(out.dtype)[..., None]).sum(1)
+
+
+def make_sparse(config: Any, make_mlp: Callable[[Any, int], nn.Module]) -> nn.Module:
+    """Make the MLP of a sparse layer; `make_mlp(config, size)` makes a dense one."""
+    size = config.moe["shared_size"]
+    shared = make_mlp(config, size) if size else None
+    return SparseMLP(config.hidden_size, config.moe, ACTIVATIONS[config.hidden_act], shared)
+
+
+class SparseMLP(nn.Module):
+    """Router and experts, and the expert that sees every token: Qwen2-MoE's through a gate,
+    DeepSeek's as it is ("shared_experts", since several are one larger), and Llama 4's and
+    Granite's. Llama 4's router scales what its experts read, the others' what they return.
+    """
+
+    def __init__(self, hidden_size: int, moe: dict, act: Callable, shared: nn.Module | None):
         super().__init__()
-        self.gate = Router(hidden_size, moe)
+        is_grouped = "groups" in moe
+        self.gate = GroupRouter(hidden_size, moe) if is_grouped else Router(hidden_size, moe)
         self.experts = Experts(hidden_size, moe, act)
-        self.shared_expert = shared_expert
-        if shared_expert is not None:
+        self.is_balanced = moe["router_aux_loss_coef"] is not None
+        self.shared_name = "shared_experts" if is_grouped else "shared_expert"
+        self.add_module(self.shared_name, shared)
+        self.shared_expert_gate = None
+        if shared is not None and not is_grouped and moe.get("shared_gate", True):
             self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return hidden states (T, C), and the router's logits (T, experts)."""
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Return hidden states (T, C), and the router's logits (T, experts) if its experts have a
+        balancing loss."""
         logits, weights, chosen = self.gate(x)
-        order = chosen.flatten().argsort(stable=True)  # (T * per_token,) sorted by expert
-        # not by bincount, which waits for the device
-        counts = torch.zeros(logits.shape[1], dtype=torch.int64, device=x.device)
-        counts.scatter_add_(0, chosen.flatten(), torch.ones_like(chosen.flatten()))
-        out = self.experts(x[order // chosen.shape[1]], counts)
-        numbers = torch.arange(len(order), device=order.device)
-        back = torch.empty_like(order).scatter_(0, order, numbers)
-        out = out[back].unflatten(0, chosen.shape)  # (T, per_token, C)
-        out = (out * weights.to(out.dtype)[..., None]).sum(1)  # (T, C)
-        if self.shared_expert is not None:
-            out = out + self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
-        return out, logits
+        scales_input = self.gate.scales_input
+        out = mix(self.experts, logits.shape[1], x, weights, chosen, scales_input)
+        shared = getattr(self, self.shared_name)
+        if self.shared_expert_gate is not None:
+            out = out + self.shared_expert_gate(x).sigmoid() * shared(x)
+        elif shared is not None:
+            out = out + shared(x)
+        return (out, logits) if self.is_balanced else out
 
 
 def load_balancing_loss(

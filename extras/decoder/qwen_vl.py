@@ -1,4 +1,5 @@
 """Qwen2-VL and Qwen2.5-VL: images of any size, attention within windows, positions on three axes.
+Qwen3-VL's tower is in qwen3_vl.py.
 
 An image of h x w patches (both even) comes as h w rows of pixels, four neighbours at a time, and
 the merger makes one feature of each four. In the decoder a token has a time, a height and a width.
@@ -9,7 +10,6 @@ stopped; the text goes on after the highest of them.
 from types import SimpleNamespace
 from typing import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -92,7 +92,7 @@ class Tower(nn.Module):
         sizes = grids.tolist()
         weight = self.patch_embed.proj.weight
         x = F.linear(pixels.to(weight.dtype), weight.flatten(1))  # a patch is a row: no convolution
-        tables = [table.to(x.device) for table in self.tables(sizes)]
+        tables = [table.to(x.device) for table in tower_tables(c, sizes)]
         images = [h * w for h, w in sizes]
         windows: list[int] = []
         if c["newer"]:
@@ -107,14 +107,15 @@ class Tower(nn.Module):
             x = run(block, x, images if is_full else windows, tables)
         return x[order.argsort()] if c["newer"] else x
 
-    def tables(self, grids: list) -> tuple[Tensor, Tensor]:  # (P, 1, D)
-        """Return cos and sin: half of the dims turn with a patch's row, half with its column."""
-        dim = self.config["size"] // self.config["num_heads"] // 2
-        freq = 1.0 / 10000.0 ** (torch.arange(0, dim, 2).float() / dim)  # (dim/2,)
-        places = patch_places(grids, self.config["spatial_merge_size"])
-        angles = (places[..., None] * freq).flatten(1)  # (P, dim)
-        angles = torch.cat([angles, angles], -1)[:, None]
-        return angles.cos(), angles.sin()
+
+def tower_tables(c: dict, grids: list) -> tuple[Tensor, Tensor]:  # (P, 1, D)
+    """Return cos and sin: half of the dims turn with a patch's row, half with its column."""
+    dim = c["size"] // c["num_heads"] // 2
+    freq = 1.0 / 10000.0 ** (torch.arange(0, dim, 2).float() / dim)  # (dim/2,)
+    places = patch_places(grids, c["spatial_merge_size"])
+    angles = (places[..., None] * freq).flatten(1)  # (P, dim)
+    angles = torch.cat([angles, angles], -1)[:, None]
+    return angles.cos(), angles.sin()
 
 
 def patch_places(grids: list, merge: int) -> Tensor:  # (P, 2)
@@ -165,18 +166,31 @@ class Merger(nn.Module):
 # Positions on three axes
 
 
-def axes_tables(ropes: dict, axes: Tensor, sections: tuple, dtype: torch.dtype) -> dict:
-    """Return the rotary tables of a stream with axes (3, T).
+def axis_of_pairs(sections: tuple, alternate: bool) -> Tensor:  # (D/2,)
+    """Tell with which axis each pair of dims turns: `sections` gives how many with each.
 
-    `sections` gives the numbers of pairs of dims that turn with time, height and width.
+    They lie one after another, or `alternate` (Qwen3-VL): time, height and width in turn, and time
+    again where height and width have had theirs.
     """
+    axis = torch.arange(3).repeat_interleave(torch.tensor(sections))
+    if alternate:
+        axis = torch.zeros_like(axis)
+        for i in (1, 2):
+            axis[i : 3 * sections[i] : 3] = i
+    return axis
+
+
+def axes_tables(
+    ropes: dict, axes: Tensor, sections: tuple, alternate: bool, dtype: torch.dtype,
+) -> dict:
+    """Return the rotary tables of a stream with axes (3, T); the rest as in `axis_of_pairs`."""
     per_axis = [rotary_tables(ropes, axis, dtype) for axis in axes]
-    ends = np.cumsum(sections * 2).tolist()
-    cuts = list(zip([0, *ends], ends))
+    axis = axis_of_pairs(sections, alternate).repeat(2).to(axes.device)  # (D,)
 
     def pick(parts: list[Tensor]) -> Tensor:
-        """Take each section of dims from the table of its own axis."""
-        return torch.cat([part[..., a:b] for part, (a, b) in zip(parts * 2, cuts)], -1)
+        """Take each dim from the table of its own axis."""
+        time, height, width = parts
+        return torch.where(axis == 0, time, torch.where(axis == 1, height, width))
 
     return {name: tuple(pick([tables[name][i] for tables in per_axis]) for i in (0, 1))
             for name in ropes}

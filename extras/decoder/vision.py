@@ -2,8 +2,8 @@
 decoder's size.
 
 LLaVA, Idefics3, SmolVLM and Gemma 3 (extras/decoder/towers.py), Qwen2-VL and Qwen2.5-VL
-(qwen_vl.py). Used where config.json has a `vision_config`; image files are read and cut by
-extras/rows/pictures.py.
+(qwen_vl.py), Qwen3-VL and Qwen3.5 (qwen3_vl.py). Used where config.json has a `vision_config`;
+image files are read and cut by extras/rows/pictures.py.
 
 The features replace the embeddings of the image tokens in the stream. Each distinct image of a
 batch is encoded once, though both completions see it and rows may share it: `Pictures.source`
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from extras.decoder import qwen_vl
+from extras.decoder import qwen3_vl, qwen_vl
 from extras.decoder.both_ways import BothWays
 from extras.decoder.in_stream import Pictures
 from extras.decoder.towers import Tower
@@ -91,24 +91,33 @@ class Vision(nn.Module):
         if c["kind"] == "qwen":
             self.tower = qwen_vl.Tower(c)
             self.projector = qwen_vl.Merger(c)
+        elif c["kind"] == "qwen3":
+            self.tower = qwen3_vl.Tower(c)
+            self.projector = qwen3_vl.Merger(c)
         else:
             self.tower = Tower(c)
             self.projector = PROJECTORS[c["kind"]](c)
 
     def encode(
         self, pixels: Tensor, grids: Tensor, run_layer: Callable = keep_all,
-    ) -> Tensor:  # (F, C)
-        """Return the features of all images, one after another, in the decoder's size.
+    ) -> tuple[Tensor, list[Tensor]]:  # each (F, C)
+        """Return the features of all images, one after another, in the decoder's size; and those
+        that DeepStack adds after the decoder's first layers, if the family has it.
 
         `run_layer` decides what a layer keeps for its backward.
         """
-        return self.projector(self.tower(pixels, grids, run_layer))
+        found = self.tower(pixels, grids, run_layer)
+        if self.config["kind"] != "qwen3":
+            return self.projector(found), []
+        last, kept = found
+        return self.projector(last), self.projector.stack(kept)
 
     def forward(
         self, x: Tensor, tables: dict, pictures: Pictures | None, run_layer: Callable, cache: Any,
-    ) -> tuple[Tensor, dict, Any]:
-        """Return the embeddings (T, C) with features in their places, the rotary tables, and what
-        plans attention in place of `cache`.
+    ) -> tuple[Tensor, dict, Any, list[Tensor]]:
+        """Return the embeddings (T, C) with features in their places, the rotary tables, what
+        plans attention in place of `cache`, and what is added in the same places after the first
+        layers, (M, C) each: Qwen3-VL's DeepStack.
 
         The tables change only for Qwen, whose positions have three axes, and the plan only for
         Gemma 3. Without images, 0 times the sum of the tower's and projector's weights is added
@@ -118,17 +127,18 @@ class Vision(nn.Module):
             learning = [p for p in self.parameters() if p.requires_grad]
             if torch.is_grad_enabled() and learning:
                 x = x + 0 * torch.stack([p.sum() for p in learning]).sum()
-            return x, tables, cache
-        features = self.encode(pictures.pixels, pictures.grids, run_layer)
-        features = features[pictures.source]  # (M, C)
-        x = x.index_put((pictures.place,), features.to(x.dtype))
+            return x, tables, cache, []
+        c = self.config
+        features, deep = self.encode(pictures.pixels, pictures.grids, run_layer)
+        x = x.index_put((pictures.place,), features[pictures.source].to(x.dtype))
         if pictures.axes is not None:
-            sections = self.config["sections"]
-            tables = qwen_vl.axes_tables(self.ropes, pictures.axes, sections, x.dtype)
-        if self.config["kind"] == "gemma3":
+            alternate = c["kind"] == "qwen3"
+            tables = qwen_vl.axes_tables(
+                self.ropes, pictures.axes, c["sections"], alternate, x.dtype)
+        if c["kind"] == "gemma3":
             assert cache is None and pictures.runs is not None
             cache = BothWays(pictures.runs.tolist())
-        return x, tables, cache
+        return x, tables, cache, [part[pictures.source].to(x.dtype) for part in deep]
 
 
 def freeze(model: nn.Module, tower: bool) -> None:

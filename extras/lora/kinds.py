@@ -222,7 +222,8 @@ class LoraRouter(nn.Module):
             return self.base_layer(x)
         dropped = self.dropout(x.to(self.lora_A.weight.dtype))
         update = self.lora_B(self.lora_A(dropped)) * self.scaling
-        return self.base_layer.route(self.base_layer.logits(x) + update.to(x.dtype))
+        logits = self.base_layer.logits(x)
+        return self.base_layer.route(logits + update.to(logits.dtype))
 
     def delta(self) -> Tensor:
         return self.scaling * (self.lora_B.weight @ self.lora_A.weight)
@@ -280,7 +281,8 @@ class DenseDelta(nn.Module):
             return (base(x) + F.embedding(x, delta)).to(base.weight.dtype)
         if isinstance(base, Router):
             update = F.linear(x.to(delta.dtype), delta)
-            return base.route(base.logits(x) + update.to(x.dtype))
+            logits = base.logits(x)
+            return base.route(logits + update.to(logits.dtype))
         out = base(x)
         return out + F.linear(x.to(delta.dtype), delta).to(out.dtype)
 

@@ -19,6 +19,7 @@ from model import LoraLinear, ModelConfig
 from parts.names import file_name
 from parts.weights import in_memory
 
+PASSED_BY = ("falcon_h1",)
 # Settings of a PEFT adapter that say what is wrapped and how, with the defaults of those that a
 # file lacks.
 DEFAULTS: dict[str, Any] = {
@@ -36,14 +37,13 @@ DEFAULTS: dict[str, Any] = {
 
 
 def add_lora(model: nn.Module, settings: dict) -> list[str]:
-    """Freeze `model` and wrap what PEFT's settings choose, by default q_proj and v_proj.
+    """Freeze `model` and wrap what PEFT's settings choose, by default what makes q and v.
 
     Returns the wrapped modules' names. The random draws follow the model's order. Raises
     ValueError for a target that matches nothing.
     """
     if not (settings.get("target_modules") or settings.get("target_parameters")):
-        usual = ["qkv_proj"] if model.config.fused_qkv else ["q_proj", "v_proj"]
-        settings = settings | {"target_modules": usual}
+        settings = settings | {"target_modules": usual_targets(model.config)}
     settings = named_experts(DEFAULTS | settings, model.config)
     model.requires_grad_(False)
     chosen = choose(model, settings)
@@ -53,6 +53,13 @@ def add_lora(model: nn.Module, settings: dict) -> list[str]:
         with in_memory(model, name, reads):
             replace_module(model, name, make())
     return list(chosen)
+
+
+def usual_targets(config: ModelConfig) -> list[str]:
+    """Return q_proj and v_proj, or what a family has in their place."""
+    if config.latent is not None:
+        return ["q_proj" if config.latent["query"] is None else "q_b_proj", "kv_b_proj"]
+    return ["qkv_proj"] if config.fused_qkv else ["q_proj", "v_proj"]
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -82,10 +89,13 @@ def choose(model: nn.Module, settings: dict) -> dict[str, partial]:
 def is_linear(name: str, model: nn.Module) -> bool:
     """Tell whether a module can be a target.
 
-    Where PEFT takes some names for those of experts, it cannot reach a shared expert's layers.
+    Where PEFT takes some names for those of experts, it cannot reach a shared expert's layers; and
+    it loads no adapter of Mamba's out_proj in a family whose fused kernel would pass it by.
     """
     is_kind = isinstance(model.get_submodule(name), (nn.Linear, nn.Embedding))
-    is_taken = has_shared(model.config) and name.rpartition(".")[2] in former_names(model.config)
+    last = name.rpartition(".")[2]
+    is_taken = has_shared(model.config) and last in former_names(model.config)
+    is_taken |= model.config.model_type in PASSED_BY and last == "out_proj"
     return is_kind and not is_taken and not name.startswith(model.no_lora)
 
 
@@ -231,6 +241,9 @@ FORMER = {
     "qwen3_moe": SWIGLU | {"gate": "gate.weight"},
     "olmoe": SWIGLU | {"gate": "gate.weight"},
     "qwen3_next": SWIGLU | {"gate": "gate.weight"}}
+FORMER |= dict.fromkeys(
+    ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe", "glm4_moe_lite"),
+    SWIGLU | {"gate": "gate.weight"})
 
 
 def former_names(config: ModelConfig) -> dict[str, str]:

@@ -5,6 +5,7 @@ have blocks (experts, out, in / 32, 16), two values in a byte, the low half firs
 (experts, out, in / 32). All of them are bfloat16 numbers, and so the model is saved.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,41 +54,59 @@ class Packed:
 
 
 class Unpacked:
-    """The tensors of all files, read as those of one safetensors file are."""
+    """The tensors of all files, read as those of one safetensors file are.
 
-    def __init__(self, checkpoint: Checkpoint):
+    `parts` are {name: the two names in the files of which it is made}, by `kind`.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, parts: dict[str, tuple[str, str]], kind: Callable[..., Any],
+    ):
         self.files = {file: checkpoint.open(file) for file in sorted({*checkpoint.files.values()})}
         self.home = {n: self.files[file] for n, file in checkpoint.files.items()}
+        self.parts = parts
+        self.kind = kind
 
     def keys(self) -> list[str]:
+        whole = {part: name for name, found in self.parts.items() for part in found}
         names = [n for opened in self.files.values() for n in opened.offset_keys()]
-        return [n.removesuffix("_blocks") for n in names if not n.endswith("_scales")]
+        return list(dict.fromkeys(whole.get(n, n) for n in names))
 
     offset_keys = keys
 
-    def packed(self, name: str) -> list[str]:
-        """Return the names of what the files have for `name`: itself, or blocks and scales."""
-        return [name] if name in self.home else [f"{name}_blocks", f"{name}_scales"]
-
     def get_tensor(self, name: str) -> Tensor:
-        found = [self.home[n].get_tensor(n) for n in self.packed(name)]
-        return found[0] if len(found) == 1 else dequantize(*found)
+        if name in self.parts:
+            return self.get_slice(name)[:]
+        return self.home[name].get_tensor(name)
 
     def get_slice(self, name: str) -> Any:
-        found = [self.home[n].get_slice(n) for n in self.packed(name)]
-        return found[0] if len(found) == 1 else Packed(name, *found)
+        found = [self.home[n].get_slice(n) for n in self.parts.get(name, (name,))]
+        return found[0] if len(found) == 1 else self.kind(name, *found)
 
 
 def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     """Return the checkpoint as it would be in bfloat16. Raises ValueError for half of a tensor."""
     names = checkpoint.files
+    parts = {}
     for name in names:
         stem, _, kind = name.rpartition("_")
-        other = {"blocks": f"{stem}_scales", "scales": f"{stem}_blocks"}.get(kind)
-        if other is not None and other not in names:
-            raise ValueError(f"{checkpoint.directory}: {name} is there, but {other} is missing")
-    files = {n.removesuffix("_blocks"): f for n, f in names.items() if not n.endswith("_scales")}
+        if kind in ("blocks", "scales"):
+            parts[stem] = (f"{stem}_blocks", f"{stem}_scales")
+            for other in parts[stem]:
+                if other not in names:
+                    raise ValueError(
+                        f"{checkpoint.directory}: {name} is there, but {other} is missing")
+    return unpacked(checkpoint, parts, Packed)
+
+
+def unpacked(
+    checkpoint: Checkpoint, parts: dict[str, tuple[str, str]], kind: Callable[..., Any],
+) -> Checkpoint:
+    """Return a checkpoint with the tensors of `parts` made by `kind`, which is not quantized."""
+    home = {part: name for name, found in parts.items() for part in found}
+    files = {home.get(name, name): file for name, file in checkpoint.files.items()}
     raw = {k: v for k, v in checkpoint.raw_config.items() if k != "quantization_config"}
     if not (raw.get("dtype") or raw.get("torch_dtype")):
         raw["dtype"] = "bfloat16"
-    return checkpoint._replace(files=files, raw_config=raw, memory=Unpacked(checkpoint))
+    memory = Unpacked(checkpoint, parts, kind)
+    return checkpoint._replace(files=files, raw_config=raw, memory=memory)

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 from extras.decoder.moe import Experts
 from model import Decoder, read_config
-from parts.files import write_json
 from parts.kernels import compute_dtype as usual_dtype
+from parts.kernels import takes_triton
 from parts.names import carried_names, find_places
-from parts.weights import Checkpoint, Reader, carry, check_tensors, read_tensors
+from parts.weights import Checkpoint, Reader, check_tensors, read_tensors, remember, write_configs
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -72,7 +72,7 @@ TENSORS = ("packed", "absmax", "code", "nested_absmax", "nested_code", "nested_o
 STACKS = {"stored": "weight", "gate_up": "gate_up_proj", "down": "down_proj"}
 
 
-def on_device(state: Quantized, device: str) -> Quantized:
+def on_device(state: Quantized, device: str | torch.device) -> Quantized:
     tensors = {name: getattr(state, name) for name in TENSORS}
     return state._replace(**{n: t.to(device) for n, t in tensors.items() if t is not None})
 
@@ -147,12 +147,18 @@ def count_below(x: Tensor, thresholds: Tensor) -> Tensor:  # (n,) int32
 
 
 def nest(state: Quantized) -> Quantized:
-    """Return the same with absmax - mean(absmax) in 8 bits."""
-    offset = state.absmax.mean()
-    code = dynamic_levels().to(offset.device)
-    absmax, nested_absmax = quantize_8bit(state.absmax - offset, code)
-    return state._replace(
-        absmax=absmax, nested_absmax=nested_absmax, nested_code=code, nested_offset=offset)
+    """Return the same with absmax - mean(absmax) in 8 bits.
+
+    Computed on the CPU: a GPU sums in another order, and a mean that is rounded otherwise changes
+    codes. All before this is exact or rounded once, and has the same bits on every device.
+    """
+    device = state.absmax.device
+    wide = state.absmax if device.type == "meta" else state.absmax.cpu()
+    offset = wide.mean()
+    code = dynamic_levels().to(wide.device)
+    absmax, nested_absmax = quantize_8bit(wide - offset, code)
+    return on_device(state._replace(
+        absmax=absmax, nested_absmax=nested_absmax, nested_code=code, nested_offset=offset), device)
 
 
 def dynamic_levels() -> Tensor:  # (256,)
@@ -201,6 +207,11 @@ def dequantize(state: Quantized, dtype: torch.dtype | None = None) -> Tensor:
     """level * absmax in float32, rounded to `dtype`, by default that of the original weight."""
     size = state.block_size
     device = state.packed.device
+    if takes_triton(device):
+        from extras.models import triton_nf4
+
+        return triton_nf4.dequantize(state.packed, block_scales(state), state.code, size,
+                                     state.shape, dtype or state.dtype)
     # a byte is the number of a pair of levels, which is copied as one 64-bit word
     pairs = torch.cartesian_prod(state.code, state.code).view(torch.int64).squeeze(1)  # (256,)
     scales = block_scales(state)
@@ -678,6 +689,7 @@ def load_4bit(
     plain = {n: place for n, place in layout.items() if n not in beside}
     parameters = {n: p for n, p in model.named_parameters() if n not in in_bits}
     check_tensors(checkpoint, plain, parameters, config)
+    layout |= plain
     read = partial(read_block, checkpoint, layout, beside, model, dtype)
     quantize_linears(model, **settings, read=partial(read, device=device))
     with torch.device("meta"):
@@ -685,10 +697,7 @@ def load_4bit(
     read = partial(read_block, checkpoint, layout, beside, wide, dtype)
     model.read = Reader4bit(Reader(checkpoint, layout, {}, dtype), read, wide, model.four_bit)
     model.tie()
-    model.layout = layout
-    model.carried = carry(checkpoint, config)
-    model.raw_config = raw
-    model.generation_config = checkpoint.generation_config
+    remember(model, checkpoint._replace(raw_config=raw), layout)
     return model.requires_grad_(True)
 
 
@@ -786,9 +795,7 @@ def save_4bit(
         inside = {n.removeprefix("model.").partition(".")[0] for n in model.carried.tensors}
         config["quantization_config"]["llm_int8_skip_modules"] = [
             "lm_head", *(f"model.{name}" for name in sorted(inside))]
-    write_json(directory / "config.json", model.raw_config | config)
-    if model.generation_config is not None:
-        write_json(directory / "generation_config.json", model.generation_config)
+    write_configs(model, directory, config)
 
 
 def stored_state(module: nn.Module, child: str, index: tuple, name: str) -> Quantized | None:

@@ -21,7 +21,7 @@ from torch import nn
 
 import model as models
 from model import Decoder, ModelConfig
-from parts.configs import is_mxfp4
+from parts.configs import packed_in
 from parts.files import read_json
 from parts.rows import on_hub
 from parts.weights import open_checkpoint
@@ -63,7 +63,7 @@ def own_dtype(c: Any, ranks: Any) -> str:
         directory = find_base(read_settings(Path(directory)), ranks)
     raw = read_json(Path(directory) / "config.json")
     text = raw | (raw.get("text_config") or {})
-    stored = "bfloat16" if is_mxfp4(raw) else "float32"
+    stored = "bfloat16" if packed_in(raw) else "float32"
     dtype = text.get("dtype") or text.get("torch_dtype") or stored
     if dtype not in ("float32", "bfloat16", "float64"):
         raise ValueError(
@@ -121,20 +121,23 @@ def load_model(
     """Return a Decoder with the directory's weights: model.load_model for every checkpoint.
 
     Its linear layers are in 4 bits where the files have them so, or with `four_bit`, the settings
-    of nf4.quantize_linears. MXFP4 is read as the numbers it stands for, and saved as those.
+    of nf4.quantize_linears. MXFP4 and FP8 are read as the numbers they stand for, and saved as those.
     """
     opened = open_checkpoint(directory)
-    if is_mxfp4(opened.raw_config):
+    packed = packed_in(opened.raw_config)
+    if packed == "mxfp4":
         from extras.models.mxfp4 import dequantized
 
         opened = dequantized(opened)
+    elif packed == "fp8":
+        from extras.models import fp8
+
+        opened = fp8.dequantized(opened)
     if four_bit is None and not opened.raw_config.get("quantization_config"):
         return models.load_model(opened, dtype, device, max_length, build)
     from extras.models.nf4 import load_4bit
 
-    # on the CPU, block by block: the bits are then the same whatever the device
-    place = "meta" if device == "meta" else "cpu"
-    return load_4bit(opened, four_bit, dtype, place, max_length, build)
+    return load_4bit(opened, four_bit, dtype, device, max_length, build)
 
 
 def load_adapted(

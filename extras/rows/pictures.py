@@ -221,11 +221,20 @@ def tile_features(kind: str, settings: dict, outer: dict, directory: Path) -> in
 def check_features(processor: Processor, vision: dict) -> None:
     """Raise ValueError where the model takes other images than its processor's file makes.
 
-    Another size, or another number of features than the text has room for.
+    Another size, or another number of features than the text has room for; of Qwen other patches.
     """
+    s = processor.settings
+    if processor.kind == "patches":
+        of_file = tuple(s[k] for k in ("patch_size", "temporal_patch_size", "merge_size"))
+        keys = ("patch_size", "temporal_patch_size", "spatial_merge_size")
+        of_model = tuple(vision.get(k) for k in keys)
+        if of_file != of_model:
+            raise ValueError(
+                f"the image processor's file has patch_size, temporal_patch_size, merge_size "
+                f"{of_file}, and config.json {of_model}; give the processor that belongs to the model"
+            )
     if processor.kind != "square":
         return
-    s = processor.settings
     size = s["crop_size"] if s["do_center_crop"] else s["size"]
     made = (size["height"], size["width"], processor.per_tile)
     side = vision["image_size"]

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from extras.decoder.mixers import recurs
-from extras.run.context import divides_heads
+from extras.run.context import divides_heads, why_not
 from extras.run.forecast import Run, count, describe, gib, memory, run_of
 from model import ModelConfig
 from parts.config import BY_RULE
@@ -60,7 +59,7 @@ def options(config: ModelConfig, run: Run, longest: int, may_precompute: bool) -
         yield lambda r: Option("--fsdp", f"{EXACT} but by rounding", r._replace(fsdp=True))
     for size in range(2, run.world + 1):
         fits = run.world % size == 0 and divides_heads(config, size)
-        if fits and not (config.moe or any(recurs(config))):
+        if fits and not why_not(config):
             yield lambda r, n=size: Option(
                 f"--context_parallel_size {n}", f"{EXACT} but by rounding",
                 r._replace(tokens=-(-r.tokens // n), scored=-(-r.scored // n)))

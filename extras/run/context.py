@@ -115,12 +115,9 @@ def join(model: Decoder, size: int) -> None:
         return
     c = model.config
     flag = f"--context_parallel_size {size}"
-    if any(recurs(c)):
-        raise ValueError(
-            f"{flag}: not for models with recurrent layers, whose state goes from token to token")
-    if c.moe is not None:
-        raise ValueError(
-            f"{flag}: not for mixtures of experts, whose balancing loss is that of a whole stream")
+    reason = why_not(c)
+    if reason:
+        raise ValueError(f"{flag}: not for {reason}")
     if not divides_heads(c, size):
         raise ValueError(
             f"{flag}: each rank attends with its part of the heads, and the {c.num_attention_heads} "
@@ -128,6 +125,17 @@ def join(model: Decoder, size: int) -> None:
             f"divided by {size} without giving a rank heads of keys and values in part")
     model.model.register_forward_pre_hook(lend_plans, with_kwargs=True)
     model.register_forward_hook(gather_scores)
+
+
+def why_not(c: ModelConfig) -> str:
+    """Return what a model has that needs a stream whole; "" for nothing."""
+    if any(recurs(c)):
+        return "models with recurrent layers, whose state goes from token to token"
+    if c.per_layer is not None:
+        return "layers that read others' keys and values"
+    if c.moe is not None and c.moe["router_aux_loss_coef"] is not None:
+        return "mixtures of experts, whose balancing loss is that of a whole stream"
+    return ""
 
 
 def divides_heads(c: ModelConfig, size: int) -> bool:
