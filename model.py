@@ -5,7 +5,7 @@ knows which token belongs where, through `spans`: rows (start, end, prefix_start
 a stretch of the stream that attends fully to its prefix and causally to itself. The head scores
 only the positions it is asked for and never holds (T, V) logits.
 
-From leaf to root: configuration, rotation, attention, modules, head, LoRA, files. Families differ
+From leaf to root: configuration, attention, modules, head, LoRA, files. Families differ
 by features, not by classes (parts/families.py); parameters carry Hugging Face's names, and where
 files differ, parts/names.py has the map. Backward passes written by hand are in parts/kernels.py.
 
@@ -14,7 +14,7 @@ Sizes: T tokens, N scored tokens, S spans, V vocabulary, C hidden, H heads, K kv
 
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -27,10 +27,10 @@ from parts import weights
 from parts.activations import keep_all
 from parts.configs import read_fields
 from parts.head import KEPT, How, chunked_logps
-from parts.kernels import ACTIVATIONS, add_low_rank, compute_dtype, cut, product, rms_norm, rotation
-from parts.names import file_name, find_places
-from parts.ropes import Rope
-from parts.varlen import has_flash, plan_varlen
+from parts.kernels import ACTIVATIONS, add_low_rank, compute_dtype, cut, product, rms_norm
+from parts.names import FIXED, file_name, find_places
+from parts.ropes import Rope, rotary_tables, rotate
+from parts.varlen import has_flash, head_sizes, plan_varlen
 
 # Logits held at once: rows x vocabulary (128 MiB in bfloat16); on a GPU twice as many.
 HEAD_CHUNK = 2**26
@@ -87,6 +87,7 @@ class ModelConfig:
     latent: dict | None = None  # read by extras/decoder/latent.py
     moe: dict | None = None  # read by extras/decoder/moe.py
     vision: dict | None = None  # read by extras/decoder/vision.py
+    per_layer: dict | None = None  # layers of other sizes: extras/decoder/per_layer.py
     other_names: bool = False  # its files name or lay out parameters otherwise
 
 
@@ -116,35 +117,6 @@ class Stream(NamedTuple):
     score_index: Tensor | None = None  # (N,) stream positions that predict `targets`
     targets: Tensor | None = None  # (N,)
     pictures: Any = None  # extras/decoder/vision.py's Pictures
-
-
-# Rotary position embeddings
-
-
-def rotary_tables(ropes: dict[str, Rope], position_ids: Tensor,
-                  dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, bool]]:
-    """Return {name: (cos, sin, whether dims are interleaved)}, each (T, 1, rotated dims).
-
-    Angles are float32 whatever the model is: in bfloat16 positions beyond 256 would coincide.
-    """
-    tables = {}
-    with torch.autocast(position_ids.device.type, enabled=False):
-        for name, rope in ropes.items():
-            freq = torch.tensor(rope.frequencies, dtype=torch.float32)
-            freq = freq.to(position_ids.device, non_blocking=True)
-            angles = position_ids.float()[:, None] * freq  # (T, D/2)
-            angles = torch.cat([angles, angles], -1)[:, None]  # (T, 1, D)
-            cos, sin = angles.cos() * rope.factor, angles.sin() * rope.factor
-            tables[name] = (cos.to(dtype), sin.to(dtype), rope.interleaved)
-    return tables
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:  # (T, H, D)
-    """Rotate the first `cos.shape[-1]` dims of each head: x cos + rotate_half(x) sin."""
-    size = cos.shape[-1]
-    rotated = rotation(x[..., :size], cos, sin, interleaved)
-    rest = x[..., size:]
-    return torch.cat([rotated, rest.to(rotated.dtype)], -1) if rest.shape[-1] else rotated
 
 
 # Attention over spans. A plan is made once per stream and called by every layer: plan(q, k, v).
@@ -234,12 +206,12 @@ def plan_attention(config: ModelConfig, spans: Tensor, position_ids: Tensor,
                    dtype: torch.dtype) -> dict[int | None, Callable]:
     """Return {window: plan} for one stream, and the plan of recurrent mixers under "mixer"."""
     device = position_ids.device
-    if has_flash(device, dtype, config.head_dim, config.attn_softcap):
-        plans: dict = plan_varlen(config, spans, device)
-    else:
-        attention = choose_attention(config)
-        plans = {window: CallPlan(plan_calls(spans, position_ids, window), attention)
-                 for window in set(config.windows)}
+    sizes = head_sizes(config)
+    flash = [w for w in sizes if has_flash(device, dtype, sizes[w], config.attn_softcap)]
+    plans: dict = plan_varlen(config, spans, device) if flash else {}
+    attention = choose_attention(config)
+    for window in sizes.keys() - flash:
+        plans[window] = CallPlan(plan_calls(spans, position_ids, window), attention)
     if config.mixer is None:
         return plans
     from extras.decoder.mixers import plan_mixer
@@ -407,6 +379,16 @@ class Block(nn.Module):
         return torch.add(attended, self.norm(3, out), alpha=scale), router_logits
 
 
+def make_block(config: ModelConfig, layer: int) -> nn.Module:
+    if config.per_layer is None:
+        return Block(config, layer)
+    from extras.decoder.per_layer import PerLayerBlock
+
+    own = replace(config, **config.per_layer["sizes"][layer])
+    mlp = MLP(own, own.intermediate_size)
+    return PerLayerBlock(own, layer, partial(Norm, config=own), mlp)
+
+
 def make_embedding(count: int, size: int) -> nn.Embedding:
     """Draw with the standard deviation 0.02 of transformers' models.
 
@@ -428,9 +410,13 @@ class Stack(nn.Module):
         if config.learned_positions:
             self.embed_positions = make_embedding(
                 config.max_position_embeddings, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(make_block(config, i) for i in range(config.num_hidden_layers))
         self.norm = Norm(config.hidden_size, config)
         self.vision = make_vision(config) if make_vision else None
+        if config.per_layer is not None:
+            from extras.decoder.per_layer import add_inputs
+
+            add_inputs(self, make_embedding, partial(Norm, config=config))
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:  # (T, C)
         x = self.embed_tokens(input_ids)
@@ -455,6 +441,10 @@ class Stack(nn.Module):
         planned = (c, stream.spans, stream.position_ids, compute_dtype(x))
         plans = (cache.plan(*planned) if cache is not None
                  else [plan_attention(*planned)] * len(self.layers))
+        if c.per_layer is not None:
+            from extras.decoder.per_layer import run_layers
+
+            return self.norm(run_layers(self, stream.input_ids, x, tables, plans)), []
         routed = []
         for i, (layer, plan) in enumerate(zip(self.layers, plans)):
             x, router_logits = self.run_block(layer, x, tables, plan)
@@ -500,6 +490,13 @@ class Decoder(nn.Module):
     def tie(self) -> None:
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    def requires_grad_(self, requires_grad: bool = True) -> "Decoder":
+        """Leave alone what is held fixed."""
+        super().requires_grad_(requires_grad)
+        for name, p in self.named_parameters():
+            p.requires_grad = p.requires_grad and not name.endswith(FIXED)
+        return self
 
     def forward(self, batch: Stream, statistics: bool = True) -> TokenLogps:
         """Return log-probs of the batch's `targets` (N,) at its positions `score_index` (N,).

@@ -5,6 +5,7 @@
     ... --adapter lora              LoRA on q_proj and v_proj on both sides; qlora: ours alone
     ... --ablate sharing packing    ours with one thing turned off; see ABLATIONS
     ... --model qwen2-0.5b --tokenizer DIR --device cuda     a random model of that shape
+    sh bench/table.sh MODEL PAIRS OUT    README's table and every ablation
 
 Both train one epoch in file order, each run in a fresh process, with the reference precomputed:
 TRL's fastest mode, and our default. Activation checkpointing is off on both sides unless asked for;

@@ -2,10 +2,13 @@
 
     python bench/fake_gpu.py               needs a CUDA build of torch, gcc and Linux; no GPU
     python bench/fake_gpu.py --only lora
+    python bench/fake_gpu.py --predict hh-0.5b   forward and backward of a case of bench/gpu.py, in bytes, FLOPs and a roofline's ms
 
 Tensors are fake (torch's FakeTensorMode, device "cuda"): shapes, types and devices are checked as on a GPU, and nothing is
 computed. Two small libraries stand in for the driver. For each path it prints how often the host waits for the device and where,
-the operations on the device (about as many kernels), and the bytes that autograd keeps for the backward. No times.
+the operations on the device (about as many kernels), and the bytes that autograd keeps for the backward. No times. --predict
+takes each operation to last as long as the slowest of its bytes at 2.6 TB/s, its FLOPs at 620 TFLOP/s and a launch of 2.2
+microseconds, one after the other: an H100's rates as others publish them, and nothing that was measured here.
 """
 
 import argparse
@@ -14,6 +17,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -66,6 +70,7 @@ def with_stubs() -> None:
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("--only", nargs="*", default=[""], help="paths whose name has one of these in it")
+parser.add_argument("--predict", metavar="CASE", help="count bytes and FLOPs of this case instead")
 parser.add_argument("--proj", default=str(ROOT), help="the checkout whose paths are run")
 a = parser.parse_args()
 if "FAKE_GPU" not in os.environ:
@@ -228,25 +233,77 @@ def new_tensor(self, value, **named):
 torch.Tensor.new_tensor = new_tensor
 
 
+BYTES, FLOPS, LAUNCH = 2.6e12, 6.2e14, 2.2e-6  # a second, a second, seconds
+METER = []  # the Traffic that is counting
+
+
+def size(x) -> int:
+    """Bytes of all tensors in x; what is expanded is read from a cache."""
+    if isinstance(x, torch.Tensor):
+        return math.prod(n for n, step in zip(x.shape, x.stride()) if step) * x.element_size()
+    return sum(map(size, x)) if isinstance(x, (list, tuple)) else 0
+
+
+def product_flops(name: str, args, out) -> float:
+    if name in ("mm", "addmm", "addmm_", "bmm", "baddbmm"):
+        return 2 * math.prod(out.shape) * args[0 if name in ("mm", "bmm") else 1].shape[-1]
+    return 0
+
+
+class Traffic(Host):
+    """Counts bytes and FLOPs too, by operation: [calls, bytes, FLOPs, seconds]."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = collections.defaultdict(lambda: [0, 0.0, 0.0, 0.0])
+
+    def add(self, name: str, moved: float, flops: float = 0) -> None:
+        seconds = max(moved / BYTES, flops / FLOPS, LAUNCH)
+        self.rows[name] = [a + b for a, b in zip(self.rows[name], (1, moved, flops, seconds))]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        name = func._opname
+        results = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+        if name in VIEWS or not any(t.device.type == "cuda" for t in results):
+            return out
+        if name in ("embedding", "index_select", "gather", "index"):
+            moved = 2 * size(out)
+        elif name == "copy_":
+            moved = size(args[0]) + size(args[1])
+        elif name in ("zero_", "fill_"):
+            moved = size(out)
+        else:
+            is_added_to = not (name == "addmm" and (kwargs or {}).get("beta", 1) == 0)
+            moved = size(list(args[0 if is_added_to else 1 :])) + size(out)
+        self.add(name, moved, product_flops(name, args, out))
+        return out
+
+
 class Kernel:
     """In place of a Triton kernel: counted, not run."""
 
     launches = 0
+
+    def __init__(self, name: str = ""):
+        self.name = name
 
     def __getitem__(self, grid):
         return self
 
     def __call__(self, *args, **named):
         Kernel.launches += 1
+        if METER:  # each tensor goes over once; logits that are overwritten, three times
+            METER[0].add("Triton: " + self.name, size(list(args)) + (2 * size(args[0]) if named.get("SLOPES") else 0))
 
 
 def replace_kernels() -> None:
     import importlib
 
-    for path in Path(PROJ, "parts").glob("triton_*.py"):
-        module = importlib.import_module(f"parts.{path.stem}")
+    for path in [*Path(PROJ, "parts").glob("triton_*.py"), *Path(PROJ, "extras").glob("*/triton_*.py")]:
+        module = importlib.import_module(".".join(path.relative_to(PROJ).with_suffix("").parts))
         for name in [n for n in vars(module) if n.endswith("_kernel")]:
-            setattr(module, name, Kernel())
+            setattr(module, name, Kernel(name))
 
 
 def sdpa(q, k, v, attn_mask=None, scale=None, is_causal=False, **more):
@@ -407,6 +464,48 @@ def generation() -> dict:
         return measured(lambda: generate.complete(m, [[1, 5, 6], [1, 4]], options, samples=2))
 
 
+def predict(name: str) -> None:
+    """Forward and backward of the whole step in one stream, under autocast where all weights learn."""
+    import gpu
+
+    case = gpu.CASES[name]
+    rng = np.random.default_rng(0)
+    sizes = zip(*(rng.choice(column, case.pairs) for column in gpu.LENGTHS[case.lengths]))
+    batch = data.collate([data.Pair(*(np.ones(n, int) for n in row)) for row in sizes])
+    config = models.read_config(case.shape)
+    with torch.device("meta"):
+        m = models.Decoder(config)
+    with MODE:
+        to_device(m, torch.float32 if case.targets is None else torch.bfloat16)
+        m.tie()
+        if case.targets is not None:
+            from extras.lora.targets import add_lora
+
+            torch.set_default_device(DEVICE)
+            add_lora(m, 16, 32, 0.0, case.targets)
+            torch.set_default_device(None)
+        saved = {}
+        METER[:] = [Traffic()]
+        weights = {p.untyped_storage()._cdata for p in m.parameters()}
+
+        def pack(t):
+            if isinstance(t, FakeTensor) and t.untyped_storage()._cdata not in weights:
+                saved[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), METER[0]:
+            with torch.autocast("cuda", torch.bfloat16, enabled=case.targets is None):
+                out = m(batch._replace(**{n: put(v) for n, v in batch._asdict().items() if n not in ("spans", "pair_ids")}))
+            out.logps.sum().backward()
+    rows = METER.pop().rows
+    print(f"{name}: {case.pairs} pairs, {len(batch.input_ids)} tokens, {len(batch.targets)} of them scored; forward and backward")
+    print(f"{'operation':34}{'calls':>7}{'GB':>9}{'TFLOP':>9}{'ms':>9}")
+    total = [sum(column) for column in zip(*rows.values())]
+    for kind, row in [*sorted(rows.items(), key=lambda item: -item[1][3])[:16], ("all", total)]:
+        print(f"{kind:34}{row[0]:7}{row[1] / 1e9:9.2f}{row[2] / 1e12:9.2f}{row[3] * 1e3:9.2f}")
+    print(f"saved for backward: {sum(saved.values()) / 2**20:.0f} MiB")
+
+
 MODEL = dict(
     vocab_size=64,
     hidden_size=64,
@@ -495,6 +594,9 @@ CASES = (
 
 def main() -> int:
     replace_kernels()
+    if a.predict:
+        predict(a.predict)
+        return 0
     print(f"torch {torch.__version__}; fake tensors, no GPU: waits, operations (about kernels) and bytes saved for backward")
     failed = 0
     for name, run in CASES.items():

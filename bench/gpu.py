@@ -35,6 +35,7 @@ import compare  # noqa: E402
 import data  # noqa: E402
 import dpo  # noqa: E402
 import model as models  # noqa: E402
+from extras.models import nf4  # noqa: E402
 from parts import head, kernels  # noqa: E402
 
 LLAMA_8B = compare.SHAPES["llama-3.2-1b"] | dict(
@@ -182,7 +183,23 @@ def checks(device: torch.device) -> list[tuple[str, float, float]]:
     lora = lambda out, x, a, b: out + 2 * (x @ a.T) @ b.T
     fast_lora = lambda out, x, a, b: kernels.add_low_rank(out * 1, x, a, b, 2.0)
     found.append(("LoRA", compared(fast_lora, lora, [rand(21, 40), rand(21, 48), rand(8, 48), rand(40, 8)], device, bf16), 2e-2))
-    return found + head_checks(device, rand) + model_checks(device)
+    config = models.read_config(TINY)
+    tables = lambda x: models.rotary_tables(config.ropes, torch.arange(37).to(x.device), torch.float32)["full_attention"]
+    turned = lambda x: models.rotate(x, *tables(x))
+    found.append(("rotation", compared(turned, turned, [rand(37, 4, 16)], device, bf16), 2e-2))
+    return found + four_bit_checks(device, rand) + head_checks(device, rand) + model_checks(device)
+
+
+def four_bit_checks(device: torch.device, rand: Callable) -> list[tuple[str, float, float]]:
+    """Quantized and made wide on the device, beside the same on the CPU: to the bit."""
+    weight = rand(300, 1000).float()
+    found = []
+    for nested in (False, True):
+        there, here = (nf4.quantize(weight.to(place), nested=nested) for place in (device, "cpu"))
+        error = max(float(a.cpu().ne(b).sum()) for a, b in ((there.packed, here.packed), (there.absmax, here.absmax)))
+        wide = [nf4.dequantize(state, torch.bfloat16).cpu() for state in (there, here)]
+        found.append((f"NF4{', nested' * nested}, values that differ", max(error, float(wide[0].ne(wide[1]).sum())), 0))
+    return found
 
 
 def head_checks(device: torch.device, rand: Callable) -> list[tuple[str, float, float]]:

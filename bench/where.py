@@ -1,6 +1,6 @@
 """Profile a training step: its CPU kernels in groups, compared with the machine's matrix rate.
 
-    python bench/where.py --model DIR --data prefs.jsonl --pairs 16 [--bf16]
+    python bench/where.py --model DIR --data prefs.jsonl --pairs 16 [--bf16] [--threads 1]
 
 All pairs are one batch, trained on four times; PyTorch's profiler watches the fourth, when memory
 has been touched and Adam's moments exist. The reference is left out (its pass is a forward).
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
     setting = SimpleNamespace(
         model=args.model,
@@ -61,7 +62,7 @@ def main() -> None:
         adapter="none",
         bf16=args.bf16,
         device="cpu",
-        threads=os.cpu_count(),
+        threads=args.threads,
     )
     with tempfile.TemporaryDirectory() as scratch:
         trainer, work = prepare(args, setting, Path(scratch))

@@ -15,7 +15,8 @@ SIZES = dict(
     linear_num_key_heads=2**16, linear_num_value_heads=2**16, linear_key_head_dim=2**16,
     linear_value_head_dim=2**16, linear_conv_kernel_dim=2**10, n_routed_experts=2**16,
     n_group=2**16, topk_group=2**16, q_lora_rank=2**20, kv_lora_rank=2**20, v_head_dim=2**16,
-    qk_nope_head_dim=2**16, qk_rope_head_dim=2**16)
+    qk_nope_head_dim=2**16, qk_rope_head_dim=2**16, global_head_dim=2**16,
+    num_global_key_value_heads=2**16, top_k_experts=2**16)
 # Numbers that are divided or multiplied by, so that 0, a negative one or null has no meaning; null
 # stands for none where that is the family's default.
 ABOVE_0 = ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling",

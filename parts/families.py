@@ -57,6 +57,16 @@ GEMMA_KEYS = BIAS | dict(
     head_dim=256, hidden_act="gelu_pytorch_tanh", hidden_activation=None, tie_word_embeddings=True)
 GEMMA2_KEYS = GEMMA_KEYS | dict(
     query_pre_attn_scalar=256, sliding_window=4096, layer_types=None, final_logit_softcapping=None)
+GEMMA4_ROPES = dict(
+    full_attention=dict(rope_type="proportional", partial_rotary_factor=0.25, rope_theta=1e6),
+    sliding_attention=dict(rope_type="default", rope_theta=1e4))
+GEMMA4_KEYS = BIAS | dict(
+    head_dim=256, hidden_activation="gelu_pytorch_tanh", tie_word_embeddings=True,
+    num_key_value_heads=4, sliding_window=512, layer_types=None, final_logit_softcapping=None,
+    rope_parameters=GEMMA4_ROPES, global_head_dim=512, num_global_key_value_heads=None,
+    attention_k_eq_v=False, num_kv_shared_layers=0, use_double_wide_mlp=False,
+    hidden_size_per_layer_input=256, vocab_size_per_layer_input=262144, enable_moe_block=False,
+    num_experts=None, top_k_experts=None, moe_intermediate_size=None)
 SCALES = dict(
     embedding_multiplier=1.0, attention_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0)
 MOE_KEYS = dict(
@@ -101,6 +111,66 @@ def gemma(c: dict) -> dict:
                 attention_scale=c.get("query_pre_attn_scalar", c["head_dim"]) ** -0.5,
                 attn_softcap=c.get("attn_logit_softcapping"),
                 final_softcap=c.get("final_logit_softcapping"))
+
+
+def gemma4_keys(raw: dict) -> dict:
+    """Read `per_layer_config`, which newer files have, as what older ones say of all layers without
+    a window. (What attends both ways with "vision" are pictures alone.)
+
+    Raises ValueError where it says anything else.
+    """
+    raw = without(raw, dict(use_bidirectional_attention="vision"))
+    count = raw.get("num_hidden_layers") or 0
+    types = raw.get("layer_types") or [
+        "full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(count)]
+    raw["layer_types"] = [*types[:-1], "full_attention"]  # the last one always
+    if raw.get("rope_parameters") is None:
+        raw["rope_parameters"] = GEMMA4_ROPES
+    own = raw.pop("per_layer_config", None)
+    if own is None:
+        return raw
+    own = {int(i): dict(changes) for i, changes in own.items()}
+    full = [i for i, kind in enumerate(raw["layer_types"]) if kind == "full_attention"]
+    changes = own.get(full[0], {})
+    is_known = changes.keys() <= {"head_dim", "num_key_value_heads"}
+    if own != (dict.fromkeys(full, changes) if changes else {}) or not is_known:
+        raise ValueError("config.json: per_layer_config says more than the head_dim and "
+                         "num_key_value_heads of all layers without a window; not supported")
+    raw["global_head_dim"] = changes.get("head_dim", raw.get("head_dim"))
+    raw["num_global_key_value_heads"] = changes.get("num_key_value_heads")
+    return raw
+
+
+def gemma4(c: dict) -> dict:
+    """Read what extras/decoder/per_layer.py needs."""
+    n, types = c["num_hidden_layers"], c["layer_types"]
+    full = [kind == "full_attention" for kind in types]
+    first = n - c["num_kv_shared_layers"]  # from here on, layers read others' keys and values
+    makers = {kind: i for i, kind in enumerate(types[:first])}
+    odd = sorted({*types} - {"full_attention", "sliding_attention"})
+    if odd:
+        raise ValueError(f"config.json: layer_types names {', '.join(odd)}; sliding_attention and "
+                         "full_attention are known")
+    if not 0 < first <= n or not makers.keys() >= set(types):
+        raise ValueError(f"config.json: num_kv_shared_layers = {n - first} of {n}: no layer before "
+                         "them makes the keys and values that they read")
+    of_full = dict(head_dim=c["global_head_dim"] or c["head_dim"])
+    if c["attention_k_eq_v"] and c["num_global_key_value_heads"]:
+        of_full["num_key_value_heads"] = c["num_global_key_value_heads"]
+    wide = dict(intermediate_size=2 * c["intermediate_size"]) if c["use_double_wide_mlp"] else {}
+    sizes = tuple((of_full if full[i] else {}) | (wide if i >= first else {}) for i in range(n))
+    experts = None
+    if c["enable_moe_block"]:
+        experts = dict(experts=c["num_experts"], per_token=c["top_k_experts"],
+                       size=c["moe_intermediate_size"])
+        if None in experts.values() or experts["per_token"] > experts["experts"]:
+            raise ValueError("config.json: enable_moe_block needs num_experts, top_k_experts of "
+                             f"them, and moe_intermediate_size; it has {experts}")
+    return gemma(c) | dict(hidden_act=c["hidden_activation"], per_layer=dict(
+        sizes=sizes, reads=tuple(i if i < first else makers[types[i]] for i in range(n)),
+        same=tuple(full[i] and c["attention_k_eq_v"] for i in range(n)),
+        input_size=c["hidden_size_per_layer_input"] or 0,
+        vocab_size=c["vocab_size_per_layer_input"], moe=experts))
 
 
 def smollm3_turns(i: int, c: dict) -> bool:
@@ -326,6 +396,9 @@ FAMILIES = {
         dict(norm_offset=True, block_norms=SANDWICH, qk_norm="head"),
         GEMMA2_KEYS | dict(rope_theta=1e6, rope_local_base_freq=1e4, sliding_window_pattern=6),
         slides=lambda i, c: (i + 1) % c["sliding_window_pattern"] != 0, more=gemma),
+    "gemma4_text": Family(
+        dict(block_norms=SANDWICH, attention_scale=1.0), GEMMA4_KEYS, more=gemma4,
+        rename=gemma4_keys),
     "phi3": Family(
         dict(fused_qkv="blocks", fused_gate_up=True), dict(sliding_window=None),
         slides=lambda i, c: True),
@@ -392,10 +465,6 @@ FAMILIES = {
         dict(qk_norm="head", other_names=True),
         QWEN_MOE_KEYS | BIAS | dict(use_sliding_window=False, sliding_window=4096),
         slides=lambda i, c: True, more=moe),
-    "qwen3_vl_moe_text": Family(
-        dict(qk_norm="head", other_names=True),
-        QWEN_MOE_KEYS | BIAS | dict(norm_topk_prob=True), more=moe,
-        rename=lambda raw: without(raw, dict(norm_topk_prob=True))),
     "olmoe": Family(
         dict(qk_norm="full", other_names=True),
         MOE_KEYS | BIAS | dict(norm_topk_prob=False, router_aux_loss_coef=0.01), more=moe),

@@ -1,10 +1,11 @@
 """The head's log-probs, in chunks: forward and backward."""
 
-from importlib.util import find_spec
 from typing import Any, Iterator, NamedTuple
 
 import torch
 from torch import Tensor
+
+from parts.kernels import has_triton
 
 KEPT = 2  # chunks whose gradient by the logits is kept for backward; on a GPU four times as many
 
@@ -191,12 +192,6 @@ def score_chunk(logits: Tensor, targets: Tensor, how: How, slopes: bool) -> list
         if slopes:
             write_slopes(rows, p, at, how)
     return out
-
-
-def has_triton(device: torch.device) -> bool:
-    """Tell whether Triton is installed and computes bfloat16 on this device."""
-    return (device.type == "cuda" and find_spec("triton") is not None
-            and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 def statistics(logits: Tensor, log_p: Tensor, p: Tensor, at: Tensor) -> list[Tensor]:  # four (n,)

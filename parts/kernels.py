@@ -1,13 +1,15 @@
 """Activations by name; norm, SwiGLU, rotation, LoRA and slices, with backward passes that are fast.
 
-Each computes the plain formula in its docstring. They exist because on a CPU, where memory traffic
-decides, PyTorch's own keep more tensors for backward or go over them more often. Inside
-torch.compile the plain formulas are taken: the compiler fuses those itself, and in torch 2.11 it
-gives wrong gradients for operations in place inside an autograd Function.
+Each computes the plain formula in its docstring. They exist because PyTorch's own keep more tensors
+for backward or go over them more often, and memory traffic decides, on a CPU as on a GPU. Where
+Triton runs, norm, SwiGLU and rotation are one pass each (triton_layers.py). Inside torch.compile
+the plain formulas are taken: the compiler fuses those itself, and in torch 2.11 it gives wrong
+gradients for operations in place inside an autograd Function.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
+from importlib.util import find_spec
 from itertools import pairwise
 
 import torch
@@ -28,8 +30,23 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+@lru_cache
+def has_triton(device: torch.device) -> bool:
+    """Tell whether Triton is installed and computes bfloat16 on this device."""
+    return (device.type == "cuda" and find_spec("triton") is not None
+            and torch.cuda.get_device_capability(device) >= (8, 0))
+
+
+def takes_triton(device: torch.device) -> bool:
+    return not torch.compiler.is_compiling() and has_triton(device)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight, in the type of the weight, rounded to `dtype`."""
+    if takes_triton(x.device):
+        from parts import triton_layers
+
+        return triton_layers.RMSNorm.apply(x, weight, eps, dtype)
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         return RMSNorm.apply(x, weight, eps, dtype)
     return F.rms_norm(x.to(weight.dtype), x.shape[-1:], weight, eps).to(dtype)
@@ -64,6 +81,10 @@ class RMSNorm(torch.autograd.Function):
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up"""
+    if takes_triton(gate.device):
+        from parts import triton_layers
+
+        return triton_layers.SwiGLU.apply(gate, up)
     return F.silu(gate) * up if torch.compiler.is_compiling() else SwiGLU.apply(gate, up)
 
 
@@ -88,6 +109,10 @@ def product(act: Callable, gate: Tensor, up: Tensor) -> Tensor:
 
 def rotation(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """(a cos - b sin, b cos + a sin) of the halves (a, b), or even and odd dims, of the last dim."""
+    if takes_triton(x.device) and cos.shape == (len(x), 1, x.shape[-1]):
+        from parts import triton_layers
+
+        return triton_layers.Rotation.apply(x, cos, sin, interleaved)
     if not torch.compiler.is_compiling():
         return Rotation.apply(x, cos, sin, interleaved)
     a, b = (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)

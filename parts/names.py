@@ -45,11 +45,13 @@ EITHER_WAY = {"qwen3_vl_moe": re.compile(r"\.experts\.(gate_up|down)_proj$")}
 CONSTANTS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$")  # causal masks in old files
 # text models cut out of LLaVA's kind have "language_model.model.layers"
 PREFIXES = {"model.language_model.": "model.", "language_model.": ""}
+OF_KEYS = re.compile(r"\.layers\.(\d+)\.self_attn\.[kv]_(proj|norm)\.")
 EXPERT = re.compile(
     r"(.*\.layers\.\d+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.weight$")
 GATES = ("w1", "gate_proj")
 UPS = ("w3", "up_proj")
 DOWNS = ("w2", "down_proj")
+FIXED = (".layer_scalar",)  # the ends of names of what never learns, as in transformers
 BIAS = "e_score_correction_bias"  # of a router: carried_names
 NUMBER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 QUANTIZED = (".SCB", ".qweight", ".weight_scale", ".weight_scale_inv", ".absmax")
@@ -75,6 +77,8 @@ VISION_OURS = (
     (r"^model\.connector\.", "model.vision.projector."),
     (r"^(model\.)?visual\.deepstack_merger_list\.", "model.vision.projector.deep."),
     (r"^(model\.)?visual\.merger\.", "model.vision.projector."),
+    (r"^(model\.)?embed_(vision|audio)\.", r"model.vision.projector.\2."),  # Gemma 4
+    (r"^(model\.)?audio_tower\.", "model.vision.audio_tower."),
     (r"^(model\.)?visual\.", "model.vision.tower."),
     (r"^(model\.(text_model|language_model)|language_model\.model)\.", "model."),
     (r"^language_model\.lm_head", "lm_head"))
@@ -136,8 +140,8 @@ def find_places(names: Iterable[str], config: Any) -> dict[str, Place]:
 def carried_names(names: Iterable[str], config: Any) -> set[str]:
     """Return what is saved as it was read: all of a wrapper that is not its decoder, layers that
     predict several tokens at once (Qwen's "mtp"; DeepSeek's and GLM's come after the last layer),
-    the correction biases of routers, which do not learn, and SigLIP's pooling head, whose output
-    Gemma 3 does not read."""
+    the correction biases of routers, which do not learn, SigLIP's pooling head, whose output Gemma
+    3 does not read, and keys and values of layers that read others'."""
     found = {n for n in names if n.endswith(f".{BIAS}")}
     more = config.moe.get("more_layers", 0) if config.moe else 0
     if more:
@@ -148,6 +152,10 @@ def carried_names(names: Iterable[str], config: Any) -> set[str]:
         found |= {n for n in names if n.startswith("mtp.")}
     if config.model_type == "gemma3":
         found |= {n for n in names if vision_name(n).startswith("model.vision.tower.head.")}
+    if config.per_layer:
+        reads = config.per_layer["reads"]
+        found |= {n for n in names if (own := OF_KEYS.search(n)) and int(own[1]) < len(reads)
+                  and reads[int(own[1])] != int(own[1])}
     if config.model_type in WRAPPED:
         found |= {n for n in names if vision_name(n).startswith("model.vision.")}
     return found

@@ -1,4 +1,4 @@
-"""Rotary position embeddings in config.json: the frequencies of each kind.
+"""Rotary position embeddings: from config.json the frequencies of each kind, and the rotation.
 
 Stretched contexts: linear, dynamic, Llama 3, YaRN (arXiv:2309.00071), LongRoPE (arXiv:2402.13753).
 """
@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from parts.kernels import rotation
 
 
 class Rope(NamedTuple):
@@ -20,7 +22,7 @@ class Rope(NamedTuple):
 
 
 ROPE_KEYS = {  # rope_type -> the keys it reads besides those of all
-    "default": (), "linear": ("factor",), "dynamic": ("factor",),
+    "default": (), "linear": ("factor",), "dynamic": ("factor",), "proportional": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
              "truncate", "llama_4_scaling_beta", "max_position_embeddings"),
@@ -38,11 +40,14 @@ def read_ropes(c: dict, max_length: int | None, interleaved: bool = False) -> di
     # Gemma 3: layers with a window have a base of their own; OLMo 3: they are not stretched
     if "rope_local_base_freq" in c:
         ropes = {"sliding_attention": {"rope_theta": c["rope_local_base_freq"]}} | ropes
-    return {name: read_rope(rope, c, max_length)._replace(interleaved=interleaved)
+    # Gemma 4: layers without a window have other heads
+    sizes = {"full_attention": c.get("global_head_dim") or c["head_dim"]}
+    return {name: read_rope(rope, c, max_length, sizes.get(name, c["head_dim"]))._replace(
+                interleaved=interleaved)
             for name, rope in ropes.items()}
 
 
-def read_rope(given: dict, c: dict, max_length: int | None) -> Rope:
+def read_rope(given: dict, c: dict, max_length: int | None, head_dim: int) -> Rope:
     """Read one Rope. Raises ValueError for an unknown kind or key, and for a missing one."""
     longest = c["max_position_embeddings"]
     rope = {"rope_theta": c["rope_theta"], "partial_rotary_factor": c["partial_rotary_factor"],
@@ -58,7 +63,9 @@ def read_rope(given: dict, c: dict, max_length: int | None) -> Rope:
             f"supported; supported are {', '.join(ROPE_KEYS)}")
     rope |= {k: v for k, v in given.items() if v is not None}
     rope |= {ORIGINAL: c[ORIGINAL] or rope[ORIGINAL], "max_position_embeddings": longest}
-    dim = int(c["head_dim"] * rope["partial_rotary_factor"])
+    dim = int(head_dim * rope["partial_rotary_factor"])
+    if kind == "proportional":
+        return proportional(rope, dim, head_dim)
     try:
         return make_rope(kind, rope, dim, max_length)
     except KeyError as error:
@@ -84,6 +91,14 @@ def make_rope(kind: str, rope: dict, dim: int, max_length: int | None) -> Rope:
         freq = llama3(rope, freq)
     limit = rope["max_position_embeddings"] if kind == "dynamic" else None
     return Rope(tuple(freq.tolist()), limit=limit)
+
+
+def proportional(rope: dict, dim: int, head_dim: int) -> Rope:
+    """Rotate `dim` dims with the frequencies that they have in a whole rotation; the rest stand."""
+    freq = torch.zeros(head_dim // 2)
+    steps = torch.arange(0, dim // 2 * 2, 2).float() / head_dim
+    freq[:len(steps)] = 1.0 / rope["rope_theta"] ** steps
+    return Rope(tuple((freq / rope.get("factor", 1.0)).tolist()))
 
 
 def llama3(rope: dict, freq: Tensor) -> Tensor:  # (dim/2,)
@@ -154,3 +169,32 @@ def longrope(rope: dict, freq: Tensor, max_length: int | None) -> Rope:
         scale = rope.get("factor") or rope["max_position_embeddings"] / original
         factor = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
     return Rope(tuple((freq / stretch).tolist()), factor, None if long else original)
+
+
+# The rotation
+
+
+def rotary_tables(ropes: dict[str, Rope], position_ids: Tensor,
+                  dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, bool]]:
+    """Return {name: (cos, sin, whether dims are interleaved)}, each (T, 1, rotated dims).
+
+    Angles are float32 whatever the model is: in bfloat16 positions beyond 256 would coincide.
+    """
+    tables = {}
+    with torch.autocast(position_ids.device.type, enabled=False):
+        for name, rope in ropes.items():
+            freq = torch.tensor(rope.frequencies, dtype=torch.float32)
+            freq = freq.to(position_ids.device, non_blocking=True)
+            angles = position_ids.float()[:, None] * freq  # (T, D/2)
+            angles = torch.cat([angles, angles], -1)[:, None]  # (T, 1, D)
+            cos, sin = angles.cos() * rope.factor, angles.sin() * rope.factor
+            tables[name] = (cos.to(dtype), sin.to(dtype), rope.interleaved)
+    return tables
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:  # (T, H, D)
+    """Rotate the first `cos.shape[-1]` dims of each head: x cos + rotate_half(x) sin."""
+    size = cos.shape[-1]
+    rotated = rotation(x[..., :size], cos, sin, interleaved)
+    rest = x[..., size:]
+    return torch.cat([rotated, rest.to(rotated.dtype)], -1) if rest.shape[-1] else rotated

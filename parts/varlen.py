@@ -163,6 +163,15 @@ def attend_both_ways(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Ten
     return VarlenPlan(ends, ends, max(lengths), max(lengths), is_causal=False)(q, k, v)
 
 
+def head_sizes(config: Any) -> dict[int | None, int]:
+    """Return {window: the largest head dim of the layers that have it}."""
+    own = config.per_layer["sizes"] if config.per_layer else ({},) * len(config.windows)
+    sizes: dict[int | None, int] = {}
+    for window, differs in zip(config.windows, own):
+        sizes[window] = max(sizes.get(window, 0), differs.get("head_dim", config.head_dim))
+    return sizes
+
+
 def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int,
               softcap: float | None = None) -> bool:
     """Tell whether the flash kernel can compute attention of this kind on this device.

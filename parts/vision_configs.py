@@ -56,9 +56,10 @@ QWEN_OUTER = {"vision_config", "image_token_id", "video_token_id", "vision_start
 # Decoders within a wrapper: what their text_config leaves out. (Files of Mistral 3 have a head of
 # their own unless they say otherwise.)
 WRAPPED = {
+    "gemma4": dict(model_type="gemma4_text"),
     "mistral3": dict(model_type="mistral"),
     "internvl": dict(model_type="qwen2")}
-DECODERS = {"qwen3_vl_text": "qwen3"}  # other names of families
+DECODERS = {"qwen3_vl_text": "qwen3", "qwen3_vl_moe_text": "qwen3_moe"}  # other names of families
 # Keys of a tower used alone, or left over from training: they change nothing in a forward pass.
 UNREAD = re.compile(
     r"^(projection_dim|vocab_size|initializer_factor|size|max_image_size|vision_use_head"
@@ -71,7 +72,8 @@ TOP = re.compile(
     r"|vision_feature_select_strategy|image_token_index)$")
 # of Gemma 3, and of towers that are not computed
 OUTER = re.compile(
-    r"^([be]oi_token_(id|index)|mm_tokens_per_image|spatial_merge_size|downsample_ratio)$")
+    r"^([be]o[ai]_token_(id|index)|audio_(token_id|config)|mm_tokens_per_image|spatial_merge_size"
+    r"|downsample_ratio|vision_soft_tokens_per_image)$")
 
 
 def split_config(raw: dict) -> tuple[dict, dict | None]:
@@ -204,6 +206,9 @@ def split_qwen3(raw: dict) -> tuple[dict, dict]:
     kind = raw["model_type"]
     text = QWEN3_TEXT[kind] | raw["text_config"]
     text["model_type"] = DECODERS.get(text["model_type"], text["model_type"])
+    if text["model_type"] == "qwen3_moe" and text.setdefault("norm_topk_prob", True) is not True:
+        raise ValueError(f"config.json: norm_topk_prob = {text['norm_topk_prob']} is not supported "
+                         f"for {kind!r}, whose routers always normalize")
     axes = {}
     for key in ("rope_scaling", "rope_parameters"):
         given = text.get(key) or {}

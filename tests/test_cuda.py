@@ -11,11 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT
-from test_model import CORE, MIXED, assert_same_gradients, gradients, make, random_pairs, stream
+from test_model import CORE, LLAMA, MIXED, assert_same_gradients, gradients, make, random_pairs, stream
 
 import model as models
 from extras.decoder import generate, towers
 from extras.decoder.moe import SparseMLP
+from extras.lora.targets import add_lora
+from extras.run import forecast
 from parts import ranks, varlen
 from parts.varlen import VarlenPlan, plan_varlen
 
@@ -81,6 +83,38 @@ def test_varlen_plan_has_each_spans_prefix_and_self_as_keys(seed):
     expected = {key: keys[: len(keys) - back] for (a, b, *_), keys in zip(spans.tolist(), own)
                 for back, key in enumerate(range(b - 1, a - 1, -1))}
     assert seen == expected
+
+
+@pytest.mark.parametrize("kind, targets", [("bf16", None), ("bfloat16", "all-linear"), ("bfloat16", ("q_proj", "v_proj"))])
+def test_what_a_block_saves_with_flash_attention_is_what_the_forecast_counts(kind, targets, request):
+    """Within 5 %: counted on the tensors of one block, whose other parts save the same on the CPU."""
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    config = LLAMA | dict(hidden_size=128, intermediate_size=320, num_attention_heads=8, num_key_value_heads=2, num_hidden_layers=1)
+    model = make(config, dtype)
+    if targets:
+        add_lora(model, {"r": 4, "lora_alpha": 4, "target_modules": targets if isinstance(targets, str) else list(targets)})
+    request.getfixturevalue("flash")
+    *_, spans, _, _ = parts = stream(MIXED * 4, True)
+    position_ids = parts[1]
+    T = len(position_ids)
+    tables = models.rotary_tables(model.config.ropes, position_ids, dtype)
+    plans = models.plan_attention(model.config, spans, position_ids, torch.bfloat16)
+    x = torch.randn(T, 128, dtype=dtype, requires_grad=True)
+    outside = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *next(iter(tables.values()))[:2])}
+    saved = {}
+
+    def see(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in outside:
+            saved[storage.data_ptr()] = storage
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(see, lambda t: t), torch.autocast("cpu", torch.bfloat16, enabled=kind == "bf16"):
+        model.model.layers[0](x, tables, plans)
+    run = forecast.Run(T, T, weights=str(dtype).removeprefix("torch."), bf16=kind == "bf16", device="cuda",
+                       rank=4 if targets else 0, targets=targets or ())
+    expected = forecast.block_activations(model.config, run, forecast.count(model.config, run)["block"])
+    assert sum(storage.nbytes() for storage in saved.values()) == pytest.approx(expected, rel=0.05)
 
 
 def test_image_encoders_attend_in_both_directions_through_the_flash_operators(request):

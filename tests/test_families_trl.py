@@ -22,11 +22,11 @@ from parts import families as known_families
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 
-FAMILIES = """llama mistral qwen2 qwen3 gemma gemma2 gemma3 phi3 olmo2 olmo3 exaone4 seed_oss arcee ministral3
+FAMILIES = """llama mistral qwen2 qwen3 gemma gemma2 gemma3 gemma4 gemma4_experts phi3 olmo2 olmo3 exaone4 seed_oss arcee ministral3
     glm4 cohere2 hunyuan ernie4_5 smollm3 granite gpt2 pythia
     mixtral qwen2_moe qwen3_moe olmoe qwen3_next qwen3_5 qwen3_5_moe gpt_oss
     deepseek_v2 deepseek_v3 glm4_moe glm4_moe_lite""".split()
-WINDOWED = ("mistral", "qwen2", "gemma2", "gemma3", "phi3", "olmo3", "exaone4", "cohere2", "mixtral", "gpt_oss")
+WINDOWED = ("mistral", "qwen2", "gemma2", "gemma3", "gemma4", "gemma4_experts", "phi3", "olmo3", "exaone4", "cohere2", "mixtral", "gpt_oss")
 ROWS = make_rows(8, seed=1)
 COMMON = {"per_device_train_batch_size": 4, "max_steps": 2, "learning_rate": 1e-3}
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["all-linear"], "learning_rate": 1e-2}

@@ -100,12 +100,19 @@ def counted_peak(config, run, batches):
     return counting.peak
 
 
+GEMMA4 = dict(
+    model_type="gemma4_text", hidden_activation="gelu_pytorch_tanh", num_hidden_layers=6, sliding_window=32, global_head_dim=32,
+    layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2, num_kv_shared_layers=3,
+    hidden_size_per_layer_input=16, vocab_size_per_layer_input=320, tie_word_embeddings=True)
 SHAPES = {"square": {}, "deep": dict(num_hidden_layers=12), "wide": dict(hidden_size=192, intermediate_size=512),
           "vocabulary": dict(vocab_size=5000), "tied": dict(vocab_size=2000, tie_word_embeddings=True),
           "tied, nearly all": dict(vocab_size=20000, tie_word_embeddings=True),
           "all kv heads": dict(num_key_value_heads=4, head_dim=32),
           "gated delta": dict(model_type="qwen3_5_text", num_hidden_layers=8, linear_num_key_heads=2,
-                              linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16)}
+                              linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16),
+          "layers of their own": GEMMA4, "experts beside": GEMMA4 | dict(
+              num_kv_shared_layers=0, hidden_size_per_layer_input=0, enable_moe_block=True, num_experts=8,
+              top_k_experts=2, moe_intermediate_size=32, attention_k_eq_v=True, num_global_key_value_heads=1)}
 SHAPES |= {"latent": dict(
     model_type="deepseek_v3", num_hidden_layers=6, num_key_value_heads=4, n_routed_experts=8, num_experts_per_tok=2, n_group=2,
     topk_group=1, moe_intermediate_size=48, first_k_dense_replace=1, q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16,

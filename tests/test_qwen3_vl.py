@@ -249,9 +249,10 @@ def test_published_files_name_every_parameter(raw, parameters):
     ("vision_config", "window_size", 112, "window_size = 112"),
     ("text_config", "rope_scaling", dict(mrope_interleaved=False, mrope_section=[24, 20, 20]), "mrope_interleaved = False"),
     ("text_config", "rope_scaling", dict(mrope_section=[16, 24, 20]), r"mrope_section = \[16, 24, 20\].*60 .*64"),
+    ("text_config", "norm_topk_prob", False, "norm_topk_prob = False"),
     ("text_config", "rope_scaling", dict(mrope_section=[64]), r"mrope_section = \[64\]")])
 def test_settings_that_are_not_computed_are_refused(where, key, value, words):
-    raw = published("qwen3_vl", False, (4096, 12288, 36, 32, 8), LARGE)
+    raw = published("qwen3_vl_moe", False, (2048, 6144, 48, 32, 4), LARGE, **OF_EXPERTS)
     raw[where] = raw[where] | {key: value}
     with pytest.raises(ValueError, match=words):
         models.read_config(raw)

@@ -10,6 +10,8 @@ from conftest import make_rows, read_metrics
 from safetensors.torch import load_file, save_file
 from test_families import (
     FULL,
+    GEMMA4,
+    GEMMA4_EXPERTS,
     NARROW,
     PAIRS,
     SIZES,
@@ -29,7 +31,7 @@ from extras.lora.peft_files import save_adapter
 from extras.models.objects import in_memory
 from extras.models.opening import build, load_model
 from extras.rows.pictures import open_tokenizer
-from parts.names import carried_names, file_name, find_places
+from parts.names import FIXED, carried_names, file_name, find_places
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 
@@ -37,8 +39,14 @@ SIGLIP = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_att
               patch_size=4)
 PIXTRAL = SIGLIP | dict(model_type="pixtral", head_dim=8)
 INTERN = SIGLIP | dict(image_size=[8, 8], patch_size=[4, 4])
+GEMMA4_TOWER = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+                    num_key_value_heads=2, head_dim=8, patch_size=4, position_embedding_size=16, use_clipped_linears=True)
+GEMMA4_EARS = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, subsampling_conv_channels=[8, 4],
+                   output_proj_dims=16)
 # name -> (model_type, its configuration)
 CASES = {
+    "gemma4": ("gemma4", dict(vision_config=GEMMA4_TOWER, audio_config=GEMMA4_EARS, text_config=GEMMA4)),
+    "gemma4_experts": ("gemma4", dict(vision_config=GEMMA4_TOWER, audio_config=None, text_config=GEMMA4_EXPERTS)),
     "mistral3": ("mistral3", dict(vision_config=PIXTRAL, text_config=NARROW | dict(
         model_type="mistral", sliding_window=None), tie_word_embeddings=False)),
     "ministral3": ("mistral3", dict(vision_config=PIXTRAL, tie_word_embeddings=True, text_config=NARROW | dict(
@@ -57,6 +65,9 @@ def random_model(name: str):
         for p in model.parameters():
             scale = p.shape[-1] ** -0.5 if p.dim() > 1 else 0.2
             p.copy_(torch.randn_like(p) * scale + (p if p.dim() == 1 else 0))
+        for n, b in model.named_buffers():
+            if n.endswith(FIXED):
+                b.uniform_(0.5, 1.5)
     return model.float().eval()
 
 
@@ -180,6 +191,10 @@ def test_adapters_carry_pefts_names(case, targets, tmp_path):
     load = lambda: transformers.AutoModelForImageTextToText.from_pretrained(directory)
     assert_same_logits(ours, peft.PeftModel.from_pretrained(load(), tmp_path / "a").eval(), 2e-5)
     fresh = "all-linear" if targets == ["all-linear"] else targets
+    if name.startswith("gemma4") and fresh == targets:  # PEFT cannot wrap what its tower calls q_proj
+        with pytest.raises(ValueError, match="Gemma4ClippableLinear"):
+            peft.get_peft_model(load(), peft.LoraConfig(r=4, target_modules=fresh))
+        fresh = rf"model\.language_model\..*({'|'.join(targets)})"
     fresh = peft.get_peft_model(load(), peft.LoraConfig(r=4, target_modules=fresh))
     in_decoder = {n for n in peft.get_peft_model_state_dict(fresh)
                   if ".language_model." in n and not ON_EXPERTS.search(n)}
@@ -316,6 +331,74 @@ def test_published_files_name_every_parameter_of_the_decoder(published, paramete
     assert {p.name for p in places.values()} == found.keys()
     assert carried_names(names, config) == set(names) - places.keys() and len(places) == len(names) - carried
     assert sum(p.numel() for p in found.values()) == parameters
+
+
+# What differs in the text_config of google/gemma-4-NAME-it: (layers, every which one has no window, the rest)
+GEMMA4_SIZES = {
+    "E2B": (35, 5, dict(hidden_size=1536, intermediate_size=6144, num_attention_heads=8, num_key_value_heads=1,
+                        hidden_size_per_layer_input=256, num_kv_shared_layers=20, use_double_wide_mlp=True,
+                        sliding_window=512)),
+    "E4B": (42, 6, dict(hidden_size=2560, intermediate_size=10240, num_attention_heads=8, num_key_value_heads=2,
+                        hidden_size_per_layer_input=256, num_kv_shared_layers=18, sliding_window=512)),
+    "26B-A4B": (30, 6, dict(hidden_size=2816, intermediate_size=2112, num_attention_heads=16, num_key_value_heads=8,
+                            num_global_key_value_heads=2, attention_k_eq_v=True, hidden_size_per_layer_input=0,
+                            enable_moe_block=True, num_experts=128, top_k_experts=8, moe_intermediate_size=704,
+                            sliding_window=1024, use_bidirectional_attention="vision")),
+    "31B": (60, 6, dict(hidden_size=5376, intermediate_size=21504, num_attention_heads=32, num_key_value_heads=16,
+                        num_global_key_value_heads=4, attention_k_eq_v=True, hidden_size_per_layer_input=0,
+                        sliding_window=1024, use_bidirectional_attention="vision"))}
+
+
+def gemma4(name: str) -> tuple[dict, dict]:
+    """Its configuration, and the decoder of it on the meta device as {name in the files: parameter}."""
+    layers, every, own = GEMMA4_SIZES[name]
+    raw = dict(
+        model_type="gemma4", audio_token_id=258881, boa_token_id=256000, boi_token_id=255999, eoa_token_index=258883,
+        eoi_token_id=258882, eos_token_id=[1, 106], image_token_id=258880, video_token_id=258884, initializer_range=0.02,
+        tie_word_embeddings=True, vision_soft_tokens_per_image=280, audio_config=dict(model_type="gemma4_audio"),
+        vision_config=dict(model_type="gemma4_vision", hidden_size=1152), text_config=own | dict(
+            model_type="gemma4_text", attention_bias=False, attention_dropout=0.0, bos_token_id=2, eos_token_id=1,
+            expert_intermediate_size=None, final_logit_softcapping=30.0, global_head_dim=512, head_dim=256,
+            hidden_activation="gelu_pytorch_tanh", max_position_embeddings=131072, num_hidden_layers=layers,
+            layer_types=[SLIDING if (i + 1) % every else FULL for i in range(layers)], pad_token_id=0, rms_norm_eps=1e-6,
+            rope_parameters={FULL: dict(partial_rotary_factor=0.25, rope_theta=1e6, rope_type="proportional"),
+                             SLIDING: dict(rope_theta=1e4, rope_type="default")},
+            tie_word_embeddings=True, vocab_size=262144, vocab_size_per_layer_input=262144))
+    config = models.read_config(raw)
+    with torch.device("meta"):
+        found = dict(build(config).named_parameters())
+    return raw, {file_name(n, config): p for n, p in found.items()}
+
+
+@pytest.mark.parametrize("name, tensors", [("E2B", 600), ("E4B", 719), ("26B-A4B", 657), ("31B", 832)])
+def test_published_files_of_gemma_4_hold_as_many_tensors_as_its_decoder_and_what_is_carried(name, tensors):
+    """E2B's and E4B's have keys and values of layers that read others'; files made later have none."""
+    raw, found = gemma4(name)
+    config = models.read_config(raw)
+    reads = config.per_layer["reads"]
+    unread = [f"model.language_model.layers.{i}.self_attn.{n}.weight" for i, j in enumerate(reads) if i != j
+              for n in ("k_proj", "v_proj", "k_norm")]
+    tower = ["model.vision_tower.encoder.layers.0.self_attn.q_proj.input_max", "model.embed_vision.embedding_projection.weight",
+             "model.audio_tower.subsample_conv_projection.layer0.conv.weight", "model.embed_audio.embedding_projection.weight"]
+    assert len(found) + len(unread) == tensors
+    assert carried_names([*found, *unread, *tower], config) == {*unread, *tower}
+    assert find_places([*found, *unread, *tower], config).keys() == found.keys()
+    assert config.ropes[FULL].frequencies[64:] == (0,) * 192 and len(config.ropes[SLIDING].frequencies) == 128
+    if name == "E2B":
+        assert found["model.language_model.embed_tokens_per_layer.weight"].shape == (262144, 35 * 256)
+        assert reads[:15] == tuple(range(15)) and reads[15:20] == (13, 13, 13, 13, 14)
+        widths = [found[f"model.language_model.layers.{i}.self_attn.q_proj.weight"].shape[0] for i in (3, 4)]
+        assert widths == [8 * 256, 8 * 512]
+
+
+def test_published_sizes_of_gemma_4_are_those_of_its_decoder_and_one_tower():
+    """total_size of two index files, in bfloat16: what is not the decoder is one tower, and its projection."""
+    rest = {}
+    for name, size in {"26B-A4B": 51_611_872_412, "31B": 62_546_177_752}.items():
+        raw, found = gemma4(name)
+        projection = 1152 * raw["text_config"]["hidden_size"]
+        rest[name] = size // 2 - sum(p.numel() for p in found.values()) - projection
+    assert rest["26B-A4B"] == rest["31B"] == 569_550_384
 
 
 def test_the_configuration_of_qwen36_27b_is_read():

@@ -20,7 +20,7 @@ from torch import Tensor
 from extras.decoder.mixers import attends, plan_mixer, recurs
 from model import Call, CallPlan, Decoder, ModelConfig, choose_attention, span_mask
 from parts.configs import check_length
-from parts.varlen import has_flash, plan_varlen
+from parts.varlen import has_flash, head_sizes, plan_varlen
 
 
 class Sampling(NamedTuple):
@@ -168,14 +168,22 @@ class Cache:
     def __init__(self, size: int):
         self.size = size
         self.ids: list[int] = []
+        self.reads: tuple[int, ...] = ()  # whose keys and values each layer reads
         # of each that attends, keys and values; of each that recurs, States' `kept`
         self.layers: list[tuple[Tensor, Tensor] | None] = []
         self.states: list[dict | None] = []
 
     def allocate(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (self.size, config.num_key_value_heads, config.head_dim)
-        empty = lambda: torch.zeros(shape, dtype=dtype, device=device)
-        self.layers = [(empty(), empty()) if has else None for has in attends(config)]
+        usual = (config.num_key_value_heads, config.head_dim)
+        empty = lambda own: torch.zeros(
+            self.size, own.get("num_key_value_heads", usual[0]), own.get("head_dim", usual[1]),
+            dtype=dtype, device=device)
+        count = len(config.windows)
+        sizes = config.per_layer["sizes"] if config.per_layer else ({},) * count
+        self.reads = config.per_layer["reads"] if config.per_layer else tuple(range(count))
+        made = [(empty(own), empty(own)) if has else None
+                for has, own in zip(attends(config), sizes[:max(self.reads) + 1])]
+        self.layers = [made[i] for i in self.reads]
         self.states = [{} if has else None for has in recurs(config)]
         self.position_ids = torch.zeros(self.size, dtype=torch.int64, device=device)
 
@@ -183,7 +191,9 @@ class Cache:
         """Make room for `size` places; what is cached stays."""
         if size > self.size:
             pad = lambda x: torch.cat([x, x.new_zeros(size - self.size, *x.shape[1:])])
-            self.layers = [layer and (pad(layer[0]), pad(layer[1])) for layer in self.layers]
+            made = [layer and (pad(layer[0]), pad(layer[1]))
+                    for layer in self.layers[:max(self.reads, default=-1) + 1]]
+            self.layers = [made[i] for i in self.reads]
             self.position_ids = pad(self.position_ids) if self.layers else None
             self.size = size
 
@@ -198,12 +208,14 @@ class Cache:
         places = torch.cat([torch.arange(row[1] - row[4], row[1]) for row in rows])
         places = places.to(device)  # (T,)
         self.position_ids[places] = position_ids
-        if has_flash(device, dtype, config.head_dim, config.attn_softcap):
+        sizes = head_sizes(config)
+        flash = [w for w in sizes if has_flash(device, dtype, sizes[w], config.attn_softcap)]
+        plans: dict = {}
+        if flash:
             plans = plan_varlen(config, spans[:, :4], device, spans[:, 4])
-        else:
-            attention = choose_attention(config)
-            plans = {window: CallPlan(self.calls(rows, window), attention)
-                     for window in set(config.windows)}
+        attention = choose_attention(config)
+        for window in sizes.keys() - flash:
+            plans[window] = CallPlan(self.calls(rows, window), attention)
         found: list[dict] = [
             {window: CachedPlan(plans[window], *layer, places)} if layer else {}
             for window, layer in zip(config.windows, self.layers)]

@@ -161,6 +161,24 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:  # (n, 
     return torch.cat(parts)
 
 
+def mix(
+    experts: nn.Module, count: int, x: Tensor, weights: Tensor, chosen: Tensor,
+) -> Tensor:  # (T, C)
+    """Return the sum of what each token's `chosen` of the `count` experts make of it.
+
+    `weights` and `chosen` are (T, per_token).
+    """
+    order = chosen.flatten().argsort(stable=True)  # (T * per_token,) sorted by expert
+    # not by bincount, which waits for the device
+    counts = torch.zeros(count, dtype=torch.int64, device=x.device)
+    counts.scatter_add_(0, chosen.flatten(), torch.ones_like(chosen.flatten()))
+    out = experts(x[order // chosen.shape[1]], counts)
+    numbers = torch.arange(len(order), device=order.device)
+    back = torch.empty_like(order).scatter_(0, order, numbers)
+    out = out[back].unflatten(0, chosen.shape)  # (T, per_token, C)
+    return (out * weights.to(out.dtype)[..., None]).sum(1)
+
+
 def make_sparse(config: Any, make_mlp: Callable[[Any, int], nn.Module]) -> nn.Module:
     """Make the MLP of a sparse layer; `make_mlp(config, size)` makes a dense one."""
     size = config.moe["shared_size"]
@@ -188,15 +206,7 @@ class SparseMLP(nn.Module):
         """Return hidden states (T, C), and the router's logits (T, experts) if its experts have a
         balancing loss."""
         logits, weights, chosen = self.gate(x)
-        order = chosen.flatten().argsort(stable=True)  # (T * per_token,) sorted by expert
-        # not by bincount, which waits for the device
-        counts = torch.zeros(logits.shape[1], dtype=torch.int64, device=x.device)
-        counts.scatter_add_(0, chosen.flatten(), torch.ones_like(chosen.flatten()))
-        out = self.experts(x[order // chosen.shape[1]], counts)
-        numbers = torch.arange(len(order), device=order.device)
-        back = torch.empty_like(order).scatter_(0, order, numbers)
-        out = out[back].unflatten(0, chosen.shape)  # (T, per_token, C)
-        out = (out * weights.to(out.dtype)[..., None]).sum(1)  # (T, C)
+        out = mix(self.experts, logits.shape[1], x, weights, chosen)
         shared = getattr(self, self.shared_name)
         if self.shared_expert_gate is not None:
             out = out + self.shared_expert_gate(x).sigmoid() * shared(x)

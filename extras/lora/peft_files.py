@@ -38,6 +38,8 @@ HARMLESS = {
     "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
     "inference_mode", "peft_version", "fan_in_fan_out", "megatron_core", "qalora_group_size",
     "runtime_config"}
+# Towers with layers that PEFT cannot wrap, and fails on where a short name chooses them too
+ODD_TOWERS = ("gemma4",)
 NOTHING = (None, False, 0, "", [], {})
 # How A and B were first drawn. Others (PiSSA, OLoRA, CorDA, LoftQ ...) change the base or the
 # method.
@@ -366,7 +368,7 @@ def targets_of(model: nn.Module, settings: dict) -> dict:
             wrapped.add(file_name(name, config))
     short = settings | {"target_modules": sorted({n.rpartition(".")[2] for n in wrapped})}
     # in a mixture of experts PEFT takes short names for those of experts
-    if config.moe or modules_chosen(model, short) != wrapped:
+    if config.moe or config.model_type in ODD_TOWERS or modules_chosen(model, short) != wrapped:
         short |= {
             "target_modules": sorted(wrapped), "layers_to_transform": None, "layers_pattern": None}
     return short | {"target_parameters": shortest_names(model, stacks) or None}

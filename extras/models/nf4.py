@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from extras.decoder.moe import Experts
 from model import Decoder, read_config
 from parts.kernels import compute_dtype as usual_dtype
+from parts.kernels import takes_triton
 from parts.names import carried_names, find_places
 from parts.weights import Checkpoint, Reader, check_tensors, read_tensors, remember, write_configs
 
@@ -71,7 +72,7 @@ TENSORS = ("packed", "absmax", "code", "nested_absmax", "nested_code", "nested_o
 STACKS = {"stored": "weight", "gate_up": "gate_up_proj", "down": "down_proj"}
 
 
-def on_device(state: Quantized, device: str) -> Quantized:
+def on_device(state: Quantized, device: str | torch.device) -> Quantized:
     tensors = {name: getattr(state, name) for name in TENSORS}
     return state._replace(**{n: t.to(device) for n, t in tensors.items() if t is not None})
 
@@ -146,12 +147,18 @@ def count_below(x: Tensor, thresholds: Tensor) -> Tensor:  # (n,) int32
 
 
 def nest(state: Quantized) -> Quantized:
-    """Return the same with absmax - mean(absmax) in 8 bits."""
-    offset = state.absmax.mean()
-    code = dynamic_levels().to(offset.device)
-    absmax, nested_absmax = quantize_8bit(state.absmax - offset, code)
-    return state._replace(
-        absmax=absmax, nested_absmax=nested_absmax, nested_code=code, nested_offset=offset)
+    """Return the same with absmax - mean(absmax) in 8 bits.
+
+    Computed on the CPU: a GPU sums in another order, and a mean that is rounded otherwise changes
+    codes. All before this is exact or rounded once, and has the same bits on every device.
+    """
+    device = state.absmax.device
+    wide = state.absmax if device.type == "meta" else state.absmax.cpu()
+    offset = wide.mean()
+    code = dynamic_levels().to(wide.device)
+    absmax, nested_absmax = quantize_8bit(wide - offset, code)
+    return on_device(state._replace(
+        absmax=absmax, nested_absmax=nested_absmax, nested_code=code, nested_offset=offset), device)
 
 
 def dynamic_levels() -> Tensor:  # (256,)
@@ -200,6 +207,11 @@ def dequantize(state: Quantized, dtype: torch.dtype | None = None) -> Tensor:
     """level * absmax in float32, rounded to `dtype`, by default that of the original weight."""
     size = state.block_size
     device = state.packed.device
+    if takes_triton(device):
+        from extras.models import triton_nf4
+
+        return triton_nf4.dequantize(state.packed, block_scales(state), state.code, size,
+                                     state.shape, dtype or state.dtype)
     # a byte is the number of a pair of levels, which is copied as one 64-bit word
     pairs = torch.cartesian_prod(state.code, state.code).view(torch.int64).squeeze(1)  # (256,)
     scales = block_scales(state)

@@ -137,9 +137,7 @@ def load_model(
         return models.load_model(opened, dtype, device, max_length, build)
     from extras.models.nf4 import load_4bit
 
-    # on the CPU, block by block: the bits are then the same whatever the device
-    place = "meta" if device == "meta" else "cpu"
-    return load_4bit(opened, four_bit, dtype, place, max_length, build)
+    return load_4bit(opened, four_bit, dtype, device, max_length, build)
 
 
 def load_adapted(

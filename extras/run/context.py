@@ -131,6 +131,8 @@ def why_not(c: ModelConfig) -> str:
     """Return what a model has that needs a stream whole; "" for nothing."""
     if any(recurs(c)):
         return "models with recurrent layers, whose state goes from token to token"
+    if c.per_layer is not None:
+        return "layers that read others' keys and values"
     if c.moe is not None and c.moe["router_aux_loss_coef"] is not None:
         return "mixtures of experts, whose balancing loss is that of a whole stream"
     return ""

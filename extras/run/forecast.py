@@ -3,13 +3,14 @@ extras.plan).
 
 Memory is that of tensors, in bytes per rank: what stays between steps (weights, moments, a live
 reference) and what a step adds (gradients, activations, the head's chunk). Parameters are counted
-on a model without storage. Activations follow a formula, `PER_TOKEN`, whose coefficients were
-counted on the CPU's paths and for gated MLPs. Not included: what the allocator wastes, the CUDA
-context (about 0.5 GiB), NCCL's buffers, and the program itself.
+on a model without storage. Activations follow a formula, whose coefficients were counted for gated
+MLPs, on the CPU's paths (`PER_TOKEN`) and with flash attention (`FLASH`). Not included: what the
+allocator wastes, the CUDA context (about 0.5 GiB), NCCL's buffers, and the program itself.
 """
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +33,8 @@ from parts.schedule import small_kind
 # gate, up and their product. bf16 is autocast; in bfloat16, weights and all else are.
 PER_TOKEN = {
     "float32": (16, 12, 12, 12), "bf16": (12, 11, 11, 6), "bfloat16": (8, 10, 11, 6)}
+# With the flash kernel on a GPU; there the log-sum-exp comes on top, 4 bytes per token and head.
+FLASH = {"bf16": (12, 4, 4, 6), "bfloat16": (8, 4, 4, 6)}
 # What a frozen linear layer saves less: its input.
 FROZEN = {"float32": (4, 4, 0, 4), "bf16": (4, 2, 0, 2), "bfloat16": (2, 2, 0, 2)}
 # What --gradient_checkpointing selective computes again: both norms, and gate * up.
@@ -156,6 +159,35 @@ def mlp_size(c: models.ModelConfig) -> int:
     return sum(sizes) // len(sizes)
 
 
+def layers_of(c: models.ModelConfig) -> list[models.ModelConfig]:
+    """Return each layer's own configuration; one that reads another's keys has 0 heads of them."""
+    if c.per_layer is None:
+        return [c] * c.num_hidden_layers
+    found = []
+    for i, (own, read) in enumerate(zip(c.per_layer["sizes"], c.per_layer["reads"])):
+        found.append(replace(c, **own) if read == i else replace(c, **own, num_key_value_heads=0))
+    return found
+
+
+def beside(c: models.ModelConfig, kind: str, selective: bool) -> int:
+    """Return the bytes per token that a block of extras/decoder/per_layer.py keeps besides.
+
+    What its norms of q, k and v read; act(gate); what becomes of its own input; and what its
+    experts keep.
+    """
+    width = 4 if kind == "float32" else 2
+    p = c.per_layer
+    heads = c.num_attention_heads + 2 * c.num_key_value_heads
+    kept = heads * c.head_dim
+    kept += 0 if selective else c.intermediate_size
+    if p["input_size"]:
+        kept += 2 * c.hidden_size + (6 if kind == "bf16" else 4) * p["input_size"]
+    if p["moe"]:
+        each = 2 * c.hidden_size + (3 if selective else 4) * p["moe"]["size"]
+        kept += 4 * c.hidden_size + p["moe"]["per_token"] * each
+    return width * kept
+
+
 def block_activations(
     c: models.ModelConfig, run: Run, block: int, attending: bool = True, recurrent: bool = False,
 ) -> int:
@@ -180,18 +212,28 @@ def block_activations(
         sizes = (c.hidden_size, 0, 0, mlp_size(c))
     if c.latent is not None:
         # q, k, v and the heads' output; that without what fills it up; both norms with their inputs
-        wide, narrow = (4, 4) if kind == "float32" else (4, 2)
+        narrow = 4 if kind == "float32" else 2
+        wide = narrow if run.device == "cuda" else 4
         heads = 4 * c.head_dim * wide + c.latent["value"] * narrow
         norms = 2 * narrow * ((c.latent["query"] or 0) + c.latent["latent"])
         per_token += c.num_attention_heads * heads + norms
         sizes = (c.hidden_size, 0, 0, mlp_size(c))
-    for size, saved, frozen, again in zip(sizes, PER_TOKEN[kind], less, cheap, strict=True):
+    bytes_saved = PER_TOKEN[kind]
+    of_lora = 16 * len(run.targets)
+    if run.device == "cuda" and kind in FLASH and c.attn_softcap is None and c.head_dim <= 256:
+        bytes_saved = FLASH[kind]
+        less = (less[0], 0, 0, less[3])  # the kernel's backward needs its result anyway
+        per_token += 4 * c.num_attention_heads if attending else 0
+        of_lora = 2 * (7 if "all-linear" in run.targets else len(run.targets))  # x a^T
+    for size, saved, frozen, again in zip(sizes, bytes_saved, less, cheap, strict=True):
         per_token += size * (saved - max(frozen, again))
+    if c.per_layer:
+        per_token += beside(c, kind, run.checkpointing == "selective")
     narrow = 4 if kind == "float32" else 2
     more_norms = sum(name is not None for name in c.block_norms) - 2  # after a sublayer: their input
     per_token += narrow * sizes[0] * max(0, more_norms)
     per_token += narrow * (sizes[1] + sizes[2]) * bool(c.qk_norm)  # q and k before
-    per_token += 16 * run.rank * len(run.targets)
+    per_token += run.rank * of_lora
     casts = 2 * block if run.bf16 else 0  # autocast keeps the weights that it cast
     return run.tokens * per_token + casts
 
@@ -206,8 +248,13 @@ def activations(
     """
     wide = 4 if run.bf16 else getattr(torch, run.weights).itemsize
     ends = wide * (c.hidden_size * (run.tokens + run.scored) + 2 * c.head_dim * run.tokens)
+    if c.per_layer:  # another rotation; what the norm of the layers' own inputs reads
+        sizes = 2 * max(own.head_dim for own in layers_of(c))
+        sizes += c.num_hidden_layers * c.per_layer["input_size"]
+        ends += wide * sizes * run.tokens
     kinds = list(zip(attends(c), recurs(c)))[first:]
-    kept_in_each = [block_activations(c, run, block, *kind) for kind in kinds]
+    kept_in_each = [block_activations(own, run, block, *kind)
+                    for own, kind in zip(layers_of(c)[first:], kinds)]
     kept_in_blocks = sum(kept_in_each)
     again = run.tokens * KINDS[c.mixer["kind"]].passing(c.mixer) if c.mixer else 0
     chunk = chunk_rows(c.vocab_size, run.device, models.HEAD_CHUNK)
@@ -308,8 +355,9 @@ def flops(
     2 per weight and token forward, and twice that backward, less where weights are frozen.
     """
     passes = (2 if run.rank else 3) + (1 if run.checkpointing is True else 0) + references
-    attention = 2 * sum(attends(config)) * config.num_attention_heads * config.head_dim * length
-    per_token = 2 * count(config, run)["matrices"] + attention
+    heads = sum(own.num_attention_heads * own.head_dim
+                for own, has in zip(layers_of(config), attends(config)) if has)
+    per_token = 2 * count(config, run)["matrices"] + 2 * heads * length
     if config.mixer:
         kind = KINDS[config.mixer["kind"]]
         per_token += sum(recurs(config)) * kind.operations(config.mixer)
