@@ -110,6 +110,10 @@ SHAPES = {"square": {}, "deep": dict(num_hidden_layers=12), "wide": dict(hidden_
           "all kv heads": dict(num_key_value_heads=4, head_dim=32),
           "gated delta": dict(model_type="qwen3_5_text", num_hidden_layers=8, linear_num_key_heads=2,
                               linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16),
+          "mamba": dict(model_type="granitemoehybrid", num_hidden_layers=8, shared_intermediate_size=352, mamba_n_heads=4,
+                        mamba_d_head=32, mamba_d_state=32, layer_types=(["attention"] + ["mamba"] * 3) * 2),
+          "mamba beside attention": dict(model_type="falcon_h1", num_hidden_layers=6, mamba_d_ssm=256, mamba_n_heads=4,
+                                         mamba_d_head=64, mamba_d_state=32),
           "layers of their own": GEMMA4, "experts beside": GEMMA4 | dict(
               num_kv_shared_layers=0, hidden_size_per_layer_input=0, enable_moe_block=True, num_experts=8,
               top_k_experts=2, moe_intermediate_size=32, attention_k_eq_v=True, num_global_key_value_heads=1)}

@@ -256,7 +256,7 @@ def activations(
     kept_in_each = [block_activations(own, run, block, *kind)
                     for own, kind in zip(layers_of(c)[first:], kinds)]
     kept_in_blocks = sum(kept_in_each)
-    again = run.tokens * KINDS[c.mixer["kind"]].passing(c.mixer) if c.mixer else 0
+    again = run.tokens * KINDS[c.mixer["kind"]].passing(c.mixer) if any(recurs(c)) else 0
     chunk = chunk_rows(c.vocab_size, run.device, models.HEAD_CHUNK)
     saves = run.rank or run.checkpointing or run.offloading
     kept = 0 if saves else min(run.scored, kept_chunks(KEPT, run.device) * chunk)
@@ -358,7 +358,7 @@ def flops(
     heads = sum(own.num_attention_heads * own.head_dim
                 for own, has in zip(layers_of(config), attends(config)) if has)
     per_token = 2 * count(config, run)["matrices"] + 2 * heads * length
-    if config.mixer:
+    if any(recurs(config)):
         kind = KINDS[config.mixer["kind"]]
         per_token += sum(recurs(config)) * kind.operations(config.mixer)
     return passes * (per_token * tokens + 2 * config.vocab_size * config.hidden_size * scored)
