@@ -8,7 +8,7 @@ Tensors are fake (torch's FakeTensorMode, device "cuda"): shapes, types and devi
 computed. Two small libraries stand in for the driver. For each path it prints how often the host waits for the device and where,
 the operations on the device (about as many kernels), and the bytes that autograd keeps for the backward. No times. --predict
 takes each operation to last as long as the slowest of its bytes at 2.6 TB/s, its FLOPs at 620 TFLOP/s and a launch of 2.2
-microseconds, one after the other: an H100's rates as others publish them, and nothing that was measured here.
+microseconds, one after the other: rates assumed for an H100, and nothing that was measured.
 """
 
 import argparse
@@ -475,15 +475,13 @@ def predict(name: str) -> None:
     config = models.read_config(case.shape)
     with torch.device("meta"):
         m = models.Decoder(config)
-    with MODE:
-        to_device(m, torch.float32 if case.targets is None else torch.bfloat16)
-        m.tie()
-        if case.targets is not None:
-            from extras.lora.targets import add_lora
+    if case.targets is not None:
+        from extras.lora.targets import add_lora
 
-            torch.set_default_device(DEVICE)
-            add_lora(m, 16, 32, 0.0, case.targets)
-            torch.set_default_device(None)
+        add_lora(m.to(torch.bfloat16), {"r": 16, "lora_alpha": 32, "target_modules": case.targets})
+    with MODE:
+        to_device(m)
+        m.tie()
         saved = {}
         METER[:] = [Traffic()]
         weights = {p.untyped_storage()._cdata for p in m.parameters()}
