@@ -83,7 +83,7 @@ class ModelConfig:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     output_gate: bool = False  # q_proj makes a gate too: its sigmoid scales attention's output
-    mixer: dict | None = None  # recurrent token mixers, read by extras/decoder/mixers.py
+    mixer: dict | None = None  # recurrent or chunked, read by extras/decoder/mixers.py
     latent: dict | None = None  # read by extras/decoder/latent.py
     moe: dict | None = None  # read by extras/decoder/moe.py
     vision: dict | None = None  # read by extras/decoder/vision.py
@@ -204,7 +204,11 @@ def choose_attention(config: ModelConfig) -> Callable:
 
 def plan_attention(config: ModelConfig, spans: Tensor, position_ids: Tensor,
                    dtype: torch.dtype) -> dict[int | None, Callable]:
-    """Return {window: plan} for one stream, and the plan of recurrent mixers under "mixer"."""
+    """Return {window: plan} for one stream, and under "mixer" that of recurrent layers."""
+    if config.mixer is not None:
+        from extras.decoder.mixers import plan_mixer
+
+        return plan_mixer(plan_attention, config, spans, position_ids, dtype)
     device = position_ids.device
     sizes = head_sizes(config)
     flash = [w for w in sizes if has_flash(device, dtype, sizes[w], config.attn_softcap)]
@@ -212,11 +216,7 @@ def plan_attention(config: ModelConfig, spans: Tensor, position_ids: Tensor,
     attention = choose_attention(config)
     for window in sizes.keys() - flash:
         plans[window] = CallPlan(plan_calls(spans, position_ids, window), attention)
-    if config.mixer is None:
-        return plans
-    from extras.decoder.mixers import plan_mixer
-
-    return plans | plan_mixer(config, spans, device)
+    return plans
 
 
 # Modules

@@ -13,7 +13,10 @@ SIZES = dict(
     head_dim=2**16, num_attention_heads=2**16, num_key_value_heads=2**16, num_experts=2**16,
     num_local_experts=2**16, num_experts_per_tok=2**16, moe_intermediate_size=2**24,
     linear_num_key_heads=2**16, linear_num_value_heads=2**16, linear_key_head_dim=2**16,
-    linear_value_head_dim=2**16, linear_conv_kernel_dim=2**10, n_routed_experts=2**16,
+    linear_value_head_dim=2**16, linear_conv_kernel_dim=2**10, mamba_n_heads=2**16,
+    mamba_n_groups=2**16, mamba_d_state=2**16, mamba_d_head=2**16, mamba_d_conv=2**10,
+    mamba_expand=2**10, mamba_d_ssm=2**20, shared_intermediate_size=2**24,
+    n_routed_experts=2**16,
     n_group=2**16, topk_group=2**16, q_lora_rank=2**20, kv_lora_rank=2**20, v_head_dim=2**16,
     qk_nope_head_dim=2**16, qk_rope_head_dim=2**16, global_head_dim=2**16,
     num_global_key_value_heads=2**16, top_k_experts=2**16)

@@ -30,6 +30,7 @@ class Family(NamedTuple):
 READS_IMAGES = ("llava", "idefics3", "smolvlm", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
                 "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 REQUIRED = object()  # in place of a default
+INFINITY = float("inf")
 COMMON = dict(
     vocab_size=REQUIRED, hidden_size=REQUIRED, intermediate_size=REQUIRED,
     num_hidden_layers=REQUIRED, num_attention_heads=REQUIRED, max_position_embeddings=REQUIRED,
@@ -92,6 +93,15 @@ LATENT_KEYS = GROUP_KEYS | dict(
     v_head_dim=REQUIRED)
 DEEPSEEK_KEYS = LATENT_KEYS | dict(
     n_group=8, topk_group=4, routed_scaling_factor=2.5, first_k_dense_replace=3)
+
+# Mamba-2: Granite 4 H, Falcon-H1
+MAMBA_KEYS = dict(
+    mamba_n_heads=128, mamba_n_groups=1, mamba_d_state=256, mamba_d_head=None, mamba_d_conv=4,
+    mamba_expand=2, mamba_conv_bias=True, time_step_limit=None)
+FALCON_H1_SCALES = dict(
+    embedding_multiplier=1.0, lm_head_multiplier=1.0, key_multiplier=1.0,
+    attention_in_multiplier=1.0, attention_out_multiplier=1.0, ssm_in_multiplier=1.0,
+    ssm_out_multiplier=1.0, ssm_multipliers=None, mlp_multipliers=None)
 
 # Norms before attention, after it, before the MLP, after it.
 SANDWICH = ("input_layernorm", "post_attention_layernorm",
@@ -329,6 +339,93 @@ def without_axes(raw: dict) -> dict:
     return raw
 
 
+def mamba(c: dict, recurs: tuple[bool, ...], attends: tuple[bool, ...], **more: object) -> dict:
+    """Read what extras/decoder/mamba.py needs, for the layers that `recurs` names."""
+    if not any(recurs):
+        return {}
+    heads, groups = c["mamba_n_heads"], c["mamba_n_groups"]
+    inner = c.get("mamba_d_ssm") or c["mamba_expand"] * c["hidden_size"]
+    size = c["mamba_d_head"] or inner // heads
+    if heads * size != inner or heads % groups:
+        raise ValueError(f"config.json: {heads} mamba_n_heads of {size} in {groups} mamba_n_groups "
+                         f"do not make {inner} channels")
+    limit = c["time_step_limit"] or [0.0, INFINITY]
+    # as transformers 5 writes it into config.json
+    limit = [INFINITY if x == {"__float__": "Infinity"} else x for x in limit]
+    if [type(x) for x in limit] != [float, float] or limit[0] > limit[1]:
+        raise ValueError(f"config.json: time_step_limit = {c['time_step_limit']!r:.60}: expected two "
+                         "numbers, the smaller first")
+    return dict(mixer=dict(
+        kind="mamba", recurs=recurs, attends=attends, heads=heads, head_size=size, groups=groups,
+        state_size=c["mamba_d_state"], width=c["mamba_d_conv"], conv_bias=c["mamba_conv_bias"],
+        dt_limit=tuple(limit), act=c["hidden_act"], norm="last", scales=None) | more)
+
+
+def without_scan(raw: dict) -> dict:
+    """Leave out what says how Mamba's scan is cut, and biases that no published file has."""
+    raw = without(raw, dict(mamba_proj_bias=False, projectors_bias=False, mamba_use_mlp=True), (
+        "mamba_chunk_size", "num_logits_to_keep", "mlp_expansion_factor", "normalization_function"))
+    none = dict(mamba_d_head="auto", num_local_experts=0, num_experts_per_tok=0)
+    return {k: v for k, v in raw.items() if k not in none or v != none[k]}
+
+
+def llama4(c: dict) -> dict:
+    """Read attention in chunks, and where its experts are; the dense MLP has a size of its own."""
+    layers = range(c["num_hidden_layers"])
+    turns = tuple(smollm3_turns(i, c) for i in layers)
+    size = c["attention_chunk_size"]
+    types = c["layer_types"] or []
+    if any((kind == "chunked_attention") != turn for kind, turn in zip(types, turns)):
+        raise ValueError("config.json: layer_types: chunked attention in other layers than those "
+                         "that rotate (no_rope_layers) is not supported")
+    step = c["interleave_moe_layer_step"]
+    given = c["moe_layers"]
+    sparse = tuple(i in given if given is not None else (i + 1) % step == 0 for i in layers)
+    scale = (float(c["floor_scale"]), float(c["attn_scale"]))
+    return dict(
+        windows=tuple(-size if turn else None for turn in turns),
+        mixer=dict(kind="chunked", size=size, recurs=(False,) * len(turns), attends=(True,) * len(turns),
+                   eps=c["rms_norm_eps"] if c["use_qk_norm"] else None,
+                   temperature=scale if c["attn_temperature_tuning"] else None),
+        moe=moe(c)["moe"] | dict(
+            sparse=sparse, shared_size=c["intermediate_size"], router_aux_loss_coef=None,
+            scales_input=True, shared_gate=False),
+        intermediate_size=c["intermediate_size_mlp"])
+
+
+def granite_hybrid(c: dict) -> dict:
+    """Read which layers have attention; their MLP is called a shared one, beside experts or not."""
+    kinds = dict(mamba=True, linear_attention=True, attention=False, full_attention=False)
+    types = c["layer_types"] or ["mamba"] * c["num_hidden_layers"]
+    odd = sorted({*types} - kinds.keys())
+    if odd:
+        raise ValueError(f"config.json: layer_types names {', '.join(odd)}; known are "
+                         f"{', '.join(kinds)}")
+    recurs = tuple(kinds[t] for t in types)
+    experts = {}
+    if c["num_local_experts"]:
+        experts = dict(moe=moe(c)["moe"] | dict(
+            shared_size=c["shared_intermediate_size"], shared_gate=False))
+    return granite(c) | mamba(c, recurs, tuple(not r for r in recurs)) | experts | dict(
+        intermediate_size=c["shared_intermediate_size"])
+
+
+def falcon_h1(c: dict) -> dict:
+    """Read the multipliers; those inside attention scale its scores, the rest is the mixer's."""
+    inside = c["attention_in_multiplier"]
+    parts = [c["ssm_in_multiplier"] * s for s in c["ssm_multipliers"] or [1.0] * 5]
+    every = (True,) * c["num_hidden_layers"]
+    norm = None
+    if c["mamba_rms_norm"]:
+        norm = "first" if c["mamba_norm_before_gate"] else "last"
+    return dict(
+        embed_scale=c["embedding_multiplier"], logit_scale=c["lm_head_multiplier"],
+        attention_scale=c["head_dim"] ** -0.5 * c["key_multiplier"] * inside**2) | mamba(
+        c, every, every, norm=norm, scales=parts, out_scale=c["ssm_out_multiplier"],
+        attention_out=inside * c["attention_out_multiplier"],
+        mlp_scales=c["mlp_multipliers"] or [1.0, 1.0])
+
+
 LLAMA_KEYS = {
     "gpt2": {"n_embd": "hidden_size", "n_head": "num_attention_heads",
              "n_layer": "num_hidden_layers", "n_positions": "max_position_embeddings",
@@ -444,6 +541,27 @@ FAMILIES = {
                                  no_rope_layers=None, no_rope_layer_interval=4),
         slides=lambda i, c: not smollm3_turns(i, c), turns=smollm3_turns),
     "granite": Family({}, BIAS | SCALES | dict(mlp_bias=False), more=granite),
+    "granitemoehybrid": Family(
+        dict(fused_gate_up=True, other_names=True),
+        BIAS | SCALES | MAMBA_KEYS | MOE_KEYS | dict(
+            shared_intermediate_size=REQUIRED, num_experts_per_tok=None, layer_types=None,
+            position_embedding_type=None),
+        turns=lambda i, c: c["position_embedding_type"] == "rope", more=granite_hybrid,
+        rename=without_scan),
+    "falcon_h1": Family(
+        dict(block_norms=("input_layernorm", None, "pre_ff_layernorm", None), other_names=True),
+        MAMBA_KEYS | FALCON_H1_SCALES | dict(
+            mamba_d_ssm=None, mamba_rms_norm=False, mamba_norm_before_gate=True),
+        more=falcon_h1, rename=without_scan),
+    "llama4_text": Family(
+        dict(other_names=True),
+        BIAS | MOE_KEYS | dict(
+            intermediate_size_mlp=REQUIRED, head_dim=128, num_key_value_heads=8, num_experts_per_tok=1,
+            num_local_experts=16, moe_layers=None, interleave_moe_layer_step=1, use_qk_norm=True,
+            no_rope_layers=None, no_rope_layer_interval=4, attention_chunk_size=8192,
+            layer_types=None, attn_temperature_tuning=True, floor_scale=8192, attn_scale=0.1,
+            rope_theta=5e5),
+        turns=smollm3_turns, more=llama4, interleaved=True),
     "gpt2": Family(
         dict(norm="layer", learned_positions=True, qkv_bias=True, o_bias=True, mlp_bias=True,
              fused_qkv="blocks", gated_mlp=False, other_names=True),

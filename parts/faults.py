@@ -5,6 +5,7 @@ Each ends in a sentence that says what to do.
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,8 @@ def refuse(error: Exception | str, status: int) -> int:
     is_own = "rank" in str(error)[:5]  # an error of one rank, which alone knows of it
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 or is_own:
         print(f"error: {error}", file=sys.stderr)
+    else:
+        time.sleep(10)  # torchrun ends all ranks as soon as one has left: the first prints before
     return status
 
 

@@ -34,12 +34,40 @@ MODULES = {
     "hunyuan_v1_dense": {
         "model.layers.*.self_attn.q_norm": "model.layers.*.self_attn.query_layernorm",
         "model.layers.*.self_attn.k_norm": "model.layers.*.self_attn.key_layernorm"},
-    "gpt_oss": {"model.layers.*.mlp.gate": "model.layers.*.mlp.router"}}
+    "gpt_oss": {"model.layers.*.mlp.gate": "model.layers.*.mlp.router"},
+    "llama4_text": {
+        "model.layers.*.mlp.gate": "model.layers.*.feed_forward.router"} | {
+        f"model.layers.*.mlp.{n}": f"model.layers.*.feed_forward.{n}" for n in (
+            "gate_proj", "up_proj", "down_proj", "shared_expert.gate_proj",
+            "shared_expert.up_proj", "shared_expert.down_proj", "experts")},
+    "granitemoehybrid": {
+        "model.layers.*.mlp.gate_up_proj": "model.layers.*.shared_mlp.input_linear",
+        "model.layers.*.mlp.down_proj": "model.layers.*.shared_mlp.output_linear"},
+    "granitemoehybrid with experts": {
+        "model.layers.*.mlp.gate": "model.layers.*.block_sparse_moe.router",
+        "model.layers.*.mlp.gate.weight": "model.layers.*.block_sparse_moe.router.layer.weight",
+        "model.layers.*.mlp.experts": "model.layers.*.block_sparse_moe.experts",
+        "model.layers.*.mlp.experts.gate_up_proj":
+            "model.layers.*.block_sparse_moe.input_linear.weight",
+        "model.layers.*.mlp.experts.down_proj":
+            "model.layers.*.block_sparse_moe.output_linear.weight",
+        "model.layers.*.mlp.shared_expert.gate_up_proj":
+            "model.layers.*.shared_mlp.input_linear",
+        "model.layers.*.mlp.shared_expert.down_proj":
+            "model.layers.*.shared_mlp.output_linear"},
+    "falcon_h1": {
+        "model.norm": "model.final_layernorm",
+        "model.layers.*.mlp.gate_proj": "model.layers.*.feed_forward.gate_proj",
+        "model.layers.*.mlp.up_proj": "model.layers.*.feed_forward.up_proj",
+        "model.layers.*.mlp.down_proj": "model.layers.*.feed_forward.down_proj"}}
+MODULES["llama4"] = MODULES["llama4_text"]  # in its wrapper
 # how files of GPT-NeoX still name what transformers 5 calls lm_head
 OLDER = {"embed_out": "lm_head"}
 TRANSPOSED = {  # matrices that the files keep as (in, out)
     "gpt2": re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$"),
-    "gpt_oss": re.compile(r"\.experts\.(gate_up|down)_proj$")}
+    "gpt_oss": re.compile(r"\.experts\.(gate_up|down)_proj$"),
+    "llama4_text": re.compile(r"\.experts\.(gate_up|down)_proj$"),
+    "llama4": re.compile(r"\.experts\.(gate_up|down)_proj$")}
 # ... or keep either way: (in, out) as published, (out, in) as transformers 5 writes a new model
 EITHER_WAY = {"qwen3_vl_moe": re.compile(r"\.experts\.(gate_up|down)_proj$")}
 CONSTANTS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$")  # causal masks in old files
@@ -69,11 +97,12 @@ VISION = {
 VISION |= {"smolvlm": VISION["idefics3"], "gemma3": VISION["llava"]}
 VISION |= dict.fromkeys(("qwen2_5_vl", *QWEN3_TEXT), VISION["qwen2_vl"])
 VISION |= dict.fromkeys(WRAPPED, {"model.": "model.language_model."})  # their towers are carried
+VISION["llama4"] = {"model.": "language_model.model.", "lm_head": "language_model.lm_head"}
 # ... and back, from the prefixes of transformers 4 and 5.
 VISION_OURS = (
     (r"^(model\.)?vision_tower\.(vision_model\.)?", "model.vision.tower."),
     (r"^(model\.)?multi_modal_projector\.", "model.vision.projector."),
-    (r"^model\.vision_model\.", "model.vision.tower."),
+    (r"^(model\.)?vision_model\.", "model.vision.tower."),
     (r"^model\.connector\.", "model.vision.projector."),
     (r"^(model\.)?visual\.deepstack_merger_list\.", "model.vision.projector.deep."),
     (r"^(model\.)?visual\.merger\.", "model.vision.projector."),
@@ -106,12 +135,19 @@ def file_name(name: str, config: Any) -> str:
     """Return Hugging Face's name of a module or parameter of ours."""
     if not config.other_names:
         return name
+    name = rename(name, modules(config.model_type, config.moe))
     if config.model_type not in VISION:
-        return rename(name, MODULES.get(config.model_type, {}))
+        return name
     for ours, theirs in VISION[config.model_type].items():
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)
     return name
+
+
+def modules(family: str, moe: dict | None) -> dict[str, str]:
+    """Return {our name: Hugging Face's} of a family's modules."""
+    known = MODULES.get(family, {})
+    return MODULES.get(f"{family} with experts", known) if moe else known
 
 
 def find_places(names: Iterable[str], config: Any) -> dict[str, Place]:
@@ -180,7 +216,7 @@ def rename(name: str, names: dict[str, str]) -> str:
 
 def other_places(names: Iterable[str], family: str, moe: dict | None) -> dict[str, Place]:
     """Return {tensor name in the files: Place}; constants are left out."""
-    back = {theirs: ours for ours, theirs in MODULES.get(family, {}).items()} | OLDER
+    back = {theirs: ours for ours, theirs in modules(family, moe).items()} | OLDER
     places = {}
     for name in names:
         if CONSTANTS.search(name):
@@ -193,8 +229,8 @@ def other_places(names: Iterable[str], family: str, moe: dict | None) -> dict[st
             places[name] = expert_place(*expert.groups(), moe["size"])
         else:
             transposed = family in TRANSPOSED and bool(TRANSPOSED[family].search(plain))
-            plain = plain.replace(".block_sparse_moe.", ".mlp.")
-            places[name] = Place(rename(plain, back), transposed=transposed)
+            ours = rename(plain, back).replace(".block_sparse_moe.", ".mlp.")
+            places[name] = Place(ours, transposed=transposed)
     return places
 
 

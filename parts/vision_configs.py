@@ -58,7 +58,7 @@ QWEN_OUTER = {"vision_config", "image_token_id", "video_token_id", "vision_start
 WRAPPED = {
     "gemma4": dict(model_type="gemma4_text"),
     "mistral3": dict(model_type="mistral"),
-    "internvl": dict(model_type="qwen2")}
+    "internvl": dict(model_type="qwen2"), "llama4": dict(model_type="llama4_text")}
 DECODERS = {"qwen3_vl_text": "qwen3", "qwen3_vl_moe_text": "qwen3_moe"}  # other names of families
 # Keys of a tower used alone, or left over from training: they change nothing in a forward pass.
 UNREAD = re.compile(

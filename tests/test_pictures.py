@@ -72,6 +72,8 @@ def test_pixels_equal_transformers(family, size, tmp_path):
     dict(image_processor_type="Idefics3ImageProcessor", size={"longest_edge": 84}, max_image_size={"longest_edge": 28},
          do_image_splitting=False),
     dict(image_processor_type="SmolVLMImageProcessor"), dict(image_processor_type="Qwen2VLImageProcessor"),
+    dict(image_processor_type="Qwen2VLImageProcessorFast", size={"longest_edge": 16777216, "shortest_edge": 65536}, patch_size=16,
+         temporal_patch_size=2, merge_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3),  # Qwen3-VL's, as published
     dict(image_processor_type="CLIPImageProcessor"), dict(image_processor_type="Gemma3ImageProcessor"),
     dict(image_processor_type="Gemma3ImageProcessorFast", size={"height": 31, "width": 31}, do_convert_rgb=None,
          do_pan_and_scan=None, pan_and_scan_max_num_crops=None)], ids=lambda s: str(s)[25:70])

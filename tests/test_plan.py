@@ -17,7 +17,9 @@ from extras import plan
 from extras.decoder.in_stream import Pictures, find_runs
 from extras.decoder.memory import save_memory
 from extras.decoder.vision import freeze
+from extras.lora.targets import usual_targets
 from extras.models.opening import build
+from extras.run import forecast
 from parts.activations import keep_all, recompute
 
 
@@ -75,7 +77,8 @@ def counted_peak(config, run, batches):
 
         quantize_linears(model, nested=run.four_bit == "nested")
     if run.rank:
-        put_lora(model, run.rank, run.rank, 0.0, list(run.targets))
+        usual = run.targets == plan.Run._field_defaults["targets"]
+        put_lora(model, run.rank, run.rank, 0.0, usual_targets(config) if usual else list(run.targets))
     model.model.run_block = recompute if run.checkpointing is True else keep_all
     if run.checkpointing == "selective":
         save_memory(model, "selective", False, torch.device("cpu"))
@@ -107,9 +110,18 @@ SHAPES = {"square": {}, "deep": dict(num_hidden_layers=12), "wide": dict(hidden_
           "all kv heads": dict(num_key_value_heads=4, head_dim=32),
           "gated delta": dict(model_type="qwen3_5_text", num_hidden_layers=8, linear_num_key_heads=2,
                               linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16),
+          "mamba": dict(model_type="granitemoehybrid", num_hidden_layers=8, shared_intermediate_size=352, mamba_n_heads=4,
+                        mamba_d_head=32, mamba_d_state=32, layer_types=(["attention"] + ["mamba"] * 3) * 2),
+          "mamba beside attention": dict(model_type="falcon_h1", num_hidden_layers=6, mamba_d_ssm=256, mamba_n_heads=4,
+                                         mamba_d_head=64, mamba_d_state=32),
           "layers of their own": GEMMA4, "experts beside": GEMMA4 | dict(
               num_kv_shared_layers=0, hidden_size_per_layer_input=0, enable_moe_block=True, num_experts=8,
               top_k_experts=2, moe_intermediate_size=32, attention_k_eq_v=True, num_global_key_value_heads=1)}
+SHAPES |= {"latent": dict(
+    model_type="deepseek_v3", num_hidden_layers=6, num_key_value_heads=4, n_routed_experts=8, num_experts_per_tok=2, n_group=2,
+    topk_group=1, moe_intermediate_size=48, first_k_dense_replace=1, q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16,
+    qk_rope_head_dim=8, v_head_dim=16), "experts": dict(
+    model_type="qwen3_moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64)}
 MODES = {"float32": {}, "bf16": dict(bf16=True), "accumulated": dict(forwards=2), "checkpointing": dict(checkpointing=True),
          "selective": dict(checkpointing="selective"), "selective, bf16": dict(checkpointing="selective", bf16=True),
          "live reference": dict(live_ref=True), "LoRA": dict(rank=4), "LoRA on all": dict(rank=4, targets=("all-linear",)),
@@ -170,6 +182,16 @@ def test_a_dry_run_says_steps_tokens_memory_and_time_and_trains_nothing(tiny, pa
     said = capsys.readouterr().out
     assert "23 pairs of" in said and "6 steps of 8 pairs, 2 epochs" in said
     assert "memory per rank: " in said and "time: " in said and "FLOP/s" in said
+
+
+def test_of_experts_those_that_a_token_is_sent_to_are_counted():
+    """DeepSeek-V3 activates 37 of its 671 billion parameters, as its card says; the embedding multiplies nothing."""
+    from test_latent import PUBLISHED
+
+    config = models.read_config(PUBLISHED["DeepSeek-V3"])
+    head = config.vocab_size * config.hidden_size
+    counted = forecast.count(config, plan.Run(1, 1))
+    assert 36e9 < counted["matrices"] + head < 38e9 and counted["weights"] == 4 * 671_026_404_352
 
 
 REAL = {  # configurations as published, and their parameters

@@ -68,7 +68,7 @@ def run(place, tmp_path):
     return go
 
 
-@pytest.mark.parametrize("family", ["llava", "idefics3", "gemma3", "qwen2_5_vl", "qwen3_vl_moe"])
+@pytest.mark.parametrize("family", ["llava", "idefics3", "gemma3", "qwen2_5_vl", "qwen3_vl"])
 @pytest.mark.parametrize("options", [
     {}, {"precompute_ref_log_probs": False}, {"use_peft": True}, {"gradient_checkpointing": True, "freeze_vision_tower": False},
     {"precompute_ref_log_probs": False, "freeze_vision_tower": False}], ids=str)

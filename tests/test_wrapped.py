@@ -9,6 +9,7 @@ import torch
 from conftest import make_rows, read_metrics
 from safetensors.torch import load_file, save_file
 from test_families import (
+    EXPERTS_4,
     FULL,
     GEMMA4,
     GEMMA4_EXPERTS,
@@ -39,6 +40,8 @@ SIGLIP = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_att
               patch_size=4)
 PIXTRAL = SIGLIP | dict(model_type="pixtral", head_dim=8)
 INTERN = SIGLIP | dict(image_size=[8, 8], patch_size=[4, 4])
+LLAMA4 = dict(hidden_size=16, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14,
+              vision_output_dim=16, projector_input_dim=16, projector_output_dim=16)
 GEMMA4_TOWER = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
                     num_key_value_heads=2, head_dim=8, patch_size=4, position_embedding_size=16, use_clipped_linears=True)
 GEMMA4_EARS = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, subsampling_conv_channels=[8, 4],
@@ -52,6 +55,7 @@ CASES = {
     "ministral3": ("mistral3", dict(vision_config=PIXTRAL, tie_word_embeddings=True, text_config=NARROW | dict(
         model_type="ministral3", tie_word_embeddings=True, rope_parameters=YARN | dict(
             original_max_position_embeddings=128, llama_4_scaling_beta=0.1)))),
+    "llama4": ("llama4", dict(vision_config=LLAMA4, text_config=EXPERTS_4)),
     "internvl": ("internvl", dict(vision_config=INTERN, text_config=SIZES | dict(model_type="qwen3", head_dim=12))),
 }
 
@@ -104,6 +108,7 @@ def test_logits_and_gradients_equal_transformers(case):
     assert {file_name(n, ours.config) for n in got} == {n for n, g in expected.items() if g.abs().max() > 0}
     for n, g in got.items():
         g_theirs = expected[file_name(n, ours.config)]
+        g_theirs = g_theirs if g_theirs.shape == g.shape else g_theirs.mT  # Llama 4's experts are (in, out)
         assert (g - g_theirs).norm() <= 1e-4 * g_theirs.norm() + 1e-6, n
 
 

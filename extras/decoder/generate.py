@@ -11,13 +11,16 @@ Sizes: S sequences, V vocabulary, T new tokens, K kv heads, D head dim.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from extras.decoder.mixers import attends, plan_mixer, recurs
+from extras.decoder.chunked import plan_chunked, tuned
+from extras.decoder.chunks import plan_chunks
+from extras.decoder.mixers import attends, recurs
 from model import Call, CallPlan, Decoder, ModelConfig, choose_attention, span_mask
 from parts.configs import check_length
 from parts.varlen import has_flash, head_sizes, plan_varlen
@@ -208,6 +211,27 @@ class Cache:
         places = torch.cat([torch.arange(row[1] - row[4], row[1]) for row in rows])
         places = places.to(device)  # (T,)
         self.position_ids[places] = position_ids
+        is_chunked = config.mixer is not None and config.mixer["kind"] == "chunked"
+        make = partial(self.plan_keys, device=device, dtype=dtype)
+        plans = plan_chunked(make, config, spans) if is_chunked else make(config, spans)
+        found: list[dict] = [
+            {window: CachedPlan(plans[window], *layer, places)} if layer else {}
+            for window, layer in zip(config.windows, self.layers)]
+        if is_chunked:
+            found = [tuned(config, plan, position_ids) for plan in found]
+        if any(recurs(config)):
+            ends = spans[:, 4].cumsum(0)
+            alone = torch.stack([ends - spans[:, 4], ends, 0 * ends, 0 * ends], 1)
+            chunks = plan_chunks(alone, config.mixer["width"], device)
+            for plan, states in zip(found, self.states):
+                if states is not None:
+                    plan["mixer"] = (chunks, States(states, rows))
+        return found
+
+    def plan_keys(
+        self, config: ModelConfig, spans: Tensor, device: torch.device, dtype: torch.dtype,
+    ) -> dict:
+        """Return {window: plan} over all cached keys and values."""
         sizes = head_sizes(config)
         flash = [w for w in sizes if has_flash(device, dtype, sizes[w], config.attn_softcap)]
         plans: dict = {}
@@ -215,18 +239,8 @@ class Cache:
             plans = plan_varlen(config, spans[:, :4], device, spans[:, 4])
         attention = choose_attention(config)
         for window in sizes.keys() - flash:
-            plans[window] = CallPlan(self.calls(rows, window), attention)
-        found: list[dict] = [
-            {window: CachedPlan(plans[window], *layer, places)} if layer else {}
-            for window, layer in zip(config.windows, self.layers)]
-        if any(recurs(config)):
-            ends = spans[:, 4].cumsum(0)
-            alone = torch.stack([ends - spans[:, 4], ends, 0 * ends, 0 * ends], 1)
-            chunks = plan_mixer(config, alone, device)["mixer"][0]
-            for plan, states in zip(found, self.states):
-                if states is not None:
-                    plan["mixer"] = (chunks, States(states, rows))
-        return found
+            plans[window] = CallPlan(self.calls(spans.tolist(), window), attention)
+        return plans
 
     def calls(self, rows: list[list[int]], window: int | None) -> list[Call]:
         """Return the attention calls of the new tokens, for a path without varlen attention."""

@@ -1,7 +1,8 @@
-"""Token mixers whose state goes from token to token, in place of attention or beside it.
+"""Token mixers whose state goes from token to token, in place of attention or beside it; and
+attention of another kind in some layers (extras/decoder/chunked.py).
 
 `config.mixer` says which: its "kind" names a file here, "recurs" and "attends" tell of each layer
-whether it has that mixer and whether it has attention. Such a file offers
+whether it has a recurrent mixer and whether it has attention. A recurrent one's file offers
 
     NAME                            of its module in a block
     make(config)                    the module, called as attention is: x (T, C), tables, plans
@@ -13,15 +14,19 @@ whether it has that mixer and whether it has attention. Such a file offers
 and reads plans["mixer"]: how the stream is cut into chunks, and what lies before the stream.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from extras.decoder import gated_delta
+from extras.decoder import gated_delta, mamba
+from extras.decoder.chunked import plan_chunked, tuned
 from extras.decoder.chunks import plan_chunks
 
-KINDS: dict[str, Any] = {"gated_delta": gated_delta}
+KINDS: dict[str, Any] = {"gated_delta": gated_delta, "mamba": mamba}
 
 
 def recurs(config: Any) -> tuple[bool, ...]:
@@ -44,8 +49,17 @@ def remix(block: Any, config: Any, layer: int) -> None:
         block.add_module(kind.NAME, kind.make(config))
         names += (kind.NAME,)
     block.mixers = names
+    if config.mixer.get("mlp_scales"):
+        mamba.scale(block, config.mixer)
 
 
-def plan_mixer(config: Any, spans: Tensor, device: torch.device) -> dict:
-    """Return the plan of a stream of spans (S, 4) that nothing lies before."""
-    return {"mixer": (plan_chunks(spans, config.mixer["width"], device), None)}
+def plan_mixer(
+    make: Callable, config: Any, spans: Tensor, position_ids: Tensor, dtype: torch.dtype,
+) -> dict:
+    """Return the plans of a stream that nothing lies before; `make` is model.plan_attention."""
+    plain = replace(config, mixer=None)
+    attention = partial(make, position_ids=position_ids, dtype=dtype)
+    if config.mixer["kind"] == "chunked":
+        return tuned(config, plan_chunked(attention, config, spans), position_ids)
+    chunks = plan_chunks(spans, config.mixer["width"], position_ids.device)
+    return attention(plain, spans) | {"mixer": (chunks, None)}

@@ -15,12 +15,14 @@ from parts.kernels import ACTIVATIONS, product
 
 
 class Router(nn.Module):
-    """Choose `per_token` experts for each token, and their weights."""
+    """Choose `per_token` experts for each token, and their weights: probabilities, or Llama 4's
+    sigmoids of the logits."""
 
     def __init__(self, hidden_size: int, moe: dict):
         super().__init__()
         self.per_token = moe["per_token"]
         self.normalize = moe["normalize"]
+        self.scales_input = moe.get("scales_input", False)
         self.in_features = hidden_size
         self.out_features = moe["experts"]
         self.weight = nn.Parameter(torch.zeros(moe["experts"], hidden_size))
@@ -34,6 +36,9 @@ class Router(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.scales_input:
+            best, chosen = logits.topk(self.per_token, dim=-1)
+            return logits, best.to(torch.promote_types(best.dtype, torch.float32)).sigmoid(), chosen
         weights, chosen = probabilities(logits).topk(self.per_token, dim=-1)
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
@@ -163,20 +168,25 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:  # (n, 
 
 def mix(
     experts: nn.Module, count: int, x: Tensor, weights: Tensor, chosen: Tensor,
+    scales_input: bool = False,
 ) -> Tensor:  # (T, C)
     """Return the sum of what each token's `chosen` of the `count` experts make of it.
 
-    `weights` and `chosen` are (T, per_token).
+    `weights` and `chosen` are (T, per_token); weights scale what the experts read, or what they
+    return.
     """
     order = chosen.flatten().argsort(stable=True)  # (T * per_token,) sorted by expert
     # not by bincount, which waits for the device
     counts = torch.zeros(count, dtype=torch.int64, device=x.device)
     counts.scatter_add_(0, chosen.flatten(), torch.ones_like(chosen.flatten()))
-    out = experts(x[order // chosen.shape[1]], counts)
+    sent = x[order // chosen.shape[1]]
+    if scales_input:
+        sent = sent * weights.flatten()[order, None].to(sent.dtype)
+    out = experts(sent, counts)
     numbers = torch.arange(len(order), device=order.device)
     back = torch.empty_like(order).scatter_(0, order, numbers)
     out = out[back].unflatten(0, chosen.shape)  # (T, per_token, C)
-    return (out * weights.to(out.dtype)[..., None]).sum(1)
+    return out.sum(1) if scales_input else (out * weights.to(out.dtype)[..., None]).sum(1)
 
 
 def make_sparse(config: Any, make_mlp: Callable[[Any, int], nn.Module]) -> nn.Module:
@@ -188,7 +198,9 @@ def make_sparse(config: Any, make_mlp: Callable[[Any, int], nn.Module]) -> nn.Mo
 
 class SparseMLP(nn.Module):
     """Router and experts, and the expert that sees every token: Qwen2-MoE's through a gate,
-    DeepSeek's as it is ("shared_experts", since several are one larger)."""
+    DeepSeek's as it is ("shared_experts", since several are one larger), and Llama 4's and
+    Granite's. Llama 4's router scales what its experts read, the others' what they return.
+    """
 
     def __init__(self, hidden_size: int, moe: dict, act: Callable, shared: nn.Module | None):
         super().__init__()
@@ -199,14 +211,15 @@ class SparseMLP(nn.Module):
         self.shared_name = "shared_experts" if is_grouped else "shared_expert"
         self.add_module(self.shared_name, shared)
         self.shared_expert_gate = None
-        if shared is not None and not is_grouped:
+        if shared is not None and not is_grouped and moe.get("shared_gate", True):
             self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Return hidden states (T, C), and the router's logits (T, experts) if its experts have a
         balancing loss."""
         logits, weights, chosen = self.gate(x)
-        out = mix(self.experts, logits.shape[1], x, weights, chosen)
+        scales_input = self.gate.scales_input
+        out = mix(self.experts, logits.shape[1], x, weights, chosen, scales_input)
         shared = getattr(self, self.shared_name)
         if self.shared_expert_gate is not None:
             out = out + self.shared_expert_gate(x).sigmoid() * shared(x)

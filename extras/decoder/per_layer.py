@@ -134,8 +134,8 @@ class PerLayerBlock(nn.Module):
 
     def forward(
         self, x: Tensor, tables: dict, plans: dict, own: Tensor | None, read: Shared | None,
-    ) -> tuple[Tensor, Shared]:
-        """Return hidden states (T, C), and keys and values.
+    ) -> tuple[Tensor, Shared | None]:
+        """Return hidden states (T, C), and the keys and values that the layer made.
 
         `own` (T, input_size) is the layer's own input; `read` are another layer's keys and values.
         """
@@ -145,7 +145,7 @@ class PerLayerBlock(nn.Module):
         if own is not None:
             gated = product(self.act, self.per_layer_input_gate(x), own)
             x = x + self.post_per_layer_input_norm(self.per_layer_projection(gated))
-        return x * self.layer_scalar, shared
+        return x * self.layer_scalar, shared if read is None else None
 
 
 # The stack of them

@@ -19,6 +19,7 @@ from model import LoraLinear, ModelConfig
 from parts.names import file_name
 from parts.weights import in_memory
 
+PASSED_BY = ("falcon_h1",)
 # Settings of a PEFT adapter that say what is wrapped and how, with the defaults of those that a
 # file lacks.
 DEFAULTS: dict[str, Any] = {
@@ -88,10 +89,13 @@ def choose(model: nn.Module, settings: dict) -> dict[str, partial]:
 def is_linear(name: str, model: nn.Module) -> bool:
     """Tell whether a module can be a target.
 
-    Where PEFT takes some names for those of experts, it cannot reach a shared expert's layers.
+    Where PEFT takes some names for those of experts, it cannot reach a shared expert's layers; and
+    it loads no adapter of Mamba's out_proj in a family whose fused kernel would pass it by.
     """
     is_kind = isinstance(model.get_submodule(name), (nn.Linear, nn.Embedding))
-    is_taken = has_shared(model.config) and name.rpartition(".")[2] in former_names(model.config)
+    last = name.rpartition(".")[2]
+    is_taken = has_shared(model.config) and last in former_names(model.config)
+    is_taken |= model.config.model_type in PASSED_BY and last == "out_proj"
     return is_kind and not is_taken and not name.startswith(model.no_lora)
 
 

@@ -106,13 +106,17 @@ def count(config: models.ModelConfig, run: Run) -> dict[str, int]:
     for name, p in learning:
         has = has_rule(kind, name, p)
         largest[has] = max(largest[has], p.numel())
+    idle = 0  # of experts that a token is not sent to
+    if config.moe is not None:
+        each = 3 * config.hidden_size * config.moe["size"]
+        idle = (config.moe["experts"] - config.moe["per_token"]) * each * sum(config.moe["sparse"])
     blocks = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
     learns_in = [any(p.requires_grad for p in part.parameters())
                  for part in (model.model.embed_tokens, *model.model.layers)]
     first = max(0, learns_in.index(True) - 1) if True in learns_in else 0
     return {
         "weights": held, "learns": learns, "moments": moments, "block": max(blocks),
-        "in_pieces": largest[False], "by_rule": largest[True], "matrices": sum(blocks), "first": first}
+        "in_pieces": largest[False], "by_rule": largest[True], "matrices": sum(blocks) - idle, "first": first}
 
 
 def has_rule(kind: str, name: str, p: torch.nn.Parameter) -> bool:
@@ -139,6 +143,20 @@ def of_step(counted: dict[str, int], run: Run, parts: int) -> int:
     if run.weights == "bfloat16":  # also copies in float32; then random bits
         by_rule = max(18 * matrix, 4 * matrix + 24 * min(matrix, at_once))
     return max(by_rule, PER_ELEMENT * min(counted["in_pieces"] // parts, at_once))
+
+
+def mlp_size(c: models.ModelConfig) -> int:
+    """Return the inner size of an MLP that keeps as much per token as the mean layer's.
+
+    A sparse one keeps, of each expert that a token is sent to, what an MLP of its size does, its
+    input and its output; and the router's logits.
+    """
+    if c.moe is None:
+        return c.intermediate_size
+    chosen = c.moe["per_token"] * (c.moe["size"] + 2 * c.hidden_size // 3)
+    sparse = chosen + (c.moe["shared_size"] or 0) + c.moe["experts"]
+    sizes = [sparse if is_sparse else c.intermediate_size for is_sparse in c.moe["sparse"]]
+    return sum(sizes) // len(sizes)
 
 
 def layers_of(c: models.ModelConfig) -> list[models.ModelConfig]:
@@ -180,16 +198,26 @@ def block_activations(
     kind = "bf16" if run.bf16 else "bfloat16" if run.weights == "bfloat16" else "float32"
     sizes = (
         c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim,
-        c.intermediate_size)
+        mlp_size(c))
     learns_all = not run.rank or "all-linear" in run.targets
     less = (0, 0, 0, 0) if learns_all else FROZEN[kind]
+    if run.rank and c.moe is not None:  # all-linear leaves out experts
+        less = (*less[:3], FROZEN[kind][3])
     cheap = CHEAP[kind] if run.checkpointing == "selective" else (0, 0, 0, 0)
     per_token = 0
     if recurrent:
         frozen = 0 if learns_all else FROZEN[kind][0]
         per_token = KINDS[c.mixer["kind"]].saved(c.mixer, kind, frozen)
     if not attending:
-        sizes = (c.hidden_size, 0, 0, c.intermediate_size)
+        sizes = (c.hidden_size, 0, 0, mlp_size(c))
+    if c.latent is not None:
+        # q, k, v and the heads' output; that without what fills it up; both norms with their inputs
+        narrow = 4 if kind == "float32" else 2
+        wide = narrow if run.device == "cuda" else 4
+        heads = 4 * c.head_dim * wide + c.latent["value"] * narrow
+        norms = 2 * narrow * ((c.latent["query"] or 0) + c.latent["latent"])
+        per_token += c.num_attention_heads * heads + norms
+        sizes = (c.hidden_size, 0, 0, mlp_size(c))
     bytes_saved = PER_TOKEN[kind]
     of_lora = 16 * len(run.targets)
     if run.device == "cuda" and kind in FLASH and c.attn_softcap is None and c.head_dim <= 256:
@@ -228,7 +256,7 @@ def activations(
     kept_in_each = [block_activations(own, run, block, *kind)
                     for own, kind in zip(layers_of(c)[first:], kinds)]
     kept_in_blocks = sum(kept_in_each)
-    again = run.tokens * KINDS[c.mixer["kind"]].passing(c.mixer) if c.mixer else 0
+    again = run.tokens * KINDS[c.mixer["kind"]].passing(c.mixer) if any(recurs(c)) else 0
     chunk = chunk_rows(c.vocab_size, run.device, models.HEAD_CHUNK)
     saves = run.rank or run.checkpointing or run.offloading
     kept = 0 if saves else min(run.scored, kept_chunks(KEPT, run.device) * chunk)
@@ -238,7 +266,7 @@ def activations(
     logits = c.vocab_size * (narrow * rows + 12 * few)  # a few rows in float32, three times
     ends += c.vocab_size * narrow * kept  # logits, as their gradients
     head = logits + 4 * c.hidden_size * (run.scored + (0 if run.rank else c.vocab_size))
-    mlp = (5 if narrow == 2 else 10) * run.tokens * c.intermediate_size
+    mlp = (5 if narrow == 2 else 10) * run.tokens * mlp_size(c)
     held = min(2, c.num_hidden_layers) if run.offloading else c.num_hidden_layers  # blocks
     if run.checkpointing is True:
         inputs = held * wide * c.hidden_size * run.tokens
@@ -330,7 +358,7 @@ def flops(
     heads = sum(own.num_attention_heads * own.head_dim
                 for own, has in zip(layers_of(config), attends(config)) if has)
     per_token = 2 * count(config, run)["matrices"] + 2 * heads * length
-    if config.mixer:
+    if any(recurs(config)):
         kind = KINDS[config.mixer["kind"]]
         per_token += sum(recurs(config)) * kind.operations(config.mixer)
     return passes * (per_token * tokens + 2 * config.vocab_size * config.hidden_size * scored)

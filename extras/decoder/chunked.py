@@ -1,0 +1,77 @@
+"""Llama 4's attention: layers that rotate see only tokens of their own chunk of positions, and norm
+queries and keys; the others see all, with queries that grow with the position.
+
+A chunk is the `size` positions from a multiple of `size`. Attention in chunks is attention over
+spans that are cut where their positions enter the next chunk: a piece's prefix is what its chunk
+has of the span's prefix. So any plan computes it, and no mask knows of chunks.
+
+ModelConfig's `windows` name a chunk by its size with the sign turned, as a window cannot be.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def cut_spans(spans: Tensor, size: int) -> Tensor:
+    """Cut spans (S, 4) at multiples of `size` positions, counted from the prefix's first token.
+
+    A fifth column, how many last tokens of a span are new, is cut too: pieces without any are left
+    out.
+    """
+    pieces = []
+    for start, end, prefix_start, prefix_end, *new in spans.tolist():
+        prefix = prefix_end - prefix_start  # the position of token `start`
+        first = end - new[0] if new else start
+        at = first
+        while at < end:
+            chunk = (at - start + prefix) // size * size  # its first position
+            stop = min(end, start - prefix + chunk + size)
+            own = max(start, start - prefix + chunk)
+            seen = (prefix_start + chunk, prefix_end) if chunk < prefix else (0, 0)
+            pieces.append([own, stop, *seen, stop - at] if new else [own, stop, *seen])
+            at = stop
+    return torch.tensor(pieces, dtype=spans.dtype)
+
+
+class TunedPlan(NamedTuple):
+    """A plan whose queries and keys are changed first."""
+
+    plan: Callable
+    eps: float | None  # of the norm of queries and keys, over each head; None for none
+    scale: Tensor | None  # (T, 1, 1) of the queries
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (T, H, D)
+        if self.eps is not None:
+            q, k = (unit(x, self.eps) for x in (q, k))
+        return self.plan(q if self.scale is None else (q * self.scale).to(q.dtype), k, v)
+
+
+def unit(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last dim, in float32 at least."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
+
+
+def temperature(position_ids: Tensor, floor: float, growth: float) -> Tensor:  # (T, 1, 1)
+    """1 + growth log(1 + floor((position + 1) / floor)) (arXiv:2501.19399)."""
+    steps = ((position_ids.double() + 1) / floor).floor()
+    return (steps.log1p() * growth + 1).float()[:, None, None]
+
+
+def plan_chunked(make: Callable, config: Any, spans: Tensor) -> dict:
+    """Return {window: plan}; `make(config, spans)` makes those of spans, cut or not."""
+    whole = replace(config, windows=(None,), mixer=None)
+    size = config.mixer["size"]
+    return {None: make(whole, spans)[None], -size: make(whole, cut_spans(spans, size))[None]}
+
+
+def tuned(config: Any, plans: dict, position_ids: Tensor) -> dict:
+    """Return the plans of chunks with norms, and that of all positions with its temperature."""
+    c = config.mixer
+    scale = temperature(position_ids, *c["temperature"]) if c["temperature"] else None
+    return {window: TunedPlan(plan, *((None, scale) if window is None else (c["eps"], None)))
+            for window, plan in plans.items()}
