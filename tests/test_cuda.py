@@ -297,7 +297,7 @@ assert seen == ["Hidden", "bool"], seen
 
 def test_experts_count_their_rows_without_asking_the_device(monkeypatch):
     """torch.bincount waits for the device, to learn the largest number; a sum by index does not."""
-    moe = dict(experts=4, per_token=2, normalize=True, size=8, shared_size=0)
+    moe = dict(experts=4, per_token=2, normalize=True, size=8, shared_size=0, router_aux_loss_coef=0.0)
     torch.manual_seed(0)
     layer = SparseMLP(8, moe, torch.nn.functional.silu, None).double()
     for p in layer.parameters():
