@@ -210,6 +210,7 @@ class SparseMLP(nn.Module):
         is_grouped = "groups" in moe
         self.gate = GroupRouter(hidden_size, moe) if is_grouped else Router(hidden_size, moe)
         self.experts = Experts(hidden_size, moe, act)
+        self.scales_input = moe.get("scales_input", False)
         self.is_balanced = moe["router_aux_loss_coef"] is not None
         self.shared_name = "shared_experts" if is_grouped else "shared_expert"
         self.add_module(self.shared_name, shared)
@@ -221,8 +222,7 @@ class SparseMLP(nn.Module):
         """Return hidden states (T, C), and the router's logits (T, experts) if its experts have a
         balancing loss."""
         logits, weights, chosen = self.gate(x)
-        scales_input = self.gate.scales_input
-        out = mix(self.experts, logits.shape[1], x, weights, chosen, scales_input)
+        out = mix(self.experts, logits.shape[1], x, weights, chosen, self.scales_input)
         shared = getattr(self, self.shared_name)
         if self.shared_expert_gate is not None:
             out = out + self.shared_expert_gate(x).sigmoid() * shared(x)
