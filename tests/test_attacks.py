@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import dpo
 import model as models
+from extras import plan
 from extras.models.opening import load_adapted
 from parts.precision import Scaler
 
@@ -282,3 +283,12 @@ def test_a_value_without_a_meaning_is_refused_by_the_name_of_its_key(base, key, 
              "global_head_dim": "rotate", "rope_scaling": "rope_", "patch_size": "_size"}
     assert refused(capsys, [*flags, "--model_name_or_path", str(tmp_path / "model"), "--dry_run"], "config.json: ",
                    words.get(key, key))
+
+
+def test_the_plan_of_a_config_that_cannot_be_read_is_one_message(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(FALCON_H1 | dict(mlp_multipliers=[1.0])))
+    for directory in (tmp_path, tmp_path / "none"):
+        assert plan.main([str(directory)]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {directory}")
+    (tmp_path / "config.json").write_text(json.dumps(FALCON_H1))
+    assert plan.main([str(tmp_path)]) == 0
