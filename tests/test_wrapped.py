@@ -145,6 +145,8 @@ def older_names(name: str) -> str:
 def test_what_was_trained_is_saved_and_all_else_as_it_was_byte_for_byte(case, rename, tmp_path):
     """In several files and in bfloat16 too; transformers computes with them what we compute."""
     name, theirs, directory = case
+    if name == "llama4" and rename is older_names:
+        pytest.skip("its names never changed")
     before = {rename(n): t for n, t in load_file(directory / "model.safetensors").items()}
     (tmp_path / "a").mkdir()
     save_file(before, tmp_path / "a/model.safetensors", metadata={"format": "pt"})
