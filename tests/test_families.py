@@ -649,8 +649,8 @@ GATED = dict(model_type="qwen3_5_text")
     (MIX | dict(num_local_experts=None), "num_experts_per_tok = 2 of 0 experts"),
     (MIX | dict(router_aux_loss_coef=-1), "router_aux_loss_coef = -1: expected a number, 0 or more"),
     (MIX | dict(router_aux_loss_coef=None), "router_aux_loss_coef = None: expected"),
-    (dict(rope_theta=0), "rope_theta = 0: it must be above 0"),
-    (dict(rope_theta=-1), "rope_theta = -1: it must be above 0"),
+    (dict(rope_theta=0), "rope_theta = 0 of rope_type 'default': expected a number above 0"),
+    (dict(rope_theta=-1), "rope_theta = -1 of rope_type 'default': expected a number above 0"),
 ], ids=str)
 def test_numbers_that_no_model_computes_with_are_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):
