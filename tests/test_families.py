@@ -235,6 +235,21 @@ def their_logits(theirs, pairs=PAIRS, **options) -> torch.Tensor:
     return out.logits[rows, columns], out
 
 
+def peft_and_back(ours, load, settings: dict, directory) -> tuple[float, float, float]:
+    """Largest differences of logits: ours and PEFT's with our adapter, what it changes, and ours and PEFT's with PEFT's."""
+    peft = pytest.importorskip("peft", reason="needs peft")
+    apart = lambda theirs: float((our_logits(ours) - their_logits(theirs)[0]).abs().max())
+    with torch.no_grad():
+        randomize_lora(ours)
+        save_adapter(ours, directory / "a", dict(r=2, lora_alpha=4, lora_dropout=0.0, base_model_name_or_path="x") | settings)
+        there, changed = apart(peft.PeftModel.from_pretrained(load(), directory / "a").eval()), apart(load().eval())
+        theirs = peft.get_peft_model(load(), peft.LoraConfig(r=2, lora_alpha=4, **settings)).eval()
+        randomize_lora(theirs)
+        theirs.save_pretrained(directory / "b")
+        load_adapter(ours, directory / "b")
+        return there, changed, apart(theirs)
+
+
 def our_logits(ours, pairs=PAIRS) -> torch.Tensor:
     input_ids, position_ids, spans, score, _ = stream(pairs)
     return ours.logits(input_ids, position_ids, spans)[score]
