@@ -157,6 +157,10 @@ def test_two_ranks_ddp_or_fsdp_equal_one(home):
     assert all(loss < 1e-5 and weight < 1e-5 for _, loss, weight in differences(home, FEW))
 
 
+def test_no_thread_of_gloos_outlives_the_group(tiny, ragged, tmp_path):
+    launch([settings(tiny, ragged, tmp_path, "out", 2, 8, num_train_epochs=1.0)], 2, tmp_path)  # rank_runs.py looks
+
+
 @pytest.mark.slow
 def test_ranks_sharding_and_cuts_never_change_the_result(tiny, ragged, tmp_path):
     found = combinations((1, 2, 4), (1, 4, 16), (None, 60))
