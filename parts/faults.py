@@ -22,8 +22,9 @@ def refuse(error: Exception | str, status: int) -> int:
     is_own = "rank" in str(error)[:5]  # an error of one rank, which alone knows of it
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 or is_own:
         print(f"error: {error}", file=sys.stderr)
-    else:
-        time.sleep(10)  # torchrun ends all ranks as soon as one has left: the first prints before
+        return status
+    time.sleep(10)  # torchrun ends all ranks as soon as one has left, the first if it fails as well
+    print(f"error: rank {os.environ['RANK']} alone: {error}", file=sys.stderr)
     return status
 
 
