@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from parts.checkpoints import last_checkpoint
 from parts.rooms import missing_room
+from parts.rows import DataError
 
 
 def refuse(error: Exception | str, status: int) -> int:
@@ -114,8 +115,12 @@ def explained(error: Exception, trainer: Any, helps: str = "") -> str:
     Raises the error again if there is nothing to say of it.
     """
     text = str(error)
-    if isinstance(error, (FloatingPointError, OSError)):
+    if isinstance(error, FloatingPointError):
         return text
+    if isinstance(error, (OSError, DataError)):
+        whose = f"rank {trainer.ranks.rank}: " if trainer.ranks.rank else ""  # it alone may know
+        is_data = isinstance(error, DataError)  # other messages say it themselves
+        return whose + text + (last_checkpoint(trainer.log.directory) if is_data else "")
     if isinstance(error, ModuleNotFoundError):
         return missing_room(error)  # of an option that is first needed in a step
     if is_out_of_memory(error):

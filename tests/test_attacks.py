@@ -48,6 +48,11 @@ def test_an_output_dir_that_cannot_be_written_to_is_refused_before_the_reference
     assert refused(capsys, [*flags, "--output_dir", f"{tmp_path}/{name}"], "--output_dir")
 
 
+@pytest.mark.parametrize("flag", ["--model_name_or_path", "--dataset_name", "--eval_dataset_name", "--ref_model_name_or_path"])
+def test_the_home_of_a_user_who_does_not_exist_is_a_path_that_is_not_there(flags, capsys, flag):
+    assert refused(capsys, [*flags, flag, "~nobody-of-that-name/x"], "~nobody-of-that-name/x")
+
+
 @pytest.mark.parametrize("more", [["--eval_strategy", "steps"], ["--eval_strategy", "epoch"], ["--eval_on_start"]])
 def test_evaluating_on_nothing_is_refused(flags, capsys, more):
     assert refused(capsys, [*flags, *more], more[0], "no pairs to evaluate on")
