@@ -73,7 +73,7 @@ def test_gradients_equal_transformers(pair):
     got = {file_name(n, ours.config): p.grad for n, p in ours.named_parameters()}
     seen = 0
     for name, p in theirs.named_parameters():
-        grad = got[name]
+        grad = got.get(name)
         if p.grad is None:
             assert grad is None or not grad.any(), name
             continue
@@ -188,8 +188,8 @@ def test_a_shared_prefix_with_pictures_equals_two_sequences_in_float64(pair):
     ours = load_model(directory, torch.float64)
     sequences, pixels, grids = random_pictures(family)
     prompt, pixels, grids = sequences[0], pixels, grids
-    tiles = pixels if "qwen" in family else pixels[:1]
-    if "qwen" in family:
+    tiles = pixels[:1]
+    if len(grids):
         tiles, grids = pixels[: int(grids[0].prod())], grids[:1]
     chosen, rejected = [5, 6, 7, 8], [9, 10, 11]
     p, outs = len(prompt), []
