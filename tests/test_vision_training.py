@@ -17,7 +17,7 @@ import model as models
 from extras.models.opening import load_adapted, load_model
 from extras.run.forecast import memory, run_of
 from parts.checks import check_store
-from parts.names import file_name
+from parts.names import FIXED, file_name
 
 pytest.importorskip("PIL")
 pytest.importorskip("transformers")
@@ -68,7 +68,7 @@ def run(place, tmp_path):
     return go
 
 
-@pytest.mark.parametrize("family", ["llava", "idefics3", "gemma3", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["llava", "idefics3", "gemma3", "gemma4", "qwen2_5_vl", "qwen3_vl"])
 @pytest.mark.parametrize("options", [
     {}, {"precompute_ref_log_probs": False}, {"use_peft": True}, {"gradient_checkpointing": True, "freeze_vision_tower": False},
     {"precompute_ref_log_probs": False, "freeze_vision_tower": False}], ids=str)
@@ -100,6 +100,9 @@ def test_two_steps_equal_trl(run, place, tmp_path, family):
     start = dict(load_model(place / family).named_parameters())
     moved = 0
     for name, p in trainer.model.named_parameters():
+        if name.endswith(FIXED):  # buffers there
+            assert torch.equal(p, start[name]), name
+            continue
         expected = params[file_name(name, trainer.model.config)]
         change = (expected - start[name]).norm()
         moved += bool(change > 0)
@@ -120,7 +123,10 @@ def test_the_tower_is_frozen_unless_asked_for(run, place):
     ("llava", ["q_proj", "v_proj"], True, {"layers"}), ("llava", ["all-linear"], True, {"layers", "projector"}),
     ("llava", ["all-linear"], False, {"layers", "projector", "tower"}),
     ("llava", ["encoder.layers.0.mlp.fc1"], False, {"tower"}), ("gemma3", ["all-linear"], True, {"layers"}),
-    ("gemma3", ["all-linear"], False, {"layers", "tower"})])  # its projector's matrix is no linear layer
+    ("gemma3", ["all-linear"], False, {"layers", "tower"}),  # its projector's matrix is no linear layer
+    ("gemma4", ["q_proj", "v_proj"], False, {"layers"}),  # its tower's have a linear layer within, as in PEFT
+    ("gemma4", ["all-linear"], True, {"layers", "projector", "per_layer_model_projection"}),
+    ("gemma4", ["all-linear"], False, {"layers", "projector", "tower", "per_layer_model_projection"})])
 def test_lora_on_the_language_model_the_tower_or_both_loads_in_peft(run, place, tmp_path, family, targets, frozen, expected):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     _, trainer = run("out", family, use_peft=True, lora_r=4, lora_target_modules=targets, freeze_vision_tower=frozen,
