@@ -52,10 +52,11 @@ def check_supported(raw: dict) -> None:
     quantized = raw.get("quantization_config") or {}
     read_fields({k: v for k, v in raw.items() if k != "quantization_config"})
     method = quantized.get("quant_method", "bitsandbytes")
-    if quantized and not packed_in(raw) and (method != "bitsandbytes" or not quantized.get("load_in_4bit")):
+    in_4bit = method == "bitsandbytes" and quantized.get("load_in_4bit")
+    if quantized and not packed_in(raw) and not in_4bit:
         raise ValueError(
-            f"the checkpoint is quantized ({method}); use the original one in bf16, fp16 or float32, or "
-            "one in bitsandbytes' 4 bits")
+            f"the checkpoint is quantized ({method}); use the original one in bf16, fp16 or float32, "
+            "or one in bitsandbytes' 4 bits")
 
 
 def packed_in(raw: dict) -> str:

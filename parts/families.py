@@ -254,14 +254,17 @@ def delta(c: dict, fused: bool = False) -> dict:
                          f"linear_num_key_heads = {key_heads}")
     recurs = tuple(t == "linear_attention" for t in types)
     return dict(mixer=dict(
-        kind="gated_delta", recurs=recurs, attends=tuple(not r for r in recurs), fused=fused, key_heads=key_heads,
-        value_heads=value_heads, key_size=c["linear_key_head_dim"],
+        kind="gated_delta", recurs=recurs, attends=tuple(not r for r in recurs), fused=fused,
+        key_heads=key_heads, key_size=c["linear_key_head_dim"], value_heads=value_heads,
         value_size=c["linear_value_head_dim"], width=c["linear_conv_kernel_dim"]))
 
 
 def grouped(c: dict, scores: str = "sigmoid") -> dict:
-    """Read what the routers of DeepSeek and GLM need: experts in groups, of which some may be
-    chosen; with sigmoid scores a correction bias, which the choice alone sees."""
+    """Read what the routers of DeepSeek and GLM need (extras/decoder/moe.py's GroupRouter).
+
+    Experts come in groups, of which a token may choose in some; with sigmoid scores there is a
+    correction bias, which the choice alone sees.
+    """
     experts, per_token = c["n_routed_experts"], c["num_experts_per_tok"]
     groups, kept = c["n_group"] or 1, c["topk_group"] or 1
     least = 2 if scores == "sigmoid" else 1  # a group counts by its best experts
@@ -313,7 +316,7 @@ UNREAD = ("aux_loss_alpha", "seq_aux", "num_mtp_layers", "qk_head_dim", "head_di
 
 
 def latent_keys(raw: dict) -> dict:
-    """Leave out what DeepSeek's layout says anyway. The rotation has dims of its own."""
+    """Leave out what DeepSeek's layout implies; `head_dim` becomes that of the rotated part."""
     if raw["model_type"] == "deepseek_v2":
         said = dict(scoring_func="softmax", norm_topk_prob=False)
         method = raw.get("topk_method") or "greedy"
@@ -329,7 +332,7 @@ def latent_keys(raw: dict) -> dict:
 
 
 def without_axes(raw: dict) -> dict:
-    """Drop how Qwen3.5 shares its rotation among time, height and width: in text they are equal."""
+    """Drop how Qwen3.5 divides its rotation by time, height and width: in text they are equal."""
     raw = without(raw, dict(attn_output_gate=True, output_gate_type="swish"))
     for key in ("rope_parameters", "rope_scaling"):
         if isinstance(raw.get(key), dict):
@@ -353,8 +356,8 @@ def mamba(c: dict, recurs: tuple[bool, ...], attends: tuple[bool, ...], **more: 
     # as transformers 5 writes it into config.json
     limit = [INFINITY if x == {"__float__": "Infinity"} else x for x in limit]
     if [type(x) for x in limit] != [float, float] or limit[0] > limit[1]:
-        raise ValueError(f"config.json: time_step_limit = {c['time_step_limit']!r:.60}: expected two "
-                         "numbers, the smaller first")
+        raise ValueError(f"config.json: time_step_limit = {c['time_step_limit']!r:.60}: expected "
+                         "two numbers, the smaller first")
     return dict(mixer=dict(
         kind="mamba", recurs=recurs, attends=attends, heads=heads, head_size=size, groups=groups,
         state_size=c["mamba_d_state"], width=c["mamba_d_conv"], conv_bias=c["mamba_conv_bias"],
@@ -384,9 +387,10 @@ def llama4(c: dict) -> dict:
     scale = (float(c["floor_scale"]), float(c["attn_scale"]))
     return dict(
         windows=tuple(-size if turn else None for turn in turns),
-        mixer=dict(kind="chunked", size=size, recurs=(False,) * len(turns), attends=(True,) * len(turns),
-                   eps=c["rms_norm_eps"] if c["use_qk_norm"] else None,
-                   temperature=scale if c["attn_temperature_tuning"] else None),
+        mixer=dict(
+            kind="chunked", size=size, recurs=(False,) * len(turns), attends=(True,) * len(turns),
+            eps=c["rms_norm_eps"] if c["use_qk_norm"] else None,
+            temperature=scale if c["attn_temperature_tuning"] else None),
         moe=moe(c)["moe"] | dict(
             sparse=sparse, shared_size=c["intermediate_size"], router_aux_loss_coef=None,
             scales_input=True, shared_gate=False),
@@ -556,11 +560,11 @@ FAMILIES = {
     "llama4_text": Family(
         dict(other_names=True),
         BIAS | MOE_KEYS | dict(
-            intermediate_size_mlp=REQUIRED, head_dim=128, num_key_value_heads=8, num_experts_per_tok=1,
-            num_local_experts=16, moe_layers=None, interleave_moe_layer_step=1, use_qk_norm=True,
-            no_rope_layers=None, no_rope_layer_interval=4, attention_chunk_size=8192,
-            layer_types=None, attn_temperature_tuning=True, floor_scale=8192, attn_scale=0.1,
-            rope_theta=5e5),
+            intermediate_size_mlp=REQUIRED, head_dim=128, num_key_value_heads=8,
+            num_experts_per_tok=1, num_local_experts=16, moe_layers=None,
+            interleave_moe_layer_step=1, use_qk_norm=True, no_rope_layers=None,
+            no_rope_layer_interval=4, attention_chunk_size=8192, layer_types=None,
+            attn_temperature_tuning=True, floor_scale=8192, attn_scale=0.1, rope_theta=5e5),
         turns=smollm3_turns, more=llama4, interleaved=True),
     "gpt2": Family(
         dict(norm="layer", learned_positions=True, qkv_bias=True, o_bias=True, mlp_bias=True,

@@ -94,7 +94,7 @@ def make_rope(kind: str, rope: dict, dim: int, max_length: int | None) -> Rope:
 
 
 def proportional(rope: dict, dim: int, head_dim: int) -> Rope:
-    """Rotate `dim` dims with the frequencies that they have in a whole rotation; the rest stand."""
+    """Rotate the first `dim` dims at the frequencies of a full rotation, the rest at frequency 0."""
     freq = torch.zeros(head_dim // 2)
     steps = torch.arange(0, dim // 2 * 2, 2).float() / head_dim
     freq[:len(steps)] = 1.0 / rope["rope_theta"] ** steps

@@ -210,7 +210,7 @@ def read_tensors(checkpoint: Checkpoint, layout: dict[str, Place], parameters: d
 
 
 def remember(model: Any, checkpoint: Checkpoint, layout: dict[str, Place]) -> None:
-    """Give a model what it is saved by: as the files lay that it was read from."""
+    """Keep on the model what saving it needs: layout, carried tensors and JSON of its files."""
     model.layout = layout
     model.carried = carry(checkpoint, model.config)
     set_biases(model, checkpoint.directory)
@@ -229,8 +229,10 @@ def carry(checkpoint: Checkpoint, config: Any) -> Carried:
 
 
 def unlearned(model: Any) -> dict[str, Tensor]:
-    """Return what is saved beside the parameters: what is carried; of a model that was not read
-    from files, the biases of its routers."""
+    """Return what is saved beside the parameters.
+
+    That is what was carried; of a model that was not read from files, the biases of its routers.
+    """
     if model.layout:
         return model.carried.tensors
     return {n: b for n, b in model.named_buffers() if n.endswith(f".{BIAS}")}
@@ -372,7 +374,7 @@ def save_shards(
 
 
 def write_configs(model: Any, directory: Path, changed: dict) -> None:
-    """Write config.json with what has changed in it, and generation_config.json if there was one."""
+    """Write config.json, updated by `changed`, and generation_config.json if there was one."""
     write_json(directory / "config.json", model.raw_config | changed)
     if model.generation_config is not None:
         write_json(directory / "generation_config.json", model.generation_config)

@@ -77,7 +77,7 @@ def test_what_is_on_already_or_cannot_be_is_not_advised():
     assert names(run)[0] == "--precompute_ref_log_probs"
     assert names(run._replace(rank=8, four_bit="plain", live_ref=False)) == []
     assert not any("fsdp" in name for name in names(run._replace(world=4, fsdp=True)))
-    odd = config_of(num_attention_heads=4, num_key_value_heads=1)
+    odd = config_of(num_attention_heads=3, num_key_value_heads=1)
     assert not any("context" in maker(run).flags for maker in options(odd, run._replace(world=4), 4096, True))
 
 

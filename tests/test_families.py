@@ -178,11 +178,11 @@ def attention(name: str) -> str:
     return "eager" if name in EAGER else "sdpa"
 
 
-def random_model(name: str):
+def random_model(name: str, **changed):
     """transformers' model of a case, every parameter random: norms and biases too."""
     family, config = CASES[name]
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(family, **config)
+    config = transformers.AutoConfig.for_model(family, **config | changed)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention(name))
     with torch.no_grad():
         for n, p in model.named_parameters():

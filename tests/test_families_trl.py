@@ -131,7 +131,10 @@ def test_lora_on_all_linear_layers_trains_and_loads_in_peft(name, families, tmp_
         untrained = their_logits(base)[0]
         theirs = their_logits(peft.PeftModel.from_pretrained(base, tmp_path / "out").eval())[0]
         again = our_logits(load_adapted(tmp_path / "out", torch.float32)[0])
-    assert (again - theirs).abs().max() < 2e-5 < 1e-3 < (theirs - untrained).abs().max()
+        exact = our_logits(load_adapted(tmp_path / "out", torch.float64)[0])
+    assert (again - theirs).abs().max() < (1e-4 if "qwen3_" in name else 2e-5) < 1e-3 < (theirs - untrained).abs().max()
+    # the gated delta rule rounds more: ours are as near to float64 as theirs
+    assert (again - exact).abs().max() < 1.5 * (theirs - exact).abs().max() + 1e-5
     fresh = transformers.AutoModelForCausalLM.from_pretrained(families / name / "model")
     targets = "all-linear"
     if name == "falcon_h1":  # here PEFT refuses "all-linear", because of out_proj, which ours leaves out

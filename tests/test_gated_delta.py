@@ -173,9 +173,9 @@ def test_four_bits_are_those_of_bitsandbytes(tmp_path):
     """Every linear layer, those of the rule too; the convolution, A_log and dt_bias stay wide."""
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
-    from test_nf4 import their_config
+    from test_nf4 import WHOLE_ROWS, their_config
 
-    theirs = random_model("qwen3_5")
+    theirs = random_model("qwen3_5", **WHOLE_ROWS, linear_value_head_dim=16)
     theirs.save_pretrained(tmp_path)
     settings = dict(quant_type="nf4", nested=False)
     ours = load_model(tmp_path, torch.float32, four_bit=settings)

@@ -775,6 +775,11 @@ def load_theirs(transformers, directory: Path, **settings):
     return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **settings).train()
 
 
+# a model whose rows are whole blocks, which bitsandbytes reads rightly on every CPU: see
+# test_blocks_run_over_the_ends_of_rows
+WHOLE_ROWS = dict(hidden_size=64, intermediate_size=64, head_dim=16)
+
+
 def their_config(transformers, quant_type: str, nested: bool):
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=nested,

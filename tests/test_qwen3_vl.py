@@ -147,7 +147,7 @@ def test_places_are_those_of_bilinear_interpolation_between_the_corners(tmp_path
     for h, w in ((6, 10), (2, 2), (4, 8)):
         image = F.interpolate(table, (h, w), mode="bilinear", align_corners=True)[0]
         squares = image.view(-1, h // 2, 2, w // 2, 2).permute(1, 3, 2, 4, 0).flatten(0, 3)
-        assert (tower.places([(h, w)]) - squares).abs().max() < 1e-6
+        assert (tower.positions([(h, w)]) - squares).abs().max() < 1e-6
 
 
 # Files

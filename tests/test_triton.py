@@ -186,7 +186,7 @@ def test_a_model_through_the_kernels_has_the_plain_models_gradients(triton_layer
     assert (fast - plain).abs().max() < 1e-10
     assert_same_gradients(found, gradients(model, plain.sum()), 1e-10)
     others = {"norm_kernel", "norm_grad_kernel", "swiglu_kernel", "swiglu_grad_kernel"}  # pythia has LayerNorm and no gate
-    assert used == {"turn_kernel"} | (set() if name == "pythia" else others)
+    assert used == {"rotation_kernel"} | (set() if name == "pythia" else others)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda"))

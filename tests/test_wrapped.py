@@ -23,6 +23,7 @@ from test_families import (
 )
 from test_families_trl import ON_EXPERTS
 from test_model import assert_same_gradients, gradients, put_lora, randomize_lora, stream
+from test_nf4 import WHOLE_ROWS
 from vision_tiny import make_checkpoint
 
 import dpo
@@ -58,8 +59,9 @@ CASES = {
 }
 
 
-def random_model(name: str):
+def random_model(name: str, **text):
     kind, config = CASES[name]
+    config = config | dict(text_config=config["text_config"] | text)
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **copy.deepcopy(config))
     model = transformers.AutoModelForImageTextToText.from_config(config)
@@ -143,6 +145,8 @@ def older_names(name: str) -> str:
 def test_what_was_trained_is_saved_and_all_else_as_it_was_byte_for_byte(case, rename, tmp_path):
     """In several files and in bfloat16 too; transformers computes with them what we compute."""
     name, theirs, directory = case
+    if name == "llama4" and rename is older_names:
+        pytest.skip("its names never changed")
     before = {rename(n): t for n, t in load_file(directory / "model.safetensors").items()}
     (tmp_path / "a").mkdir()
     save_file(before, tmp_path / "a/model.safetensors", metadata={"format": "pt"})
@@ -279,15 +283,17 @@ def test_adapters_in_4_bits_train_on_the_decoder(trainable, tmp_path):
     assert len(names) == 12 and all(".language_model.layers." in n for n in names)
 
 
-def test_in_4_bits_the_rest_is_saved_as_it_was_too(trainable, tmp_path):
+def test_in_4_bits_the_rest_is_saved_as_it_was_too(tmp_path):
     """As `extras.merge --again` saves it: transformers leaves the tower alone, and computes the same."""
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
-    ours = load_model(trainable / "model", four_bit=dict(quant_type="nf4", nested=False, compute_dtype=None))
+    random_model("internvl", **WHOLE_ROWS).save_pretrained(tmp_path / "wide")
+    ours = load_model(tmp_path / "wide", four_bit=dict(quant_type="nf4", nested=False, compute_dtype=None))
     models.save_model(ours, tmp_path)
-    before, after = (load_file(d / "model.safetensors") for d in (trainable / "model", tmp_path))
+    before, after = (load_file(d / "model.safetensors") for d in (tmp_path / "wide", tmp_path))
     carried = ours.carried.tensors
     assert len(carried) > 10 and all(torch.equal(before[n], after[n]) for n in carried)
-    again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    # in training mode, as test_nf4.load_theirs says
+    again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path).train()
     assert {type(m).__name__ for n, m in again.named_modules() if ".vision_tower." in n and n.endswith("fc1")} == {"Linear"}
     with torch.no_grad():
         assert (our_logits(ours) - their_logits(again)[0]).abs().max() < 1e-4

@@ -1,11 +1,12 @@
-"""Llama 4's attention: layers that rotate see only tokens of their own chunk of positions, and norm
-queries and keys; the others see all, with queries that grow with the position.
+"""Llama 4's attention: in layers with rotary embeddings a token sees only its own chunk of
+positions, and queries and keys are normalized; the others (NoPE) see all, with queries scaled by
+their position.
 
 A chunk is the `size` positions from a multiple of `size`. Attention in chunks is attention over
 spans that are cut where their positions enter the next chunk: a piece's prefix is what its chunk
 has of the span's prefix. So any plan computes it, and no mask knows of chunks.
 
-ModelConfig's `windows` name a chunk by its size with the sign turned, as a window cannot be.
+In ModelConfig's `windows` a chunk is its size below zero, which no window is.
 """
 
 from collections.abc import Callable
@@ -19,8 +20,8 @@ from torch import Tensor
 def cut_spans(spans: Tensor, size: int) -> Tensor:
     """Cut spans (S, 4) at multiples of `size` positions, counted from the prefix's first token.
 
-    A fifth column, how many last tokens of a span are new, is cut too: pieces without any are left
-    out.
+    A cache's spans have a fifth column, how many of a span's last tokens are new. Pieces without
+    new tokens are left out.
     """
     pieces = []
     for start, end, prefix_start, prefix_end, *new in spans.tolist():
@@ -38,19 +39,19 @@ def cut_spans(spans: Tensor, size: int) -> Tensor:
 
 
 class TunedPlan(NamedTuple):
-    """A plan whose queries and keys are changed first."""
+    """A plan whose queries and keys are first normalized, or whose queries are scaled."""
 
     plan: Callable
-    eps: float | None  # of the norm of queries and keys, over each head; None for none
+    eps: float | None  # of the norm over each head of queries and keys; None: no norm
     scale: Tensor | None  # (T, 1, 1) of the queries
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (T, H, D)
         if self.eps is not None:
-            q, k = (unit(x, self.eps) for x in (q, k))
+            q, k = (unit_norm(x, self.eps) for x in (q, k))
         return self.plan(q if self.scale is None else (q * self.scale).to(q.dtype), k, v)
 
 
-def unit(x: Tensor, eps: float) -> Tensor:
+def unit_norm(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dim, in float32 at least."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)

@@ -46,7 +46,8 @@ def plan_chunks(
     length = rows[-1][1]
     size = min(chunk, max(end - start for start, end, *_ in rows))
     parents: list[list[int]] = []
-    found = {}  # span -> its last chunk (step, which chunk of it), the last W - 1 tokens up to its end
+    # span -> its last chunk (step, which chunk of it), and what the convolution reads of its end
+    found = {}
     chunks = []  # (step, which chunk of it, first token, token after the last)
     reads = []
     for i, (start, end, *prefix) in enumerate(rows):
@@ -69,12 +70,13 @@ def plan_chunks(
         place[a:b] = torch.arange(first, first + b - a)
     kept = torch.arange(length) + (width - 1) * torch.repeat_interleave(
         torch.arange(len(rows)), (spans[:, 1] - spans[:, 0]).cpu().long())
-    there = lambda x: x.to(device, non_blocking=True)
+    to_device = lambda x: x.to(device, non_blocking=True)
     return ChunkPlan(
-        size=size, place=there(place), steps=steps,
-        parents=[there(torch.tensor(p)) for p in parents[1:]],
-        ends=[found[start, end][0] for start, end, *_ in rows], reads=there(torch.cat(reads)),
-        kept=there(kept), tails=there(torch.stack([found[a, b][1] for a, b, *_ in rows])))
+        size=size, place=to_device(place), steps=steps,
+        parents=[to_device(torch.tensor(p)) for p in parents[1:]],
+        ends=[found[start, end][0] for start, end, *_ in rows],
+        reads=to_device(torch.cat(reads)), kept=to_device(kept),
+        tails=to_device(torch.stack([found[start, end][1] for start, end, *_ in rows])))
 
 
 class Convolution(torch.autograd.Function):

@@ -21,8 +21,8 @@ from extras.decoder.chunks import CHUNK, ChunkPlan, Convolution
 from parts.kernels import ACTIVATIONS, rms_norm, swiglu
 
 NAME = "linear_attn"
-# What a layer, which runs in float32, saves for its backward: bytes per token and unit of (q, k and v
-# side by side; its values).
+# What a layer, which runs in float32, saves for its backward: bytes per token and unit of (q, k and
+# v side by side; its values).
 SAVED = {"float32": (12, 16), "bf16": (12, 14), "bfloat16": (12, 14)}
 
 
@@ -49,7 +49,6 @@ def operations(c: dict) -> int:
     return c["value_heads"] * (2 * CHUNK * (2 * dk + 2 * dv) + 2 * 3 * dk * dv)
 
 
-
 def delta_rule(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, plan: ChunkPlan,
     state: Tensor | None = None,
@@ -62,8 +61,8 @@ def delta_rule(
     K = k.shape[1]
     q, k = (plan.chunked(x).transpose(1, 2)[:, :, None] for x in (q, k))  # (N, K, 1, n, dk)
     v = plan.chunked(v).unflatten(2, (K, -1)).permute(0, 2, 3, 1, 4)  # (N, K, r, n, dv)
-    g, beta = (
-        plan.chunked(x).unflatten(2, (K, -1)).permute(0, 2, 3, 1) for x in (g, beta))  # (N, K, r, n)
+    g, beta = (  # (N, K, r, n)
+        plan.chunked(x).unflatten(2, (K, -1)).permute(0, 2, 3, 1) for x in (g, beta))
     total = g.cumsum(-1)
     # what is left at i of what was written at j, 0 for j > i
     later = torch.ones(plan.size, plan.size, dtype=torch.bool, device=g.device).triu(1)

@@ -135,8 +135,9 @@ class Sequence:
 
 
 class States(NamedTuple):
-    """What a recurrent layer keeps of a sequence, by the place where that starts: the last inputs of
-    its convolution, and its state.
+    """What a recurrent layer keeps of each sequence, by the position where that starts.
+
+    The last inputs of its convolution, and its state.
     """
 
     kept: dict[int, tuple[Tensor, Tensor]]

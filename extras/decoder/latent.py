@@ -6,9 +6,9 @@ heads are made from one short vector of each token.
     q = norm(x W_qa) W_qb        of each head (T, H, nope + rope); or x W_q
 
 The rope part of q and k_rope are rotated, and a head's key is k_nope beside k_rope. What follows is
-ordinary attention over spans. Where queries and values differ in size, zeros fill up the smaller:
-they add nothing to a score, and what they make of the values is cut off again. One kernel then
-computes it, as for any other model.
+ordinary attention over spans. Where queries and values differ in size, the smaller is padded with
+zeros: they add nothing to a score, and what they add to the values is cut off again. So the same
+plans and the same flash kernel compute it as for any other model.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ NORM_EPS = 1e-6  # of the two norms here, whatever config.json says of the other
 
 
 class LatentAttention(nn.Module):
-    """`make_norm(size, config)` makes an RMSNorm."""
+    """Called as model.Attention is; `make_norm(size, config)` makes an RMSNorm."""
 
     def __init__(self, config: Any, make_norm: Callable[[int, Any], nn.Module]):
         super().__init__()
@@ -51,7 +51,7 @@ class LatentAttention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.value, C, bias=config.o_bias)
 
     def forward(self, x: Tensor, tables: dict, plans: dict) -> Tensor:  # (T, C)
-        q, k, v = (self.filled(t) for t in self.project(x, *tables["full_attention"]))
+        q, k, v = (self.padded(t) for t in self.project(x, *tables["full_attention"]))
         out = plans[None](q, k, v)[..., : self.value]  # (T, H, value)
         return self.o_proj(out.flatten(1))
 
@@ -73,7 +73,7 @@ class LatentAttention(nn.Module):
         q = torch.cat([q_nope.to(q_rope.dtype), q_rope], -1)
         return q, torch.cat([k_nope.to(k_rope.dtype), k_rope], -1), v
 
-    def filled(self, x: Tensor) -> Tensor:  # (T, H, head_dim)
-        """Fill up each head with zeros."""
-        short = self.head_dim - x.shape[-1]
-        return F.pad(x, (0, short)) if short else x
+    def padded(self, x: Tensor) -> Tensor:  # (T, H, head_dim)
+        """Pad each head with zeros."""
+        missing = self.head_dim - x.shape[-1]
+        return F.pad(x, (0, missing)) if missing else x

@@ -5,11 +5,11 @@ Each head has a state S (s, p), which every token lets decay and adds to:
     S_t = exp(dt_t A) S_{t-1} + dt_t B_t x_t^T         y_t = S_t^T C_t + D x_t
 
 It is computed a chunk of tokens at a time (section 6), as extras/decoder/chunks.py lays them out:
-inside a chunk it is attention with C as queries, B as keys, and what is left of a token's decay as
-its mask.
+inside a chunk it is linear attention with C as queries, B as keys, and the decay from key to query
+as its mask.
 
-Sizes: T tokens, N chunks of n tokens, G groups of heads that share B and C, r heads of each, H = G r,
-p of a head, s of its state.
+Sizes: T tokens, N chunks of n tokens, G groups of heads that share B and C, r heads of each,
+H = G r, p channels of a head, s of its state.
 """
 
 from collections.abc import Callable
@@ -48,8 +48,10 @@ def saved(c: dict, kind: str, frozen: int) -> int:
 
 
 def passing(c: dict) -> int:
-    """Return the bytes per token that come and go in the backward: about six times a chunk's rows, and
-    six times what in_proj made, in float32."""
+    """Return the bytes per token that come and go in the backward.
+
+    About six times a chunk's rows, and six times what in_proj made, in float32.
+    """
     return 4 * 6 * (CHUNK * c["heads"] + sum(widths(c)))
 
 
@@ -64,29 +66,29 @@ def scan(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return S^T C (T, H, p), and the states (chunks, G, r, s, p) after each step.
 
-    x (T, H, p) is what is written, dt x; g (T, H) the logarithm of the decay, dt A; b and c are
-    (T, G, s). `state` is what the chunks of the first step start from, None for zeros.
+    x (T, H, p) is what the tokens write, dt x; g (T, H) the logarithm of the decay, dt A; b and c
+    are (T, G, s). `state` is what the chunks of the first step start from, None for zeros.
     """
     G = b.shape[1]
     b, c = (plan.chunked(t).transpose(1, 2)[:, :, None] for t in (b, c))  # (N, G, 1, n, s)
     x = plan.chunked(x).unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4)  # (N, G, r, n, p)
     g = plan.chunked(g).unflatten(2, (G, -1)).permute(0, 2, 3, 1)  # (N, G, r, n)
-    total = g.cumsum(-1)
-    # what is left at i of what was written at j, 0 for j > i
-    later = torch.ones(plan.size, plan.size, dtype=torch.bool, device=g.device).triu(1)
-    left = total[..., :, None] - total[..., None, :]
-    left = left.masked_fill(later, -torch.inf).exp()  # (N, G, r, n, n)
-    out = ((c @ b.mT) * left) @ x
-    until = (total[..., -1:] - total).exp()[..., None]  # what is left at the chunk's end
-    written = (b.mT @ (until * x)).split(plan.steps)
-    whole = total[..., -1].exp()[..., None, None].split(plan.steps)  # of the chunk's first state
+    total = g.cumsum(-1)  # log decay since the chunk's start
+    # decay from token j to token i, 0 for j > i; of differences, since exp(-total) would overflow
+    future = torch.ones(plan.size, plan.size, dtype=torch.bool, device=g.device).triu(1)
+    decay = total[..., :, None] - total[..., None, :]
+    decay = decay.masked_fill(future, -torch.inf).exp()  # (N, G, r, n, n)
+    out = ((c @ b.mT) * decay) @ x
+    to_end = (total[..., -1:] - total).exp()[..., None]  # decay from a token to the chunk's end
+    written = (b.mT @ (to_end * x)).split(plan.steps)
+    across = total[..., -1].exp()[..., None, None].split(plan.steps)  # decay over the whole chunk
     states: list[Tensor] = []
     starts = []
-    for i, (decay, new) in enumerate(zip(whole, written)):
+    for i, (kept, new) in enumerate(zip(across, written)):
         if i > 0:
             state = states[-1][plan.parents[i - 1]]
         starts.append(torch.zeros_like(new) if state is None else state.expand_as(new))
-        states.append(new if state is None else decay * state + new)
+        states.append(new if state is None else kept * state + new)
     out = out + total.exp()[..., None] * (c @ torch.cat(starts))
     out = out.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)  # (N n, H, p)
     return out[plan.place], states
@@ -149,13 +151,16 @@ class Mamba(nn.Module):
         self, projected: Tensor, plan: ChunkPlan, memory: Any,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return what out_proj reads (T, H p), the convolution's last inputs of each span, and the
-        states. `memory` has what lies before the stream, None is nothing."""
+        states.
+
+        `memory` (extras/decoder/generate.py) has what lies before the stream; None: nothing does.
+        """
         c = self.c
         wide = torch.promote_types(projected.dtype, torch.float32)
         projected = projected.to(wide)
         if c["scales"]:
-            scales = torch.cat([projected.new_full((n,), s) for n, s in zip(self.widths, c["scales"])])
-            projected = projected * scales
+            sizes = zip(self.widths, c["scales"])
+            projected = projected * torch.cat([projected.new_full((n,), s) for n, s in sizes])
         channels = sum(self.widths[1:4])
         gate, mixed, dt = projected.split([self.widths[0], channels, self.widths[-1]], 1)
         before, state = mixed.new_zeros(plan.tails.numel(), channels), None

@@ -4,12 +4,12 @@ attention of another kind in some layers (extras/decoder/chunked.py).
 `config.mixer` says which: its "kind" names a file here, "recurs" and "attends" tell of each layer
 whether it has a recurrent mixer and whether it has attention. A recurrent one's file offers
 
-    NAME                            of its module in a block
-    make(config)                    the module, called as attention is: x (T, C), tables, plans
-    saved(mixer, kind, frozen)      bytes per token that a layer keeps for its backward, in the number
-                                    type `kind`; a frozen linear layer does not keep `frozen` a unit
-    passing(mixer)                  bytes per token that come and go in its backward
-    operations(mixer)               floating-point operations per token, besides the projections'
+    NAME                         of its module in a block
+    make(config)                 the module, called as attention is: x (T, C), tables, plans
+    saved(mixer, kind, frozen)   bytes per token that a layer keeps for its backward, in the number
+                                 type `kind`; a frozen linear layer keeps `frozen` bytes a unit less
+    passing(mixer)               bytes per token that come and go in its backward
+    operations(mixer)            floating-point operations per token, besides the projections'
 
 and reads plans["mixer"]: how the stream is cut into chunks, and what lies before the stream.
 """
@@ -40,7 +40,7 @@ def attends(config: Any) -> tuple[bool, ...]:
 
 
 def remix(block: Any, config: Any, layer: int) -> None:
-    """Give a block the mixers of its layer."""
+    """Replace a block's attention by the mixers of its layer, or add them beside it."""
     names = ("self_attn",) if attends(config)[layer] else ()
     if not names:
         del block.self_attn
@@ -56,7 +56,7 @@ def remix(block: Any, config: Any, layer: int) -> None:
 def plan_mixer(
     make: Callable, config: Any, spans: Tensor, position_ids: Tensor, dtype: torch.dtype,
 ) -> dict:
-    """Return the plans of a stream that nothing lies before; `make` is model.plan_attention."""
+    """Return the plans of a stream without a cache; `make` is model.plan_attention."""
     plain = replace(config, mixer=None)
     attention = partial(make, position_ids=position_ids, dtype=dtype)
     if config.mixer["kind"] == "chunked":

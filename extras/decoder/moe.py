@@ -15,8 +15,11 @@ from parts.kernels import ACTIVATIONS, product
 
 
 class Router(nn.Module):
-    """Choose `per_token` experts for each token, and their weights: probabilities, or Llama 4's
-    sigmoids of the logits."""
+    """Choose `per_token` experts for each token, and their weights.
+
+    Weights are the softmax's probabilities; with moe["scales_input"] sigmoids of the logits, as
+    Llama 4's.
+    """
 
     def __init__(self, hidden_size: int, moe: dict):
         super().__init__()
@@ -29,7 +32,7 @@ class Router(nn.Module):
         self.bias = nn.Parameter(torch.zeros(moe["experts"])) if moe.get("clamp") else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return logits (T, experts); weights and numbers of the chosen, (T, per_token) each."""
+        """Return logits (T, experts); weights and indices of the chosen, (T, per_token) each."""
         return self.route(self.logits(x))
 
     def logits(self, x: Tensor) -> Tensor:
@@ -107,8 +110,8 @@ def probabilities(logits: Tensor) -> Tensor:
 class Experts(nn.Module):
     """down(act(gate(x)) * up(x)) of each expert, with matrices stacked as in transformers 5.
 
-    With moe["clamp"] they are gpt-oss's: they have biases, `clamped_product` for act(gate) * up, and the
-    rows of gate and up alternate in gate_up_proj.
+    With moe["clamp"] they are gpt-oss's: with biases, `clamped_product` for act(gate) * up, and the
+    rows of gate and up in turn in gate_up_proj.
     """
 
     def __init__(self, hidden_size: int, moe: dict, act: Callable):
@@ -207,6 +210,7 @@ class SparseMLP(nn.Module):
         is_grouped = "groups" in moe
         self.gate = GroupRouter(hidden_size, moe) if is_grouped else Router(hidden_size, moe)
         self.experts = Experts(hidden_size, moe, act)
+        self.scales_input = moe.get("scales_input", False)
         self.is_balanced = moe["router_aux_loss_coef"] is not None
         self.shared_name = "shared_experts" if is_grouped else "shared_expert"
         self.add_module(self.shared_name, shared)
@@ -218,8 +222,7 @@ class SparseMLP(nn.Module):
         """Return hidden states (T, C), and the router's logits (T, experts) if its experts have a
         balancing loss."""
         logits, weights, chosen = self.gate(x)
-        scales_input = self.gate.scales_input
-        out = mix(self.experts, logits.shape[1], x, weights, chosen, scales_input)
+        out = mix(self.experts, logits.shape[1], x, weights, chosen, self.scales_input)
         shared = getattr(self, self.shared_name)
         if self.shared_expert_gate is not None:
             out = out + self.shared_expert_gate(x).sigmoid() * shared(x)

@@ -1,10 +1,12 @@
-"""Qwen3-VL and Qwen3.5: learned places, and features of several of the tower's layers (DeepStack,
-arXiv:2406.04334).
+"""Qwen3-VL and Qwen3.5: learned position embeddings of patches, and features of several of the
+tower's layers (DeepStack, arXiv:2406.04334).
 
 Images come as Qwen2-VL's do (qwen_vl.py), and so do positions on three axes; their dims alternate.
-Each patch gets, besides its rotation, a vector of its place: a square table learned for all sizes
-is interpolated to the image's. DeepStack adds features of layer `deep[i]` of the tower to what
-layer i of the decoder returns, where the image's tokens are. Qwen3.5 has none of that.
+Each patch gets, besides its rotation, a position embedding: one learned square grid is interpolated
+to each image's size. DeepStack adds features of layer `deep[i]` of the tower to what layer i of the
+decoder returns, where the image's tokens are. Qwen3.5 has no DeepStack.
+
+Sizes: P patches of all images, F features, C hidden.
 """
 
 from typing import Callable
@@ -65,7 +67,7 @@ class Tower(nn.Module):
         sizes = grids.tolist()
         proj = self.patch_embed.proj
         x = F.linear(pixels.to(proj.weight.dtype), proj.weight.flatten(1), proj.bias)
-        x = x + self.places(sizes).to(x.dtype)
+        x = x + self.positions(sizes).to(x.dtype)
         tables = [table.to(x.device) for table in tower_tables(c, sizes)]
         kept = {}
         for i, block in enumerate(self.blocks):
@@ -74,8 +76,11 @@ class Tower(nn.Module):
                 kept[i] = x
         return x, kept
 
-    def places(self, sizes: list) -> Tensor:  # (P, C)
-        """Interpolate the table to each image's size; its corners are the image's corners."""
+    def positions(self, sizes: list) -> Tensor:  # (P, C)
+        """Interpolate the grid bilinearly to each image's (height, width) in patches.
+
+        Its corners are the image's corners.
+        """
         side = int(self.config["num_position_embeddings"] ** 0.5)
         places = patch_places(sizes, self.config["spatial_merge_size"]).float()  # (P, 2)
         ends = torch.cat([torch.tensor([[h - 1, w - 1]]).expand(h * w, 2) for h, w in sizes])
@@ -92,7 +97,7 @@ class Tower(nn.Module):
 
 
 class Merger(nn.Module):
-    """Make one feature of each merge x merge patches; those of DeepStack normalize them joined."""
+    """Make one feature of merge x merge patches; DeepStack's mergers normalize them joined."""
 
     def __init__(self, c: dict, joined: bool = False):
         super().__init__()

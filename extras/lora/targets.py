@@ -19,7 +19,10 @@ from model import LoraLinear, ModelConfig
 from parts.names import file_name
 from parts.weights import in_memory
 
+# Families of whose Mamba layers PEFT refuses adapters on out_proj: transformers' fused kernel reads
+# its weight and would pass the adapter by.
 PASSED_BY = ("falcon_h1",)
+
 # Settings of a PEFT adapter that say what is wrapped and how, with the defaults of those that a
 # file lacks.
 DEFAULTS: dict[str, Any] = {

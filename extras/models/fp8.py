@@ -1,9 +1,10 @@
-"""Weights as DeepSeek-V3's are published, in FP8 with a scale for each block, read as numbers.
+"""Weights in FP8 with a scale for each block, dequantized as they are read: DeepSeek-V3, Kimi K2,
+Qwen3's -FP8 files.
 
 A value is a float8 (4 bits of exponent, 3 of mantissa) times the scale of its block, most often of
-128 x 128 values: beside NAME (out, in) the files have NAME_scale_inv, the blocks' scales, where the
-last row and column of blocks need not be full. So are Qwen3's -FP8 files. The numbers are rounded to
-bfloat16, and so the model is saved.
+128 x 128 values: beside NAME (out, in) the files have NAME_scale_inv, the blocks' scales. The last
+row and column of blocks need not be full. The products are rounded to bfloat16, and the model is
+saved dequantized.
 """
 
 from functools import partial
@@ -18,7 +19,7 @@ SCALES = "_scale_inv"
 
 
 def dequantize(values: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:  # bfloat16
-    """Return values (rows, columns) times the scales of their blocks, the first of which is whole."""
+    """Return values (rows, columns) times their blocks' scales; the first row begins a block."""
     rows, columns = values.shape
     wide = scales.float().repeat_interleave(block[0], 0)[:rows]
     wide = wide.repeat_interleave(block[1], 1)[:, :columns]
@@ -26,7 +27,7 @@ def dequantize(values: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor
 
 
 class Packed:
-    """A safetensors file's slice of a tensor, of values and scales."""
+    """A tensor's slice as safetensors gives it, made of values and scales as it is read."""
 
     def __init__(self, name: str, values: Any, scales: Any, block: tuple[int, int]):
         self.parts = (values, scales)
@@ -50,8 +51,8 @@ class Packed:
         start, stop, _ = rows.indices(self.shape[0])
         side = self.block[0]
         first = start // side  # whole blocks
-        there = dequantize(values[first * side : stop], scales[first : -(-stop // side)], self.block)
-        return there[start - first * side :]
+        blocks = scales[first : -(-stop // side)]
+        return dequantize(values[first * side : stop], blocks, self.block)[start - first * side :]
 
 
 def dequantized(checkpoint: Checkpoint) -> Checkpoint:

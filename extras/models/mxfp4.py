@@ -1,8 +1,9 @@
-"""gpt-oss's experts as published, in MXFP4 (OCP Microscaling Formats 1.0), read as numbers.
+"""gpt-oss's experts as published, in MXFP4 (OCP Microscaling Formats 1.0), dequantized
+as they are read.
 
 A value is one of 16 times 2^(scale - 127), with one scale for 32 values along the input. The files
 have blocks (experts, out, in / 32, 16), two values in a byte, the low half first, and scales
-(experts, out, in / 32). All of them are bfloat16 numbers, and so the model is saved.
+(experts, out, in / 32). Every value is a bfloat16 number, and the model is saved dequantized.
 """
 
 from collections.abc import Callable
@@ -30,7 +31,7 @@ def dequantize(blocks: Tensor, scales: Tensor) -> Tensor:  # (experts, in, out) 
 
 
 class Packed:
-    """A safetensors file's slice of a tensor, of blocks and scales."""
+    """A tensor's slice as safetensors gives it, made of blocks and scales as it is read."""
 
     def __init__(self, name: str, blocks: Any, scales: Any):
         self.parts = (blocks, scales)

@@ -121,7 +121,7 @@ def load_model(
     """Return a Decoder with the directory's weights: model.load_model for every checkpoint.
 
     Its linear layers are in 4 bits where the files have them so, or with `four_bit`, the settings
-    of nf4.quantize_linears. MXFP4 and FP8 are read as the numbers they stand for, and saved as those.
+    of nf4.quantize_linears. MXFP4 and FP8 are dequantized, and saved so.
     """
     opened = open_checkpoint(directory)
     packed = packed_in(opened.raw_config)

@@ -1,4 +1,4 @@
-"""Four-bit weights made wide in one pass on a GPU: nf4.py's plain form goes over them four times.
+"""4-bit weights dequantized in one pass on a GPU; nf4.py's plain form goes over them four times.
 A leaf: nf4.py imports it where Triton runs."""
 
 import torch
@@ -12,9 +12,11 @@ BLOCK = 1024  # bytes that a program takes: two values each
 
 
 @triton.jit
-def widen_kernel(packed, scales, code, out, N, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """level * absmax in float32, rounded once: there is no sum that could be fused, so the bits are
-    those of the plain form."""
+def dequantize_kernel(packed, scales, code, out, N, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """level * absmax in float32, rounded once.
+
+    No sum follows the product that a GPU could fuse with it: the bits are those of the plain form.
+    """
     start = tl.program_id(0).to(tl.int64) * BLOCK
     byte = start + tl.arange(0, BLOCK)
     inside = 2 * byte < N
@@ -28,9 +30,12 @@ def widen_kernel(packed, scales, code, out, N, SIZE: tl.constexpr, BLOCK: tl.con
 
 def dequantize(packed: Tensor, scales: Tensor, code: Tensor, size: int, shape: tuple[int, ...],
                dtype: torch.dtype) -> Tensor:
-    """Return level * scale of each value, as nf4.py's `dequantize`; `size` values share a scale."""
+    """Return code[4 bits] * scale of each value, in `shape`, as nf4.py's `dequantize`.
+
+    `packed` has two values in a byte, the high half first; `size` values share a scale.
+    """
     out = torch.empty(shape, dtype=dtype, device=packed.device)
     N = out.numel()
-    launch(widen_kernel, triton.cdiv(N, 2 * BLOCK), packed.contiguous(), scales.contiguous(), code,
-           out, N, SIZE=size, BLOCK=BLOCK)
+    launch(dequantize_kernel, triton.cdiv(N, 2 * BLOCK), packed.contiguous(), scales.contiguous(),
+           code, out, N, SIZE=size, BLOCK=BLOCK)
     return out

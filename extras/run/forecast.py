@@ -40,7 +40,6 @@ FROZEN = {"float32": (4, 4, 0, 4), "bf16": (4, 2, 0, 2), "bfloat16": (2, 2, 0, 2
 # What --gradient_checkpointing selective computes again: both norms, and gate * up.
 CHEAP = {"float32": (8, 0, 0, 4), "bf16": (4, 0, 0, 2), "bfloat16": (4, 0, 0, 2)}
 
-
 USUAL = ("q_proj", "v_proj")  # or what a family has in their place
 
 
@@ -76,9 +75,12 @@ def bits_of(run: Run, name: str, module: torch.nn.Module) -> float:
 
 
 def count(config: models.ModelConfig, run: Run) -> dict[str, int]:
-    """Return the bytes of all weights, of those that learn, and of the largest block.
+    """Count a model without storage: bytes of "weights", of those that learn ("learns"), of their
+    "moments".
 
-    "matrices" are the elements of what multiplies each token; no gradient goes below block "first".
+    And elements: of the largest "block"; of the largest parameter that is stepped "in_pieces" or
+    "by_rule" (of_step); of the "matrices" that multiply each token. "first" is the block below
+    which no gradient goes.
     """
     with torch.device("meta"):
         model = build(config)
@@ -88,20 +90,9 @@ def count(config: models.ModelConfig, run: Run) -> dict[str, int]:
             targets = None if run.targets == USUAL else run.targets
             targets = targets if isinstance(targets, str) else list(targets or ())
             add_lora(model, {"r": run.rank, "lora_alpha": run.rank, "target_modules": targets})
-    held = 0
-    seen = set()  # a tied weight is counted once
-    for name, module in model.named_modules():
-        bits = 32 if "lora_" in name else bits_of(run, name, module)
-        for p in module.parameters(recurse=False):
-            if id(p) not in seen:
-                seen.add(id(p))
-                held += int(p.numel() * bits / 8)
     width = 4 if run.rank else getattr(torch, run.weights).itemsize
     learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    trained = [p.numel() for _, p in learning]
-    learns = width * sum(trained)
     kind = str(run.optimizer)
-    moments = sum(moments_of(kind, n, p, width) for n, p in learning)
     largest = {False: 0, True: 0}  # parameter, by whether it is stepped by a rule
     for name, p in learning:
         has = has_rule(kind, name, p)
@@ -115,8 +106,23 @@ def count(config: models.ModelConfig, run: Run) -> dict[str, int]:
                  for part in (model.model.embed_tokens, *model.model.layers)]
     first = max(0, learns_in.index(True) - 1) if True in learns_in else 0
     return {
-        "weights": held, "learns": learns, "moments": moments, "block": max(blocks),
-        "in_pieces": largest[False], "by_rule": largest[True], "matrices": sum(blocks) - idle, "first": first}
+        "weights": held_weights(model, run), "learns": width * sum(p.numel() for _, p in learning),
+        "moments": sum(moments_of(kind, name, p, width) for name, p in learning),
+        "block": max(blocks), "in_pieces": largest[False], "by_rule": largest[True],
+        "matrices": sum(blocks) - idle, "first": first}
+
+
+def held_weights(model: torch.nn.Module, run: Run) -> int:
+    """Return the bytes of all weights, a tied one once."""
+    held = 0
+    seen = set()
+    for name, module in model.named_modules():
+        bits = 32 if "lora_" in name else bits_of(run, name, module)
+        for p in module.parameters(recurse=False):
+            if id(p) not in seen:
+                seen.add(id(p))
+                held += int(p.numel() * bits / 8)
+    return held
 
 
 def has_rule(kind: str, name: str, p: torch.nn.Parameter) -> bool:
@@ -135,8 +141,10 @@ def moments_of(kind: str, name: str, p: torch.nn.Parameter, width: int) -> int:
 
 
 def of_step(counted: dict[str, int], run: Run, parts: int) -> int:
-    """Return the bytes that come and go in the step of an optimizer of extras/run: in float32, a
-    piece at a time, or a whole matrix by a rule."""
+    """Return the bytes that come and go in the step of an optimizer of extras/run.
+
+    It computes in float32, a piece of a parameter at a time, or a whole one where a rule steps it.
+    """
     at_once = AT_ONCE.get(run.device, AT_ONCE["cpu"])
     matrix = counted["by_rule"] // parts
     by_rule = 12 * matrix
@@ -196,6 +204,7 @@ def block_activations(
     The last two say what mixes its tokens (extras/decoder/mixers.py).
     """
     kind = "bf16" if run.bf16 else "bfloat16" if run.weights == "bfloat16" else "float32"
+    narrow = 4 if kind == "float32" else 2
     sizes = (
         c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim,
         mlp_size(c))
@@ -211,8 +220,7 @@ def block_activations(
     if not attending:
         sizes = (c.hidden_size, 0, 0, mlp_size(c))
     if c.latent is not None:
-        # q, k, v and the heads' output; that without what fills it up; both norms with their inputs
-        narrow = 4 if kind == "float32" else 2
+        # q, k, v and the heads' output, and that without its padding; both norms with their inputs
         wide = narrow if run.device == "cuda" else 4
         heads = 4 * c.head_dim * wide + c.latent["value"] * narrow
         norms = 2 * narrow * ((c.latent["query"] or 0) + c.latent["latent"])
@@ -229,8 +237,8 @@ def block_activations(
         per_token += size * (saved - max(frozen, again))
     if c.per_layer:
         per_token += beside(c, kind, run.checkpointing == "selective")
-    narrow = 4 if kind == "float32" else 2
-    more_norms = sum(name is not None for name in c.block_norms) - 2  # after a sublayer: their input
+    # a norm after a sublayer keeps its input
+    more_norms = sum(name is not None for name in c.block_norms) - 2
     per_token += narrow * sizes[0] * max(0, more_norms)
     per_token += narrow * (sizes[1] + sizes[2]) * bool(c.qk_norm)  # q and k before
     per_token += run.rank * of_lora
@@ -279,7 +287,7 @@ def activations(
 
 
 def of_images(config: models.ModelConfig, run: Run) -> tuple[int, int]:
-    """Return the bytes held for the images of a forward, and the most that comes and goes meanwhile.
+    """Return the bytes held for a forward's images, and the most that comes and goes meanwhile.
 
     Held are the pixels and, where it learns, what the encoder keeps: of each layer both norms with
     their inputs, q, k, v, the heads' output, the MLP's inner states before and after its function. Gemma
@@ -301,7 +309,8 @@ def of_images(config: models.ModelConfig, run: Run) -> tuple[int, int]:
         outer, within = (24, 7) if c["use_clipped_linears"] else (13, 4)
     layer = run.patches * width * (outer * size + within * inner)
     passing = run.patches * width * (5 * size + 2 * inner)
-    each = 2 if run.bf16 and run.device != "cpu" else 4  # each layer's call makes numbers of its mask
+    # each layer's call turns its mask of bools into numbers
+    each = 2 if run.bf16 and run.device != "cpu" else 4
     seeing = [w for w in config.windows if w is not None or c.get("both_ways") == "everywhere"]
     masks = run.masked * (2 + each * (1 if run.checkpointing is True else len(seeing)))
     held = run.patches * pixels + masks
@@ -421,7 +430,8 @@ def run_of(trainer: Any) -> Run:
         live_ref=trainer.reference.model is not None, rank=trainer.lora.get("r", 0),
         optimizer=small_kind(c, trainer.lora), patches=patches, masked=masked,
         tower_learns=patches > 0 and not c.freeze_vision_tower,
-        targets=targets if isinstance(targets, str) else tuple(targets), four_bit=four_bit, device=trainer.ranks.device.type)
+        targets=targets if isinstance(targets, str) else tuple(targets), four_bit=four_bit,
+        device=trainer.ranks.device.type)
 
 
 def describe(trainer: Any) -> list[str]:

@@ -1,8 +1,8 @@
 """Optimizers that look at a whole matrix: Adafactor and Muon, as rules by which SmallAdamW steps.
 
     bytes a weight      float32   --dtype bfloat16
-    --optim adafactor      8             4         weight and gradient; a number a row and a column
-    --optim muon          12             6         and one moment, of hidden matrices; AdamW's others
+    --optim adafactor      8             4         weight, gradient; a number per row and column
+    --optim muon          12             6         and one moment, for hidden matrices; else AdamW
 
 A rule gets a parameter's state, its new value's type, its gradient in that type and its group, and
 returns the new value. Under FSDP the tensors are sharded by rows, and a rule sums over the ranks.
@@ -38,34 +38,34 @@ def adafactor(state: dict[str, Any], p: Any, g: Any, group: dict) -> Tensor:
     """Adafactor (arXiv:1804.04235, algorithms 4 and 5) with learning rates from the flags.
 
     It is what `--optim adafactor` means in transformers: no first moment, scale_parameter and
-    relative_step off. The second moment is v = r c^T / mean(r), of means over rows and columns,
-    whose decay is 1 - t^-0.8; an update g / sqrt(v) longer than 1, as root mean square, is cut to
-    that. Stacked experts have a v each.
+    relative_step off. The second moment is v = r c^T / mean(r), where r and c are moving averages
+    of g^2's means over rows and columns, with beta2 = 1 - t^-0.8. An update g / sqrt(v) whose root
+    mean square exceeds 1 is scaled down to 1. Stacked experts have a v each.
     """
-    kept = 1 - state["step"] ** -0.8
+    beta2 = 1 - state["step"] ** -0.8
     square = g.square() + 1e-30
     if p.dim() < 2:
-        update = local(averaged(state, "exp_avg_sq", square, kept).rsqrt() * g)
+        update = local(averaged(state, "exp_avg_sq", square, beta2).rsqrt() * g)
     else:
-        rows = averaged(state, "exp_avg_sq_row", whole(square.sum(-1)) / p.shape[-1], kept)
-        columns = averaged(state, "exp_avg_sq_col", whole(square.sum(-2)) / p.shape[-2], kept)
+        rows = averaged(state, "exp_avg_sq_row", whole(square.sum(-1)) / p.shape[-1], beta2)
+        columns = averaged(state, "exp_avg_sq_col", whole(square.sum(-2)) / p.shape[-2], beta2)
         by_row = (rows / rows.mean(-1, keepdim=True)).rsqrt().unsqueeze(-1)
         update = local(g) * part(by_row, p)
         update.mul_(part(columns.rsqrt().unsqueeze(-2), p))
-    length = (summed(torch.square(update, out=local(square)).sum(), p) / p.numel()).sqrt()
-    return decayed(p, g.dtype, group).sub_(update.mul_(group["lr"] / length.clamp(min=1)))
+    rms = (summed(torch.square(update, out=local(square)).sum(), p) / p.numel()).sqrt()
+    return decayed(p, g.dtype, group).sub_(update.mul_(group["lr"] / rms.clamp(min=1)))
 
 
 def muon(state: dict[str, Any], p: Any, g: Any, group: dict) -> Tensor:
     """Muon (kellerjordan.github.io/posts/muon) with Nesterov's momentum, as torch.optim.Muon.
 
-    The update is the nearest matrix with orthogonal rows or columns, about, times
-    0.2 sqrt(max(m, n)), so that its root mean square is AdamW's and one learning rate serves both
-    (arXiv:2502.16982). Every rank computes it of the whole matrix.
+    The update of an (m, n) matrix is, about, the nearest one with orthonormal rows or columns,
+    times 0.2 sqrt(max(m, n)), so that its root mean square is AdamW's and one learning rate serves
+    both (arXiv:2502.16982). Every rank computes it for the whole matrix.
     """
     moment = averaged(state, "momentum_buffer", g, MOMENTUM, p.dtype)
     update = whole(g.lerp(moment, MOMENTUM).bfloat16())
-    for matrix in update.view(-1, *p.shape[-2:]):  # of stacked experts several
+    for matrix in update.view(-1, *p.shape[-2:]):  # several, where experts are stacked
         matrix.copy_(orthogonal(matrix))
     rate = group["lr"] * 0.2 * math.sqrt(max(p.shape[-2:]))
     return decayed(p, g.dtype, group).sub_(part(update, p), alpha=rate)
@@ -78,7 +78,7 @@ def is_hidden(name: str, p: nn.Parameter) -> bool:
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """Bring all singular values of a bfloat16 matrix near 1, by five steps of Newton and Schulz."""
+    """Bring all singular values of a bfloat16 (m, n) matrix near 1: five Newton-Schulz steps."""
     a, b, c = NEWTON_SCHULZ
     is_tall = x.shape[0] > x.shape[1]
     x = x.T if is_tall else x
@@ -90,11 +90,14 @@ def orthogonal(x: Tensor) -> Tensor:
 
 
 def averaged(
-    state: dict[str, Any], key: str, value: Tensor, kept: float, dtype: torch.dtype | None = None,
+    state: dict[str, Any], key: str, value: Tensor, beta: float, dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return `value` averaged with those of earlier steps, and keep it in the state."""
+    """Update the moving average state[key] = beta state[key] + (1 - beta) value, and return it.
+
+    It is kept in `dtype`, by default that of `value`, and returned before it is rounded to it.
+    """
     before = state[key].to(value.dtype) if key in state else torch.zeros_like(value)
-    found = before.lerp(value, 1 - kept)
+    found = before.lerp(value, 1 - beta)
     state[key] = found.to(dtype or found.dtype)
     return found
 
@@ -118,7 +121,7 @@ def whole(t: Any) -> Tensor:
 
 
 def part(t: Tensor, p: Any) -> Tensor:
-    """Return of a whole tensor what goes with this rank's part of `p`."""
+    """Return the rows of a whole tensor that belong to this rank's shard of `p`."""
     if not hasattr(p, "to_local") or t.shape[0] == 1:  # one value for all rows
         return t
     rows = -(-p.shape[0] // p.device_mesh.size())

@@ -161,7 +161,7 @@ class SmallAdamW:
         """Set the state before the first step."""
         state = self.state[p]
         state["step"] = 0
-        if "rule" in group:  # which begins its own
+        if "rule" in group:  # a rule makes its own state
             return
         if not self.eight_bit or p.numel() < SMALLEST:
             kind = torch.float32 if self.eight_bit else p.dtype
