@@ -17,7 +17,7 @@ import model as models
 from extras.models.opening import load_adapted, load_model
 from extras.run.forecast import memory, run_of
 from parts.checks import check_store
-from parts.names import FIXED, file_name
+from parts.names import file_name
 
 pytest.importorskip("PIL")
 pytest.importorskip("transformers")
@@ -78,7 +78,17 @@ def test_the_first_loss_is_log2_in_every_mode(run, family, options):
     assert metrics[1]["loss"] != metrics[0]["loss"] and np.isfinite(metrics[1]["grad_norm"])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def trl_steps(place, tmp_path, family, arguments):
+    """The metrics of TRL's steps."""
+    (tmp_path / "run.json").write_text(json.dumps({"model": str(place / family), "data": str(place / "pictures.jsonl"),
+                                                   "out": str(tmp_path / "trl"), "args": arguments}))
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "vision_peer.py"), str(tmp_path / "run.json")],
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return read_metrics(tmp_path / "trl")
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "gemma4"])
 def test_two_steps_equal_trl(run, place, tmp_path, family):
     """Losses, rewards, gradient norms and, after two steps, every parameter: tower, projector and language model."""
     pytest.importorskip("trl")
@@ -86,12 +96,7 @@ def test_two_steps_equal_trl(run, place, tmp_path, family):
         pytest.importorskip("torchvision", exc_type=Exception, reason="transformers' processor needs a torchvision that loads")
         pytest.importorskip("num2words", reason="transformers' SmolVLM processor needs num2words")
     arguments = dict(per_device_train_batch_size=4, max_steps=2, learning_rate=1e-3, max_length=None)
-    (tmp_path / "run.json").write_text(json.dumps({"model": str(place / family), "data": str(place / "pictures.jsonl"),
-                                                   "out": str(tmp_path / "trl"), "args": arguments}))
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "vision_peer.py"), str(tmp_path / "run.json")],
-                          capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    theirs = read_metrics(tmp_path / "trl")
+    theirs = trl_steps(place, tmp_path, family, arguments)
     ours, trainer = run("ours", family, max_length=None, freeze_vision_tower=False)
     for a, b in zip(ours, theirs):
         for key in ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"):
@@ -100,9 +105,6 @@ def test_two_steps_equal_trl(run, place, tmp_path, family):
     start = dict(load_model(place / family).named_parameters())
     moved = 0
     for name, p in trainer.model.named_parameters():
-        if name.endswith(FIXED):  # buffers there
-            assert torch.equal(p, start[name]), name
-            continue
         expected = params[file_name(name, trainer.model.config)]
         change = (expected - start[name]).norm()
         moved += bool(change > 0)
@@ -110,6 +112,19 @@ def test_two_steps_equal_trl(run, place, tmp_path, family):
         if not name.endswith("k_proj.bias"):
             assert (p.detach() - expected).norm() <= 5e-4 * expected.norm() + 0.02 * change, name
     assert moved > 40
+
+
+def test_the_reference_of_gemma_4_in_trl_is_ours_and_its_policy_is_not_its_reference(run, place, tmp_path):
+    """Of equal weights TRL 1.16's policy, in its first step, has other log-probabilities than its reference."""
+    pytest.importorskip("trl")
+    arguments = dict(per_device_train_batch_size=4, max_steps=1, learning_rate=1e-3, max_length=None, beta=0.1,
+                     model_init_kwargs=dict(attn_implementation="eager"))  # its audio tower has no other
+    theirs = trl_steps(place, tmp_path, "gemma4", arguments)[0]
+    ours = run("ours", "gemma4", max_length=None)[0][0]
+    for answer in ("chosen", "rejected"):
+        reward = float(theirs[f"rewards/{answer}"])
+        assert ours[f"logps/{answer}"] == pytest.approx(float(theirs[f"logps/{answer}"]) - reward / 0.1, rel=1e-6)
+        assert abs(reward) > 1e-3 and ours[f"rewards/{answer}"] == 0
 
 
 def test_the_tower_is_frozen_unless_asked_for(run, place):

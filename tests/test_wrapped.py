@@ -198,7 +198,12 @@ def test_adapters_carry_pefts_names(case, targets, tmp_path):
     randomize_lora(ours)
     save_adapter(ours, tmp_path / "a", dict(r=4, lora_alpha=8, lora_dropout=0.0, base_model_name_or_path="base"))
     load = lambda: transformers.AutoModelForImageTextToText.from_pretrained(directory)
-    assert_same_logits(ours, peft.PeftModel.from_pretrained(load(), tmp_path / "a").eval(), 2e-5)
+    peers = peft.PeftModel.from_pretrained(load(), tmp_path / "a").eval()
+    if name == "gemma4":  # adapters this large make its float32 round by more
+        assert_same_logits(copy.deepcopy(ours).double(), peers.double(), 2e-5)
+        peers.float()
+    else:
+        assert_same_logits(ours, peers, 2e-5)
     fresh = "all-linear" if targets == ["all-linear"] else targets
     if name.startswith("gemma4") and fresh == targets:  # PEFT cannot wrap what its tower calls q_proj
         with pytest.raises(ValueError, match="Gemma4ClippableLinear"):
