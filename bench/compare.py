@@ -81,7 +81,7 @@ ABLATIONS = {  # flags, or code that runs before dpo.main()
     "forwards_2048": {"max_tokens_per_forward": 2048},
     "forwards_4096": {"max_tokens_per_forward": 4096},
     "chunked_head": "import model; model.HEAD_CHUNK = 2**40",
-    "wide_chunks": "import model; model.HEAD_CHUNK, model.KEPT = 2**24, 8",
+    "wide_chunks": "import model; model.HEAD_CHUNK, model.KEPT = 2**26, 2",
     # backward computes all logits again, of a frozen head too
     "kept_logits": "import model, parts.head; model.How = "
     "lambda cap, compute, chunk, keep, more: parts.head.How(cap, compute, chunk, None, more)",

@@ -7,6 +7,7 @@
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import model as models
@@ -16,7 +17,19 @@ from parts.configs import packed_in
 from parts.files import read_json
 
 
-def main() -> None:
+def config_of(directory: str) -> models.ModelConfig:
+    """Read config.json. Raises ValueError naming the directory."""
+    raw = read_json(Path(directory) / "config.json")
+    if packed_in(raw):
+        del raw["quantization_config"]
+    try:
+        return models.read_config(raw)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return the exit status: 2 for a directory whose config.json cannot be read, with one message."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -25,7 +38,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="of one forward [4096]")
     parser.add_argument(
         "--memory", type=float, metavar="GIB", help="of a rank: say what to turn on to fit there")
-    c = parser.parse_args()
+    c = parser.parse_args(argv)
     base = Run(
         tokens=c.tokens,
         scored=c.tokens // 2,
@@ -42,10 +55,11 @@ def main() -> None:
         "QLoRA": lora._replace(four_bit="nested"),
     }
     for directory in c.directories:
-        raw = read_json(Path(directory) / "config.json")
-        if packed_in(raw):
-            del raw["quantization_config"]
-        config = models.read_config(raw)
+        try:
+            config = config_of(directory)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         if c.memory is not None:
             plain = base._replace(checkpointing=False)
             for line in lines_of(config, plain, c.tokens, c.memory * 2**30):
@@ -54,7 +68,8 @@ def main() -> None:
         for name, run in modes.items():
             m = memory(config, run)
             print(f"{directory}  {name:6} {gib(m['total']):>11}: {table(m)}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,11 +1,12 @@
 """Read config.json into the fields of ModelConfig, checked."""
 
+import math
 from typing import Any
 
 from parts.families import COMMON, HARMLESS, REQUIRED, Family, find_family
 from parts.kernels import ACTIVATIONS
 from parts.ropes import Rope, read_ropes
-from parts.vision_configs import check_sections, split_config
+from parts.vision_configs import check_joint, check_sections, split_config
 
 # The largest value that is taken for a size; more is a damaged file.
 SIZES = dict(
@@ -19,11 +20,17 @@ SIZES = dict(
     n_routed_experts=2**16,
     n_group=2**16, topk_group=2**16, q_lora_rank=2**20, kv_lora_rank=2**20, v_head_dim=2**16,
     qk_nope_head_dim=2**16, qk_rope_head_dim=2**16, global_head_dim=2**16,
-    num_global_key_value_heads=2**16, top_k_experts=2**16)
+    num_global_key_value_heads=2**16, top_k_experts=2**16, max_position_embeddings=2**40,
+    intermediate_size_mlp=2**24, attention_chunk_size=2**40, vocab_size_per_layer_input=2**24,
+    interleave_moe_layer_step=2**12, no_rope_layer_interval=2**12, decoder_sparse_step=2**12,
+    full_attention_interval=2**12)
+# Whole numbers that may be 0 as well.
+COUNTS = ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers",
+          "num_kv_shared_layers", "hidden_size_per_layer_input", "shared_expert_intermediate_size")
 # Numbers that are divided or multiplied by, so that 0, a negative one or null has no meaning; null
 # stands for none where that is the family's default.
 ABOVE_0 = ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling",
-           "query_pre_attn_scalar", "routed_scaling_factor")
+           "query_pre_attn_scalar", "routed_scaling_factor", "floor_scale", "swiglu_limit")
 # Keys that ModelConfig has under the same name.
 SAME = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
         "num_attention_heads", "max_position_embeddings", "hidden_act")
@@ -40,6 +47,7 @@ def read_fields(raw: dict, max_length: int | None = None) -> dict:
         if vision is not None:
             vision = vision | {"text_size": fields["hidden_size"]}
             check_sections(vision, len(fields["ropes"]["full_attention"].frequencies))
+            check_joint(vision, fields)
         return fields | dict(model_type=raw["model_type"], other_names=True, vision=vision)
     except wrong as error:
         raise ValueError("config.json: a value of another type or size than expected "
@@ -91,6 +99,13 @@ def text_fields(raw: dict, max_length: int | None) -> dict:
     if fields["hidden_act"] not in ACTIVATIONS:
         raise ValueError(f"config.json: hidden_act = {fields['hidden_act']!r}; "
                          f"known are {', '.join(ACTIVATIONS)}")
+    heads, kv_heads = fields["num_attention_heads"], fields["num_key_value_heads"]
+    if heads % kv_heads:
+        raise ValueError(f"config.json: num_attention_heads = {heads} is no multiple of "
+                         f"num_key_value_heads = {kv_heads}")
+    odd = [k for k, v in fields.items() if isinstance(v, float) and not math.isfinite(v)]
+    if odd:
+        raise ValueError(f"config.json: what it says makes {', '.join(odd)} no finite number")
     return fields
 
 
@@ -128,19 +143,23 @@ def check_value(key: str, value: Any, default: Any) -> None:
     elif key in ABOVE_0:
         fits = type(value) in (int, float) and 0 < value < 1e30
         wanted = "a number above 0"
-    elif key == "router_aux_loss_coef":
+    elif key in COUNTS:
+        fits = type(value) is int and 0 <= value <= 2**24
+        wanted = f"a whole number from 0 to {2**24}"
+    elif key in ("router_aux_loss_coef", "rms_norm_eps"):
         fits = type(value) in (int, float) and 0 <= value < 1e30
         wanted = "a number, 0 or more"
     elif isinstance(default, bool):
         fits = isinstance(value, bool)
         wanted = "true or false"
-    elif isinstance(default, (int, float)) or key == "rms_norm_eps":
+    elif isinstance(default, (int, float)):
         fits = type(value) in (int, float) and abs(value) < 1e30
         wanted = "a number"
     else:
         fits = not isinstance(default, str) or isinstance(value, str)
         wanted = "a string"
-    is_needed = key in ABOVE_0 or key.startswith(("linear_", "router_"))
+    is_needed = (key in ABOVE_0 or key.startswith(("linear_", "router_"))
+                 or key.endswith(("_multiplier", "attn_scale", "chunk_size")))
     takes_null = default is None or default is not REQUIRED and not is_needed
     if not fits and not (value is None and takes_null):
         raise ValueError(f"config.json: {key} = {value!r:.60}: expected {wanted}")

@@ -139,6 +139,9 @@ def gemma4_keys(raw: dict) -> dict:
     own = raw.pop("per_layer_config", None)
     if own is None:
         return raw
+    odd = [i for i in own if not i.isdecimal()]
+    if odd:
+        raise ValueError(f"config.json: per_layer_config names {odd[0]!r:.60}, which is no layer")
     own = {int(i): dict(changes) for i, changes in own.items()}
     full = [i for i, kind in enumerate(raw["layer_types"]) if kind == "full_attention"]
     changes = own.get(full[0], {})
@@ -164,6 +167,16 @@ def gemma4(c: dict) -> dict:
     if not 0 < first <= n or not makers.keys() >= set(types):
         raise ValueError(f"config.json: num_kv_shared_layers = {n - first} of {n}: no layer before "
                          "them makes the keys and values that they read")
+    lacking = set(types) - {k for k, v in (c["rope_parameters"] or {}).items() if isinstance(v, dict)}
+    if lacking:
+        raise ValueError(f"config.json: rope_parameters says nothing of {', '.join(sorted(lacking))}")
+    if c["hidden_size_per_layer_input"] and (c["vocab_size_per_layer_input"] or 0) < c["vocab_size"]:
+        raise ValueError(f"config.json: vocab_size_per_layer_input = {c['vocab_size_per_layer_input']} "
+                         f"is less than vocab_size = {c['vocab_size']}")
+    few = c["num_global_key_value_heads"] or c["num_key_value_heads"]
+    if few and c["num_attention_heads"] % few:
+        raise ValueError(f"config.json: num_attention_heads = {c['num_attention_heads']} is no "
+                         f"multiple of num_global_key_value_heads = {few}")
     of_full = dict(head_dim=c["global_head_dim"] or c["head_dim"])
     if c["attention_k_eq_v"] and c["num_global_key_value_heads"]:
         of_full["num_key_value_heads"] = c["num_global_key_value_heads"]
@@ -186,6 +199,9 @@ def gemma4(c: dict) -> dict:
 def smollm3_turns(i: int, c: dict) -> bool:
     """Tell whether layer i rotates: all but every fourth."""
     given = c["no_rope_layers"]
+    if given and len(given) != c["num_hidden_layers"]:
+        raise ValueError(f"config.json: no_rope_layers names {len(given)} layers of "
+                         f"{c['num_hidden_layers']}")
     return bool(given[i]) if given else (i + 1) % c["no_rope_layer_interval"] != 0
 
 
@@ -277,6 +293,10 @@ def grouped(c: dict, scores: str = "sigmoid") -> dict:
     layers = range(c["num_hidden_layers"])
     sparse = [i >= c["first_k_dense_replace"] for i in layers]
     if c.get("mlp_layer_types"):
+        odd = sorted({*c["mlp_layer_types"]} - {"sparse", "dense"})
+        if odd:
+            raise ValueError(f"config.json: mlp_layer_types names {', '.join(odd)}; sparse and dense "
+                             "are known")
         sparse = [kind == "sparse" for kind in c["mlp_layer_types"]]
     if len(sparse) != len(layers):
         raise ValueError(
@@ -355,7 +375,7 @@ def mamba(c: dict, recurs: tuple[bool, ...], attends: tuple[bool, ...], **more: 
     limit = c["time_step_limit"] or [0.0, INFINITY]
     # as transformers 5 writes it into config.json
     limit = [INFINITY if x == {"__float__": "Infinity"} else x for x in limit]
-    if [type(x) for x in limit] != [float, float] or limit[0] > limit[1]:
+    if [type(x) for x in limit] != [float, float] or not limit[0] <= limit[1]:
         raise ValueError(f"config.json: time_step_limit = {c['time_step_limit']!r:.60}: expected "
                          "two numbers, the smaller first")
     return dict(mixer=dict(
@@ -414,10 +434,19 @@ def granite_hybrid(c: dict) -> dict:
         intermediate_size=c["shared_intermediate_size"])
 
 
+def numbers(c: dict, key: str, count: int) -> list[float]:
+    """Return a list of factors, ones where the file has none."""
+    given = [1.0] * count if c[key] is None else c[key]
+    is_list = isinstance(given, list) and len(given) == count
+    if not is_list or not all(type(x) in (int, float) and abs(x) < 1e30 for x in given):
+        raise ValueError(f"config.json: {key} = {given!r:.60}: expected {count} numbers")
+    return given
+
+
 def falcon_h1(c: dict) -> dict:
     """Read the multipliers; those inside attention scale its scores, the rest is the mixer's."""
     inside = c["attention_in_multiplier"]
-    parts = [c["ssm_in_multiplier"] * s for s in c["ssm_multipliers"] or [1.0] * 5]
+    parts = [c["ssm_in_multiplier"] * s for s in numbers(c, "ssm_multipliers", 5)]
     every = (True,) * c["num_hidden_layers"]
     norm = None
     if c["mamba_rms_norm"]:
@@ -427,7 +456,7 @@ def falcon_h1(c: dict) -> dict:
         attention_scale=c["head_dim"] ** -0.5 * c["key_multiplier"] * inside**2) | mamba(
         c, every, every, norm=norm, scales=parts, out_scale=c["ssm_out_multiplier"],
         attention_out=inside * c["attention_out_multiplier"],
-        mlp_scales=c["mlp_multipliers"] or [1.0, 1.0])
+        mlp_scales=numbers(c, "mlp_multipliers", 2))
 
 
 LLAMA_KEYS = {

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from parts.kernels import has_triton
 
-KEPT = 2  # chunks whose gradient by the logits is kept for backward; on a GPU four times as many
+KEPT = 8  # chunks whose gradient by the logits is kept for backward
 
 Terms = list[tuple[Tensor, Tensor]]  # inputs (N, C_k) and weights (V, C_k)
 
@@ -63,7 +63,7 @@ class ChunkedLogps(torch.autograd.Function):
         tensors = [t.to(how.compute) for t in tensors]  # once, for backward too
         terms = list(zip(tensors[0::2], tensors[1::2]))
         slopes = [torch.empty_like(x, dtype=how.wide) for x, _ in terms if ctx.inputs_alone]
-        keep = kept_chunks(how.keep, targets.device.type) if any(weights) else 0
+        keep = (how.keep or 0) if any(weights) else 0
         kept = []
         out = []
         for rows in chunks(targets, len(terms[0][1]), how.chunk):
@@ -140,17 +140,13 @@ def chunks(targets: Tensor, vocab_size: int, budget: int) -> Iterator[slice]:
 
 
 def chunk_rows(vocab_size: int, device: str, budget: int) -> int:
-    """Return the rows of a chunk of `budget` logits, on a GPU of twice as many.
+    """Return the rows of a chunk of `budget` logits, on a GPU of eight times as many.
 
-    Every chunk reads the whole weight, and adds to all of its gradient: below some 600 rows that
-    takes longer than the products, on a GPU and on a CPU that multiplies bfloat16.
+    Every chunk reads the whole weight, and adds to all of its gradient: a GPU waits for that below
+    some 600 rows. On a CPU larger chunks were slower.
     """
-    size = budget if device == "cpu" else 2 * budget
+    size = budget if device == "cpu" else 8 * budget
     return max(16, size // vocab_size)
-
-
-def kept_chunks(keep: int | None, device: str) -> int:
-    return (keep or 0) * (1 if device == "cpu" else 4)
 
 
 def chunk_logits(terms: Terms, rows: slice, softcap: float | None) -> Tensor:  # (n, V)
@@ -164,14 +160,14 @@ def chunk_logits(terms: Terms, rows: slice, softcap: float | None) -> Tensor:  #
 def few_rows(budget: int, logits: Tensor, *more: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Cut a chunk into groups of rows, since scoring passes over them several times in float32.
 
-    A group is what a CPU's caches hold, on a GPU a quarter of the budget.
+    A group is what a CPU's caches hold, on a GPU `budget` values.
     """
     size = group_rows(logits.shape[1], logits.device.type, budget)
     return zip(*(t.split(size) for t in (logits, *more)))
 
 
 def group_rows(vocab_size: int, device: str, budget: int) -> int:
-    return 32 if device == "cpu" else max(16, budget // 4 // vocab_size)
+    return 32 if device == "cpu" else max(16, budget // vocab_size)
 
 
 def score_chunk(logits: Tensor, targets: Tensor, how: How, slopes: bool) -> list[list[Tensor]]:

@@ -5,6 +5,7 @@ since ranks that differ would wait for one another forever, or train on wrong av
 """
 
 import ctypes
+import gc
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # noqa: F401  see leave_ranks
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
@@ -187,8 +189,16 @@ def ending_ranks() -> Iterator[None]:
 
 
 def leave_ranks() -> None:
+    """Leave the group, and end gloo's threads, which live until nothing refers to the group.
+
+    One that still ran while Python ends would now and then abort the process. A trainer refers to
+    it, so those of no use any more are collected. The default arguments of
+    torch.distributed.nn.functional, which DDP imports, would refer to a group that was there
+    already; so this module imports it first.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()
 
 
 def among_ranks(main: Callable[..., int]) -> Callable[..., int]:

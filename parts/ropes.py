@@ -28,6 +28,8 @@ ROPE_KEYS = {  # rope_type -> the keys it reads besides those of all
              "truncate", "llama_4_scaling_beta", "max_position_embeddings"),
     "longrope": ("factor", "attention_factor", "short_factor", "long_factor")}
 ORIGINAL = "original_max_position_embeddings"
+POSITIVE = ("rope_theta", "factor", "attention_factor", ORIGINAL)
+KINDS = ("full_attention", "sliding_attention")  # of layers, where they rotate differently
 
 
 def read_ropes(c: dict, max_length: int | None, interleaved: bool = False) -> dict[str, Rope]:
@@ -37,6 +39,10 @@ def read_ropes(c: dict, max_length: int | None, interleaved: bool = False) -> di
     """
     given = c["rope_scaling"] or c["rope_parameters"] or {}
     ropes = {k: v for k, v in given.items() if isinstance(v, dict)} or {"full_attention": given}
+    odd = sorted(ropes.keys() - {*KINDS})
+    if odd or "full_attention" not in ropes:
+        raise ValueError(f"config.json: rope_parameters name {', '.join(odd) or 'no full_attention'}; "
+                         f"of layers, {' and '.join(KINDS)} are known")
     # Gemma 3: layers with a window have a base of their own; OLMo 3: they are not stretched
     if "rope_local_base_freq" in c:
         ropes = {"sliding_attention": {"rope_theta": c["rope_local_base_freq"]}} | ropes
@@ -63,13 +69,38 @@ def read_rope(given: dict, c: dict, max_length: int | None, head_dim: int) -> Ro
             f"supported; supported are {', '.join(ROPE_KEYS)}")
     rope |= {k: v for k, v in given.items() if v is not None}
     rope |= {ORIGINAL: c[ORIGINAL] or rope[ORIGINAL], "max_position_embeddings": longest}
+    check_numbers(rope, kind)
     dim = int(head_dim * rope["partial_rotary_factor"])
+    is_odd = head_dim % 2 or kind != "proportional" and dim % 2
+    if is_odd or not 0 <= dim <= head_dim:
+        raise ValueError(f"config.json: {dim} dims of each head's {head_dim} rotate: expected an "
+                         "even number of them, as they turn in pairs")
     if kind == "proportional":
-        return proportional(rope, dim, head_dim)
+        return finite(proportional(rope, dim, head_dim), kind)
     try:
-        return make_rope(kind, rope, dim, max_length)
+        return finite(make_rope(kind, rope, dim, max_length), kind)
     except KeyError as error:
         raise ValueError(f"config.json: rope_type {kind!r} needs {error}") from None
+
+
+def check_numbers(rope: dict, kind: str) -> None:
+    """Raise ValueError for a value that is no number, and for one that must be above 0 and is not.
+    """
+    for key in rope.keys() - {"type", "rope_type", "truncate", "short_factor", "long_factor"}:
+        value = rope[key]
+        is_number = type(value) in (int, float) and abs(value) < 1e30
+        if not is_number or key in POSITIVE and value <= 0:
+            wanted = "a number above 0" if key in POSITIVE else "a number"
+            raise ValueError(f"config.json: {key} = {value!r:.60} of rope_type {kind!r}: expected "
+                             f"{wanted}")
+
+
+def finite(rope: Rope, kind: str) -> Rope:
+    """Return the Rope. Raises ValueError where a value of config.json makes it no number."""
+    if not all(abs(x) < 1e30 for x in (rope.factor, *rope.frequencies)):
+        raise ValueError(f"config.json: the values of rope_type {kind!r} make frequencies that are "
+                         "not finite")
+    return rope
 
 
 def make_rope(kind: str, rope: dict, dim: int, max_length: int | None) -> Rope:

@@ -12,7 +12,7 @@ import math
 import re
 
 from parts.families import HARMLESS
-from parts.kernels import TOWER_ACTIVATIONS
+from parts.kernels import ACTIVATIONS, TOWER_ACTIVATIONS
 
 # What config.json leaves out, transformers fills in.
 LLAMA = dict(
@@ -114,9 +114,49 @@ def unwrap(raw: dict) -> tuple[dict, None]:
 def check_sections(vision: dict, pairs: int) -> None:
     """Raise ValueError where not all of the `pairs` of dims that turn have an axis."""
     sections = vision.get("sections", (pairs, 0, 0))
-    if len(sections) != 3 or sum(sections) != pairs:
+    if len(sections) != 3 or sum(sections) != pairs or min(sections) < 0:
         raise ValueError(f"config.json: mrope_section = {list(sections)}: expected pairs of dims "
                          f"for time, height and width; found {sum(sections)} in all, of {pairs}")
+
+
+def check_joint(vision: dict, fields: dict) -> None:
+    """Raise ValueError where the tower's features do not fit the decoder."""
+    out = vision.get("out_hidden_size", vision.get("out", fields["hidden_size"]))
+    if out != fields["hidden_size"]:
+        raise ValueError(f"config.json: the tower's features have {out} numbers (out_hidden_size in "
+                         f"vision_config), the decoder's {fields['hidden_size']} (hidden_size)")
+    deep, layers = vision.get("deep", ()), fields["num_hidden_layers"]
+    if len(deep) > layers:
+        raise ValueError(f"config.json: deepstack_visual_indexes names {len(deep)} layers, more than "
+                         f"the decoder's {layers}")
+
+
+def check_tower(tower: dict, defaults: dict) -> None:
+    """Raise ValueError for sizes that no tower has."""
+    for key, default in defaults.items():
+        value = tower[key]
+        wanted = ""
+        if key == "mlp_ratio" or isinstance(default, float):
+            if type(value) not in (int, float) or not 0 <= value < 1e30:
+                wanted = "a number, 0 or more"
+        elif isinstance(default, int) and not (type(value) is int and 1 <= value <= 2**20):
+            wanted = f"a whole number from 1 to {2**20}"
+        elif isinstance(default, list) and not {*value} <= {*range(tower["depth"])}:
+            wanted = f"layers of the tower, 0 to {tower['depth'] - 1}"
+        if wanted:
+            raise ValueError(
+                f"config.json: {key} = {value!r:.60} in vision_config: expected {wanted}")
+    size = tower.get("embed_dim", tower["hidden_size"])
+    heads = tower.get("num_heads") or tower["num_attention_heads"]
+    turns = 4 if "num_heads" in tower else 1  # Qwen's rotate, half with the row, half with the column
+    if size % (heads * turns):
+        raise ValueError(f"config.json: {heads} heads in vision_config do not divide its size {size}"
+                         + (" into multiples of 4" if turns == 4 else ""))
+    smallest = tower["patch_size"] * tower.get("spatial_merge_size", 1)
+    for key in ("image_size", "window_size"):
+        if tower.get(key, smallest) < smallest:
+            raise ValueError(f"config.json: {key} = {tower[key]} in vision_config holds no patch of "
+                             f"{smallest}")
 
 
 def refuse_unknown(raw: dict, kind: str) -> None:
@@ -136,6 +176,7 @@ def read_tower(given: dict, kind: str, defaults: dict) -> dict:
     if tower["hidden_act"] not in TOWER_ACTIVATIONS:
         raise ValueError(f"config.json: hidden_act = {tower['hidden_act']!r} in vision_config; "
                          f"known are {', '.join(TOWER_ACTIVATIONS)}")
+    check_tower(tower, defaults)
     return tower
 
 
@@ -150,11 +191,18 @@ def split_llava(raw: dict) -> tuple[dict, dict]:
                          "clip_vision_model and siglip_vision_model are")
     strategy = raw.get("vision_feature_select_strategy", "default")
     layers = raw.get("vision_feature_layer", -2)
+    act = raw.get("projector_hidden_act", "gelu")
+    if strategy not in ("default", "full") or act not in ACTIVATIONS:
+        raise ValueError(f"config.json: vision_feature_select_strategy = {strategy!r}, "
+                         f"projector_hidden_act = {act!r}: known are default and full; "
+                         f"{', '.join(ACTIVATIONS)}")
     vision = read_tower(given, "llava", LLAVA_TOWERS[tower]) | dict(
         kind="llava", is_clip=tower == "clip_vision_model", drop_first=strategy == "default",
         layers=tuple(layers) if isinstance(layers, (list, tuple)) else (layers,),
-        projector_act=raw.get("projector_hidden_act", "gelu"),
-        projector_bias=raw.get("multimodal_projector_bias", True))
+        projector_act=act, projector_bias=bool(raw.get("multimodal_projector_bias", True)))
+    depth = vision["num_hidden_layers"]
+    if not vision["layers"] or not {*vision["layers"]} <= {*range(-depth - 1, depth + 1)}:
+        raise ValueError(f"config.json: vision_feature_layer = {layers!r:.60}: the tower has {depth}")
     return (LLAMA if text["model_type"] == "llama" else {}) | text, vision
 
 
@@ -166,6 +214,10 @@ def split_idefics(raw: dict) -> tuple[dict, dict]:
     vision = read_tower(dict(raw["vision_config"]), raw["model_type"], IDEFICS) | dict(
         kind="idefics3", is_clip=False, drop_first=False, layers=(-1,),
         scale_factor=raw.get("scale_factor", 2))
+    scale, side = vision["scale_factor"], vision["image_size"] // vision["patch_size"]
+    if type(scale) is not int or scale < 1 or side % scale:
+        raise ValueError(f"config.json: scale_factor = {scale!r:.60}: {side} x {side} patches are not "
+                         "joined by that many")
     return LLAMA | text, vision
 
 
@@ -174,6 +226,9 @@ def split_gemma(raw: dict) -> tuple[dict, dict]:
     """
     vision = read_tower(dict(raw["vision_config"]), "gemma3", SIGLIP)
     tokens = raw.get("mm_tokens_per_image", 256)
+    if type(tokens) is not int or tokens < 1:
+        raise ValueError(
+            f"config.json: mm_tokens_per_image = {tokens!r:.60}: expected a whole number from 1")
     side = vision["image_size"] // vision["patch_size"]
     across = math.isqrt(tokens)
     if across * across != tokens or side % across:

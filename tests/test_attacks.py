@@ -9,6 +9,8 @@ from conftest import make_rows, read_metrics
 from safetensors.torch import load_file, save_file
 
 import dpo
+import model as models
+from extras import plan
 from extras.models.opening import load_adapted
 from parts.precision import Scaler
 
@@ -211,3 +213,82 @@ def test_a_merged_model_is_saved_whole_wherever_it_is_saved(flags, tmp_path):
     trainer.save_model(tmp_path / "other")
     here, there = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "other"))
     assert here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
+
+
+# config.json of the families whose layers differ: each value that has no meaning is refused by name
+
+BASE = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-6)
+MAMBA = dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=16, mamba_n_groups=2)
+FALCON_H1 = BASE | MAMBA | dict(model_type="falcon_h1", mamba_d_ssm=64)
+GRANITE_H = BASE | MAMBA | dict(
+    model_type="granitemoehybrid", shared_intermediate_size=24, layer_types=["mamba", "attention"])
+DEEPSEEK = BASE | dict(
+    model_type="deepseek_v3", num_key_value_heads=4, n_routed_experts=6, num_experts_per_tok=2, n_group=3, topk_group=2,
+    moe_intermediate_size=16, first_k_dense_replace=1, q_lora_rank=20, kv_lora_rank=16, qk_nope_head_dim=12,
+    qk_rope_head_dim=8, v_head_dim=10)
+YARN = dict(type="yarn", factor=4.0, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=1.0)
+GLM = {k: v for k, v in DEEPSEEK.items() if k != "first_k_dense_replace"} | dict(model_type="glm4_moe_lite")
+LLAMA4 = BASE | dict(model_type="llama4_text", head_dim=12, intermediate_size_mlp=40, num_local_experts=4)
+GEMMA4 = BASE | dict(
+    model_type="gemma4_text", head_dim=12, global_head_dim=20, hidden_size_per_layer_input=16, vocab_size_per_layer_input=61,
+    layer_types=["sliding_attention", "full_attention"], sliding_window=5)
+QWEN3_VL = dict(
+    model_type="qwen3_vl", text_config=BASE | dict(head_dim=16, rope_scaling=dict(mrope_section=[4, 2, 2])),
+    vision_config=dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=4, patch_size=4, out_hidden_size=32,
+                       num_position_embeddings=16, deepstack_visual_indexes=[0, 1]))
+GEMMA3 = dict(
+    model_type="gemma3", text_config=BASE | dict(head_dim=12), mm_tokens_per_image=4,
+    vision_config=dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=1, image_size=28, patch_size=7))
+LLAVA = dict(model_type="llava", text_config=BASE | dict(model_type="llama"), vision_config=GEMMA3["vision_config"])
+NAN = float("nan")
+MEANINGLESS = [
+    (FALCON_H1, "mlp_multipliers", True), (FALCON_H1, "mlp_multipliers", [1.0]), (FALCON_H1, "ssm_multipliers", [None] * 5),
+    (FALCON_H1, "mlp_multipliers", [NAN, 1.0]), (FALCON_H1, "embedding_multiplier", None), (FALCON_H1, "lm_head_multiplier", None),
+    (FALCON_H1, "time_step_limit", [0.0, NAN]), (FALCON_H1, "rms_norm_eps", -1e-6), (GRANITE_H, "residual_multiplier", None),
+    (DEEPSEEK, "n_shared_experts", -1), (DEEPSEEK, "n_shared_experts", 0.5), (DEEPSEEK, "num_nextn_predict_layers", 0.5),
+    (DEEPSEEK, "first_k_dense_replace", -1), (DEEPSEEK, "qk_rope_head_dim", 7), (DEEPSEEK, "max_position_embeddings", "x"),
+    (DEEPSEEK, "rope_scaling", YARN | dict(factor=0)), (DEEPSEEK, "rope_scaling", YARN | dict(mscale=NAN)),
+    (DEEPSEEK, "rope_scaling", YARN | dict(mscale={})), (DEEPSEEK, "rope_scaling", YARN | dict(mscale_all_dim="x")),
+    (DEEPSEEK, "rope_scaling", YARN | dict(original_max_position_embeddings=0)),
+    (GLM, "mlp_layer_types", ["sparse", "x"]), (GLM, "mlp_layer_types", ["sparse"]),
+    (LLAMA4, "attention_chunk_size", 0), (LLAMA4, "attention_chunk_size", None), (LLAMA4, "floor_scale", 0),
+    (LLAMA4, "no_rope_layers", [1]), (LLAMA4, "no_rope_layers", [1] * 3), (LLAMA4, "interleave_moe_layer_step", -1),
+    (LLAMA4, "num_key_value_heads", 3),
+    (GEMMA4, "hidden_size_per_layer_input", -1), (GEMMA4, "vocab_size_per_layer_input", 60), (GEMMA4, "num_kv_shared_layers", 2),
+    (GEMMA4, "global_head_dim", 19), (GEMMA4, "num_global_key_value_heads", 3), (GEMMA4, "per_layer_config", {"x": {}}),
+    (GEMMA4, "rope_parameters", dict(full_attention=dict(rope_theta=1e4))),
+    (GEMMA4, "rope_parameters", dict(full_attention={}, sliding_attention={}, x={})),
+    (QWEN3_VL, "deepstack_visual_indexes", [0, 2]), (QWEN3_VL, "num_position_embeddings", -1), (QWEN3_VL, "patch_size", 0),
+    (QWEN3_VL, "out_hidden_size", 16), (QWEN3_VL, "num_heads", 16), (QWEN3_VL, "depth", 2.0), (QWEN3_VL, "spatial_merge_size", "x"),
+    (GEMMA3, "mm_tokens_per_image", -1), (GEMMA3, "mm_tokens_per_image", 0), (GEMMA3, "image_size", -28), (GEMMA3, "patch_size", 29),
+    (GEMMA3, "layer_norm_eps", "x"), (LLAVA, "vision_feature_layer", -9), (LLAVA, "projector_hidden_act", "x"),
+    (LLAVA, "vision_feature_select_strategy", "x"), (LLAVA, "num_attention_heads", 3)]
+
+
+@pytest.mark.parametrize("base", [FALCON_H1, GRANITE_H, DEEPSEEK, GLM, LLAMA4, GEMMA4, QWEN3_VL, GEMMA3, LLAVA],
+                         ids=lambda raw: raw["model_type"])
+def test_the_files_that_the_values_below_spoil_are_read(base):
+    assert models.read_config(base).hidden_size == 32
+
+
+@pytest.mark.parametrize("base,key,value", MEANINGLESS, ids=lambda value: str(value)[:20])
+def test_a_value_without_a_meaning_is_refused_by_the_name_of_its_key(base, key, value, tiny, flags, tmp_path, capsys):
+    vision = base.get("vision_config", {})
+    is_inner = key in vision or vision and key in ("layer_norm_eps", "spatial_merge_size")
+    raw = base | ({"vision_config": vision | {key: value}} if is_inner else {key: value})
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(raw))
+    words = {"num_attention_heads": "heads", "num_key_value_heads": "heads", "num_heads": "heads", "qk_rope_head_dim": "rotate",
+             "global_head_dim": "rotate", "rope_scaling": "rope_", "patch_size": "_size"}
+    assert refused(capsys, [*flags, "--model_name_or_path", str(tmp_path / "model"), "--dry_run"], "config.json: ",
+                   words.get(key, key))
+
+
+def test_the_plan_of_a_config_that_cannot_be_read_is_one_message(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(FALCON_H1 | dict(mlp_multipliers=[1.0])))
+    for directory in (tmp_path, tmp_path / "none"):
+        assert plan.main([str(directory)]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {directory}")
+    (tmp_path / "config.json").write_text(json.dumps(FALCON_H1))
+    assert plan.main([str(tmp_path)]) == 0

@@ -235,6 +235,21 @@ def their_logits(theirs, pairs=PAIRS, **options) -> torch.Tensor:
     return out.logits[rows, columns], out
 
 
+def peft_and_back(ours, load, settings: dict, directory) -> tuple[float, float, float]:
+    """Largest differences of logits: ours and PEFT's with our adapter, what it changes, and ours and PEFT's with PEFT's."""
+    peft = pytest.importorskip("peft", reason="needs peft")
+    apart = lambda theirs: float((our_logits(ours) - their_logits(theirs)[0]).abs().max())
+    with torch.no_grad():
+        randomize_lora(ours)
+        save_adapter(ours, directory / "a", dict(r=2, lora_alpha=4, lora_dropout=0.0, base_model_name_or_path="x") | settings)
+        there, changed = apart(peft.PeftModel.from_pretrained(load(), directory / "a").eval()), apart(load().eval())
+        theirs = peft.get_peft_model(load(), peft.LoraConfig(r=2, lora_alpha=4, **settings)).eval()
+        randomize_lora(theirs)
+        theirs.save_pretrained(directory / "b")
+        load_adapter(ours, directory / "b")
+        return there, changed, apart(theirs)
+
+
 def our_logits(ours, pairs=PAIRS) -> torch.Tensor:
     input_ids, position_ids, spans, score, _ = stream(pairs)
     return ours.logits(input_ids, position_ids, spans)[score]
@@ -649,8 +664,8 @@ GATED = dict(model_type="qwen3_5_text")
     (MIX | dict(num_local_experts=None), "num_experts_per_tok = 2 of 0 experts"),
     (MIX | dict(router_aux_loss_coef=-1), "router_aux_loss_coef = -1: expected a number, 0 or more"),
     (MIX | dict(router_aux_loss_coef=None), "router_aux_loss_coef = None: expected"),
-    (dict(rope_theta=0), "rope_theta = 0: it must be above 0"),
-    (dict(rope_theta=-1), "rope_theta = -1: it must be above 0"),
+    (dict(rope_theta=0), "rope_theta = 0 of rope_type 'default': expected a number above 0"),
+    (dict(rope_theta=-1), "rope_theta = -1 of rope_type 'default': expected a number above 0"),
 ], ids=str)
 def test_numbers_that_no_model_computes_with_are_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):

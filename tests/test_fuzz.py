@@ -270,10 +270,9 @@ def campaign(seed: int, count: int, first: int = 0) -> tuple[int, Counter]:
     return failures, counts
 
 
-def run_campaign(seed: int, count: int) -> None:
-    done = subprocess.run([sys.executable, __file__, str(seed), str(count)], capture_output=True, text=True,
+def run_campaign(seed: int, count: int) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, __file__, str(seed), str(count)], capture_output=True, text=True,
                           env=os.environ | ENVIRONMENT)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -282,13 +281,15 @@ needs_fork = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="th
 
 @needs_fork
 def test_sixty_odd_files_end_in_success_or_in_one_message():
-    run_campaign(seed=1, count=60)
+    done = run_campaign(seed=1, count=60)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @needs_fork
 @pytest.mark.slow
 def test_two_thousand_odd_files_end_in_success_or_in_one_message():
-    run_campaign(seed=2, count=2000)
+    done = run_campaign(seed=2, count=2000)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 if __name__ == "__main__":

@@ -61,22 +61,27 @@ def layer_alone(layer: GatedDelta, x: torch.Tensor) -> torch.Tensor:
     return c.out_proj(out.flatten(1))
 
 
+def beside_the_definition(layer, alone, shared: bool, chunk: int) -> tuple[torch.Tensor, list[dict]]:
+    """How far a layer over spans is from `alone` on every sequence, and the gradients of both: of x and of the weights."""
+    spans = stream(LONG, shared)[2]
+    x = torch.randn(int(spans[-1, 1]), 32, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(len(x), 32, dtype=torch.float64)
+    got = layer(x, {}, {"mixer": (plan_chunks(spans, 4, x.device, chunk), None)})
+    expected = torch.cat([alone(layer, x[rows])[len(rows) - own :] for rows, own in sequences(LONG, shared)])
+    named = {"x": x} | dict(layer.named_parameters())
+    grads = [dict(zip(named, torch.autograd.grad((out * weights).sum(), named.values()))) for out in (got, expected)]
+    return (got - expected).abs().max(), grads
+
+
 @pytest.mark.parametrize("config", [SMALL, SPARSE], ids=["separate", "fused"])
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("chunk", [1, 8, CHUNK])
 def test_a_layer_over_spans_equals_the_definition_on_every_sequence(config, shared, chunk):
     """Values and gradients, of the input and of every weight."""
     layer = make(config).model.layers[0].linear_attn
-    spans = stream(LONG, shared)[2]
     torch.manual_seed(1)
-    x = torch.randn(int(spans[-1, 1]), 32, dtype=torch.float64, requires_grad=True)
-    weights = torch.randn(len(x), 32, dtype=torch.float64)
-    plan = plan_chunks(spans, 4, x.device, chunk)
-    got = layer(x, {}, {"mixer": (plan, None)})
-    expected = torch.cat([layer_alone(layer, x[rows])[len(rows) - own :] for rows, own in sequences(LONG, shared)])
-    assert (got - expected).abs().max() < 1e-10
-    named = {"x": x} | dict(layer.named_parameters())
-    grads = [dict(zip(named, torch.autograd.grad((out * weights).sum(), named.values()))) for out in (got, expected)]
+    apart, grads = beside_the_definition(layer, layer_alone, shared, chunk)
+    assert apart < 1e-10
     assert_same_gradients(*grads, 1e-9)
     assert all(g.abs().max() > 1e-4 for g in grads[0].values())
 

@@ -7,8 +7,8 @@ import torch
 from conftest import make_rows
 from safetensors.torch import load_file, save_file
 from test_cuda import flash  # noqa: F401  a fixture
-from test_families import NARROW, PAIRS, YARN, our_logits, random_model, their_logits
-from test_model import assert_same_gradients, gradients, randomize_lora, stream
+from test_families import NARROW, PAIRS, YARN, our_logits, peft_and_back, random_model, their_logits
+from test_model import assert_same_gradients, gradients, stream
 
 import dpo
 import model as models
@@ -138,24 +138,13 @@ def test_the_clamp_acts_where_transformers_clamps():
     dict(target_modules=["v_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])])
 def test_adapters_go_to_peft_and_back(settings, plain, tmp_path):
     """On attention and on the experts, whose stacks the files hold transposed."""
-    peft = pytest.importorskip("peft", reason="needs peft")
-    from extras.lora.peft_files import load_adapter, save_adapter
     from extras.lora.targets import add_lora
 
     ours = models.load_model(plain[1])
     add_lora(ours, dict(r=2, lora_alpha=4, lora_dropout=0.0) | settings)
-    randomize_lora(ours)
-    save_adapter(ours, tmp_path / "a", dict(r=2, lora_alpha=4, lora_dropout=0.0, base_model_name_or_path="x") | settings)
     load = lambda: transformers.AutoModelForCausalLM.from_pretrained(plain[1], attn_implementation="eager")
-    with torch.no_grad():
-        base = their_logits(load().eval())[0]
-        theirs = their_logits(peft.PeftModel.from_pretrained(load(), tmp_path / "a").eval())[0]
-        assert (our_logits(ours) - theirs).abs().max() < 2e-5 < 1e-3 < (theirs - base).abs().max()
-        theirs = peft.get_peft_model(load(), peft.LoraConfig(r=2, lora_alpha=4, **settings)).eval()
-        randomize_lora(theirs)
-        theirs.save_pretrained(tmp_path / "b")
-        load_adapter(ours, tmp_path / "b")
-        assert (our_logits(ours) - their_logits(theirs)[0]).abs().max() < 2e-5
+    there, changed, back = peft_and_back(ours, load, settings, tmp_path)
+    assert there < 2e-5 < 1e-3 < changed and back < 2e-5
 
 
 # MXFP4

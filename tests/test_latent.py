@@ -10,8 +10,8 @@ from conftest import make_rows
 from safetensors.torch import load_file, save_file
 from test_context import settings, train_here
 from test_cuda import flash  # noqa: F401  a fixture
-from test_families import CASES, LATENT, PAIRS, UNBALANCED, our_logits, random_model, their_logits
-from test_model import assert_same_gradients, gradients, randomize_lora, stream
+from test_families import CASES, LATENT, PAIRS, UNBALANCED, our_logits, peft_and_back, random_model, their_logits
+from test_model import assert_same_gradients, gradients, stream
 from test_ranks import apart, launch, ragged, result  # noqa: F401
 
 import dpo
@@ -19,7 +19,6 @@ import model as models
 from extras.decoder.generate import Sampling, complete
 from extras.decoder.latent import LatentAttention
 from extras.decoder.moe import GroupRouter
-from extras.lora.peft_files import load_adapter, save_adapter
 from extras.lora.targets import add_lora
 from extras.models.opening import build, load_model
 from parts.names import find_places
@@ -301,24 +300,14 @@ def test_norms_within_attention_have_an_epsilon_of_their_own(deepseek):
     dict(target_modules=["q_a_proj", "gate_proj", "up_proj", "down_proj"])], ids=str)
 def test_adapters_go_to_peft_and_back(settings, deepseek, tmp_path):
     """On what PEFT takes them for: gate_proj, up_proj and down_proj are the routed experts'."""
-    peft = pytest.importorskip("peft", reason="needs peft")
     ours = models.load_model(deepseek[1])
     wrapped = add_lora(ours, dict(r=2, lora_alpha=4, lora_dropout=0.0) | settings)
     if not settings:
         assert {n.rpartition(".")[2] for n in wrapped} == {"q_b_proj", "kv_b_proj"}
         settings = dict(target_modules=["q_b_proj", "kv_b_proj"])
-    randomize_lora(ours)
-    save_adapter(ours, tmp_path / "a", dict(r=2, lora_alpha=4, lora_dropout=0.0, base_model_name_or_path="x") | settings)
     load = lambda: transformers.AutoModelForCausalLM.from_pretrained(deepseek[1])
-    with torch.no_grad():
-        base = their_logits(load().eval())[0]
-        theirs = their_logits(peft.PeftModel.from_pretrained(load(), tmp_path / "a").eval())[0]
-        assert (our_logits(ours) - theirs).abs().max() < 2e-5 < 1e-3 < (theirs - base).abs().max()
-        theirs = peft.get_peft_model(load(), peft.LoraConfig(r=2, lora_alpha=4, **settings)).eval()
-        randomize_lora(theirs)
-        theirs.save_pretrained(tmp_path / "b")
-        load_adapter(ours, tmp_path / "b")
-        assert (our_logits(ours) - their_logits(theirs)[0]).abs().max() < 2e-5
+    there, changed, back = peft_and_back(ours, load, settings, tmp_path)
+    assert there < 2e-5 < 1e-3 < changed and back < 2e-5
 
 
 def test_4_bits_are_the_wide_model_with_these_weights(case, tmp_path):

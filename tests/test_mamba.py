@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_families import MAMBA, PAIRS, PUBLISHED
-from test_gated_delta import GREEDY, LONG, alone, sequences
+from test_gated_delta import GREEDY, alone, beside_the_definition
 from test_model import LLAMA, assert_same_gradients, make, stream
 
 import model as models
@@ -73,15 +73,8 @@ def test_a_layer_over_spans_equals_the_definition_on_every_sequence(name, shared
     with torch.no_grad():
         for p in layer.parameters():
             p += torch.randn_like(p) * 0.2
-    spans = stream(LONG, shared)[2]
-    x = torch.randn(int(spans[-1, 1]), 32, dtype=torch.float64, requires_grad=True)
-    weights = torch.randn(len(x), 32, dtype=torch.float64)
-    plan = plan_chunks(spans, 4, x.device, chunk)
-    got = layer(x, {}, {"mixer": (plan, None)})
-    expected = torch.cat([layer_alone(layer, x[rows])[len(rows) - own :] for rows, own in sequences(LONG, shared)])
-    assert (got - expected).abs().max() < 1e-10
-    named = {"x": x} | dict(layer.named_parameters())
-    grads = [dict(zip(named, torch.autograd.grad((out * weights).sum(), named.values()))) for out in (got, expected)]
+    apart, grads = beside_the_definition(layer, layer_alone, shared, chunk)
+    assert apart < 1e-10
     assert_same_gradients(*grads, 1e-9)
     assert all(g.abs().max() > 1e-6 for g in grads[0].values())
 

@@ -27,7 +27,7 @@ def test_the_readme_has_commands_and_the_tests_command_is_what_ci_runs():
     assert "venv/bin/pip install -q -r tests/requirements.txt && venv/bin/python -m pytest" in ci
 
 
-def run(command: str, here) -> None:
+def run(command: str, here) -> subprocess.CompletedProcess:
     """With one thread and two ranks for eight; `python` and `torchrun` are those of this environment."""
     said = ""
     if command.startswith("echo"):
@@ -37,8 +37,7 @@ def run(command: str, here) -> None:
         words = ["python", "-m", "torch.distributed.run", "--standalone", *words[1:]]
     words = [sys.executable, *(str(ROOT / w) if w.endswith(".py") else w for w in words[1:])]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HOME": str(here), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, cwd=here, input=said, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return subprocess.run(words, cwd=here, input=said, capture_output=True, text=True, timeout=300, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +46,14 @@ def workplace(tiny, pairs_file, tmp_path_factory):
     here = tmp_path_factory.mktemp("readme")
     shutil.copytree(tiny, here / "MODEL")
     shutil.copy(pairs_file, here / "prefs.jsonl")
-    run(TRAIN, here)
+    assert run(TRAIN, here).returncode == 0
     return here
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ELSEWHERE])
 def test_command(command, workplace):
-    run(command, workplace)
+    done = run(command, workplace)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -430,7 +430,7 @@ def test_the_configuration_of_qwen36_27b_is_read():
     raw = dict(
         model_type="qwen3_5", image_token_id=248056, video_token_id=248057, vision_start_token_id=248053,
         vision_end_token_id=248054, language_model_only=False, tie_word_embeddings=False,
-        vision_config=dict(model_type="qwen3_5_vision", depth=27), text_config=dict(
+        vision_config=dict(model_type="qwen3_5_vision", depth=27, out_hidden_size=5120), text_config=dict(
             model_type="qwen3_5_text", attention_bias=False, attn_output_gate=True, full_attention_interval=4,
             head_dim=256, hidden_act="silu", hidden_size=5120, intermediate_size=17408, linear_conv_kernel_dim=4,
             layer_types=[FULL if i % 4 == 3 else "linear_attention" for i in range(64)], linear_key_head_dim=128,

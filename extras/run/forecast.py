@@ -25,7 +25,7 @@ from extras.run.eight_bits import BLOCK
 from extras.run.rules import is_hidden
 from extras.run.small_adamw import AT_ONCE, PER_ELEMENT, SMALLEST
 from parts.checks import needs_reference, precomputes_reference
-from parts.head import KEPT, chunk_rows, group_rows, kept_chunks
+from parts.head import KEPT, chunk_rows, group_rows
 from parts.schedule import small_kind
 
 # What a block saves for its backward: bytes per token and unit of (hidden, all query heads, all kv
@@ -267,7 +267,7 @@ def activations(
     again = run.tokens * KINDS[c.mixer["kind"]].passing(c.mixer) if any(recurs(c)) else 0
     chunk = chunk_rows(c.vocab_size, run.device, models.HEAD_CHUNK)
     saves = run.rank or run.checkpointing or run.offloading
-    kept = 0 if saves else min(run.scored, kept_chunks(KEPT, run.device) * chunk)
+    kept = 0 if saves else min(run.scored, KEPT * chunk)
     rows = min(run.scored - kept, chunk)
     few = min(run.scored, group_rows(c.vocab_size, run.device, models.HEAD_CHUNK))
     narrow = 2 if run.bf16 else wide
