@@ -89,7 +89,8 @@ def split_config(raw: dict) -> tuple[dict, dict | None]:
     """
     kind = raw.get("model_type")
     splits = {"llava": split_llava, "idefics3": split_idefics, "smolvlm": split_idefics,
-              "gemma3": split_gemma, "gemma4": split_gemma4, "qwen2_vl": split_qwen, "qwen2_5_vl": split_qwen}
+              "gemma3": split_gemma, "gemma4": split_gemma4,
+              "qwen2_vl": split_qwen, "qwen2_5_vl": split_qwen}
     splits |= dict.fromkeys(QWEN3_TEXT, split_qwen3) | dict.fromkeys(WRAPPED, unwrap)
     if kind not in splits:
         raise ValueError(f"model_type {kind!r} reads images or sound; of those, "
@@ -136,7 +137,9 @@ def check_tower(tower: dict, defaults: dict) -> None:
     for key, default in defaults.items():
         value = tower[key]
         wanted = ""
-        if key == "mlp_ratio" or isinstance(default, float):
+        if isinstance(default, bool):
+            wanted = "" if isinstance(value, bool) else "true or false"
+        elif key == "mlp_ratio" or isinstance(default, float):
             if type(value) not in (int, float) or not 0 <= value < 1e30:
                 wanted = "a number, 0 or more"
         elif isinstance(default, int) and not (type(value) is int and 1 <= value <= 2**20):
@@ -149,7 +152,7 @@ def check_tower(tower: dict, defaults: dict) -> None:
     size = tower.get("embed_dim", tower["hidden_size"])
     heads = tower.get("num_heads") or tower["num_attention_heads"]
     turns = 4 if "num_heads" in tower else 1  # Qwen's rotate, half with the row, half with the column
-    if size % (heads * turns):
+    if "head_dim" not in tower and size % (heads * turns):
         raise ValueError(f"config.json: {heads} heads in vision_config do not divide its size {size}"
                          + (" into multiples of 4" if turns == 4 else ""))
     smallest = tower["patch_size"] * tower.get("spatial_merge_size", 1)

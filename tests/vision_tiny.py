@@ -5,6 +5,7 @@ import torch
 QWEN3 = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 FAMILIES = ("llava", "idefics3", "smolvlm", "gemma3", "gemma4", "qwen2_vl", "qwen2_5_vl", *QWEN3)
 IMAGE = 150
+PAD = 259  # of make_tokenizer
 TEXT = dict(vocab_size=200, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2)
 TOWER = dict(hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=7)
@@ -138,7 +139,7 @@ def random_pictures(family: str):
     return [[3, 4, *frame(counts[0]), 20, 21, 22], [7, *frame(counts[1]), 30, 31]], pixels, grids
 
 
-def theirs_forward(model, family: str, sequences, pixels, grids) -> torch.Tensor:
+def theirs_forward(model, family: str, sequences, pixels, grids, image: int = IMAGE) -> torch.Tensor:
     """transformers' logits (2, length, vocabulary), padded on the right."""
     longest = max(map(len, sequences))
     ids = torch.tensor([s + [0] * (longest - len(s)) for s in sequences])
@@ -146,12 +147,12 @@ def theirs_forward(model, family: str, sequences, pixels, grids) -> torch.Tensor
     more = {"pixel_values": pixels}
     if "qwen" in family:
         more["image_grid_thw"] = torch.cat([torch.ones(len(grids), 1).long(), grids], 1)
-        more["mm_token_type_ids"] = (ids == IMAGE).int()
+        more["mm_token_type_ids"] = (ids == image).int()
     elif family == "gemma4":
         more |= padded_patches(pixels, grids)
-        more["mm_token_type_ids"] = (ids == IMAGE).int()
+        more["mm_token_type_ids"] = (ids == image).int()
     elif family == "gemma3":
-        more["token_type_ids"] = (ids == IMAGE).int()
+        more["token_type_ids"] = (ids == image).int()
     elif family != "llava":
         more["pixel_values"] = pixels[:, None]
     return model(input_ids=ids, attention_mask=mask, **more).logits
@@ -160,8 +161,9 @@ def theirs_forward(model, family: str, sequences, pixels, grids) -> torch.Tensor
 def padded_patches(pixels, grids) -> dict:
     """Gemma 4's images in transformers' form: as many patches for each, those that are not there at (-1, -1)."""
     images = pixels.split(grids.prod(1).tolist())
-    filled = torch.zeros(len(images), 40, pixels.shape[1], dtype=pixels.dtype)
-    places = torch.full((len(images), 40, 2), -1)
+    room = int(grids.prod(1).max()) + 16
+    filled = torch.zeros(len(images), room, pixels.shape[1], dtype=pixels.dtype)
+    places = torch.full((len(images), room, 2), -1)
     for i, (image, (h, w)) in enumerate(zip(images, grids.tolist())):
         filled[i, : h * w] = image
         places[i, : h * w] = torch.tensor([[x, y] for y in range(h) for x in range(w)])
@@ -239,10 +241,12 @@ def make_tokenizer(family: str, directory) -> int:
     write("preprocessor_config.json", PREPROCESSORS[family])
     write("processor_config.json", OUTER[family])
     (directory / "chat_template.jinja").write_text(TEMPLATES[kind])
+    assert backend.token_to_id("<pad>") == PAD
     return backend.token_to_id(IMAGE_TOKENS.get(family, "<image>"))
 
 
 def make_model_directory(family: str, directory):
     """A random checkpoint with all its files; returns transformers' model."""
     image = make_tokenizer(family, directory)
-    return make_checkpoint(family, directory, vocab_size=320, image=image)
+    pad = dict(pad_token_id=PAD) if family == "gemma4" else {}  # as published: it reads its embedding
+    return make_checkpoint(family, directory, vocab_size=320, image=image, **pad)
