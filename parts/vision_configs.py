@@ -251,10 +251,7 @@ def split_gemma4(raw: dict) -> tuple[dict, dict | None]:
     if raw["vision_config"] is None:
         return text, None
     given = {k: v for k, v in raw["vision_config"].items() if k not in GEMMA4_IGNORED}
-    rope = given.pop("rope_parameters", None) or {}
-    if rope.get("rope_type", "axial") not in ("axial", "default"):
-        raise ValueError(f"config.json: rope_type = {rope['rope_type']!r} in vision_config is not "
-                         "supported for 'gemma4'")
+    theta = gemma4_theta(given.pop("rope_parameters", None) or {})
     given["hidden_act"] = given.pop("hidden_activation", None)
     vision = read_tower(given, "gemma4", GEMMA4)
     heads, shared = vision["num_attention_heads"], vision["num_key_value_heads"]
@@ -263,12 +260,28 @@ def split_gemma4(raw: dict) -> tuple[dict, dict | None]:
             f"config.json: head_dim = {vision['head_dim']}, num_attention_heads = {heads} and "
             f"num_key_value_heads = {shared} in vision_config: expected a head_dim that is a multiple "
             "of 4, and as many heads for each of keys and values")
-    ids = dict(image_token_id=258880, video_token_id=258884, audio_token_id=258881) | raw
-    named = (ids["image_token_id"], ids["video_token_id"], ids["audio_token_id"])
+    usual = dict(image_token_id=258880, video_token_id=258884, audio_token_id=258881)
+    ids = {key: raw.get(key, default) for key, default in usual.items()}
+    ids["pad_token_id"] = text.get("pad_token_id") or 0
+    for key, value in ids.items():
+        if value is not None and (type(value) is not int or value < 0):
+            raise ValueError(f"config.json: {key} = {value!r:.60}: expected a token id")
     both_ways = "windows" if text.get("use_bidirectional_attention") == "vision" else None
+    padding = ids.pop("pad_token_id")
     return text, vision | dict(
-        kind="gemma4", both_ways=both_ways, rope_theta=rope.get("rope_theta", 100.0),
-        placeholders=tuple(i for i in named if i is not None), padding=text.get("pad_token_id") or 0)
+        kind="gemma4", both_ways=both_ways, rope_theta=theta, padding=padding,
+        placeholders=tuple(i for i in ids.values() if i is not None))
+
+
+def gemma4_theta(rope: dict) -> float:
+    """Return the base of the angles by which the tower's heads turn."""
+    settings = rope if isinstance(rope, dict) else {"rope_type": None}
+    theta = settings.get("rope_theta", 100.0)
+    is_number = type(theta) in (int, float) and 0 < theta < 1e30
+    if settings.get("rope_type", "axial") not in ("axial", "default") or not is_number:
+        raise ValueError(f"config.json: rope_parameters = {rope!r:.90} in vision_config: expected "
+                         'a rope_theta above 0, and "axial" or "default" for a rope_type')
+    return theta
 
 
 def split_qwen(raw: dict) -> tuple[dict, dict]:

@@ -114,12 +114,14 @@ def test_gemma_4s_patches_equal_transformers_for_any_shape(settings, size, tmp_p
 
 def test_gemma_4s_processor_must_be_the_models(tmp_path):
     s = load_tokenizer("gemma4", tmp_path).pictures
-    vision = dict(patch_size=4, pooling_kernel_size=2, position_embedding_size=140)
+    vision = dict(patch_size=4, pooling_kernel_size=2, position_embedding_size=140, placeholders=(s.token_id,))
     pictures.check_features(s, vision)
     with pytest.raises(ValueError, match="pooling_kernel_size .4, 2., and config.json .4, 3."):
         pictures.check_features(s, vision | dict(pooling_kernel_size=3))
     with pytest.raises(ValueError, match="140 patches side by side .max_soft_tokens 70.*position_embedding_size 100"):
         pictures.check_features(s, vision | dict(position_embedding_size=100))
+    with pytest.raises(ValueError, match="id of '<.image.>' is .* tokens for images, videos and sound are .1, 2."):
+        pictures.check_features(s, vision | dict(placeholders=(1, 2)))
     fixed = s._replace(settings=s.settings | dict(do_resize=False))
     assert pictures.preprocess(picture(16, 24), fixed).shape == (24, 48)
     with pytest.raises(DataError, match="17 x 24 pixels, and do_resize is off.*multiples of 8"):

@@ -26,6 +26,12 @@ def pair(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def gemma4(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("gemma4")
+    return make_checkpoint("gemma4", directory), load_model(directory)
+
+
+@pytest.fixture(scope="module")
 def gemma(tmp_path_factory):
     directory = tmp_path_factory.mktemp("gemma")
     return make_checkpoint("gemma3", directory), load_model(directory)
@@ -123,8 +129,9 @@ def test_tokens_of_an_image_see_each_other_within_the_window_before_them(gemma, 
     assert (both(one_way) - expected).abs().max() > 1e-3
 
 
-def test_gemmas_greedy_answers_to_text_equal_transformers(gemma):
-    theirs, ours = gemma
+@pytest.mark.parametrize("family", ["gemma", "gemma4"])
+def test_gemmas_greedy_answers_to_text_equal_transformers(request, family):
+    theirs, ours = request.getfixturevalue(family)
     prompt = [3, 9, 20, 31, 7]
     theirs.generation_config.eos_token_id = None
     with torch.no_grad():

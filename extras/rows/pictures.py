@@ -246,7 +246,7 @@ def check_features(processor: Processor, vision: dict) -> None:
     """
     s = processor.settings
     if processor.kind == "budget":
-        check_budget(s, vision)
+        check_budget(processor, vision)
     if processor.kind == "patches":
         of_file = tuple(s[k] for k in ("patch_size", "temporal_patch_size", "merge_size"))
         keys = ("patch_size", "temporal_patch_size", "spatial_merge_size")
@@ -270,8 +270,15 @@ def check_features(processor: Processor, vision: dict) -> None:
         )
 
 
-def check_budget(s: dict, vision: dict) -> None:
-    """Raise ValueError where Gemma 4's model takes other patches than its processor's file makes."""
+def check_budget(processor: Processor, vision: dict) -> None:
+    """Raise ValueError where Gemma 4's model takes other patches, or another token for images."""
+    s = processor.settings
+    if processor.token_id not in vision["placeholders"]:
+        raise ValueError(
+            f"the tokenizer's id of {processor.token!r} is {processor.token_id}, and config.json's "
+            f"tokens for images, videos and sound are {vision['placeholders']}; give the tokenizer "
+            "that belongs to the model"
+        )
     keys = ("patch_size", "pooling_kernel_size")
     of_file = tuple(s[k] for k in keys)
     of_model = tuple(vision[k] for k in keys)
