@@ -301,3 +301,31 @@ def test_the_plan_of_a_config_that_cannot_be_read_is_one_message(tmp_path, capsy
         assert capsys.readouterr().err.startswith(f"error: {directory}")
     (tmp_path / "config.json").write_text(json.dumps(FALCON_H1))
     assert plan.main([str(tmp_path)]) == 0
+
+
+# Weights that are not finite
+
+def with_weights(tiny, directory, **changed):
+    """A copy of a checkpoint in which some tensors are others."""
+    shutil.copytree(tiny, directory)
+    names = {n.replace(".", "_"): n for n in load_file(tiny / "model.safetensors")}
+    state = load_file(tiny / "model.safetensors") | {names[n]: t for n, t in changed.items()}
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize("values", [torch.full((32,), float("nan")), torch.full((32,), 1e300, dtype=torch.float64)])
+@pytest.mark.parametrize("more", [[], ["--no_precompute_ref_log_probs"], ["--loss_type", "simpo"], ["--fsdp", "full_shard"], ["--skip_nonfinite", "9"]])
+def test_weights_that_are_not_finite_are_named_and_not_the_pairs(flags, tiny, tmp_path, capsys, values, more):
+    directory = with_weights(tiny, tmp_path / "spoiled", model_norm_weight=values)
+    assert dpo.main([*flags, "--model_name_or_path", str(directory), *more]) == 1
+    error = capsys.readouterr().err
+    assert error.count("error:") == 1 and "not finite in the model's model.norm.weight" in error
+    assert "pairs.jsonl:" not in error and "Traceback" not in error
+
+
+def test_a_reference_whose_weights_are_not_finite_is_named(flags, tiny, tmp_path, capsys):
+    directory = with_weights(tiny, tmp_path / "spoiled", model_norm_weight=torch.full((32,), float("nan")))
+    for more in ([], ["--no_precompute_ref_log_probs"]):
+        assert dpo.main([*flags, "--ref_model_name_or_path", str(directory), *more]) == 1
+        assert "not finite in the reference's model.norm.weight" in capsys.readouterr().err
