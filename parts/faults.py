@@ -22,8 +22,9 @@ def refuse(error: Exception | str, status: int) -> int:
     is_own = "rank" in str(error)[:5]  # an error of one rank, which alone knows of it
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 or is_own:
         print(f"error: {error}", file=sys.stderr)
-    else:
-        time.sleep(10)  # torchrun ends all ranks as soon as one has left: the first prints before
+        return status
+    time.sleep(10)  # torchrun ends all ranks as soon as one has left, the first if it fails as well
+    print(f"error: rank {os.environ['RANK']} alone: {error}", file=sys.stderr)
     return status
 
 
@@ -51,6 +52,7 @@ def nonfinite_step(trainer: Any, metrics: dict, pairs: Any, bad: list[int]) -> N
     """
     c = trainer.args
     skipped = trainer.position.skipped
+    check_weights(trainer, f"step {trainer.position.step + 1}")
     told = bad or [int(i) for i in pairs]
     names = ", ".join(map(trainer.train_store.where, told[:8])) + (" ..." if len(told) > 8 else "")
     found = (
@@ -62,6 +64,30 @@ def nonfinite_step(trainer: Any, metrics: dict, pairs: Any, bad: list[int]) -> N
             f"{found}. Try a lower --learning_rate, a lower --max_grad_norm, --no_bf16, "
             f"--skip_nonfinite N, or look at these pairs{last_checkpoint(trainer.log.directory)}")
     trainer.log.say(f"{found}, {skipped} of at most {c.skip_nonfinite} such steps")
+
+
+def check_weights(trainer: Any, when: str) -> None:
+    """Raise FloatingPointError that names weights which are not finite; every rank calls this.
+
+    Pairs, rates and precision have no part in that, and no step with such weights is worth taking.
+    """
+    models = {"the model": trainer.model, "the reference": trainer.reference.model}
+    named = {
+        f"{whose}'s {name}": p for whose, model in models.items() if model is not None
+        for name, p in model.named_parameters()}
+    local = (getattr(p, "to_local", lambda p=p: p)() for p in named.values())
+    counts = torch.stack([(~t.isfinite()).sum() for t in local]).to(trainer.ranks.exact)
+    bad = [name for name, count in zip(named, trainer.ranks.sum(counts).tolist()) if count]
+    if bad:
+        more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
+        why = (
+            f"the files are damaged, or overflow in --dtype {trainer.args.dtype}: download them "
+            "again, or use another --dtype")
+        if trainer.position.step:
+            why = "an update has overflowed; try a lower --learning_rate or --max_grad_norm"
+        raise FloatingPointError(
+            f"{when}: values that are not finite in {', '.join(bad[:4])}{more}: {why}"
+            f"{last_checkpoint(trainer.log.directory)}")
 
 
 def explained(error: Exception, trainer: Any, helps: str = "") -> str:

@@ -18,7 +18,7 @@ from PIL import Image  # noqa: E402
 from extras.rows import pictures  # noqa: E402
 
 THEIRS = {"llava": "CLIPImageProcessorPil", "idefics3": "Idefics3ImageProcessorPil", "smolvlm": "SmolVLMImageProcessorPil",
-          "gemma3": "Gemma3ImageProcessorPil",
+          "gemma3": "Gemma3ImageProcessorPil", "gemma4": "Gemma4ImageProcessorPil",
           **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", *QWEN3), "Qwen2VLImageProcessorPil")}
 SIZES = [(30, 20), (20, 30), (28, 28), (29, 57), (100, 41), (8, 8), (150, 149), (61, 200)]
 
@@ -57,8 +57,11 @@ def test_pixels_equal_transformers(family, size, tmp_path):
     processor = load_tokenizer(family, tmp_path).pictures
     theirs = getattr(transformers, THEIRS[family])(**{k: v for k, v in PREPROCESSORS[family].items() if "type" not in k})
     expected = theirs(picture(*size), return_tensors="np")["pixel_values"]
-    expected = expected[0] if family in ("idefics3", "smolvlm") else expected
+    expected = expected[0] if family in ("idefics3", "smolvlm", "gemma4") else expected
     ours = pictures.preprocess(picture(*size), processor)
+    if family == "gemma4":  # theirs are padded
+        assert not expected[len(ours):].any()
+        expected = expected[: len(ours)]
     assert ours.shape == expected.shape
     assert np.abs(ours - expected).max() < 1e-3
     assert ours.std() > 0.1
@@ -90,6 +93,41 @@ def test_pixels_equal_transformers_for_other_settings_and_for_defaults(settings,
     assert np.abs(ours - expected.reshape(ours.shape)).max() < 1e-3
 
 
+@pytest.mark.parametrize("settings", [{}, dict(max_soft_tokens=70), dict(max_soft_tokens=140, patch_size=8, pooling_kernel_size=2)],
+                         ids=str)
+@pytest.mark.parametrize("size", [(90, 61), (31, 80), (2400, 9), (9, 2400), (1700, 40), (40, 4000), (96, 48), (48, 48)], ids=str)
+def test_gemma_4s_patches_equal_transformers_for_any_shape(settings, size, tmp_path):
+    """Strips get one row of squares; an image of the right size is not resized."""
+    transformers = pytest.importorskip("transformers")
+    make_tokenizer("gemma4", tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "Gemma4ImageProcessor"} | settings))
+    processor = pictures.open_tokenizer(tmp_path).pictures
+    expected = transformers.Gemma4ImageProcessorPil(**settings)(picture(*size), return_tensors="np")
+    ours = pictures.preprocess(picture(*size), processor)
+    rows, columns = pictures.grid(pictures.RowImage("", "", *size), processor)
+    places = expected["image_position_ids"][0]
+    assert len(ours) == rows * columns == (places >= 0).all(1).sum()
+    assert places[: len(ours)].max(0).tolist() == [columns - 1, rows - 1]
+    assert np.abs(ours - expected["pixel_values"][0, : len(ours)]).max() < 1e-3
+    assert pictures.features(pictures.RowImage("", "", *size), processor) == expected["num_soft_tokens_per_image"][0]
+
+
+def test_gemma_4s_processor_must_be_the_models(tmp_path):
+    s = load_tokenizer("gemma4", tmp_path).pictures
+    vision = dict(patch_size=4, pooling_kernel_size=2, position_embedding_size=140, placeholders=(s.token_id,))
+    pictures.check_features(s, vision)
+    with pytest.raises(ValueError, match="pooling_kernel_size .4, 2., and config.json .4, 3."):
+        pictures.check_features(s, vision | dict(pooling_kernel_size=3))
+    with pytest.raises(ValueError, match="140 patches side by side .max_soft_tokens 70.*position_embedding_size 100"):
+        pictures.check_features(s, vision | dict(position_embedding_size=100))
+    with pytest.raises(ValueError, match="id of '<.image.>' is .* tokens for images, videos and sound are .1, 2."):
+        pictures.check_features(s, vision | dict(placeholders=(1, 2)))
+    fixed = s._replace(settings=s.settings | dict(do_resize=False))
+    assert pictures.preprocess(picture(16, 24), fixed).shape == (24, 48)
+    with pytest.raises(DataError, match="17 x 24 pixels, and do_resize is off.*multiples of 8"):
+        pictures.preprocess(picture(17, 24), fixed)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_token_ids_equal_transformers_processors(family, tmp_path):
     """Two pictures of different shapes in one conversation, by the template and then by the processor."""
@@ -118,13 +156,14 @@ def test_token_ids_equal_transformers_processors(family, tmp_path):
 
 
 def bare_processor(family, image_processor, tokenizer):
-    """SmolVLM's and Qwen's replacement of a picture's token, by their own code, without their video processors."""
+    """SmolVLM's, Gemma 4's and Qwen's replacement of a picture's token, by their own code, without their video processors."""
     import transformers
 
-    cls = {"smolvlm": transformers.SmolVLMProcessor} | dict.fromkeys(QWEN3, transformers.Qwen3VLProcessor)
+    cls = {"smolvlm": transformers.SmolVLMProcessor, "gemma4": transformers.Gemma4Processor} | dict.fromkeys(QWEN3, transformers.Qwen3VLProcessor)
     cls = cls.get(family, transformers.Qwen2VLProcessor)
     token = IMAGE_TOKENS.get(family, "<image>")
     bare = SimpleNamespace(image_processor=image_processor, image_token=token, image_seq_len=4, global_image_token="<global-img>",
+                           boi_token="<|image>", eoi_token="<image|>",
                            fake_image_token="<fake_token_around_image>", global_image_tag="<global-img>")
 
     def call(text, images, add_special_tokens):

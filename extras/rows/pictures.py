@@ -75,11 +75,21 @@ PATCHES = COMMON | dict(
     size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
 )
 GEMMA3 = SIGLIP | dict(resample=2)
+BUDGET = COMMON | dict(
+    do_normalize=False,
+    resample=3,
+    image_mean=[0.0] * 3,
+    image_std=[1.0] * 3,
+    patch_size=16,
+    pooling_kernel_size=3,
+    max_soft_tokens=280,
+)
 KINDS = {
     "CLIP": ("square", SQUARE),
     "Llava": ("square", SQUARE),
     "Siglip": ("square", SIGLIP),
     "Gemma3": ("square", GEMMA3),
+    "Gemma4": ("budget", BUDGET),
     "Idefics3": ("tiles", TILES),
     "SmolVLM": ("tiles", TILES),
     "Qwen2VL": ("patches", PATCHES),
@@ -100,7 +110,8 @@ class RowImage(NamedTuple):
 class Processor(NamedTuple):
     """How a model's images are preprocessed and written in its text; data.Tokenizer.pictures."""
 
-    kind: str  # square: one size for all; tiles: cut into squares; patches: any size (Qwen)
+    kind: str  # square: one size for all; tiles: cut into squares
+    # patches: any size (Qwen); budget: as many pixels for all, of any shape (Gemma 4)
     settings: dict
     token: str  # where an image goes, as the chat template writes it
     token_id: int  # in the stream, once for each feature
@@ -170,6 +181,8 @@ def load_processor(tokenizer: Tokenizer) -> Processor | None:
     if kind == "patches":
         texts["framed"] = f"<|vision_start|>{token}<|vision_end|>"
     per_tile = tile_features(kind, settings, outer, directory)
+    if name == "Gemma4":
+        texts = gemma4_texts(tokenizer.special_tokens)
     if name == "Gemma3":
         texts = gemma_texts(tokenizer.special_tokens)
         per_tile = outer.get("image_seq_length", 256)
@@ -194,11 +207,18 @@ def gemma_texts(named: dict[str, str]) -> dict:
     return dict(token=begin, feature=feature, framed=begin, around=around, takes_text=True)
 
 
+def gemma4_texts(named: dict[str, str]) -> dict:
+    """Return how Gemma 4 writes images: its chat template writes one token of theirs."""
+    token = named.get("image_token", "<|image|>")
+    around = (named.get("boi_token", "<|image>"), named.get("eoi_token", "<image|>"))
+    return dict(token=token, feature=token, framed=token, around=around, takes_text=True)
+
+
 def tile_features(kind: str, settings: dict, outer: dict, directory: Path) -> int:
     """Count the features of one tile, from the processor's file or else from the model's."""
     raw = read_json(directory / "config.json")
     tower = raw.get("vision_config") or {}
-    if kind == "patches":
+    if kind in ("patches", "budget"):
         return 0
     if kind == "tiles":
         patches_a_side = tower.get("image_size", 0) // (tower.get("patch_size") or 1)
@@ -221,9 +241,12 @@ def tile_features(kind: str, settings: dict, outer: dict, directory: Path) -> in
 def check_features(processor: Processor, vision: dict) -> None:
     """Raise ValueError where the model takes other images than its processor's file makes.
 
-    Another size, or another number of features than the text has room for; of Qwen other patches.
+    Another size, or another number of features than the text has room for; of Qwen other patches;
+    of Gemma 4 other patches, or more than it has places for.
     """
     s = processor.settings
+    if processor.kind == "budget":
+        check_budget(processor, vision)
     if processor.kind == "patches":
         of_file = tuple(s[k] for k in ("patch_size", "temporal_patch_size", "merge_size"))
         keys = ("patch_size", "temporal_patch_size", "spatial_merge_size")
@@ -244,6 +267,32 @@ def check_features(processor: Processor, vision: dict) -> None:
         raise ValueError(
             f"the image processor's file makes images of {words.format(*made)}, and config.json "
             f"says {words.format(*taken)}; give the processor that belongs to the model"
+        )
+
+
+def check_budget(processor: Processor, vision: dict) -> None:
+    """Raise ValueError where Gemma 4's model takes other patches, or another token for images."""
+    s = processor.settings
+    if processor.token_id not in vision["placeholders"]:
+        raise ValueError(
+            f"the tokenizer's id of {processor.token!r} is {processor.token_id}, and config.json's "
+            f"tokens for images, videos and sound are {vision['placeholders']}; give the tokenizer "
+            "that belongs to the model"
+        )
+    keys = ("patch_size", "pooling_kernel_size")
+    of_file = tuple(s[k] for k in keys)
+    of_model = tuple(vision[k] for k in keys)
+    if of_file != of_model:
+        raise ValueError(
+            f"the image processor's file has patch_size, pooling_kernel_size {of_file}, and "
+            f"config.json {of_model}; give the processor that belongs to the model"
+        )
+    longest = s["max_soft_tokens"] * s["pooling_kernel_size"]  # patches of an image of one row
+    if longest > vision["position_embedding_size"]:
+        raise ValueError(
+            f"the image processor's file allows {longest} patches side by side (max_soft_tokens "
+            f"{s['max_soft_tokens']}), and config.json has position_embedding_size "
+            f"{vision['position_embedding_size']}; lower max_soft_tokens"
         )
 
 
@@ -523,15 +572,49 @@ def patches(image: Any, s: dict) -> np.ndarray:  # (patches, 3 x frames x patch 
     return np.ascontiguousarray(x.reshape(height // p * (width // p), -1))
 
 
+def budget_size(width: int, height: int, s: dict) -> tuple[int, int]:
+    """Compute Gemma 4's (height, width): multiples of a square of pooled patches.
+
+    The area is as large as `max_soft_tokens` squares allow; a strip gets one row of squares.
+    """
+    square = s["patch_size"] * s["pooling_kernel_size"]
+    if not s["do_resize"]:
+        if height % square or width % square:
+            raise DataError(
+                f"{width} x {height} pixels, and do_resize is off in the image processor's file: "
+                f"both must be multiples of {square}"
+            )
+        return height, width
+    scale = math.sqrt(s["max_soft_tokens"] * square**2 / (height * width))
+    down = math.floor(scale * height / square)
+    across = math.floor(scale * width / square)
+    if down == 0:
+        return square, square * min(width // height, s["max_soft_tokens"])
+    if across == 0:
+        return square * min(height // width, s["max_soft_tokens"]), square
+    return down * square, across * square
+
+
+def budget(image: Any, s: dict) -> np.ndarray:  # (patches, patch x patch x 3)
+    """Preprocess as Gemma 4 does: a row for each patch, colours last."""
+    height, width = budget_size(*image.size, s)
+    if (width, height) != image.size:
+        image = resize(image, height, width, s)
+    p = s["patch_size"]
+    x = normalized(image, s).reshape(3, height // p, p, width // p, p).transpose(1, 3, 2, 4, 0)
+    return np.ascontiguousarray(x.reshape(-1, 3 * p * p))
+
+
 def preprocess(image: Any, processor: Processor) -> np.ndarray:
-    of_kind = {"square": square, "tiles": tiles, "patches": patches}
+    of_kind = {"square": square, "tiles": tiles, "patches": patches, "budget": budget}
     return of_kind[processor.kind](image, processor.settings)
 
 
 def grid(image: RowImage, processor: Processor) -> tuple[int, int]:
-    """Count Qwen's patches, or tiles, down and across."""
-    if processor.kind == "patches":
-        h, w = patch_size(image.width, image.height, processor.settings)
+    """Count Qwen's or Gemma 4's patches, or tiles, down and across."""
+    if processor.kind in ("patches", "budget"):
+        size_of = patch_size if processor.kind == "patches" else budget_size
+        h, w = size_of(image.width, image.height, processor.settings)
         return h // processor.settings["patch_size"], w // processor.settings["patch_size"]
     if processor.kind == "tiles":
         return tile_counts(image.width, image.height, processor.settings)
@@ -543,6 +626,8 @@ def features(image: RowImage, processor: Processor) -> int:
     rows, columns = grid(image, processor)
     if processor.kind == "patches":
         return rows * columns // processor.settings["merge_size"] ** 2
+    if processor.kind == "budget":
+        return rows * columns // processor.settings["pooling_kernel_size"] ** 2
     return processor.per_tile * (rows * columns + 1)
 
 
@@ -779,7 +864,7 @@ class Loader:
         """Count the patches that the image encoder reads for a forward on these pairs."""
         distinct = {p.sha256: p for i in rows for p in images_of(store, int(i))}
         grids = [grid(p, self.processor) for p in distinct.values()]
-        if self.processor.kind == "patches":
+        if self.processor.kind in ("patches", "budget"):
             return sum(down * across for down, across in grids)
         side = vision["image_size"] // vision["patch_size"]
         return side * side * sum(down * across + 1 for down, across in grids)
