@@ -43,7 +43,7 @@ from parts.output import cache_directory, replace_model
 from parts.place import Place, eval_mode
 from parts.position import Position
 from parts.precision import Precision, Scaler, choose_precision
-from parts.ranks import OWN, Ranks, agree, among_ranks, start_ranks
+from parts.ranks import Ranks, agree, among_ranks, common_settings, start_ranks
 from parts.reference import NoReference, PrecomputedReference
 from parts.schedule import make_optimizer, make_schedule, small_kind
 from parts.splits import find_split, has_splits, is_here
@@ -177,7 +177,7 @@ class DPOTrainer:
         checks.check_config(c)
         self.args = c
         self.ranks = start_ranks(c.use_cpu, c.ddp_timeout, c.full_determinism)
-        agree(self.ranks, {name: value for name, value in vars(c).items() if name not in OWN})
+        agree(self.ranks, common_settings(vars(c)))
         if c.dtype == "auto" or c.context_parallel_size > 1:
             from extras.run import starting
 
@@ -673,10 +673,8 @@ def main(argv: list[str] | None = None) -> int:
 
             advice.tell(trainer)
             return 0
-    except (ValueError, OSError) as error:
-        return faults.refuse(error, 2)
-    except ModuleNotFoundError as error:
-        return faults.refuse(faults.missing_room(error), 2)
+    except Exception as error:
+        return faults.refuse(*faults.before_training(error))
     try:
         if c.model_name_or_path == str(ROOT / "demo" / "model") and not c.fsdp:
             from extras.watch import demo

@@ -224,6 +224,17 @@ def among_ranks(main: Callable[..., int]) -> Callable[..., int]:
 # Agreeing, gathering, broadcasting
 
 
+def common_settings(options: dict[str, Any]) -> dict[str, Any]:
+    """Return what is equal on all ranks: the options that are not their OWN, and whether models are
+    folders of each host's, since one that lacks a folder would look for it on the hub, alone."""
+    common = {name: value for name, value in options.items() if name not in OWN}
+    for name in ("model_name_or_path", "ref_model_name_or_path"):
+        if value := options.get(name):
+            is_here = os.path.isdir(os.path.expanduser(value))
+            common[f"the folder of --{name}"] = "here" if is_here else "not here"
+    return common
+
+
 def agree(ranks: Ranks, what: dict[str, Any]) -> None:
     """Raise ValueError on every rank unless `what` is equal on all.
 

@@ -267,6 +267,15 @@ def test_ranks_with_other_flags_end_in_one_message(settings, tmp_path):
     assert status != 0 and said.count("error: ") == 1 and "the ranks disagree: beta is 0.2 on rank 1 and 0.1 on rank 0" in said
 
 
+@pytest.mark.parametrize("made,message", [
+    ("", "error: the ranks disagree: the folder of --model_name_or_path is 'not here' on rank 1 and 'here' on rank 0"),
+    ("os.makedirs('missing', exist_ok=True)", "error: rank 1 alone: missing: no tokenizer.json")], ids=["no folder", "an empty one"])
+def test_a_host_without_the_model_is_named(settings, tmp_path, made, message):
+    more = f"os.chdir({str(tmp_path)!r}); {made}\nsys.argv += ['--model_name_or_path', 'missing'] if rank == '1' else []"
+    status, said, _ = two_ranks(settings, tmp_path, more)
+    assert status != 0 and said.count("error: ") == 1 and message in said
+
+
 SLOW = """
 import time
 from parts.log import Log

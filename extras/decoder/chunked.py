@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from extras.decoder.per_layer import unit_norm
+
 
 def cut_spans(spans: Tensor, size: int) -> Tensor:
     """Cut spans (S, 4) at multiples of `size` positions, counted from the prefix's first token.
@@ -49,12 +51,6 @@ class TunedPlan(NamedTuple):
         if self.eps is not None:
             q, k = (unit_norm(x, self.eps) for x in (q, k))
         return self.plan(q if self.scale is None else (q * self.scale).to(q.dtype), k, v)
-
-
-def unit_norm(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dim, in float32 at least."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
 
 
 def temperature(position_ids: Tensor, floor: float, growth: float) -> Tensor:  # (T, 1, 1)
