@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from parts.checkpoints import last_checkpoint
 from parts.rooms import missing_room
+from parts.rows import DataError
 
 
 def refuse(error: Exception | str, status: int) -> int:
@@ -52,6 +53,7 @@ def nonfinite_step(trainer: Any, metrics: dict, pairs: Any, bad: list[int]) -> N
     """
     c = trainer.args
     skipped = trainer.position.skipped
+    check_weights(trainer, f"step {trainer.position.step + 1}")
     told = bad or [int(i) for i in pairs]
     names = ", ".join(map(trainer.train_store.where, told[:8])) + (" ..." if len(told) > 8 else "")
     found = (
@@ -65,14 +67,60 @@ def nonfinite_step(trainer: Any, metrics: dict, pairs: Any, bad: list[int]) -> N
     trainer.log.say(f"{found}, {skipped} of at most {c.skip_nonfinite} such steps")
 
 
+def check_weights(trainer: Any, when: str) -> None:
+    """Raise FloatingPointError that names weights which are not finite; every rank calls this.
+
+    Pairs, rates and precision have no part in that, and no step with such weights is worth taking.
+    """
+    models = {"the model": trainer.model, "the reference": trainer.reference.model}
+    named = {
+        f"{whose}'s {name}": p for whose, model in models.items() if model is not None
+        for name, p in model.named_parameters()}
+    local = (getattr(p, "to_local", lambda p=p: p)() for p in named.values())
+    counts = torch.stack([(~t.isfinite()).sum() for t in local]).to(trainer.ranks.exact)
+    bad = [name for name, count in zip(named, trainer.ranks.sum(counts).tolist()) if count]
+    if bad:
+        more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
+        why = (
+            f"the files are damaged, or overflow in --dtype {trainer.args.dtype}: download them "
+            "again, or use another --dtype")
+        if trainer.position.step:
+            why = "an update has overflowed; try a lower --learning_rate or --max_grad_norm"
+        raise FloatingPointError(
+            f"{when}: values that are not finite in {', '.join(bad[:4])}{more}: {why}"
+            f"{last_checkpoint(trainer.log.directory)}")
+
+
+def before_training(error: Exception) -> tuple[Exception | str, int]:
+    """Return (what ended a run before its first step, the exit status).
+
+    Raises the error again if there is nothing to say of it.
+    """
+    if is_out_of_memory(error):
+        first_line = str(error).partition("\n")[0][:150]
+        return (
+            f"rank {os.environ.get('RANK', 0)} is out of memory before the first step "
+            f"({first_line}). --dtype bfloat16, --load_in_4bit with --use_peft, and --fsdp on "
+            "several GPUs need less; python -m extras.plan says how much", 1)
+    if isinstance(error, ModuleNotFoundError):
+        return missing_room(error), 2
+    if isinstance(error, (ValueError, OSError)):
+        return error, 2
+    raise error
+
+
 def explained(error: Exception, trainer: Any, helps: str = "") -> str:
     """Say what ended the training; `helps` is what helps where it was too little memory.
 
     Raises the error again if there is nothing to say of it.
     """
     text = str(error)
-    if isinstance(error, (FloatingPointError, OSError)):
+    if isinstance(error, FloatingPointError):
         return text
+    if isinstance(error, (OSError, DataError)):
+        whose = f"rank {trainer.ranks.rank}: " if trainer.ranks.rank else ""  # it alone may know
+        is_data = isinstance(error, DataError)  # other messages say it themselves
+        return whose + text + (last_checkpoint(trainer.log.directory) if is_data else "")
     if isinstance(error, ModuleNotFoundError):
         return missing_room(error)  # of an option that is first needed in a step
     if is_out_of_memory(error):

@@ -79,7 +79,9 @@ EXPERT = re.compile(
 GATES = ("w1", "gate_proj")
 UPS = ("w3", "up_proj")
 DOWNS = ("w2", "down_proj")
-FIXED = (".layer_scalar",)  # the ends of names of what never learns, as in transformers
+# the ends of names of what never learns, as in transformers
+FIXED = (".layer_scalar", ".bounds", ".std_bias", ".std_scale")
+BOUNDS = ("input_min", "input_max", "output_min", "output_max")  # in the files; here one tensor
 BIAS = "e_score_correction_bias"  # of a router: carried_names
 NUMBER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 QUANTIZED = (".SCB", ".qweight", ".weight_scale", ".weight_scale_inv", ".absmax")
@@ -97,6 +99,7 @@ VISION = {
 VISION |= {"smolvlm": VISION["idefics3"], "gemma3": VISION["llava"]}
 VISION |= dict.fromkeys(("qwen2_5_vl", *QWEN3_TEXT), VISION["qwen2_vl"])
 VISION |= dict.fromkeys(WRAPPED, {"model.": "model.language_model."})  # their towers are carried
+VISION["gemma4"] = VISION["llava"] | {"model.vision.projector.": "model.embed_vision."}
 VISION["llama4"] = {"model.": "language_model.model.", "lm_head": "language_model.lm_head"}
 # ... and back, from the prefixes of transformers 4 and 5.
 VISION_OURS = (
@@ -106,7 +109,8 @@ VISION_OURS = (
     (r"^model\.connector\.", "model.vision.projector."),
     (r"^(model\.)?visual\.deepstack_merger_list\.", "model.vision.projector.deep."),
     (r"^(model\.)?visual\.merger\.", "model.vision.projector."),
-    (r"^(model\.)?embed_(vision|audio)\.", r"model.vision.projector.\2."),  # Gemma 4
+    (r"^(model\.)?embed_vision\.", "model.vision.projector."),  # Gemma 4
+    (r"^(model\.)?embed_audio\.", "model.vision.audio_projector."),
     (r"^(model\.)?audio_tower\.", "model.vision.audio_tower."),
     (r"^(model\.)?visual\.", "model.vision.tower."),
     (r"^(model\.(text_model|language_model)|language_model\.model)\.", "model."),
@@ -174,8 +178,8 @@ def find_places(names: Iterable[str], config: Any) -> dict[str, Place]:
 
 
 def carried_names(names: Iterable[str], config: Any) -> set[str]:
-    """Return what is saved as it was read: all of a wrapper that is not its decoder, layers that
-    predict several tokens at once (Qwen's "mtp"; DeepSeek's and GLM's come after the last layer),
+    """Return what is saved as it was read: of a wrapper what is neither its decoder nor a tower that
+    is computed, layers that predict several tokens at once (Qwen's "mtp"; DeepSeek's and GLM's come after the last layer),
     the correction biases of routers, which do not learn, SigLIP's pooling head, whose output Gemma
     3 does not read, and keys and values of layers that read others'."""
     found = {n for n in names if n.endswith(f".{BIAS}")}
@@ -191,9 +195,11 @@ def carried_names(names: Iterable[str], config: Any) -> set[str]:
     if config.per_layer:
         reads = config.per_layer["reads"]
         found |= {n for n in names if (own := OF_KEYS.search(n)) and int(own[1]) < len(reads)
-                  and reads[int(own[1])] != int(own[1])}
-    if config.model_type in WRAPPED:
-        found |= {n for n in names if vision_name(n).startswith("model.vision.")}
+                  and reads[int(own[1])] != int(own[1])
+                  and not vision_name(n).startswith("model.vision.")}
+    if config.model_type in ("gemma4", *WRAPPED):
+        rest = "model.vision." if config.vision is None else "model.vision.audio_"
+        found |= {n for n in names if vision_name(n).startswith(rest)}
     return found
 
 
@@ -230,7 +236,10 @@ def other_places(names: Iterable[str], family: str, moe: dict | None) -> dict[st
         else:
             transposed = family in TRANSPOSED and bool(TRANSPOSED[family].search(plain))
             ours = rename(plain, back).replace(".block_sparse_moe.", ".mlp.")
-            places[name] = Place(ours, transposed=transposed)
+            stem, _, last = ours.rpartition(".")
+            bound = last in BOUNDS
+            places[name] = (Place(f"{stem}.bounds", (BOUNDS.index(last),)) if bound
+                            else Place(ours, transposed=transposed))
     return places
 
 

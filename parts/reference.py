@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from parts import ref_cache
-from parts.faults import naming
+from parts.faults import check_weights, naming
 from parts.output import cache_directory
 from parts.place import tensors_of
 
@@ -169,7 +169,10 @@ class PrecomputedReference:
                 at = at.to(sums.device, non_blocking=True)
                 sums.index_copy_(0, at, self.live.sums(batch).to(sums))
             bar.update(len(rows))
-        return trainer.ranks.sum(sums).to(trainer.precision.sums).cpu().numpy()
+        found = trainer.ranks.sum(sums).to(trainer.precision.sums).cpu().numpy()
+        if not np.isfinite(found).all():
+            check_weights(trainer, "the reference's pass over the pairs")
+        return found
 
     def tensors(self) -> dict[str, tuple[torch.Size, Tensor]]:
         """Return {name: (shape, tensor)} of the reference's weights, by name.

@@ -1,8 +1,8 @@
 """Split the config.json of models that read images into that of their decoder and the tower's
 settings.
 
-LLaVA (CLIP or SigLIP tower), Idefics3, SmolVLM and Gemma 3 (SigLIP), Qwen2-VL, Qwen2.5-VL, Qwen3-VL
-and Qwen3.5. The modules are in extras/decoder/vision.py, qwen_vl.py and qwen3_vl.py.
+LLaVA (CLIP or SigLIP tower), Idefics3, SmolVLM and Gemma 3 (SigLIP), Gemma 4, Qwen2-VL, Qwen2.5-VL,
+Qwen3-VL and Qwen3.5. The modules are in extras/decoder/vision.py and the files that it names.
 
 Of others, `WRAPPED`, only the decoder is trained, on text: their towers are neither read nor
 changed.
@@ -48,6 +48,13 @@ GEMMA3_TEXT = dict(
     model_type="gemma3_text", vocab_size=262208, hidden_size=2304, intermediate_size=9216,
     num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4, head_dim=256,
     max_position_embeddings=131072, rms_norm_eps=1e-6, tie_word_embeddings=True)
+GEMMA4 = dict(
+    hidden_size=768, intermediate_size=3072, num_hidden_layers=16, num_attention_heads=12,
+    num_key_value_heads=12, head_dim=64, hidden_act="gelu_pytorch_tanh", rms_norm_eps=1e-6,
+    patch_size=16, pooling_kernel_size=3, position_embedding_size=10240, use_clipped_linears=False,
+    standardize=False)
+# Keys of its tower that its modules do not read
+GEMMA4_IGNORED = {"max_position_embeddings", "default_output_length", "global_head_dim"}
 # Keys of Qwen's tower: other names of read ones, then those of video, and a default.
 QWEN_IGNORED = {"in_chans", "spatial_patch_size", "tokens_per_second", "rope_parameters"}
 QWEN_OUTER = {"vision_config", "image_token_id", "video_token_id", "vision_start_token_id",
@@ -56,7 +63,6 @@ QWEN_OUTER = {"vision_config", "image_token_id", "video_token_id", "vision_start
 # Decoders within a wrapper: what their text_config leaves out. (Files of Mistral 3 have a head of
 # their own unless they say otherwise.)
 WRAPPED = {
-    "gemma4": dict(model_type="gemma4_text"),
     "mistral3": dict(model_type="mistral"),
     "internvl": dict(model_type="qwen2"), "llama4": dict(model_type="llama4_text")}
 DECODERS = {"qwen3_vl_text": "qwen3", "qwen3_vl_moe_text": "qwen3_moe"}  # other names of families
@@ -83,14 +89,15 @@ def split_config(raw: dict) -> tuple[dict, dict | None]:
     """
     kind = raw.get("model_type")
     splits = {"llava": split_llava, "idefics3": split_idefics, "smolvlm": split_idefics,
-              "gemma3": split_gemma, "qwen2_vl": split_qwen, "qwen2_5_vl": split_qwen}
+              "gemma3": split_gemma, "gemma4": split_gemma4,
+              "qwen2_vl": split_qwen, "qwen2_5_vl": split_qwen}
     splits |= dict.fromkeys(QWEN3_TEXT, split_qwen3) | dict.fromkeys(WRAPPED, unwrap)
     if kind not in splits:
         raise ValueError(f"model_type {kind!r} reads images or sound; of those, "
                          f"{', '.join(splits)} are supported, and text-only decoders")
     if "text_config" in raw:
         refuse_unknown({k: v for k, v in raw.items() if not TOP.match(k)
-                        and not (kind in ("gemma3", *WRAPPED) and OUTER.match(k))}, kind)
+                        and not (kind in ("gemma3", "gemma4", *WRAPPED) and OUTER.match(k))}, kind)
     text, vision = splits[kind](raw)
     tied = text.get("tie_word_embeddings", False)
     text = {k: v for k, v in text.items() if not UNREAD.match(k) or k == "vocab_size"}
@@ -130,7 +137,9 @@ def check_tower(tower: dict, defaults: dict) -> None:
     for key, default in defaults.items():
         value = tower[key]
         wanted = ""
-        if key == "mlp_ratio" or isinstance(default, float):
+        if isinstance(default, bool):
+            wanted = "" if isinstance(value, bool) else "true or false"
+        elif key == "mlp_ratio" or isinstance(default, float):
             if type(value) not in (int, float) or not 0 <= value < 1e30:
                 wanted = "a number, 0 or more"
         elif isinstance(default, int) and not (type(value) is int and 1 <= value <= 2**20):
@@ -143,7 +152,7 @@ def check_tower(tower: dict, defaults: dict) -> None:
     size = tower.get("embed_dim", tower["hidden_size"])
     heads = tower.get("num_heads") or tower["num_attention_heads"]
     turns = 4 if "num_heads" in tower else 1  # Qwen's rotate, half with the row, half with the column
-    if size % (heads * turns):
+    if "head_dim" not in tower and size % (heads * turns):
         raise ValueError(f"config.json: {heads} heads in vision_config do not divide its size {size}"
                          + (" into multiples of 4" if turns == 4 else ""))
     smallest = tower["patch_size"] * tower.get("spatial_merge_size", 1)
@@ -228,8 +237,51 @@ def split_gemma(raw: dict) -> tuple[dict, dict]:
     if across * across != tokens or side % across:
         raise ValueError(f"config.json: mm_tokens_per_image = {tokens}: {side} x {side} patches are "
                          "not pooled to a square of that many")
-    vision |= dict(kind="gemma3", is_clip=False, drop_first=False, layers=(-1,), tokens=tokens)
+    vision |= dict(kind="gemma3", is_clip=False, drop_first=False, layers=(-1,), tokens=tokens,
+                   both_ways="everywhere")
     return GEMMA3_TEXT | raw["text_config"], vision
+
+
+def split_gemma4(raw: dict) -> tuple[dict, dict | None]:
+    """Split Gemma 4's, whose sound is not read; files of text alone have no tower.
+
+    `placeholders` are tokens of images, videos and sound, which are padding to per-layer inputs.
+    """
+    text = dict(model_type="gemma4_text") | raw["text_config"]
+    if raw["vision_config"] is None:
+        return text, None
+    given = {k: v for k, v in raw["vision_config"].items() if k not in GEMMA4_IGNORED}
+    theta = gemma4_theta(given.pop("rope_parameters", None) or {})
+    given["hidden_act"] = given.pop("hidden_activation", None)
+    vision = read_tower(given, "gemma4", GEMMA4)
+    heads, shared = vision["num_attention_heads"], vision["num_key_value_heads"]
+    if vision["head_dim"] % 4 or heads % shared:
+        raise ValueError(
+            f"config.json: head_dim = {vision['head_dim']}, num_attention_heads = {heads} and "
+            f"num_key_value_heads = {shared} in vision_config: expected a head_dim that is a multiple "
+            "of 4, and as many heads for each of keys and values")
+    usual = dict(image_token_id=258880, video_token_id=258884, audio_token_id=258881)
+    ids = {key: raw.get(key, default) for key, default in usual.items()}
+    ids["pad_token_id"] = text.get("pad_token_id") or 0
+    for key, value in ids.items():
+        if value is not None and (type(value) is not int or value < 0):
+            raise ValueError(f"config.json: {key} = {value!r:.60}: expected a token id")
+    both_ways = "windows" if text.get("use_bidirectional_attention") == "vision" else None
+    padding = ids.pop("pad_token_id")
+    return text, vision | dict(
+        kind="gemma4", both_ways=both_ways, rope_theta=theta, padding=padding,
+        placeholders=tuple(i for i in ids.values() if i is not None))
+
+
+def gemma4_theta(rope: dict) -> float:
+    """Return the base of the angles by which the tower's heads turn."""
+    settings = rope if isinstance(rope, dict) else {"rope_type": None}
+    theta = settings.get("rope_theta", 100.0)
+    is_number = type(theta) in (int, float) and 0 < theta < 1e30
+    if settings.get("rope_type", "axial") not in ("axial", "default") or not is_number:
+        raise ValueError(f"config.json: rope_parameters = {rope!r:.90} in vision_config: expected "
+                         'a rope_theta above 0, and "axial" or "default" for a rope_type')
+    return theta
 
 
 def split_qwen(raw: dict) -> tuple[dict, dict]:

@@ -48,6 +48,11 @@ def test_an_output_dir_that_cannot_be_written_to_is_refused_before_the_reference
     assert refused(capsys, [*flags, "--output_dir", f"{tmp_path}/{name}"], "--output_dir")
 
 
+@pytest.mark.parametrize("flag", ["--model_name_or_path", "--dataset_name", "--eval_dataset_name", "--ref_model_name_or_path"])
+def test_the_home_of_a_user_who_does_not_exist_is_a_path_that_is_not_there(flags, capsys, flag):
+    assert refused(capsys, [*flags, flag, "~nobody-of-that-name/x"], "~nobody-of-that-name/x")
+
+
 @pytest.mark.parametrize("more", [["--eval_strategy", "steps"], ["--eval_strategy", "epoch"], ["--eval_on_start"]])
 def test_evaluating_on_nothing_is_refused(flags, capsys, more):
     assert refused(capsys, [*flags, *more], more[0], "no pairs to evaluate on")
@@ -240,6 +245,10 @@ QWEN3_VL = dict(
 GEMMA3 = dict(
     model_type="gemma3", text_config=BASE | dict(head_dim=12), mm_tokens_per_image=4,
     vision_config=dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=1, image_size=28, patch_size=7))
+GEMMA4_IMAGES = dict(
+    model_type="gemma4", text_config=GEMMA4 | dict(num_hidden_layers=2), image_token_id=3, audio_config=None,
+    vision_config=dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1,
+                       head_dim=8, patch_size=4, pooling_kernel_size=2, position_embedding_size=20, use_clipped_linears=True))
 LLAVA = dict(model_type="llava", text_config=BASE | dict(model_type="llama"), vision_config=GEMMA3["vision_config"])
 NAN = float("nan")
 MEANINGLESS = [
@@ -262,11 +271,15 @@ MEANINGLESS = [
     (QWEN3_VL, "deepstack_visual_indexes", [0, 2]), (QWEN3_VL, "num_position_embeddings", -1), (QWEN3_VL, "patch_size", 0),
     (QWEN3_VL, "out_hidden_size", 16), (QWEN3_VL, "num_heads", 16), (QWEN3_VL, "depth", 2.0), (QWEN3_VL, "spatial_merge_size", "x"),
     (GEMMA3, "mm_tokens_per_image", -1), (GEMMA3, "mm_tokens_per_image", 0), (GEMMA3, "image_size", -28), (GEMMA3, "patch_size", 29),
+    (GEMMA4_IMAGES, "head_dim", 6), (GEMMA4_IMAGES, "num_key_value_heads", 3), (GEMMA4_IMAGES, "use_clipped_linears", "x"),
+    (GEMMA4_IMAGES, "pooling_kernel_size", 0), (GEMMA4_IMAGES, "rope_parameters", dict(rope_theta="x")),
+    (GEMMA4_IMAGES, "rope_parameters", dict(rope_type="yarn")), (GEMMA4_IMAGES, "rope_parameters", [1]),
+    (GEMMA4_IMAGES, "hidden_activation", "x"), (GEMMA4_IMAGES, "standardize", 1), (GEMMA4_IMAGES, "image_token_id", "x"),
     (GEMMA3, "layer_norm_eps", "x"), (LLAVA, "vision_feature_layer", -9), (LLAVA, "projector_hidden_act", "x"),
     (LLAVA, "vision_feature_select_strategy", "x"), (LLAVA, "num_attention_heads", 3)]
 
 
-@pytest.mark.parametrize("base", [FALCON_H1, GRANITE_H, DEEPSEEK, GLM, LLAMA4, GEMMA4, QWEN3_VL, GEMMA3, LLAVA],
+@pytest.mark.parametrize("base", [FALCON_H1, GRANITE_H, DEEPSEEK, GLM, LLAMA4, GEMMA4, QWEN3_VL, GEMMA3, GEMMA4_IMAGES, LLAVA],
                          ids=lambda raw: raw["model_type"])
 def test_the_files_that_the_values_below_spoil_are_read(base):
     assert models.read_config(base).hidden_size == 32
@@ -275,12 +288,13 @@ def test_the_files_that_the_values_below_spoil_are_read(base):
 @pytest.mark.parametrize("base,key,value", MEANINGLESS, ids=lambda value: str(value)[:20])
 def test_a_value_without_a_meaning_is_refused_by_the_name_of_its_key(base, key, value, tiny, flags, tmp_path, capsys):
     vision = base.get("vision_config", {})
-    is_inner = key in vision or vision and key in ("layer_norm_eps", "spatial_merge_size")
+    is_inner = key in vision or vision and key in ("layer_norm_eps", "spatial_merge_size", "rope_parameters", "hidden_activation", "standardize")
     raw = base | ({"vision_config": vision | {key: value}} if is_inner else {key: value})
     shutil.copytree(tiny, tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text(json.dumps(raw))
     words = {"num_attention_heads": "heads", "num_key_value_heads": "heads", "num_heads": "heads", "qk_rope_head_dim": "rotate",
-             "global_head_dim": "rotate", "rope_scaling": "rope_", "patch_size": "_size"}
+             "global_head_dim": "rotate", "rope_scaling": "rope_", "patch_size": "_size",
+             "hidden_activation": "hidden_act"}
     assert refused(capsys, [*flags, "--model_name_or_path", str(tmp_path / "model"), "--dry_run"], "config.json: ",
                    words.get(key, key))
 
@@ -292,3 +306,76 @@ def test_the_plan_of_a_config_that_cannot_be_read_is_one_message(tmp_path, capsy
         assert capsys.readouterr().err.startswith(f"error: {directory}")
     (tmp_path / "config.json").write_text(json.dumps(FALCON_H1))
     assert plan.main([str(tmp_path)]) == 0
+
+
+# Weights that are not finite
+
+def with_weights(tiny, directory, **changed):
+    """A copy of a checkpoint in which some tensors are others."""
+    shutil.copytree(tiny, directory)
+    names = {n.replace(".", "_"): n for n in load_file(tiny / "model.safetensors")}
+    state = load_file(tiny / "model.safetensors") | {names[n]: t for n, t in changed.items()}
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize("values", [torch.full((32,), float("nan")), torch.full((32,), 1e300, dtype=torch.float64)])
+@pytest.mark.parametrize("more", [[], ["--no_precompute_ref_log_probs"], ["--loss_type", "simpo"], ["--fsdp", "full_shard"], ["--skip_nonfinite", "9"]])
+def test_weights_that_are_not_finite_are_named_and_not_the_pairs(flags, tiny, tmp_path, capsys, values, more):
+    directory = with_weights(tiny, tmp_path / "spoiled", model_norm_weight=values)
+    assert dpo.main([*flags, "--model_name_or_path", str(directory), *more]) == 1
+    error = capsys.readouterr().err
+    assert error.count("error:") == 1 and "not finite in the model's model.norm.weight" in error
+    assert "pairs.jsonl:" not in error and "Traceback" not in error
+
+
+def test_a_reference_whose_weights_are_not_finite_is_named(flags, tiny, tmp_path, capsys):
+    directory = with_weights(tiny, tmp_path / "spoiled", model_norm_weight=torch.full((32,), float("nan")))
+    for more in ([], ["--no_precompute_ref_log_probs"]):
+        assert dpo.main([*flags, "--ref_model_name_or_path", str(directory), *more]) == 1
+        assert "not finite in the reference's model.norm.weight" in capsys.readouterr().err
+
+
+# Adapters
+
+@pytest.fixture
+def adapter(flags, tmp_path):
+    """An adapter of a short run, to be spoiled."""
+    assert dpo.main([*flags, "--use_peft", "--lora_r", "4", "--output_dir", str(tmp_path / "adapter")]) == 0
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("setting, words", [
+    (dict(lora_alpha=float("inf")), "alphas are finite"), (dict(lora_alpha=float("nan")), "alphas are finite"),
+    (dict(lora_alpha=1e308), "alphas are finite"), (dict(alpha_pattern={"q_proj": "x"}), "alphas are finite"),
+    (dict(alpha_pattern={"q_proj": None}), "alphas are finite"), (dict(lora_dropout=2), "lora_dropout = 2"),
+    (dict(lora_dropout=float("nan")), "lora_dropout = nan"), (dict(target_modules=["nothing"]), "nothing: no such module")])
+def test_a_setting_of_an_adapter_without_a_meaning_is_refused_by_its_file(flags, adapter, capsys, setting, words):
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | setting))
+    assert refused(capsys, [*flags, "--model_name_or_path", str(adapter)], f"{path}: ", words)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64])
+def test_adapter_tensors_that_are_no_floats_are_refused(flags, adapter, capsys, dtype):
+    path = adapter / "adapter_model.safetensors"
+    save_file({n: t.to(dtype) for n, t in load_file(path).items()}, path)
+    assert refused(capsys, [*flags, "--model_name_or_path", str(adapter)], str(path), f"is {dtype}; expected a type of floats")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError("no more"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 128000000000 bytes")])
+def test_a_model_too_large_to_open_ends_in_one_message(flags, capsys, monkeypatch, error):
+    def load_model(*arguments):
+        raise error
+
+    monkeypatch.setattr(models, "load_model", load_model)
+    assert dpo.main(flags) == 1
+    told = capsys.readouterr().err
+    assert told.count("error: rank 0 is out of memory before the first step") == 1 and "--load_in_4bit" in told and "Traceback" not in told
+
+
+def test_an_error_of_the_code_while_opening_keeps_its_traceback(flags, monkeypatch):
+    monkeypatch.setattr(models, "load_model", lambda *arguments: {}["missing"])
+    with pytest.raises(KeyError, match="missing"):
+        dpo.main(flags)

@@ -125,14 +125,15 @@ def test_published_files_train_from_the_command_line_and_in_4_bits(published, ti
     (lambda s: s.pop("model.layers.1.self_attn.o_proj.weight"), "o_proj.weight_scale_inv is there, but .*o_proj.weight is missing"),
     (lambda s: s.pop("model.layers.1.self_attn.o_proj.weight_scale_inv"), r"o_proj.weight in .* is quantized .F8_E4M3."),
     (lambda s: s.update({"model.layers.0.mlp.up_proj.weight_scale_inv": torch.zeros(6, 3)}),
-     r"up_proj.weight: F8_E4M3 .48, 32. with scales .6, 3.; expected F8_E4M3 .out, in. with a scale for each block of 8 x 8"),
+     r"up_proj.weight: F8_E4M3 .48, 32. with scales F32 .6, 3.; expected F8_E4M3 .out, in. with a scale, a float, for each block of 8 x 8"),
+    (lambda s: s.update({"model.layers.0.mlp.up_proj.weight_scale_inv": torch.ones(6, 4, dtype=torch.int8)}), "with scales I8 .6, 4."),
     (lambda s: s.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(48, 32)}), "up_proj.weight: F32 .48, 32. with scales")])
 def test_damaged_files_are_named(change, message, published, tmp_path):
     state = dict(published[1])
     change(state)
     save_file(state, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((published[2] / "config.json").read_text())
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"{tmp_path}: .*{message}"):
         opening.load_model(tmp_path)
 
 

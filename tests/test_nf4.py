@@ -352,17 +352,33 @@ def test_what_is_written_is_read_back(quant_type, nested, storage):
     assert same_state(nf4.from_bnb_tensors("a.weight", tensors), state)
 
 
+STATE = "w.quant_state.bitsandbytes__nf4"
+
+
+def as_bytes(text: bytes) -> torch.Tensor:
+    return torch.tensor(list(text), dtype=torch.uint8)
+
+
 @pytest.mark.parametrize("spoil, says", [
     (lambda t: t.pop("w.absmax"), "not a 4-bit weight"),
     (lambda t: t.pop("w.nested_quant_map"), "not a 4-bit weight"),
     (lambda t: t.pop("w.quant_state.bitsandbytes__nf4"), "not a 4-bit weight"),
     (lambda t: t.update({"w": t["w"][:-1]}), "packed has 383 values"),
     (lambda t: t.update({"w.absmax": t["w.absmax"][:5]}), "absmax has 5 values"),
+    (lambda t: t.update({"w.absmax": t["w.absmax"].to(torch.int8)}), "absmax is int8; expected uint8"),
+    (lambda t: t.update({"w.quant_map": t["w.quant_map"].to(torch.int8)}), "code is int8; expected a type of floats"),
+    (lambda t: t.update({STATE: t[STATE][:-9]}), "not the settings of a 4-bit weight"),
+    (lambda t: t.update({STATE: t[STATE][:0]}), "not the settings of a 4-bit weight"),
+    (lambda t: t.update({STATE: t[STATE].float()}), "not the settings of a 4-bit weight"),
+    (lambda t: t.update({STATE: as_bytes(b'{"quant_type": "nf4"}')}), "not the settings of a 4-bit weight"),
+    (lambda t: t.update({STATE: as_bytes(b"[]")}), "not the settings of a 4-bit weight"),
+    (lambda t: t.update({STATE: as_bytes(t[STATE].numpy().tobytes().replace(b"[24, 32]", b"[24, 32, 1]"))}), "not the settings"),
+    (lambda t: t.update({STATE: as_bytes(t[STATE].numpy().tobytes().replace(b'"float32", "shape', b'"nn", "shape'))}), "not the settings"),
 ])
 def test_incomplete_tensors_are_refused(spoil, says):
     tensors = nf4.to_bnb_tensors("w", nf4.quantize(torch.randn(24, 32), nested=True))
     spoil(tensors)
-    with pytest.raises(ValueError, match=f"w: .*{says}|w: {says}"):
+    with pytest.raises(ValueError, match=f"w.*: {says}|w: .*{says}"):
         nf4.from_bnb_tensors("w", tensors)
 
 
@@ -739,6 +755,18 @@ def test_a_4_bit_checkpoint_that_lacks_a_weight_is_refused(name, drop, says, tmp
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=says):
         nf4.load_4bit(open_checkpoint(tmp_path), {}, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("lost, says", [("", "is there, but .*o_proj.weight is missing"), (".absmax", "not a 4-bit weight")])
+def test_a_piece_of_a_4_bit_weight_that_is_missing_is_told_with_the_directory(lost, says, tmp_path):
+    directory = file_of("llama", tmp_path / "wide")
+    nf4.save_4bit(nf4.load_4bit(open_checkpoint(directory), {}, torch.float32, "cpu"), tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    del tensors[f"model.layers.0.self_attn.o_proj.weight{lost}"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))}: .*{says}"):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize("shape", [(16, 64), (64, 32)])

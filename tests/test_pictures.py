@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +19,7 @@ from PIL import Image  # noqa: E402
 from extras.rows import pictures  # noqa: E402
 
 THEIRS = {"llava": "CLIPImageProcessorPil", "idefics3": "Idefics3ImageProcessorPil", "smolvlm": "SmolVLMImageProcessorPil",
-          "gemma3": "Gemma3ImageProcessorPil",
+          "gemma3": "Gemma3ImageProcessorPil", "gemma4": "Gemma4ImageProcessorPil",
           **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", *QWEN3), "Qwen2VLImageProcessorPil")}
 SIZES = [(30, 20), (20, 30), (28, 28), (29, 57), (100, 41), (8, 8), (150, 149), (61, 200)]
 
@@ -57,8 +58,11 @@ def test_pixels_equal_transformers(family, size, tmp_path):
     processor = load_tokenizer(family, tmp_path).pictures
     theirs = getattr(transformers, THEIRS[family])(**{k: v for k, v in PREPROCESSORS[family].items() if "type" not in k})
     expected = theirs(picture(*size), return_tensors="np")["pixel_values"]
-    expected = expected[0] if family in ("idefics3", "smolvlm") else expected
+    expected = expected[0] if family in ("idefics3", "smolvlm", "gemma4") else expected
     ours = pictures.preprocess(picture(*size), processor)
+    if family == "gemma4":  # theirs are padded
+        assert not expected[len(ours):].any()
+        expected = expected[: len(ours)]
     assert ours.shape == expected.shape
     assert np.abs(ours - expected).max() < 1e-3
     assert ours.std() > 0.1
@@ -90,6 +94,41 @@ def test_pixels_equal_transformers_for_other_settings_and_for_defaults(settings,
     assert np.abs(ours - expected.reshape(ours.shape)).max() < 1e-3
 
 
+@pytest.mark.parametrize("settings", [{}, dict(max_soft_tokens=70), dict(max_soft_tokens=140, patch_size=8, pooling_kernel_size=2)],
+                         ids=str)
+@pytest.mark.parametrize("size", [(90, 61), (31, 80), (2400, 9), (9, 2400), (1700, 40), (40, 4000), (96, 48), (48, 48)], ids=str)
+def test_gemma_4s_patches_equal_transformers_for_any_shape(settings, size, tmp_path):
+    """Strips get one row of squares; an image of the right size is not resized."""
+    transformers = pytest.importorskip("transformers")
+    make_tokenizer("gemma4", tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "Gemma4ImageProcessor"} | settings))
+    processor = pictures.open_tokenizer(tmp_path).pictures
+    expected = transformers.Gemma4ImageProcessorPil(**settings)(picture(*size), return_tensors="np")
+    ours = pictures.preprocess(picture(*size), processor)
+    rows, columns = pictures.grid(pictures.RowImage("", "", *size), processor)
+    places = expected["image_position_ids"][0]
+    assert len(ours) == rows * columns == (places >= 0).all(1).sum()
+    assert places[: len(ours)].max(0).tolist() == [columns - 1, rows - 1]
+    assert np.abs(ours - expected["pixel_values"][0, : len(ours)]).max() < 1e-3
+    assert pictures.features(pictures.RowImage("", "", *size), processor) == expected["num_soft_tokens_per_image"][0]
+
+
+def test_gemma_4s_processor_must_be_the_models(tmp_path):
+    s = load_tokenizer("gemma4", tmp_path).pictures
+    vision = dict(patch_size=4, pooling_kernel_size=2, position_embedding_size=140, placeholders=(s.token_id,))
+    pictures.check_features(s, vision)
+    with pytest.raises(ValueError, match="pooling_kernel_size .4, 2., and config.json .4, 3."):
+        pictures.check_features(s, vision | dict(pooling_kernel_size=3))
+    with pytest.raises(ValueError, match="140 patches side by side .max_soft_tokens 70.*position_embedding_size 100"):
+        pictures.check_features(s, vision | dict(position_embedding_size=100))
+    with pytest.raises(ValueError, match="id of '<.image.>' is .* tokens for images, videos and sound are .1, 2."):
+        pictures.check_features(s, vision | dict(placeholders=(1, 2)))
+    fixed = s._replace(settings=s.settings | dict(do_resize=False))
+    assert pictures.preprocess(picture(16, 24), fixed).shape == (24, 48)
+    with pytest.raises(DataError, match="17 x 24 pixels, and do_resize is off.*multiples of 8"):
+        pictures.preprocess(picture(17, 24), fixed)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_token_ids_equal_transformers_processors(family, tmp_path):
     """Two pictures of different shapes in one conversation, by the template and then by the processor."""
@@ -118,13 +157,14 @@ def test_token_ids_equal_transformers_processors(family, tmp_path):
 
 
 def bare_processor(family, image_processor, tokenizer):
-    """SmolVLM's and Qwen's replacement of a picture's token, by their own code, without their video processors."""
+    """SmolVLM's, Gemma 4's and Qwen's replacement of a picture's token, by their own code, without their video processors."""
     import transformers
 
-    cls = {"smolvlm": transformers.SmolVLMProcessor} | dict.fromkeys(QWEN3, transformers.Qwen3VLProcessor)
+    cls = {"smolvlm": transformers.SmolVLMProcessor, "gemma4": transformers.Gemma4Processor} | dict.fromkeys(QWEN3, transformers.Qwen3VLProcessor)
     cls = cls.get(family, transformers.Qwen2VLProcessor)
     token = IMAGE_TOKENS.get(family, "<image>")
     bare = SimpleNamespace(image_processor=image_processor, image_token=token, image_seq_len=4, global_image_token="<global-img>",
+                           boi_token="<|image>", eoi_token="<image|>",
                            fake_image_token="<fake_token_around_image>", global_image_tag="<global-img>")
 
     def call(text, images, add_special_tokens):
@@ -184,6 +224,12 @@ def test_qwen_frames_pictures_in_plain_text(tmp_path):
     ({"image": "https://example.org/cat.png"}, "nothing is fetched"),
     ({"image": "data:image/png;base64,%%%"}, "broken data URI"),
     ({"image": 3}, "an image is a path"),
+    ({"image": "/dev/zero"}, "/dev/zero: not a regular file"),  # it has no end
+    ({"image": "pipe"}, "pipe: not a regular file"),  # whose other end nobody writes to
+    ({"image": "loop"}, "loop: Too many levels of symbolic links"),
+    ({"image": "~nobody-of-that-name/cat.png"}, "nobody-of-that-name/cat.png: No such file"),
+    ({"image": "cat.png", "prompt": [{"role": "user", "content": [{"type": "image"}, 5]}]}, "a content of type list; give text or a list of parts"),
+    ({"image": "cat.png", "prompt": [{"role": "user", "content": [{"type": "image"}, None]}]}, "a content of type list"),
     ({"images": ["cat.png"], "prompt": [{"role": "user", "content": "<image><image>?"}]}, "2 places for images .<image>. and the row 1"),
     ({"images": ["cat.png"], "prompt": "It is", "chosen": " a", "rejected": " b"}, "0 places for images .<image>. and the row 1"),
     ({"prompt": [{"role": "user", "content": "<image>?"}]}, "1 places for images .<image>. and the row 0"),
@@ -193,6 +239,8 @@ def test_qwen_frames_pictures_in_plain_text(tmp_path):
 def test_rows_are_refused_with_file_and_line(row, words, tmp_path):
     tokenizer = load_tokenizer("llava", tmp_path)
     saved(tmp_path / "cat.png")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "rows.jsonl").write_text("\n" + json.dumps(conversation(row)) + "\n")
     with pytest.raises(DataError, match=f"rows.jsonl:2: .*{words}"):
         data.build_store([tmp_path / "rows.jsonl"], tokenizer, data.DataOptions(), tmp_path / "cache")
@@ -218,7 +266,7 @@ def damaged(kind: str, path):
 
 
 @pytest.mark.parametrize("kind, words", [
-    ("torn", "not an image that can be read"), ("text", "not an image"), ("empty", "not an image"),
+    ("torn", "not an image that can be read"), ("text", "not an image of a kind that pillow knows"), ("empty", "not an image of a kind"),
     ("animated", "GIF with 2 frames"), ("bomb", "too large|pixels; more than|not an image"), ("oversized", "12000 x 9000 pixels"),
     ("float", "floating-point pixels")])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

@@ -155,11 +155,25 @@ def with_images(layers: int, inner: int):
     return config, batch._replace(pictures=pictures)
 
 
+def with_images_of_gemma_4(layers: int, inner: int):
+    """The same of a Gemma 4, its decoder and its encoder as in E2B."""
+    config, batch = with_images(layers, inner)
+    text = GEMMA4 | dict(hidden_size=64, intermediate_size=176, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+                         head_dim=16, vocab_size=320, max_position_embeddings=4096, sliding_window=50, num_kv_shared_layers=1,
+                         layer_types=["sliding_attention", "full_attention"] * 2, use_bidirectional_attention="vision", rms_norm_eps=1e-6)
+    tower = dict(hidden_size=96, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4,
+                 head_dim=24, patch_size=7, pooling_kernel_size=4, position_embedding_size=280, use_clipped_linears=True)
+    config = models.read_config(dict(model_type="gemma4", text_config=text, vision_config=tower, image_token_id=310))
+    patches = torch.rand(4 * 256, 3 * 7 * 7)
+    return config, batch._replace(pictures=batch.pictures._replace(pixels=patches, grids=torch.full((4, 2), 16)))
+
+
+@pytest.mark.parametrize("made", [with_images, with_images_of_gemma_4])
 @pytest.mark.parametrize("layers, inner", [(2, 256), (8, 128)])
 @pytest.mark.parametrize("mode", [{}, dict(tower_learns=True), dict(rank=4), dict(bf16=True), dict(bf16=True, tower_learns=True),
                                   dict(checkpointing=True, tower_learns=True)], ids=str)
-def test_predicted_memory_knows_the_image_encoder(layers, inner, mode):
-    config, batch = with_images(layers, inner)
+def test_predicted_memory_knows_the_image_encoder(made, layers, inner, mode):
+    config, batch = made(layers, inner)
     run = plan.Run(len(batch.input_ids), len(batch.targets), patches=4 * 256, masked=4 * (136**2 + 40 * 116), **mode)
     predicted, counted = plan.memory(config, run), counted_peak(config, run, [batch])
     assert predicted["total"] == pytest.approx(counted, rel=0.15), predicted

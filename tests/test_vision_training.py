@@ -10,14 +10,14 @@ import pytest
 import torch
 from conftest import ROOT, read_metrics, run_dpo
 from safetensors.torch import load_file
-from vision_tiny import FAMILIES, make_model_directory
+from vision_tiny import FAMILIES, PAD, make_model_directory, theirs_forward
 
 import dpo
 import model as models
 from extras.models.opening import load_adapted, load_model
 from extras.run.forecast import memory, run_of
 from parts.checks import check_store
-from parts.names import file_name
+from parts.names import FIXED, file_name
 
 pytest.importorskip("PIL")
 pytest.importorskip("transformers")
@@ -68,7 +68,7 @@ def run(place, tmp_path):
     return go
 
 
-@pytest.mark.parametrize("family", ["llava", "idefics3", "gemma3", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["llava", "idefics3", "gemma3", "gemma4", "qwen2_5_vl", "qwen3_vl"])
 @pytest.mark.parametrize("options", [
     {}, {"precompute_ref_log_probs": False}, {"use_peft": True}, {"gradient_checkpointing": True, "freeze_vision_tower": False},
     {"precompute_ref_log_probs": False, "freeze_vision_tower": False}], ids=str)
@@ -76,6 +76,19 @@ def test_the_first_loss_is_log2_in_every_mode(run, family, options):
     metrics, _ = run("out", family, **options)
     assert metrics[0]["loss"] == pytest.approx(LN2, abs=1e-6)
     assert metrics[1]["loss"] != metrics[0]["loss"] and np.isfinite(metrics[1]["grad_norm"])
+
+
+EAGER = dict(model_init_kwargs=dict(attn_implementation="eager"))  # Gemma 4's audio tower has no other
+
+
+def trl_steps(place, tmp_path, model, arguments):
+    """The metrics of TRL's steps."""
+    (tmp_path / "run.json").write_text(json.dumps({"model": str(model), "data": str(place / "pictures.jsonl"),
+                                                   "out": str(tmp_path / "trl"), "args": arguments}))
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "vision_peer.py"), str(tmp_path / "run.json")],
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return read_metrics(tmp_path / "trl")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -86,12 +99,9 @@ def test_two_steps_equal_trl(run, place, tmp_path, family):
         pytest.importorskip("torchvision", exc_type=Exception, reason="transformers' processor needs a torchvision that loads")
         pytest.importorskip("num2words", reason="transformers' SmolVLM processor needs num2words")
     arguments = dict(per_device_train_batch_size=4, max_steps=2, learning_rate=1e-3, max_length=None)
-    (tmp_path / "run.json").write_text(json.dumps({"model": str(place / family), "data": str(place / "pictures.jsonl"),
-                                                   "out": str(tmp_path / "trl"), "args": arguments}))
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "vision_peer.py"), str(tmp_path / "run.json")],
-                          capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    theirs = read_metrics(tmp_path / "trl")
+    if family == "gemma4":
+        arguments |= EAGER
+    theirs = trl_steps(place, tmp_path, place / family, arguments)
     ours, trainer = run("ours", family, max_length=None, freeze_vision_tower=False)
     for a, b in zip(ours, theirs):
         for key in ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"):
@@ -100,6 +110,9 @@ def test_two_steps_equal_trl(run, place, tmp_path, family):
     start = dict(load_model(place / family).named_parameters())
     moved = 0
     for name, p in trainer.model.named_parameters():
+        if name.endswith(FIXED):
+            assert torch.equal(p, start[name]), name
+            continue
         expected = params[file_name(name, trainer.model.config)]
         change = (expected - start[name]).norm()
         moved += bool(change > 0)
@@ -107,6 +120,69 @@ def test_two_steps_equal_trl(run, place, tmp_path, family):
         if not name.endswith("k_proj.bias"):
             assert (p.detach() - expected).norm() <= 5e-4 * expected.norm() + 0.02 * change, name
     assert moved > 40
+
+
+def test_trl_gives_gemma_4s_policy_another_padding_token_than_its_reference(run, place, tmp_path):
+    """A bug of TRL 1.16: it writes the tokenizer's padding token into the policy's configuration alone.
+
+    Gemma 4 reads that token's embedding wherever an image is, so that with files whose config.json has another one, policy and
+    reference of equal weights differ in the first step. Ours are what the files say, which TRL's reference is.
+    """
+    pytest.importorskip("trl")
+    shutil.copytree(place / "gemma4", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    raw = json.loads(path.read_text())
+    assert raw["text_config"]["pad_token_id"] == PAD
+    path.write_text(json.dumps(raw | {"text_config": raw["text_config"] | {"pad_token_id": 0}}))
+    arguments = dict(per_device_train_batch_size=4, max_steps=1, learning_rate=1e-3, max_length=None, beta=0.1)
+    theirs = trl_steps(place, tmp_path, tmp_path / "model", arguments | EAGER)[0]
+    ours = run("ours", model_name_or_path=str(tmp_path / "model"), max_length=None)[0][0]
+    for answer in ("chosen", "rejected"):
+        reward = float(theirs[f"rewards/{answer}"])
+        assert ours[f"logps/{answer}"] == pytest.approx(float(theirs[f"logps/{answer}"]) - reward / 0.1, rel=1e-6)
+        assert abs(reward) > 1e-3 and ours[f"rewards/{answer}"] == 0
+
+
+def gradients_of_a_step(trainer) -> dict:
+    """Train one step; every gradient of its global batch, {name in the files: gradient}."""
+    kept, update = {}, trainer.update
+
+    def keep(*given):
+        kept.update({file_name(n, trainer.model.config): p.grad.clone() for n, p in trainer.model.named_parameters()
+                     if p.grad is not None})
+        return update(*given)
+
+    trainer.update = keep
+    trainer.train()
+    return kept
+
+
+def test_gemma_4s_gradients_of_the_dpo_loss_equal_autograd_through_transformers(place, tmp_path):
+    """Of every parameter, prompts with images shared by both answers, in float64; transformers' model is in eval mode."""
+    transformers = pytest.importorskip("transformers")
+    settings = dict(model_name_or_path=str(place / "gemma4"), dataset_name=str(place / "pictures.jsonl"), beta=0.3,
+                    output_dir=str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"), use_cpu=True, bf16=False, dtype="float64",
+                    per_device_train_batch_size=4, freeze_vision_tower=False, max_length=None, max_steps=1)
+    trainer = dpo.DPOTrainer(args=dpo.DPOConfig(**settings))
+    theirs = transformers.AutoModelForImageTextToText.from_pretrained(place / "gemma4").double().eval()
+    loss = 0
+    for i in range(4):
+        logps = []
+        pair = trainer.train_store[i]
+        images = trainer.batch(trainer.train_store, np.array([i])).pictures
+        for answer in (pair.chosen_ids, pair.rejected_ids):
+            ids = [int(t) for t in (*pair.prompt_ids, *answer)]
+            logits = theirs_forward(theirs, "gemma4", [ids], images.pixels.double(), images.grids, trainer.images.processor.token_id)[0]
+            scored = logits[len(pair.prompt_ids) - 1 : -1].log_softmax(-1)
+            logps.append(scored.gather(-1, torch.tensor(ids[len(pair.prompt_ids):])[:, None]).sum())
+        margin = logps[0] - logps[1]
+        loss = loss - torch.nn.functional.logsigmoid(0.3 * (margin - margin.detach())) / 4
+    loss.backward()
+    expected = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    got = gradients_of_a_step(trainer)
+    assert got.keys() == expected.keys() and len(got) > 100
+    for name, grad in got.items():
+        assert (grad - expected[name]).norm() <= 1e-5 * expected[name].norm(), name  # its norms are float32
 
 
 def test_the_tower_is_frozen_unless_asked_for(run, place):
@@ -120,7 +196,10 @@ def test_the_tower_is_frozen_unless_asked_for(run, place):
     ("llava", ["q_proj", "v_proj"], True, {"layers"}), ("llava", ["all-linear"], True, {"layers", "projector"}),
     ("llava", ["all-linear"], False, {"layers", "projector", "tower"}),
     ("llava", ["encoder.layers.0.mlp.fc1"], False, {"tower"}), ("gemma3", ["all-linear"], True, {"layers"}),
-    ("gemma3", ["all-linear"], False, {"layers", "tower"})])  # its projector's matrix is no linear layer
+    ("gemma3", ["all-linear"], False, {"layers", "tower"}),  # its projector's matrix is no linear layer
+    ("gemma4", ["q_proj", "v_proj"], False, {"layers"}),  # its tower's have a linear layer within, as in PEFT
+    ("gemma4", ["all-linear"], True, {"layers", "projector", "per_layer_model_projection"}),
+    ("gemma4", ["all-linear"], False, {"layers", "projector", "tower", "per_layer_model_projection"})])
 def test_lora_on_the_language_model_the_tower_or_both_loads_in_peft(run, place, tmp_path, family, targets, frozen, expected):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     _, trainer = run("out", family, use_peft=True, lora_r=4, lora_target_modules=targets, freeze_vision_tower=frozen,
@@ -139,8 +218,9 @@ def test_lora_on_the_language_model_the_tower_or_both_loads_in_peft(run, place, 
     assert all(torch.equal(p, ours[n]) for n, p in adapter_tensors(again).items())
 
 
-def test_gemma_trains_in_4_bits_and_with_adapters(run, place):
-    metrics, trainer = run("out", "gemma3", use_peft=True, load_in_4bit=True)
+@pytest.mark.parametrize("family", ["gemma3", "gemma4"])
+def test_gemma_trains_in_4_bits_and_with_adapters(run, place, family):
+    metrics, trainer = run("out", family, use_peft=True, load_in_4bit=True)
     assert metrics[0]["loss"] == pytest.approx(LN2, abs=1e-6) and metrics[1]["loss"] != metrics[0]["loss"]
 
 
@@ -152,17 +232,21 @@ def text_rows(place) -> None:
     (place / "texts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
-def test_rows_of_text_leave_gemmas_tower_and_projector_as_they_were(run, place, tmp_path):
+@pytest.mark.parametrize("family, around", [
+    ("gemma3", "<s><start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n"),
+    ("gemma4", "<s><|turn>user\n{}<turn|>\n<|turn>model\n")])
+def test_rows_of_text_leave_gemmas_tower_and_projector_as_they_were(run, place, tmp_path, family, around):
     """To the byte, though the projector may learn; and no blank image is encoded for it."""
     text_rows(place)
-    metrics, trainer = run("out", "gemma3", "texts", learning_rate=1e-2)
+    metrics, trainer = run("out", family, "texts", learning_rate=1e-2)
     assert metrics[1]["loss"] != pytest.approx(LN2, abs=1e-4)
-    before, after = (load_file(d / "model.safetensors") for d in (place / "gemma3", tmp_path / "out"))
+    before, after = (load_file(d / "model.safetensors") for d in (place / family, tmp_path / "out"))
     same = {n for n in before if torch.equal(before[n], after[n])}
     assert before.keys() == after.keys()
-    assert same == {n for n in before if "vision_tower" in n or "multi_modal_projector" in n}
+    sound = ("audio", "layer_scalar")
+    assert same == {n for n in before if any(part in n for part in ("vision", "multi_modal_projector", *sound))}
     seen = trainer.train_store[0].prompt_ids
-    assert trainer.tokenizer.decode(seen) == "<s><start_of_turn>user\nWhat is it, 0?<end_of_turn>\n<start_of_turn>model\n"
+    assert trainer.tokenizer.decode(seen) == around.format("What is it, 0?")
 
 
 def test_ranks_share_gemmas_streams_of_text_and_refuse_those_with_images(run, place, tmp_path):
@@ -213,15 +297,17 @@ def test_what_is_saved_is_whole_for_transformers(run, tmp_path):
     assert isinstance(transformers.AutoProcessor.from_pretrained(tmp_path / "out"), transformers.LlavaProcessor)
 
 
-def test_micro_batches_and_prefix_sharing_do_not_change_the_result(run):
-    one, _ = run("a", "idefics3", dtype="float64")
-    many, _ = run("b", "idefics3", dtype="float64", per_device_train_batch_size=1, gradient_accumulation_steps=4)
+@pytest.mark.parametrize("family", ["idefics3", "gemma4"])
+def test_micro_batches_and_prefix_sharing_do_not_change_the_result(run, family):
+    one, _ = run("a", family, dtype="float64")
+    many, _ = run("b", family, dtype="float64", per_device_train_batch_size=1, gradient_accumulation_steps=4)
     for a, b in zip(one, many, strict=True):
         assert all(a[k] == pytest.approx(b[k], rel=1e-9, abs=1e-12) for k in ("loss", "grad_norm", "logps/chosen"))
 
 
 @pytest.mark.parametrize("family, flags", [
-    ("llava", ()), ("llava", ("--fsdp", "full_shard")), ("gemma3", ("--fsdp", "full_shard"))], ids=str)
+    ("llava", ()), ("llava", ("--fsdp", "full_shard")), ("gemma3", ("--fsdp", "full_shard")),
+    ("gemma4", ()), ("gemma4", ("--fsdp", "full_shard"))], ids=str)
 def test_two_ranks_with_text_only_batches_equal_one(run, place, tmp_path, family, flags):
     """Three of four micro-batches of a step are text alone, on one rank all; the tower trains."""
     options = dict(data="mixed", dtype="float64", freeze_vision_tower=False)
@@ -294,10 +380,52 @@ def test_the_flag_needs_a_tower(tiny, pairs_file, tmp_path):
     assert "this model reads no images" in done.stderr
 
 
-def test_resuming_with_pictures_is_bitwise(run, tmp_path):
-    whole, _ = run("a", "qwen2_5_vl", max_steps=4, save_steps=2, freeze_vision_tower=False)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma4"])
+def test_resuming_with_pictures_is_bitwise(run, tmp_path, family):
+    whole, _ = run("a", family, max_steps=4, save_steps=2, freeze_vision_tower=False)
     a = load_file(tmp_path / "a" / "model.safetensors")
     shutil.copytree(tmp_path / "a" / "checkpoint-2", tmp_path / "b" / "checkpoint-2")
-    run("b", "qwen2_5_vl", max_steps=4, save_steps=2, freeze_vision_tower=False, resume_from_checkpoint="true")
+    run("b", family, max_steps=4, save_steps=2, freeze_vision_tower=False, resume_from_checkpoint="true")
     b = load_file(tmp_path / "b" / "model.safetensors")
     assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.fixture
+def own_pictures(place, tmp_path):
+    """Pictures and rows that may be spoiled, with the flags of a run over them that has filled the cache."""
+    make_pictures(tmp_path)
+    (tmp_path / "rows.jsonl").write_text((place / "pictures.jsonl").read_text())
+    flags = ["--model_name_or_path", str(place / "llava"), "--dataset_name", str(tmp_path / "rows.jsonl"), "--cache_dir",
+             str(tmp_path / "cache"), "--output_dir", str(tmp_path / "out"), "--use_cpu", "--max_steps", "2", "--save_steps", "1",
+             "--no_shuffle_dataset", "--per_device_train_batch_size", "1", "--no_precompute_ref_log_probs"]
+    assert dpo.main(flags) == 0
+    return flags
+
+
+SPOILT = {"gone": (lambda path: path.unlink(), "0.png: No such file"),
+          "another": (lambda path: path.write_bytes(path.with_name("1.png").read_bytes()), "0.png: the image has changed since the pairs")}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_picture_that_is_gone_or_changed_since_the_cache_was_filled_is_told_before_the_first_step(own_pictures, tmp_path, capsys, how,
+                                                                                                    monkeypatch):
+    spoil, words = SPOILT[how]
+    spoil(tmp_path / "0.png")
+    monkeypatch.setattr(dpo.DPOTrainer, "train", lambda trainer: pytest.fail("training began"))
+    assert dpo.main(own_pictures) == 2
+    assert capsys.readouterr().err.count(words) == 1
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_picture_that_goes_during_training_ends_the_run_in_one_message(own_pictures, tmp_path, capsys, how, monkeypatch):
+    spoil, words = SPOILT[how]
+    train = dpo.DPOTrainer.train
+
+    def spoil_first(trainer):
+        spoil(tmp_path / "0.png")
+        return train(trainer)
+
+    monkeypatch.setattr(dpo.DPOTrainer, "train", spoil_first)
+    assert dpo.main(own_pictures) == 1
+    error = capsys.readouterr().err
+    assert error.count("error: ") == 1 and words in error and "checkpoint-2 is complete: resume from it" in error

@@ -2,8 +2,8 @@
 
 run.json: {"model": DIR, "data": FILE, "out": DIR, "args": {...}, "backend": "pil"}. Writes metrics.jsonl and the
 trained parameters, params.safetensors. Without torchvision transformers has its pillow processors, and LLaVA's and
-Idefics3's processors work; SmolVLM's and Qwen's hold a video processor, which only exists with torchvision: they are made
-without one. `backend` says who scales pictures: "pil", which extras/pictures.py equals, or "torchvision", transformers' own
+Idefics3's processors work; SmolVLM's, Gemma 4's and Qwen's hold a video processor, which only exists with torchvision:
+the last two are made without one. `backend` says who scales pictures: "pil", which extras/pictures.py equals, or "torchvision", transformers' own
 choice where it is installed.
 """
 
@@ -20,13 +20,15 @@ def make_processor(directory: str, backend: str):
 
     images = hf.AutoImageProcessor.from_pretrained(directory, backend=backend)
     named = json.loads((Path(directory) / "processor_config.json").read_text())["processor_class"]
-    if importlib.util.find_spec("torchvision") or "Qwen" not in named:
+    if importlib.util.find_spec("torchvision") or not named.startswith(("Qwen", "Gemma4")):
         processor = hf.AutoProcessor.from_pretrained(directory)
         processor.image_processor = images
         return processor
     unchecked = dict(check_argument_for_proper_class=lambda self, name, argument: type(argument))
     bare = type(named, (getattr(hf, named),), unchecked)
     tokenizer = hf.AutoTokenizer.from_pretrained(directory)
+    if named == "Gemma4Processor":
+        return bare(hf.Gemma4AudioFeatureExtractor(), images, tokenizer, None, chat_template=tokenizer.chat_template)
     return bare(images, tokenizer, None, chat_template=tokenizer.chat_template)
 
 

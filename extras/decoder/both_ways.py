@@ -1,7 +1,7 @@
-"""Attention in which the tokens of an image see each other (Gemma 3); all others see what is before.
+"""Attention in which the tokens of an image see each other (Gemma); all others see what is before.
 
 In layers with a window, an image's tokens see those after them however far, and those before them
-within the window, as in transformers.
+within the window, as in transformers. In Gemma 4 only those layers do so.
 """
 
 from typing import Callable, NamedTuple
@@ -19,6 +19,7 @@ class BothWays(NamedTuple):
     """
 
     runs: list[list[int]]  # (start, end) in the stream of each image's tokens
+    everywhere: bool = True  # in layers without a window too
 
     def plan(
         self, config: ModelConfig, spans: Tensor, position_ids: Tensor, dtype: torch.dtype,
@@ -30,8 +31,9 @@ class BothWays(NamedTuple):
         attention = choose_attention(config)
         plans: dict[int | None, Callable] = {}
         for window in set(config.windows):
-            calls = [self.seeing(call, position_ids, last_seen, window)
-                     for call in plan_calls(spans, position_ids, window)]
+            calls = plan_calls(spans, position_ids, window)
+            if self.everywhere or window is not None:
+                calls = [self.seeing(call, position_ids, last_seen, window) for call in calls]
             plans[window] = CallPlan(calls, attention)
         return [plans] * config.num_hidden_layers
 

@@ -9,12 +9,12 @@ from torch import Tensor
 class Pictures(NamedTuple):
     """The images of a stream: what the tower reads, and where in the stream its features stand."""
 
-    pixels: Tensor  # (tiles, 3, height, width); Qwen: (patches, 3 x frames x height x width)
-    grids: Tensor  # (images, 2) int64, patches down and across; read by Qwen
+    pixels: Tensor  # (tiles, 3, height, width); Qwen, Gemma 4: (patches, a patch's numbers)
+    grids: Tensor  # (images, 2) int64, patches down and across; read by Qwen and Gemma 4
     place: Tensor  # (M,) int64, stream positions of image tokens
     source: Tensor  # (M,) int64, which feature each of them becomes
     axes: Tensor | None = None  # (3, T) int64, Qwen's time, height and width of every token
-    runs: Tensor | None = None  # (images, 2) int64, start and end of each one's tokens; Gemma 3
+    runs: Tensor | None = None  # (images, 2) int64, start and end of each one's tokens; Gemma
 
     def to(self, device: Any, non_blocking: bool = False) -> "Pictures":
         """Move to a device, except `grids` and `runs`, which are read on the CPU."""
@@ -25,7 +25,7 @@ class Pictures(NamedTuple):
 
 
 def find_runs(input_ids: np.ndarray, image_token: int) -> np.ndarray:  # (runs, 2)
-    """Return start and end of each stretch of image tokens: what Gemma 3 takes for one image."""
+    """Return start and end of each stretch of image tokens: what Gemma takes for one image."""
     is_image = np.pad((input_ids == image_token).astype(np.int8), 1)
     return np.flatnonzero(np.diff(is_image)).reshape(-1, 2)
 

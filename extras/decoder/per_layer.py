@@ -165,13 +165,19 @@ def add_inputs(stack: Any, make_embedding: Callable, norm: Callable) -> None:
 def own_inputs(stack: Any, input_ids: Tensor, x: Tensor) -> tuple[Tensor | None, ...]:
     """Return each layer's own input (T, input_size): (E[token] sqrt(size) + norm(W x)) / sqrt(2).
 
-    x (T, C) are the embeddings that the first layer gets.
+    x (T, C) are the embeddings that the first layer gets. Where they are features of images, the
+    token is the padding, whose row does not learn, as transformers has it.
     """
     c = stack.config
     size = c.per_layer["input_size"]
     if not size:
         return (None,) * c.num_hidden_layers
+    if c.vision is not None:
+        unread = torch.isin(input_ids, input_ids.new_tensor(c.vision["placeholders"]))
+        input_ids = input_ids.masked_fill(unread, c.vision["padding"])
     told = stack.embed_tokens_per_layer(input_ids)
+    if c.vision is not None:
+        told = torch.where(unread[:, None], told.detach(), told)
     # rounded to the type first, as Gemma was trained
     told = told * torch.tensor(size**0.5, dtype=told.dtype).item()
     seen = stack.per_layer_model_projection(x) * c.hidden_size**-0.5

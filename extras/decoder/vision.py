@@ -1,8 +1,8 @@
 """Vision-language models: a tower turns images into features, a projector maps these to the
 decoder's size.
 
-LLaVA, Idefics3, SmolVLM and Gemma 3 (extras/decoder/towers.py), Qwen2-VL and Qwen2.5-VL
-(qwen_vl.py), Qwen3-VL and Qwen3.5 (qwen3_vl.py). Used where config.json has a `vision_config`;
+LLaVA, Idefics3, SmolVLM and Gemma 3 (extras/decoder/towers.py), Gemma 4 (gemma4_tower.py),
+Qwen2-VL and Qwen2.5-VL (qwen_vl.py), Qwen3-VL and Qwen3.5 (qwen3_vl.py). Used where config.json has a `vision_config`;
 image files are read and cut by extras/rows/pictures.py.
 
 The features replace the embeddings of the image tokens in the stream. Each distinct image of a
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from extras.decoder import qwen3_vl, qwen_vl
+from extras.decoder import gemma4_tower, qwen3_vl, qwen_vl
 from extras.decoder.both_ways import BothWays
 from extras.decoder.in_stream import Pictures
 from extras.decoder.towers import Tower
@@ -94,6 +94,9 @@ class Vision(nn.Module):
         elif c["kind"] == "qwen3":
             self.tower = qwen3_vl.Tower(c)
             self.projector = qwen3_vl.Merger(c)
+        elif c["kind"] == "gemma4":
+            self.tower = gemma4_tower.Tower(c)
+            self.projector = gemma4_tower.Projector(c)
         else:
             self.tower = Tower(c)
             self.projector = PROJECTORS[c["kind"]](c)
@@ -119,8 +122,8 @@ class Vision(nn.Module):
         plans attention in place of `cache`, and what is added in the same places after the first
         layers, (M, C) each: Qwen3-VL's DeepStack.
 
-        The tables change only for Qwen, whose positions have three axes, and the plan only for
-        Gemma 3. Without images, 0 times the sum of the tower's and projector's weights is added
+        The tables change only for Qwen, whose positions have three axes, and the plan only where
+        images are seen both ways (Gemma). Without images, 0 times the sum of the tower's and projector's weights is added
         where they learn, so that each has a gradient on every rank, as DDP and FSDP expect.
         """
         if pictures is None:
@@ -135,9 +138,9 @@ class Vision(nn.Module):
             alternate = c["kind"] == "qwen3"
             tables = qwen_vl.axes_tables(
                 self.ropes, pictures.axes, c["sections"], alternate, x.dtype)
-        if c["kind"] == "gemma3":
+        if c.get("both_ways"):
             assert cache is None and pictures.runs is not None
-            cache = BothWays(pictures.runs.tolist())
+            cache = BothWays(pictures.runs.tolist(), c["both_ways"] == "everywhere")
         return x, tables, cache, [part[pictures.source].to(x.dtype) for part in deep]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from extras.models.mxfp4 import unpacked
-from parts.weights import Checkpoint
+from parts.weights import FLOATS, Checkpoint
 
 SCALES = "_scale_inv"
 
@@ -34,11 +34,12 @@ class Packed:
         self.block = block
         self.shape, found = tuple(values.get_shape()), tuple(scales.get_shape())
         wanted = tuple(-(-size // side) for size, side in zip(self.shape, block))
-        kind = values.get_dtype()
-        if kind != "F8_E4M3" or len(self.shape) != 2 or found != wanted:
+        kind, scale = values.get_dtype(), scales.get_dtype()
+        is_known = kind == "F8_E4M3" and scale in FLOATS
+        if not is_known or len(self.shape) != 2 or found != wanted:
             raise ValueError(
-                f"{name}: {kind} {self.shape} with scales {found}; expected F8_E4M3 (out, in) with "
-                f"a scale for each block of {block[0]} x {block[1]}")
+                f"{name}: {kind} {self.shape} with scales {scale} {found}; expected F8_E4M3 (out, "
+                f"in) with a scale, a float, for each block of {block[0]} x {block[1]}")
 
     def get_shape(self) -> tuple[int, ...]:
         return self.shape

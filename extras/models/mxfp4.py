@@ -63,6 +63,7 @@ class Unpacked:
     def __init__(
         self, checkpoint: Checkpoint, parts: dict[str, tuple[str, str]], kind: Callable[..., Any],
     ):
+        self.directory = checkpoint.directory
         self.files = {file: checkpoint.open(file) for file in sorted({*checkpoint.files.values()})}
         self.home = {n: self.files[file] for n, file in checkpoint.files.items()}
         self.parts = parts
@@ -82,7 +83,12 @@ class Unpacked:
 
     def get_slice(self, name: str) -> Any:
         found = [self.home[n].get_slice(n) for n in self.parts.get(name, (name,))]
-        return found[0] if len(found) == 1 else self.kind(name, *found)
+        if len(found) == 1:
+            return found[0]
+        try:
+            return self.kind(name, *found)
+        except ValueError as error:
+            raise ValueError(f"{self.directory}: {error}") from None
 
 
 def dequantized(checkpoint: Checkpoint) -> Checkpoint:

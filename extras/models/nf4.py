@@ -46,6 +46,7 @@ ORDER = {
     "nf4": tuple(range(16)),
     "fp4": (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)}
 NESTED_BLOCK = 256
+WIDE = ("float32", "float16", "bfloat16")  # types that a weight may have had
 TINY = 1e-38  # the smallest absmax that is divided by
 # Values dequantized at once: what a CPU's cache holds; on a GPU more, for few kernel launches.
 CPU_CHUNK = 2**18
@@ -275,7 +276,7 @@ def from_bnb_tensors(name: str, tensors: dict[str, Tensor]) -> Quantized:
     needed = {"absmax", "quant_map"}
     beside = {BESIDE.match(n)[2] for n in tensors if n != name}
     key = next((b for b in beside if b.startswith("quant_state")), None)
-    s = {} if key is None else json.loads(bytes(tensors[f"{name}.{key}"].tolist()))
+    s = {} if key is None else read_state(f"{name}.{key}", tensors[f"{name}.{key}"])
     if "nested_offset" in s:
         needed |= {"nested_absmax", "nested_quant_map"}
     is_known = s.get("quant_type") in ORDER and s.get("nested_blocksize", 256) == NESTED_BLOCK
@@ -296,8 +297,24 @@ def from_bnb_tensors(name: str, tensors: dict[str, Tensor]) -> Quantized:
     return state
 
 
+def read_state(name: str, encoded: Tensor) -> dict:
+    """Return a weight's settings, JSON in a tensor of bytes. Raises ValueError for anything else."""
+    try:
+        s = json.loads(bytes(encoded.tolist()))
+        sizes = [s["blocksize"], *s["shape"]]
+        is_whole = all(type(size) is int and size > 0 for size in sizes)
+        is_known = is_whole and len(sizes) == 3 and s["dtype"] in WIDE
+    except (ValueError, TypeError, KeyError, RecursionError):
+        is_known = False
+    if not is_known:
+        raise ValueError(
+            f"{name}: not the settings of a 4-bit weight (JSON with quant_type, blocksize, shape "
+            "and dtype); download the file again")
+    return s
+
+
 def check_sizes(name: str, state: Quantized) -> None:
-    """Raise ValueError for a tensor of `state` whose size does not follow from the shape."""
+    """Raise ValueError for a tensor of `state` whose size or type does not follow from the rest."""
     count = torch.Size(state.shape).numel()
     blocks = -(-count // state.block_size)
     sizes = {
@@ -312,6 +329,12 @@ def check_sizes(name: str, state: Quantized) -> None:
             raise ValueError(
                 f"{name}: {field} has {tensor.numel()} values; a weight of shape {state.shape} in "
                 f"blocks of {state.block_size} needs {size}")
+        is_byte = field == "packed" or field == "absmax" and state.nested_absmax is not None
+        is_right = tensor is None or (
+            tensor.dtype == torch.uint8 if is_byte else tensor.is_floating_point())
+        if not is_right:
+            wanted = "uint8" if is_byte else "a type of floats"
+            raise ValueError(f"{name}: {field} is {dtype_name(tensor.dtype)}; expected {wanted}")
 
 
 # Modules
@@ -679,6 +702,9 @@ def load_4bit(
         if tower:
             raise ValueError(f"{min(tower)} is in 4 bits, and is not part of the decoder; use a "
                              "checkpoint whose decoder alone is, or the original one")
+        alone = beside.keys() - checkpoint.files.keys()
+        if alone:
+            raise ValueError(f"{beside[min(alone)][0]} is there, but {min(alone)} is missing")
         not_weights = {n for names in beside.values() for n in names}
         layout = find_places(checkpoint.files.keys() - not_weights, config)
     except ValueError as error:
@@ -691,7 +717,10 @@ def load_4bit(
     check_tensors(checkpoint, plain, parameters, config)
     layout |= plain
     read = partial(read_block, checkpoint, layout, beside, model, dtype)
-    quantize_linears(model, **settings, read=partial(read, device=device))
+    try:
+        quantize_linears(model, **settings, read=partial(read, device=device))
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.directory}: {error}") from None
     with torch.device("meta"):
         wide = build(config)
     read = partial(read_block, checkpoint, layout, beside, wide, dtype)

@@ -17,6 +17,7 @@ import hashlib
 import io
 import math
 import re
+import stat
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ import torch
 from data import Batch, DataOptions, Pair, PairStore, Tokenizer, encode_texts
 from extras.decoder.in_stream import Pictures, find_runs, stream_axes
 from parts.conversations import RowTexts, row_texts
-from parts.rows import DataError, DroppedPair, attempt
+from parts.rows import DataError, DroppedPair, attempt, user_path
 from parts.tokenizer_files import explained_types, read_json
 
 MAX_PIXELS = 89_478_485  # above this, pillow warns of a decompression bomb
@@ -75,11 +76,21 @@ PATCHES = COMMON | dict(
     size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
 )
 GEMMA3 = SIGLIP | dict(resample=2)
+BUDGET = COMMON | dict(
+    do_normalize=False,
+    resample=3,
+    image_mean=[0.0] * 3,
+    image_std=[1.0] * 3,
+    patch_size=16,
+    pooling_kernel_size=3,
+    max_soft_tokens=280,
+)
 KINDS = {
     "CLIP": ("square", SQUARE),
     "Llava": ("square", SQUARE),
     "Siglip": ("square", SIGLIP),
     "Gemma3": ("square", GEMMA3),
+    "Gemma4": ("budget", BUDGET),
     "Idefics3": ("tiles", TILES),
     "SmolVLM": ("tiles", TILES),
     "Qwen2VL": ("patches", PATCHES),
@@ -100,7 +111,8 @@ class RowImage(NamedTuple):
 class Processor(NamedTuple):
     """How a model's images are preprocessed and written in its text; data.Tokenizer.pictures."""
 
-    kind: str  # square: one size for all; tiles: cut into squares; patches: any size (Qwen)
+    kind: str  # square: one size for all; tiles: cut into squares
+    # patches: any size (Qwen); budget: as many pixels for all, of any shape (Gemma 4)
     settings: dict
     token: str  # where an image goes, as the chat template writes it
     token_id: int  # in the stream, once for each feature
@@ -130,6 +142,10 @@ class Processor(NamedTuple):
     def keep(self, kept: dict, index: int, images: tuple["RowImage", ...], directory: Path) -> None:
         """Add a pair's images to the store's meta.json: see keep_images."""
         keep_images(kept, index, images, directory)
+
+    def check_kept(self, directory: Path) -> None:
+        """Raise DataError for an image that is gone or has changed since the store was made."""
+        check_images(directory)
 
 
 # The model's settings
@@ -170,6 +186,8 @@ def load_processor(tokenizer: Tokenizer) -> Processor | None:
     if kind == "patches":
         texts["framed"] = f"<|vision_start|>{token}<|vision_end|>"
     per_tile = tile_features(kind, settings, outer, directory)
+    if name == "Gemma4":
+        texts = gemma4_texts(tokenizer.special_tokens)
     if name == "Gemma3":
         texts = gemma_texts(tokenizer.special_tokens)
         per_tile = outer.get("image_seq_length", 256)
@@ -194,11 +212,18 @@ def gemma_texts(named: dict[str, str]) -> dict:
     return dict(token=begin, feature=feature, framed=begin, around=around, takes_text=True)
 
 
+def gemma4_texts(named: dict[str, str]) -> dict:
+    """Return how Gemma 4 writes images: its chat template writes one token of theirs."""
+    token = named.get("image_token", "<|image|>")
+    around = (named.get("boi_token", "<|image>"), named.get("eoi_token", "<image|>"))
+    return dict(token=token, feature=token, framed=token, around=around, takes_text=True)
+
+
 def tile_features(kind: str, settings: dict, outer: dict, directory: Path) -> int:
     """Count the features of one tile, from the processor's file or else from the model's."""
     raw = read_json(directory / "config.json")
     tower = raw.get("vision_config") or {}
-    if kind == "patches":
+    if kind in ("patches", "budget"):
         return 0
     if kind == "tiles":
         patches_a_side = tower.get("image_size", 0) // (tower.get("patch_size") or 1)
@@ -221,9 +246,12 @@ def tile_features(kind: str, settings: dict, outer: dict, directory: Path) -> in
 def check_features(processor: Processor, vision: dict) -> None:
     """Raise ValueError where the model takes other images than its processor's file makes.
 
-    Another size, or another number of features than the text has room for; of Qwen other patches.
+    Another size, or another number of features than the text has room for; of Qwen other patches;
+    of Gemma 4 other patches, or more than it has places for.
     """
     s = processor.settings
+    if processor.kind == "budget":
+        check_budget(processor, vision)
     if processor.kind == "patches":
         of_file = tuple(s[k] for k in ("patch_size", "temporal_patch_size", "merge_size"))
         keys = ("patch_size", "temporal_patch_size", "spatial_merge_size")
@@ -247,6 +275,32 @@ def check_features(processor: Processor, vision: dict) -> None:
         )
 
 
+def check_budget(processor: Processor, vision: dict) -> None:
+    """Raise ValueError where Gemma 4's model takes other patches, or another token for images."""
+    s = processor.settings
+    if processor.token_id not in vision["placeholders"]:
+        raise ValueError(
+            f"the tokenizer's id of {processor.token!r} is {processor.token_id}, and config.json's "
+            f"tokens for images, videos and sound are {vision['placeholders']}; give the tokenizer "
+            "that belongs to the model"
+        )
+    keys = ("patch_size", "pooling_kernel_size")
+    of_file = tuple(s[k] for k in keys)
+    of_model = tuple(vision[k] for k in keys)
+    if of_file != of_model:
+        raise ValueError(
+            f"the image processor's file has patch_size, pooling_kernel_size {of_file}, and "
+            f"config.json {of_model}; give the processor that belongs to the model"
+        )
+    longest = s["max_soft_tokens"] * s["pooling_kernel_size"]  # patches of an image of one row
+    if longest > vision["position_embedding_size"]:
+        raise ValueError(
+            f"the image processor's file allows {longest} patches side by side (max_soft_tokens "
+            f"{s['max_soft_tokens']}), and config.json has position_embedding_size "
+            f"{vision['position_embedding_size']}; lower max_soft_tokens"
+        )
+
+
 # Reading
 
 
@@ -262,6 +316,8 @@ def pillow() -> tuple[Any, Any]:
 def decode(content: bytes) -> Any:
     """Decode bytes to an upright RGB image. Raises DataError saying why that fails."""
     Image, ImageOps = pillow()
+    from PIL import UnidentifiedImageError
+
     try:
         image = Image.open(io.BytesIO(content))
         width, height = image.size
@@ -277,6 +333,8 @@ def decode(content: bytes) -> Any:
         raise
     except Image.DecompressionBombError as error:
         raise DataError(f"too large ({error})") from None
+    except UnidentifiedImageError:
+        raise DataError("not an image of a kind that pillow knows") from None
     except Exception as error:  # each decoder raises its own kinds
         raise DataError(
             f"not an image that can be read ({str(error) or type(error).__name__})"
@@ -322,9 +380,14 @@ def find_content(reference: Any, folder: Path) -> tuple[str, bytes]:
         raise DataError(
             f"{reference[:80]}: nothing is fetched while training; download it and give its path"
         )
-    path = folder / Path(reference.removeprefix("file://")).expanduser()
+    path = folder / user_path(reference.removeprefix("file://"))
     try:
+        mode = path.stat().st_mode  # of a loop of links: an OSError
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a device or a pipe may have no end
+            raise DataError(f"{path}: not a regular file")
         return str(path.resolve()), path.read_bytes()
+    except DataError:
+        raise
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
@@ -523,15 +586,49 @@ def patches(image: Any, s: dict) -> np.ndarray:  # (patches, 3 x frames x patch 
     return np.ascontiguousarray(x.reshape(height // p * (width // p), -1))
 
 
+def budget_size(width: int, height: int, s: dict) -> tuple[int, int]:
+    """Compute Gemma 4's (height, width): multiples of a square of pooled patches.
+
+    The area is as large as `max_soft_tokens` squares allow; a strip gets one row of squares.
+    """
+    square = s["patch_size"] * s["pooling_kernel_size"]
+    if not s["do_resize"]:
+        if height % square or width % square:
+            raise DataError(
+                f"{width} x {height} pixels, and do_resize is off in the image processor's file: "
+                f"both must be multiples of {square}"
+            )
+        return height, width
+    scale = math.sqrt(s["max_soft_tokens"] * square**2 / (height * width))
+    down = math.floor(scale * height / square)
+    across = math.floor(scale * width / square)
+    if down == 0:
+        return square, square * min(width // height, s["max_soft_tokens"])
+    if across == 0:
+        return square * min(height // width, s["max_soft_tokens"]), square
+    return down * square, across * square
+
+
+def budget(image: Any, s: dict) -> np.ndarray:  # (patches, patch x patch x 3)
+    """Preprocess as Gemma 4 does: a row for each patch, colours last."""
+    height, width = budget_size(*image.size, s)
+    if (width, height) != image.size:
+        image = resize(image, height, width, s)
+    p = s["patch_size"]
+    x = normalized(image, s).reshape(3, height // p, p, width // p, p).transpose(1, 3, 2, 4, 0)
+    return np.ascontiguousarray(x.reshape(-1, 3 * p * p))
+
+
 def preprocess(image: Any, processor: Processor) -> np.ndarray:
-    of_kind = {"square": square, "tiles": tiles, "patches": patches}
+    of_kind = {"square": square, "tiles": tiles, "patches": patches, "budget": budget}
     return of_kind[processor.kind](image, processor.settings)
 
 
 def grid(image: RowImage, processor: Processor) -> tuple[int, int]:
-    """Count Qwen's patches, or tiles, down and across."""
-    if processor.kind == "patches":
-        h, w = patch_size(image.width, image.height, processor.settings)
+    """Count Qwen's or Gemma 4's patches, or tiles, down and across."""
+    if processor.kind in ("patches", "budget"):
+        size_of = patch_size if processor.kind == "patches" else budget_size
+        h, w = size_of(image.width, image.height, processor.settings)
         return h // processor.settings["patch_size"], w // processor.settings["patch_size"]
     if processor.kind == "tiles":
         return tile_counts(image.width, image.height, processor.settings)
@@ -543,6 +640,8 @@ def features(image: RowImage, processor: Processor) -> int:
     rows, columns = grid(image, processor)
     if processor.kind == "patches":
         return rows * columns // processor.settings["merge_size"] ** 2
+    if processor.kind == "budget":
+        return rows * columns // processor.settings["pooling_kernel_size"] ** 2
     return processor.per_tile * (rows * columns + 1)
 
 
@@ -613,7 +712,10 @@ def place_images(messages: list, count: int, key: str) -> list:
 
 
 def has_content(message: dict) -> bool:
-    return isinstance(message.get("content"), (str, list))
+    """Tell whether a message has text or a list of parts; others are refused as they are."""
+    content = message.get("content")
+    is_parts = isinstance(content, list) and all(isinstance(part, dict | str) for part in content)
+    return isinstance(content, str) or is_parts
 
 
 def has_place(content: str | list) -> bool:
@@ -694,6 +796,21 @@ def keep_images(kept: dict, index: int, images: tuple[RowImage, ...], directory:
         files.setdefault(p.sha256, [p.path, p.width, p.height])
 
 
+def check_images(directory: Path) -> None:
+    """Raise DataError for the first image of a store whose file is gone or has changed.
+
+    Read again are only those with a later time than the store's: there may be very many.
+    """
+    meta = read_json(directory / "meta.json")
+    made = (directory / "meta.json").stat().st_mtime
+    for sha256, (path, _, _) in ((meta.get("pictures") or {}).get("files") or {}).items():
+        try:
+            if path and Path(path).stat().st_mtime >= made:
+                read_again(Path(path), sha256, directory)
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}") from None
+
+
 def images_of(store: PairStore, index: int) -> list[RowImage]:
     """List the images of a stored pair, in the order of its prompt."""
     if store.pictures is None:
@@ -706,14 +823,20 @@ def images_of(store: PairStore, index: int) -> list[RowImage]:
 # Batches
 
 
-def load_pixels(image: RowImage, folder: Path, processor: Processor) -> torch.Tensor:
-    """Read and preprocess an image. Raises DataError if its file changed since tokenization."""
-    path = Path(image.path) if image.path else folder / "pictures" / image.sha256
+def read_again(path: Path, sha256: str, folder: Path) -> bytes:
+    """Return an image's bytes. Raises DataError if they are not those of tokenization."""
     _, content = find_content(str(path), Path())
-    if hashlib.sha256(content).hexdigest() != image.sha256:
+    if hashlib.sha256(content).hexdigest() != sha256:
         raise DataError(
             f"{path}: the image has changed since the pairs were tokenized; remove {folder}"
         )
+    return content
+
+
+def load_pixels(image: RowImage, folder: Path, processor: Processor) -> torch.Tensor:
+    """Read and preprocess an image. Raises DataError if its file changed since tokenization."""
+    path = Path(image.path) if image.path else folder / "pictures" / image.sha256
+    content = read_again(path, image.sha256, folder)
     return torch.from_numpy(preprocess(decode(content), processor))
 
 
@@ -779,7 +902,7 @@ class Loader:
         """Count the patches that the image encoder reads for a forward on these pairs."""
         distinct = {p.sha256: p for i in rows for p in images_of(store, int(i))}
         grids = [grid(p, self.processor) for p in distinct.values()]
-        if self.processor.kind == "patches":
+        if self.processor.kind in ("patches", "budget"):
             return sum(down * across for down, across in grids)
         side = vision["image_size"] // vision["patch_size"]
         return side * side * sum(down * across + 1 for down, across in grids)

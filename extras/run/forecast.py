@@ -290,8 +290,9 @@ def of_images(config: models.ModelConfig, run: Run) -> tuple[int, int]:
     """Return the bytes held for a forward's images, and the most that comes and goes meanwhile.
 
     Held are the pixels and, where it learns, what the encoder keeps: of each layer both norms with
-    their inputs, q, k, v, the heads' output, the MLP's inner states before and after its function.
-    Masks are there for layers with and without a window.
+    their inputs, q, k, v, the heads' output, the MLP's inner states before and after its function. Gemma
+    4's has more norms, a gate, and bounds: what is clamped is kept as it was and as it is.
+    Masks are there for layers with and without a window, or with one alone.
     """
     c = config.vision
     if c is None or not run.patches:
@@ -300,14 +301,18 @@ def of_images(config: models.ModelConfig, run: Run) -> tuple[int, int]:
     inner = c.get("intermediate_size") or int(size * c["mlp_ratio"])
     layers = c.get("depth") or c["num_hidden_layers"]
     width = 2 if run.bf16 else getattr(torch, run.weights).itemsize
-    channels = c.get("in_channels") or c["num_channels"]
+    channels = c.get("in_channels") or c.get("num_channels", 3)
     pixels = 4 * c["patch_size"] ** 2 * channels * c.get("temporal_patch_size", 1)
     # under autocast the norms' inputs are float32, and q, k and v have a cast of theirs each
-    layer = run.patches * width * ((12 if run.bf16 else 8) * size + 2 * inner)
+    outer, within = (12 if run.bf16 else 8), 2
+    if c["kind"] == "gemma4":
+        outer, within = (24, 7) if c["use_clipped_linears"] else (13, 4)
+    layer = run.patches * width * (outer * size + within * inner)
     passing = run.patches * width * (5 * size + 2 * inner)
     # each layer's call turns its mask of bools into numbers
     each = 2 if run.bf16 and run.device != "cpu" else 4
-    masks = run.masked * (2 + each * (1 if run.checkpointing is True else config.num_hidden_layers))
+    seeing = [w for w in config.windows if w is not None or c.get("both_ways") == "everywhere"]
+    masks = run.masked * (2 + each * (1 if run.checkpointing is True else len(seeing)))
     held = run.patches * pixels + masks
     if not run.tower_learns:
         return held, passing
@@ -406,7 +411,7 @@ def run_of(trainer: Any) -> Run:
             if trainer.images is not None:
                 vision = trainer.model.config.vision
                 patches = max(patches, trainer.images.patches(store, rows, vision))
-                if vision["kind"] == "gemma3":
+                if vision.get("both_ways"):
                     p, chosen, rejected = store.lengths[rows].astype(np.int64).T
                     masked = max(masked, int(((p + chosen) ** 2 + rejected * (p + rejected)).sum()))
             here = (store.tokens[rows].sum(), store.lengths[rows, 1:].sum())
