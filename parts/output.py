@@ -6,7 +6,7 @@ A file has its old content or its new, never half of it.
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -44,6 +44,14 @@ def claim(directory: Path) -> IO:
     lock.write(me)
     lock.flush()
     return lock
+
+
+def check_apart(flag: str, written: str | Path, read: Iterable[str | Path]) -> None:
+    """Raise ValueError where what `flag` says to write is one of what is read: it would be lost."""
+    for path in map(Path, read):
+        if Path(written).resolve() == path.resolve():
+            raise ValueError(
+                f"{flag} {written}: that is read, and would be overwritten; give another name")
 
 
 @contextmanager
