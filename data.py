@@ -31,7 +31,7 @@ from torch import Tensor
 from parts.conversations import Renderer, RowTexts, load_templates, row_texts
 from parts.data_checks import check_options
 from parts.rooms import run_command
-from parts.rows import DataError, DroppedPair, attempt, read_chunks
+from parts.rows import DataError, DroppedPair, attempt, read_chunks, user_path
 from parts.store import counted, find_or_write, read_store
 from parts.tokenizer_files import copy_files, explained_types, files_digest, load_backend
 from parts.turns import common_prefix_length
@@ -48,7 +48,7 @@ class Tokenizer:
     """
 
     def __init__(self, directory: str | Path, chat_template: str | None = None):
-        self.directory = Path(directory).expanduser()
+        self.directory = user_path(directory)
         self.backend, self.special_tokens = load_backend(self.directory)
         self.bos_token = self.special_tokens.get("bos_token")
         self.eos_token = self.special_tokens.get("eos_token")

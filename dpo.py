@@ -673,10 +673,8 @@ def main(argv: list[str] | None = None) -> int:
 
             advice.tell(trainer)
             return 0
-    except (ValueError, OSError) as error:
-        return faults.refuse(error, 2)
-    except ModuleNotFoundError as error:
-        return faults.refuse(faults.missing_room(error), 2)
+    except Exception as error:
+        return faults.refuse(*faults.before_training(error))
     try:
         if c.model_name_or_path == str(ROOT / "demo" / "model") and not c.fsdp:
             from extras.watch import demo

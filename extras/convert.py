@@ -35,7 +35,7 @@ from extras.hub.client import local_dataset
 from extras.rows.ranked import number, pairs_of
 from extras.rows.written import mover, to_json, with_paths
 from parts.forms import PROMPT_NAMES, renamed
-from parts.rows import DataError, read_rows
+from parts.rows import DataError, read_rows, user_path
 from parts.screen import escape_unknown
 from parts.turns import from_value_message
 
@@ -273,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
     escape_unknown()
     try:
         files = local_dataset(args.input, args.config, args.split)
-        written, bad = write(files, Path(args.output).expanduser(), args)
+        written, bad = write(files, user_path(args.output), args)
     except (ValueError, OSError) as error:
         print(f"extras.convert: {error}", file=sys.stderr)
         return 2

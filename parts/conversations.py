@@ -197,7 +197,7 @@ def row_texts(row: dict, tokenizer: Any, need_rejected: bool = True) -> RowTexts
 
 
 def refuse_media(row: dict, reads_images: bool) -> None:
-    """Raise DataError for videos, which no model here reads, and for images in a text run."""
+    """Raise DataError for video and audio, which no model here reads, and images in a text run."""
     turns = [row.get(key) for key in ("prompt", "conversations", "chosen", "rejected")]
     messages = [one for value in turns if isinstance(value, list) for one in value]
     contents = [one.get("content") for one in messages if isinstance(one, dict)]
@@ -206,6 +206,8 @@ def refuse_media(row: dict, reads_images: bool) -> None:
     named = lambda *names: any(row.get(name) for name in names)
     if kinds & {"video", "video_url"} or named("videos", "video"):
         raise DataError("the row has videos, which no model here reads; remove the row")
+    if kinds & {"audio", "audio_url", "input_audio"} or named("audios"):
+        raise DataError("the row has audio, which no model here reads; remove the row")
     if not reads_images and (kinds & {"image", "image_url"} or named("images", "image")):
         what = "the row has images, but this is a text run"
         how = ("remove them, or train a model whose images are read, with its "

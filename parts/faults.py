@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from parts.checkpoints import last_checkpoint
 from parts.rooms import missing_room
+from parts.rows import DataError
 
 
 def refuse(error: Exception | str, status: int) -> int:
@@ -90,14 +91,36 @@ def check_weights(trainer: Any, when: str) -> None:
             f"{last_checkpoint(trainer.log.directory)}")
 
 
+def before_training(error: Exception) -> tuple[Exception | str, int]:
+    """Return (what ended a run before its first step, the exit status).
+
+    Raises the error again if there is nothing to say of it.
+    """
+    if is_out_of_memory(error):
+        first_line = str(error).partition("\n")[0][:150]
+        return (
+            f"rank {os.environ.get('RANK', 0)} is out of memory before the first step "
+            f"({first_line}). --dtype bfloat16, --load_in_4bit with --use_peft, and --fsdp on "
+            "several GPUs need less; python -m extras.plan says how much", 1)
+    if isinstance(error, ModuleNotFoundError):
+        return missing_room(error), 2
+    if isinstance(error, (ValueError, OSError)):
+        return error, 2
+    raise error
+
+
 def explained(error: Exception, trainer: Any, helps: str = "") -> str:
     """Say what ended the training; `helps` is what helps where it was too little memory.
 
     Raises the error again if there is nothing to say of it.
     """
     text = str(error)
-    if isinstance(error, (FloatingPointError, OSError)):
+    if isinstance(error, FloatingPointError):
         return text
+    if isinstance(error, (OSError, DataError)):
+        whose = f"rank {trainer.ranks.rank}: " if trainer.ranks.rank else ""  # it alone may know
+        is_data = isinstance(error, DataError)  # other messages say it themselves
+        return whose + text + (last_checkpoint(trainer.log.directory) if is_data else "")
     if isinstance(error, ModuleNotFoundError):
         return missing_room(error)  # of an option that is first needed in a step
     if is_out_of_memory(error):

@@ -55,6 +55,7 @@ MODULES = {
             "model.layers.*.shared_mlp.input_linear",
         "model.layers.*.mlp.shared_expert.down_proj":
             "model.layers.*.shared_mlp.output_linear"},
+    "nemotron_h": {"model.embed_tokens": "model.embeddings", "model.norm": "model.norm_f"},
     "falcon_h1": {
         "model.norm": "model.final_layernorm",
         "model.layers.*.mlp.gate_proj": "model.layers.*.feed_forward.gate_proj",
@@ -71,11 +72,11 @@ TRANSPOSED = {  # matrices that the files keep as (in, out)
 # ... or keep either way: (in, out) as published, (out, in) as transformers 5 writes a new model
 EITHER_WAY = {"qwen3_vl_moe": re.compile(r"\.experts\.(gate_up|down)_proj$")}
 CONSTANTS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$")  # causal masks in old files
-# text models cut out of LLaVA's kind have "language_model.model.layers"
-PREFIXES = {"model.language_model.": "model.", "language_model.": ""}
+# text models cut out of LLaVA's kind have "language_model.model.layers"; Nemotron-H's files "backbone"
+PREFIXES = {"model.language_model.": "model.", "language_model.": "", "backbone.": "model."}
 OF_KEYS = re.compile(r"\.layers\.(\d+)\.self_attn\.[kv]_(proj|norm)\.")
 EXPERT = re.compile(
-    r"(.*\.layers\.\d+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.weight$")
+    r"(.*\.layers\.\d+\.(?:mlp|mixer|block_sparse_moe)\.experts)\.(\d+)\.(\w+)\.weight$")
 GATES = ("w1", "gate_proj")
 UPS = ("w3", "up_proj")
 DOWNS = ("w2", "down_proj")
@@ -195,7 +196,7 @@ def carried_names(names: Iterable[str], config: Any) -> set[str]:
         first = config.num_hidden_layers
         numbers = {n: NUMBER.search(n) for n in names}
         found |= {n for n, m in numbers.items() if m and first <= int(m[1]) < first + more}
-    if config.model_type.startswith(("qwen3_next", "qwen3_5")):
+    if config.model_type.startswith(("qwen3_next", "qwen3_5", "nemotron_h")):
         found |= {n for n in names if n.startswith("mtp.")}
     if config.model_type == "gemma3":
         found |= {n for n in names if vision_name(n).startswith("model.vision.tower.head.")}
@@ -239,7 +240,7 @@ def other_places(names: Iterable[str], family: str, moe: dict | None) -> dict[st
             plain = "transformer." + plain
         expert = EXPERT.match(plain)
         if moe and expert:
-            places[name] = expert_place(*expert.groups(), moe["size"])
+            places[name] = expert_place(*expert.groups(), moe)
         else:
             transposed = family in TRANSPOSED and bool(TRANSPOSED[family].search(plain))
             ours = rename(plain, back).replace(".block_sparse_moe.", ".mlp.")
@@ -257,11 +258,15 @@ def without_prefix(name: str) -> str:
     return name
 
 
-def expert_place(layer: str, number: str, matrix: str, size: int) -> Place:
+def expert_place(stacks: str, number: str, matrix: str, moe: dict) -> Place:
     """Find one expert's matrix in the stacks; gate_up is (experts, 2 size, C), gate above up."""
+    stacks = stacks.replace(".block_sparse_moe.", ".mlp.")
+    size = moe["size"]
+    if not moe.get("gated", True):
+        return Place(f"{stacks}.{matrix}", (int(number),))
     if matrix in DOWNS:
-        return Place(f"{layer}.mlp.experts.down_proj", (int(number),))
+        return Place(f"{stacks}.down_proj", (int(number),))
     rows = {**dict.fromkeys(GATES, slice(0, size)), **dict.fromkeys(UPS, slice(size, 2 * size))}
     if matrix not in rows:  # no such parameter: reported as unexpected
-        return Place(f"{layer}.mlp.experts.{matrix}")
-    return Place(f"{layer}.mlp.experts.gate_up_proj", (int(number), rows[matrix]))
+        return Place(f"{stacks}.{matrix}")
+    return Place(f"{stacks}.gate_up_proj", (int(number), rows[matrix]))

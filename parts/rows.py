@@ -60,6 +60,11 @@ def attempt(function: Callable, *arguments: Any) -> Any:
 # Which files
 
 
+def user_path(name: str | Path) -> Path:
+    """Return the path with ~ expanded; ~NAME of a user who does not exist stays as it is."""
+    return Path(os.path.expanduser(name))
+
+
 def find_files(spec: str | Path | list) -> list[Path]:
     """Find the files that a path, a glob, a directory or a list of these names, in order.
 
@@ -67,7 +72,7 @@ def find_files(spec: str | Path | list) -> list[Path]:
     """
     found: list[Path] = []
     for one in [spec] if isinstance(spec, str | Path) else spec:
-        path = Path(one).expanduser()
+        path = user_path(one)
         matches = matching_files(path)
         if not matches:
             nothing = f"no {', '.join(FILE_PATTERNS)} in this directory"
@@ -89,7 +94,7 @@ def matching_files(path: Path) -> list[Path]:
 
 def names_in(spec: str) -> list[str]:
     """List the data sets of a name: one, or several with commas between them."""
-    if Path(spec).expanduser().exists() or glob.has_magic(spec):
+    if user_path(spec).exists() or glob.has_magic(spec):
         return [spec]
     return [name.strip() for name in spec.split(",") if name.strip()]
 
@@ -98,7 +103,7 @@ def on_hub(name: Any) -> bool:
     """Tell whether a data set or model is not on this machine, so that the hub is asked."""
     if not isinstance(name, str):
         return False
-    here = lambda one: Path(one).expanduser().exists() or glob.has_magic(one)
+    here = lambda one: user_path(one).exists() or glob.has_magic(one)
     return not all(map(here, names_in(name)))
 
 

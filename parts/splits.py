@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path, PurePosixPath
 
-from parts.rows import NOT_DATA, find_files, matching_files, names_in, on_hub
+from parts.rows import NOT_DATA, find_files, matching_files, names_in, on_hub, user_path
 
 DATA_FILE = re.compile(r"\.(?:(?:jsonl|json|csv)(?:\.gz)?|parquet)$")
 READABLE = ".jsonl, .json, .csv, .gz of these, .parquet"
@@ -30,7 +30,7 @@ def find_split(spec: str, config: str | None, split: str) -> list[Path]:
 
 
 def local_split(name: str, config: str | None, split: str) -> list[Path]:
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir():
         return split_of_directory(path, config, split)
     if config is not None:
@@ -81,7 +81,7 @@ def has_splits(spec: str) -> bool:
 
 
 def directory_has_splits(path: Path) -> bool:
-    path = path.expanduser()
+    path = user_path(path)
     if not path.is_dir():
         return False
     names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())

@@ -105,6 +105,8 @@ def find_or_write(
                 check_unchanged(files, states)
                 os.chmod(scratch, 0o755)  # temporary directories are for their owner alone
                 rename(scratch, target)
+        elif pictures is not None:
+            pictures.check_kept(target)
         return target
 
 

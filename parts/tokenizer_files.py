@@ -10,7 +10,7 @@ from typing import Any
 
 import tokenizers
 
-from parts.rows import DataError
+from parts.rows import DataError, user_path
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # of vision models
 TOKENIZER_FILES = (
@@ -57,7 +57,7 @@ def explained_types(directory: str | Path) -> Iterator[None]:
 
 def reads_pictures(directory: str | Path) -> bool:
     """Tell whether an image processor's files are beside the tokenizer."""
-    return any((Path(directory).expanduser() / name).is_file() for name in PROCESSOR_FILES)
+    return any((user_path(directory) / name).is_file() for name in PROCESSOR_FILES)
 
 
 def tokenizer_files(directory: Path) -> list[Path]:

@@ -48,6 +48,11 @@ def test_an_output_dir_that_cannot_be_written_to_is_refused_before_the_reference
     assert refused(capsys, [*flags, "--output_dir", f"{tmp_path}/{name}"], "--output_dir")
 
 
+@pytest.mark.parametrize("flag", ["--model_name_or_path", "--dataset_name", "--eval_dataset_name", "--ref_model_name_or_path"])
+def test_the_home_of_a_user_who_does_not_exist_is_a_path_that_is_not_there(flags, capsys, flag):
+    assert refused(capsys, [*flags, flag, "~nobody-of-that-name/x"], "~nobody-of-that-name/x")
+
+
 @pytest.mark.parametrize("more", [["--eval_strategy", "steps"], ["--eval_strategy", "epoch"], ["--eval_on_start"]])
 def test_evaluating_on_nothing_is_refused(flags, capsys, more):
     assert refused(capsys, [*flags, *more], more[0], "no pairs to evaluate on")
@@ -333,3 +338,48 @@ def test_a_reference_whose_weights_are_not_finite_is_named(flags, tiny, tmp_path
     for more in ([], ["--no_precompute_ref_log_probs"]):
         assert dpo.main([*flags, "--ref_model_name_or_path", str(directory), *more]) == 1
         assert "not finite in the reference's model.norm.weight" in capsys.readouterr().err
+
+
+# Adapters
+
+@pytest.fixture
+def adapter(flags, tmp_path):
+    """An adapter of a short run, to be spoiled."""
+    assert dpo.main([*flags, "--use_peft", "--lora_r", "4", "--output_dir", str(tmp_path / "adapter")]) == 0
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("setting, words", [
+    (dict(lora_alpha=float("inf")), "alphas are finite"), (dict(lora_alpha=float("nan")), "alphas are finite"),
+    (dict(lora_alpha=1e308), "alphas are finite"), (dict(alpha_pattern={"q_proj": "x"}), "alphas are finite"),
+    (dict(alpha_pattern={"q_proj": None}), "alphas are finite"), (dict(lora_dropout=2), "lora_dropout = 2"),
+    (dict(lora_dropout=float("nan")), "lora_dropout = nan"), (dict(target_modules=["nothing"]), "nothing: no such module")])
+def test_a_setting_of_an_adapter_without_a_meaning_is_refused_by_its_file(flags, adapter, capsys, setting, words):
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | setting))
+    assert refused(capsys, [*flags, "--model_name_or_path", str(adapter)], f"{path}: ", words)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64])
+def test_adapter_tensors_that_are_no_floats_are_refused(flags, adapter, capsys, dtype):
+    path = adapter / "adapter_model.safetensors"
+    save_file({n: t.to(dtype) for n, t in load_file(path).items()}, path)
+    assert refused(capsys, [*flags, "--model_name_or_path", str(adapter)], str(path), f"is {dtype}; expected a type of floats")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError("no more"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 128000000000 bytes")])
+def test_a_model_too_large_to_open_ends_in_one_message(flags, capsys, monkeypatch, error):
+    def load_model(*arguments):
+        raise error
+
+    monkeypatch.setattr(models, "load_model", load_model)
+    assert dpo.main(flags) == 1
+    told = capsys.readouterr().err
+    assert told.count("error: rank 0 is out of memory before the first step") == 1 and "--load_in_4bit" in told and "Traceback" not in told
+
+
+def test_an_error_of_the_code_while_opening_keeps_its_traceback(flags, monkeypatch):
+    monkeypatch.setattr(models, "load_model", lambda *arguments: {}["missing"])
+    with pytest.raises(KeyError, match="missing"):
+        dpo.main(flags)

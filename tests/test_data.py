@@ -710,6 +710,8 @@ BAD_ROWS = {
     "image parts": (row([say("user", [{"type": "image"}])], [YES], [NO]), "the row has images"),
     "videos": (row(videos=["a.mp4"]), "the row has videos, which no model here reads"),
     "video parts": (row([say("user", [{"type": "video"}])], [YES], [NO]), "the row has videos"),
+    "audio": (row(audios=["a.wav"]), "the row has audio, which no model here reads"),
+    "audio parts": (row([say("user", [{"type": "input_audio"}])], [YES], [NO]), "the row has audio"),
     "lone surrogate": (row("\ud83d"), "half of a surrogate pair"),
     "prompt by another name": (
         {"question": "q?", "chosen": "a", "rejected": "ab"},

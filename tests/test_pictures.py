@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -229,6 +230,12 @@ def test_qwen_frames_pictures_in_plain_text(tmp_path):
     ({"image": "https://example.org/cat.png"}, "nothing is fetched"),
     ({"image": "data:image/png;base64,%%%"}, "broken data URI"),
     ({"image": 3}, "an image is a path"),
+    ({"image": "/dev/zero"}, "/dev/zero: not a regular file"),  # it has no end
+    ({"image": "pipe"}, "pipe: not a regular file"),  # whose other end nobody writes to
+    ({"image": "loop"}, "loop: Too many levels of symbolic links"),
+    ({"image": "~nobody-of-that-name/cat.png"}, "nobody-of-that-name/cat.png: No such file"),
+    ({"image": "cat.png", "prompt": [{"role": "user", "content": [{"type": "image"}, 5]}]}, "a content of type list; give text or a list of parts"),
+    ({"image": "cat.png", "prompt": [{"role": "user", "content": [{"type": "image"}, None]}]}, "a content of type list"),
     ({"images": ["cat.png"], "prompt": [{"role": "user", "content": "<image><image>?"}]}, "2 places for images .<image>. and the row 1"),
     ({"images": ["cat.png"], "prompt": "It is", "chosen": " a", "rejected": " b"}, "0 places for images .<image>. and the row 1"),
     ({"prompt": [{"role": "user", "content": "<image>?"}]}, "1 places for images .<image>. and the row 0"),
@@ -238,6 +245,8 @@ def test_qwen_frames_pictures_in_plain_text(tmp_path):
 def test_rows_are_refused_with_file_and_line(row, words, tmp_path):
     tokenizer = load_tokenizer("llava", tmp_path)
     saved(tmp_path / "cat.png")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "rows.jsonl").write_text("\n" + json.dumps(conversation(row)) + "\n")
     with pytest.raises(DataError, match=f"rows.jsonl:2: .*{words}"):
         data.build_store([tmp_path / "rows.jsonl"], tokenizer, data.DataOptions(), tmp_path / "cache")
@@ -263,7 +272,7 @@ def damaged(kind: str, path):
 
 
 @pytest.mark.parametrize("kind, words", [
-    ("torn", "not an image that can be read"), ("text", "not an image"), ("empty", "not an image"),
+    ("torn", "not an image that can be read"), ("text", "not an image of a kind that pillow knows"), ("empty", "not an image of a kind"),
     ("animated", "GIF with 2 frames"), ("bomb", "too large|pixels; more than|not an image"), ("oversized", "12000 x 9000 pixels"),
     ("float", "floating-point pixels")])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

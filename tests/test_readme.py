@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from test_cuda import SIGNATURES
 
 PAGES = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").glob("*.md")) if p.name != "questions.md")]  # test_questions.py
 COMMANDS = list(dict.fromkeys(command for page in PAGES if page.name != "rounds.md" for command in re.findall(  # test_rounds.py: in order
@@ -18,13 +19,26 @@ ELSEWHERE = {  # where else a command is run
     "python3 -m venv venv && venv/bin/pip install -r requirements.txt && venv/bin/python dpo.py": "test_demo.py",
     "python dpo.py --config demo-pictures/config.toml": "test_demo_pictures.py",
     "python -m demo.frontier": "test_frontier.py",  # minutes
-    "venv/bin/pip install -r tests/requirements.txt && venv/bin/python -m pytest": ".ci/run"}
+    "venv/bin/pip install -r tests/requirements.txt && venv/bin/python -m pytest": ".ci/run",
+    "python3 -m venv oldest": ".ci/run"}
 
 
 def test_the_readme_has_commands_and_the_tests_command_is_what_ci_runs():
     assert len(COMMANDS) >= 20 and TRAIN in COMMANDS and set(ELSEWHERE) <= set(COMMANDS)
     ci = (ROOT / ".ci" / "run").read_text("utf-8")
     assert "venv/bin/pip install -q -r tests/requirements.txt && venv/bin/python -m pytest" in ci
+
+
+def test_the_readme_the_requirements_and_ci_name_the_same_oldest_torch_and_ci_tests_the_core_on_it():
+    oldest = re.search(r"^torch>=(.*)$", (ROOT / "requirements.txt").read_text("utf-8"), re.M)[1]
+    assert 'dependencies = {file = ["requirements.txt"]}' in (ROOT / "pyproject.toml").read_text("utf-8")
+    page, ci = ((ROOT / name).read_text("utf-8") for name in ("README.md", ".ci/run"))
+    assert f"The oldest torch that `requirements.txt` allows is {oldest}." in page
+    install, tests = re.findall(r"^    (oldest/bin/.*)$", page, re.M)
+    assert f" torch=={oldest}.0 " in install and {install, tests} <= set(ci.splitlines())
+    named = re.search(r"tests/test_{(.*)}\.py$", tests)[1].split(",")
+    assert {"losses", "data", "model", "dpo"} <= set(named) and [n for n in named if not (ROOT / f"tests/test_{n}.py").is_file()] == []
+    assert oldest == next(iter(SIGNATURES))  # the flash operators' arguments, in test_cuda.py
 
 
 def run(command: str, here) -> subprocess.CompletedProcess:

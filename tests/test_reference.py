@@ -238,6 +238,7 @@ NOBODY = "neither an adapter .* nor a folder with one named 'nobody'"
     (LORA | dict(ref_model_dtype="bfloat16"), NOTHING_TO_HOLD), (dict(ref_model_device="cpu"), NOTHING_TO_HOLD),
     (dict(model_name_or_path="{pair}", model_adapter_name="nobody"), NOBODY),
     (LORA | dict(ref_adapter_name="nobody"), NOBODY),
+    (dict(model_name_or_path="{first}", ref_adapter_name="nobody"), "has no folder of that name; without the flag, the adapter as it"),
     (dict(model_name_or_path="{first}", model_adapter_name="../first"), "is not a plain name"),
     (dict(use_dora=True), "read only with --use_peft"),
     (dict(lora_modules_to_save=["norm"]), "read only with --use_peft"),

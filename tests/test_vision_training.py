@@ -392,3 +392,44 @@ def test_resuming_with_pictures_is_bitwise(run, tmp_path, family):
     run("b", family, max_steps=4, save_steps=2, freeze_vision_tower=False, resume_from_checkpoint="true")
     b = load_file(tmp_path / "b" / "model.safetensors")
     assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.fixture
+def own_pictures(place, tmp_path):
+    """Pictures and rows that may be spoiled, with the flags of a run over them that has filled the cache."""
+    make_pictures(tmp_path)
+    (tmp_path / "rows.jsonl").write_text((place / "pictures.jsonl").read_text())
+    flags = ["--model_name_or_path", str(place / "llava"), "--dataset_name", str(tmp_path / "rows.jsonl"), "--cache_dir",
+             str(tmp_path / "cache"), "--output_dir", str(tmp_path / "out"), "--use_cpu", "--max_steps", "2", "--save_steps", "1",
+             "--no_shuffle_dataset", "--per_device_train_batch_size", "1", "--no_precompute_ref_log_probs"]
+    assert dpo.main(flags) == 0
+    return flags
+
+
+SPOILT = {"gone": (lambda path: path.unlink(), "0.png: No such file"),
+          "another": (lambda path: path.write_bytes(path.with_name("1.png").read_bytes()), "0.png: the image has changed since the pairs")}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_picture_that_is_gone_or_changed_since_the_cache_was_filled_is_told_before_the_first_step(own_pictures, tmp_path, capsys, how,
+                                                                                                    monkeypatch):
+    spoil, words = SPOILT[how]
+    spoil(tmp_path / "0.png")
+    monkeypatch.setattr(dpo.DPOTrainer, "train", lambda trainer: pytest.fail("training began"))
+    assert dpo.main(own_pictures) == 2
+    assert capsys.readouterr().err.count(words) == 1
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_picture_that_goes_during_training_ends_the_run_in_one_message(own_pictures, tmp_path, capsys, how, monkeypatch):
+    spoil, words = SPOILT[how]
+    train = dpo.DPOTrainer.train
+
+    def spoil_first(trainer):
+        spoil(tmp_path / "0.png")
+        return train(trainer)
+
+    monkeypatch.setattr(dpo.DPOTrainer, "train", spoil_first)
+    assert dpo.main(own_pictures) == 1
+    error = capsys.readouterr().err
+    assert error.count("error: ") == 1 and words in error and "checkpoint-2 is complete: resume from it" in error

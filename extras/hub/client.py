@@ -20,7 +20,7 @@ from typing import Any
 
 from parts.configs import check_supported
 from parts.files import read_json
-from parts.rows import names_in, on_hub
+from parts.rows import names_in, on_hub, user_path
 from parts.splits import DATA_FILE, local_split, read_card, split_files
 from parts.tokenizer_files import TOKENIZER_FILES
 
@@ -44,7 +44,7 @@ def is_hub_id(name: str) -> bool:
     return (
         bool(HUB_ID.fullmatch(name))
         and not DATA_FILE.search(name)
-        and not Path(name).expanduser().exists()
+        and not user_path(name).exists()
     )
 
 
@@ -124,7 +124,7 @@ def local_model(name: str, revision: str | None = None) -> Path:
     gives another process the same one. Raises ValueError for a model that does not exist, is gated
     or private, cannot be reached, or has no safetensors.
     """
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir():
         if revision is not None:
             raise ValueError(

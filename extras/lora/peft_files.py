@@ -42,6 +42,7 @@ HARMLESS = {
 # Models with layers that PEFT cannot wrap, and fails on where a short name chooses them too; or with
 # layers that are not ours, of their audio
 ODD_TOWERS = GEMMA4_KINDS
+LARGEST = 1e30  # of alphas
 NOTHING = (None, False, 0, "", [], {})
 # How A and B were first drawn. Others (PiSSA, OLoRA, CorDA, LoftQ ...) change the base or the
 # method.
@@ -84,6 +85,13 @@ def check_settings(config: dict, where: Path) -> dict:
     numbers = [settings["r"], *(settings["rank_pattern"] or {}).values()]
     if not all(isinstance(r, int) and r > 0 for r in numbers):
         raise ValueError(f"{where}: ranks are whole numbers above 0, found {numbers}")
+    alphas = [settings["lora_alpha"], *(settings["alpha_pattern"] or {}).values()]
+    # more than any scaling that float32 can compute with
+    if not all(isinstance(a, (int, float)) and abs(a) < LARGEST for a in alphas):
+        raise ValueError(f"{where}: alphas are finite numbers, found {alphas}")
+    if not 0 <= settings["lora_dropout"] <= 1:
+        raise ValueError(
+            f"{where}: lora_dropout = {settings['lora_dropout']!r}; expected a number from 0 to 1")
     check_patterns(settings, where)
     return settings
 
@@ -205,6 +213,8 @@ def load_adapter(model: nn.Module, directory: str | Path) -> None:
             f"{path}: its tensors are not those of this LoRA; first difference: {min(odd)}")
     for name, parameter in ours.items():
         tensor = found[name]
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path}: {name} is {tensor.dtype}; expected a type of floats")
         if tensor.shape != parameter.shape:
             raise ValueError(
                 f"{path}: {name} is {tuple(tensor.shape)}, this LoRA has {tuple(parameter.shape)}")

@@ -156,7 +156,10 @@ def load_adapted(
     settings = peft_files.read_settings(Path(directory))
     base = peft_files.find_base(settings, ranks)
     model = load_model(base, dtype, device, max_length, four_bit)
-    add_lora(model, settings)
+    try:
+        add_lora(model, settings)
+    except ValueError as error:
+        raise ValueError(f"{directory}/adapter_config.json: {error}") from None
     peft_files.load_adapter(model, directory)
     return model.eval(), settings
 

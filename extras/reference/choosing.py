@@ -56,6 +56,11 @@ def find_other(
         continued = lora_modules(trainer.model) if opened.continues else {}
         return None, adapters.copy_adapter(continued)
     home = Path(find_reference(trainer))
+    other = c.ref_adapter_name not in (None, "default", c.model_adapter_name)
+    if other and not c.ref_model_name_or_path and home == opened.directory:
+        raise ValueError(
+            f"--ref_adapter_name {c.ref_adapter_name}: {home} has no folder of that name; without "
+            "the flag, the adapter as it starts is the reference")
     is_same_base = opened.directory is not None and (
         base_directory(home, trainer.ranks) == base_directory(opened.directory, trainer.ranks))
     if not is_same_base:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from extras.rows.written import row_line, with_paths
-from parts.rows import DataError, find_files, raw_rows
+from parts.rows import DataError, find_files, raw_rows, user_path
 from parts.splits import find_split, is_here
 from parts.trl_flags import check_data_sets
 
@@ -148,9 +148,9 @@ class Mixture:
                     f"datasets: {path}: no split {split!r}; data_files has {', '.join(files)}")
             files = files[split]
         if files is not None:
-            folder = Path("" if path in BUILDERS else path).expanduser()
+            folder = user_path("" if path in BUILDERS else path)
             names = [files] if isinstance(files, str) else files
-            return find_files([folder / Path(name).expanduser() for name in names])
+            return find_files([folder / user_path(name) for name in names])
         if is_here(path, self.revision):
             return find_split(path, entry.get("name"), split)
         from extras.hub import client

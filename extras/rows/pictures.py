@@ -17,6 +17,7 @@ import hashlib
 import io
 import math
 import re
+import stat
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ import torch
 from data import Batch, DataOptions, Pair, PairStore, Tokenizer, encode_texts
 from extras.decoder.in_stream import Pictures, find_runs, stream_axes
 from parts.conversations import RowTexts, row_texts
-from parts.rows import DataError, DroppedPair, attempt
+from parts.rows import DataError, DroppedPair, attempt, user_path
 from parts.tokenizer_files import explained_types, read_json
 
 MAX_PIXELS = 89_478_485  # above this, pillow warns of a decompression bomb
@@ -142,6 +143,10 @@ class Processor(NamedTuple):
     def keep(self, kept: dict, index: int, images: tuple["RowImage", ...], directory: Path) -> None:
         """Add a pair's images to the store's meta.json: see keep_images."""
         keep_images(kept, index, images, directory)
+
+    def check_kept(self, directory: Path) -> None:
+        """Raise DataError for an image that is gone or has changed since the store was made."""
+        check_images(directory)
 
 
 # The model's settings
@@ -315,6 +320,8 @@ def pillow() -> tuple[Any, Any]:
 def decode(content: bytes) -> Any:
     """Decode bytes to an upright RGB image. Raises DataError saying why that fails."""
     Image, ImageOps = pillow()
+    from PIL import UnidentifiedImageError
+
     try:
         image = Image.open(io.BytesIO(content))
         width, height = image.size
@@ -330,6 +337,8 @@ def decode(content: bytes) -> Any:
         raise
     except Image.DecompressionBombError as error:
         raise DataError(f"too large ({error})") from None
+    except UnidentifiedImageError:
+        raise DataError("not an image of a kind that pillow knows") from None
     except Exception as error:  # each decoder raises its own kinds
         raise DataError(
             f"not an image that can be read ({str(error) or type(error).__name__})"
@@ -375,9 +384,14 @@ def find_content(reference: Any, folder: Path) -> tuple[str, bytes]:
         raise DataError(
             f"{reference[:80]}: nothing is fetched while training; download it and give its path"
         )
-    path = folder / Path(reference.removeprefix("file://")).expanduser()
+    path = folder / user_path(reference.removeprefix("file://"))
     try:
+        mode = path.stat().st_mode  # of a loop of links: an OSError
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a device or a pipe may have no end
+            raise DataError(f"{path}: not a regular file")
         return str(path.resolve()), path.read_bytes()
+    except DataError:
+        raise
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
@@ -702,7 +716,10 @@ def place_images(messages: list, count: int, key: str) -> list:
 
 
 def has_content(message: dict) -> bool:
-    return isinstance(message.get("content"), (str, list))
+    """Tell whether a message has text or a list of parts; others are refused as they are."""
+    content = message.get("content")
+    is_parts = isinstance(content, list) and all(isinstance(part, dict | str) for part in content)
+    return isinstance(content, str) or is_parts
 
 
 def has_place(content: str | list) -> bool:
@@ -783,6 +800,21 @@ def keep_images(kept: dict, index: int, images: tuple[RowImage, ...], directory:
         files.setdefault(p.sha256, [p.path, p.width, p.height])
 
 
+def check_images(directory: Path) -> None:
+    """Raise DataError for the first image of a store whose file is gone or has changed.
+
+    Read again are only those with a later time than the store's: there may be very many.
+    """
+    meta = read_json(directory / "meta.json")
+    made = (directory / "meta.json").stat().st_mtime
+    for sha256, (path, _, _) in ((meta.get("pictures") or {}).get("files") or {}).items():
+        try:
+            if path and Path(path).stat().st_mtime >= made:
+                read_again(Path(path), sha256, directory)
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}") from None
+
+
 def images_of(store: PairStore, index: int) -> list[RowImage]:
     """List the images of a stored pair, in the order of its prompt."""
     if store.pictures is None:
@@ -795,14 +827,20 @@ def images_of(store: PairStore, index: int) -> list[RowImage]:
 # Batches
 
 
-def load_pixels(image: RowImage, folder: Path, processor: Processor) -> torch.Tensor:
-    """Read and preprocess an image. Raises DataError if its file changed since tokenization."""
-    path = Path(image.path) if image.path else folder / "pictures" / image.sha256
+def read_again(path: Path, sha256: str, folder: Path) -> bytes:
+    """Return an image's bytes. Raises DataError if they are not those of tokenization."""
     _, content = find_content(str(path), Path())
-    if hashlib.sha256(content).hexdigest() != image.sha256:
+    if hashlib.sha256(content).hexdigest() != sha256:
         raise DataError(
             f"{path}: the image has changed since the pairs were tokenized; remove {folder}"
         )
+    return content
+
+
+def load_pixels(image: RowImage, folder: Path, processor: Processor) -> torch.Tensor:
+    """Read and preprocess an image. Raises DataError if its file changed since tokenization."""
+    path = Path(image.path) if image.path else folder / "pictures" / image.sha256
+    content = read_again(path, image.sha256, folder)
     return torch.from_numpy(preprocess(decode(content), processor))
 
 
