@@ -1,5 +1,6 @@
-"""Norm, SwiGLU and rotation on a CPU by layers.c, which the machine's own C compiler makes for its
-own processor when it is first needed, in a second or two. A leaf: kernels.py imports it on a CPU.
+"""Norm, SwiGLU, rotation and the head's scores on a CPU by layers.c, which the machine's own C
+compiler makes for its own processor when it is first needed, in a second or two. A leaf of
+kernels.py and head.py.
 
 Where there is no compiler, or OpenMP is another than PyTorch's, `library` is None, and the plain
 forms of kernels.py compute the same.
@@ -80,6 +81,14 @@ def call(name: str, *arguments: Any) -> None:
     kinds = {Tensor: lambda x: ctypes.c_void_p(x.data_ptr()), int: c_int64, float: c_float}
     given = [kinds[type(x) if type(x) in kinds else Tensor](x) for x in arguments]
     getattr(library(), name)(*given, c_int(torch.get_num_threads()))
+
+
+def score_chunk(logits: Tensor, targets: Tensor, how: Any, slopes: bool) -> list[list[Tensor]]:
+    """As head.score_chunk."""
+    fields = [torch.empty(len(targets), dtype=d) for d in (*[torch.float32] * 4, torch.bool)]
+    call(f"score_{LETTERS[logits.dtype]}", logits, targets.contiguous(), *fields, *logits.shape,
+         int(how.statistics), int(slopes), float(how.softcap or 0))
+    return [fields if how.statistics else fields[:1]]
 
 
 class RMSNorm(torch.autograd.Function):

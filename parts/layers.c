@@ -1,5 +1,5 @@
 /* Norm, SwiGLU and rotation on a CPU: one pass over memory forward and one backward, where the plain
-   forms of kernels.py take three to eight. c_layers.py compiles this file and calls it.
+   forms of kernels.py take three to eight; and the head's scores. c_layers.py compiles and calls it.
 
    All compute in float32 and round once. Rows are computed each for itself, so the number of threads
    changes nothing. `stride` is the distance of two rows; a row's own numbers lie side by side. */
@@ -145,6 +145,55 @@ void rotation_##x_##y_(const X *x, const float *cos, const float *sin, Y *y, int
     }                                                                                              \
 }
 
+/* Of each row of logits x: log p of its target, and with `statistics` entropy, log sum p^2, mean logit
+   and whether the target is the largest, p = e^(x - top) / sum. With `slopes` the row becomes
+   onehot(target) - p, times 1 - (x / cap)^2 if `cap` is not 0: then x came out of cap tanh. Sums of
+   1,024 are added in double: a vocabulary is long. */
+#define SCORE(X, x_)                                                                               \
+void score_##x_(X *logits, const int64_t *targets, float *logp, float *entropy, float *log_sum_sq, \
+                float *mean, uint8_t *is_top, int64_t rows, int64_t columns, int64_t statistics,   \
+                int64_t slopes, float cap, int threads) {                                          \
+    _Pragma("omp parallel for num_threads(threads)")                                               \
+    for (int64_t i = 0; i < rows; i++) {                                                           \
+        X *x = logits + i * columns;                                                               \
+        float target = wide_##x_(x[targets[i]]), top = target;                                     \
+        _Pragma("omp simd reduction(max : top)")                                                   \
+        for (int64_t j = 0; j < columns; j++) top = wide_##x_(x[j]) > top ? wide_##x_(x[j]) : top; \
+        double sum = 0, moment = 0, squares = 0, all = 0;                                          \
+        for (int64_t from = 0; from < columns; from += 1024) {                                     \
+            int64_t to = from + 1024 < columns ? from + 1024 : columns;                            \
+            float s = 0, m = 0, q = 0, a = 0;                                                      \
+            if (statistics) {                                                                      \
+                _Pragma("omp simd reduction(+ : s, m, q, a)")                                      \
+                for (int64_t j = from; j < to; j++) {                                              \
+                    float d = wide_##x_(x[j]) - top, e = exp_of(d);                                \
+                    s += e, m += e * d, q += e * e, a += d;                                        \
+                }                                                                                  \
+            } else {                                                                               \
+                _Pragma("omp simd reduction(+ : s)")                                               \
+                for (int64_t j = from; j < to; j++) s += exp_of(wide_##x_(x[j]) - top);            \
+            }                                                                                      \
+            sum += s, moment += m, squares += q, all += a;                                         \
+        }                                                                                          \
+        logp[i] = target - top - log(sum);                                                         \
+        if (statistics) {                                                                          \
+            entropy[i] = log(sum) - moment / sum;                                                  \
+            log_sum_sq[i] = log(squares) - 2 * log(sum);                                           \
+            mean[i] = top + all / columns;                                                         \
+            is_top[i] = target == top;                                                             \
+        }                                                                                          \
+        if (!slopes) continue;                                                                     \
+        float scale = 1 / sum, bend = cap ? 1 / (cap * cap) : 0;                                   \
+        _Pragma("omp simd")                                                                        \
+        for (int64_t j = 0; j < columns; j++) {                                                    \
+            float v = wide_##x_(x[j]);                                                             \
+            x[j] = round_##x_(-exp_of(v - top) * scale * (1 - v * v * bend));                      \
+        }                                                                                          \
+        x[targets[i]] = round_##x_((1 - exp_of(target - top) * scale) *                            \
+                                   (1 - target * target * bend));                                  \
+    }                                                                                              \
+}
+
 #define OF_TWO(KERNEL)                                                                             \
     KERNEL(bf16, b, bf16, b) KERNEL(bf16, b, float, f) KERNEL(float, f, bf16, b)                   \
     KERNEL(float, f, float, f)
@@ -154,3 +203,4 @@ OF_TWO(NORM_BACKWARD)
 OF_ONE(SWIGLU)
 OF_ONE(SWIGLU_BACKWARD)
 OF_TWO(ROTATION)
+OF_ONE(SCORE)

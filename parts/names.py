@@ -10,7 +10,7 @@ from typing import Any, Iterable, NamedTuple
 
 from torch import Tensor
 
-from parts.vision_configs import QWEN3_TEXT, WRAPPED
+from parts.vision_configs import GEMMA4_KINDS, QWEN3_TEXT, WRAPPED
 
 # Ours -> Hugging Face's, by module; "*" is the layer's number.
 MODULES = {
@@ -101,6 +101,10 @@ VISION |= {"smolvlm": VISION["idefics3"], "gemma3": VISION["llava"]}
 VISION |= dict.fromkeys(("qwen2_5_vl", *QWEN3_TEXT), VISION["qwen2_vl"])
 VISION |= dict.fromkeys(WRAPPED, {"model.": "model.language_model."})  # their towers are carried
 VISION["gemma4"] = VISION["llava"] | {"model.vision.projector.": "model.embed_vision."}
+VISION["gemma4_unified"] = {
+    "model.vision.tower.": "model.embed_vision.",
+    "model.vision.projector.": "model.embed_vision.multimodal_embedder.",
+    "model.": "model.language_model."}
 VISION["llama4"] = {"model.": "language_model.model.", "lm_head": "language_model.lm_head"}
 # ... and back, from the prefixes of transformers 4 and 5.
 VISION_OURS = (
@@ -110,7 +114,9 @@ VISION_OURS = (
     (r"^model\.connector\.", "model.vision.projector."),
     (r"^(model\.)?visual\.deepstack_merger_list\.", "model.vision.projector.deep."),
     (r"^(model\.)?visual\.merger\.", "model.vision.projector."),
-    (r"^(model\.)?embed_vision\.", "model.vision.projector."),  # Gemma 4
+    (r"^(model\.)?vision_embedder\.", "model.vision.tower."),  # Gemma 4 12B: files, transformers
+    (r"^(model\.)?embed_vision\.(?=patch_|pos_)", "model.vision.tower."),
+    (r"^(model\.)?embed_vision\.(multimodal_embedder\.)?", "model.vision.projector."),  # Gemma 4
     (r"^(model\.)?embed_audio\.", "model.vision.audio_projector."),
     (r"^(model\.)?audio_tower\.", "model.vision.audio_tower."),
     (r"^(model\.)?visual\.", "model.vision.tower."),
@@ -179,10 +185,11 @@ def find_places(names: Iterable[str], config: Any) -> dict[str, Place]:
 
 
 def carried_names(names: Iterable[str], config: Any) -> set[str]:
-    """Return what is saved as it was read: of a wrapper what is neither its decoder nor a tower that
-    is computed, layers that predict several tokens at once (Qwen's "mtp"; DeepSeek's and GLM's come after the last layer),
-    the correction biases of routers, which do not learn, SigLIP's pooling head, whose output Gemma
-    3 does not read, and keys and values of layers that read others'."""
+    """Return what is saved as it was read: of a wrapper what is neither its decoder nor a tower
+    that is computed, layers that predict several tokens at once (Qwen's "mtp"; DeepSeek's and GLM's
+    come after the last layer), the correction biases of routers, which do not learn, SigLIP's
+    pooling head, whose output Gemma 3 does not read, and keys and values of layers that read
+    others'."""
     found = {n for n in names if n.endswith(f".{BIAS}")}
     more = config.moe.get("more_layers", 0) if config.moe else 0
     if more:
@@ -198,7 +205,7 @@ def carried_names(names: Iterable[str], config: Any) -> set[str]:
         found |= {n for n in names if (own := OF_KEYS.search(n)) and int(own[1]) < len(reads)
                   and reads[int(own[1])] != int(own[1])
                   and not vision_name(n).startswith("model.vision.")}
-    if config.model_type in ("gemma4", *WRAPPED):
+    if config.model_type in (*GEMMA4_KINDS, *WRAPPED):
         rest = "model.vision." if config.vision is None else "model.vision.audio_"
         found |= {n for n in names if vision_name(n).startswith(rest)}
     return found

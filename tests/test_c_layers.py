@@ -9,7 +9,7 @@ from conftest import ROOT
 from test_model import LLAMA, MIXED, assert_same_gradients, gradients, make, stream
 
 import model as models
-from parts import c_layers, kernels
+from parts import c_layers, head, kernels
 
 pytestmark = pytest.mark.skipif(c_layers.library() is None, reason="no C compiler, or another OpenMP than PyTorch's")
 B, F = torch.bfloat16, torch.float32
@@ -69,6 +69,29 @@ def test_rotation(x_type):
     assert_as_plain(c_layers.Rotation.apply, lambda x, c, s: kernels.Rotation.apply(x, c, s, False), [x, cos, sin], F)
 
 
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("statistics", [True, False])
+@pytest.mark.parametrize("dtype", [B, F])
+@pytest.mark.parametrize("rows, vocabulary", [(7, 75), (1, 1), (3, 2500), (0, 8)])
+def test_scores_of_the_head(dtype, statistics, softcap, rows, vocabulary):
+    torch.manual_seed(0)
+    logits, targets = draw(rows, vocabulary, dtype=dtype) * 2, torch.randint(0, vocabulary, (rows,))
+    if rows == 7:
+        targets[0] = logits[0].argmax()
+        logits[1] += 300  # no overflow
+    logits = logits if softcap is None else logits.clamp(-29, 29)
+    how = head.How(softcap, dtype, chunk=2**24, keep=8, statistics=statistics)
+    exact = logits.double()
+    (fast,), slopes = c_layers.score_chunk(mine := logits.clone(), targets, how, slopes=True), mine
+    (untouched,) = c_layers.score_chunk(again := logits.clone(), targets, how, slopes=False)
+    plain = head.score_chunk(exact, targets, how._replace(compute=torch.float64), slopes=True)
+    assert torch.equal(again, logits) and len(fast) == (5 if statistics else 1)
+    for a, b, c in zip(fast, [torch.cat(column) for column in zip(*plain)], untouched, strict=True):
+        assert torch.equal(a, c) and a.dtype == (b.dtype if b.dtype == torch.bool else F)
+        assert ((a.double() - b.double()).abs() <= 2e-6 * (1 + b.double().abs())).all()
+    assert_close([slopes], [exact]) if rows else None
+
+
 def test_rows_that_lie_apart_are_read_where_they_are(monkeypatch):
     """Halves of a fused projection, and a gradient that is no tensor of its own."""
     torch.manual_seed(0)
@@ -117,7 +140,7 @@ def test_a_model_takes_them_and_has_the_plain_models_gradients(monkeypatch):
     monkeypatch.setattr(c_layers, "call", lambda name, *more: taken.add(name) or call(name, *more))
     model, batch = make(LLAMA, F), models.Stream(*stream(MIXED))
     fast = gradients(model, model(batch).logps.sum())
-    assert taken == {"norm_ff", "norm_backward_ff", "swiglu_f", "swiglu_backward_f", "rotation_ff"}
+    assert taken == {"norm_ff", "norm_backward_ff", "swiglu_f", "swiglu_backward_f", "rotation_ff", "score_f"}
     taken.clear()
     monkeypatch.setattr(c_layers, "library", lambda: None)
     plain = gradients(model, model(batch).logps.sum())

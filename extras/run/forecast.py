@@ -305,16 +305,17 @@ def of_images(config: models.ModelConfig, run: Run) -> tuple[int, int]:
     """Return the bytes held for a forward's images, and the most that comes and goes meanwhile.
 
     Held are the pixels and, where it learns, what the encoder keeps: of each layer both norms with
-    their inputs, q, k, v, the heads' output, the MLP's inner states before and after its function. Gemma
-    4's has more norms, a gate, and bounds: what is clamped is kept as it was and as it is.
-    Masks are there for layers with and without a window, or with one alone.
+    their inputs, q, k, v, the heads' output, the MLP's inner states before and after its function.
+    Gemma 4's has more norms, a gate, and bounds: what is clamped is kept as it was and as it is;
+    12B's, which has no layers, is counted as one. Masks are there for layers with and without a
+    window, or with one alone.
     """
     c = config.vision
     if c is None or not run.patches:
         return 0, 0
     size = c.get("size") or c["hidden_size"]
     inner = c.get("intermediate_size") or int(size * c["mlp_ratio"])
-    layers = c.get("depth") or c["num_hidden_layers"]
+    layers = c.get("depth") or c.get("num_hidden_layers", 1)
     width = 2 if run.bf16 else getattr(torch, run.weights).itemsize
     channels = c.get("in_channels") or c.get("num_channels", 3)
     pixels = 4 * c["patch_size"] ** 2 * channels * c.get("temporal_patch_size", 1)
@@ -326,7 +327,7 @@ def of_images(config: models.ModelConfig, run: Run) -> tuple[int, int]:
     passing = run.patches * width * (5 * size + 2 * inner)
     # each layer's call turns its mask of bools into numbers
     each = 2 if run.bf16 and run.device != "cpu" else 4
-    seeing = [w for w in config.windows if w is not None or c.get("both_ways") == "everywhere"]
+    seeing = [w for w in config.windows if w is not None or c.get("both_ways") != "windows"]
     masks = run.masked * (2 + each * (1 if run.checkpointing is True else len(seeing)))
     held = run.patches * pixels + masks
     if not run.tower_learns:
