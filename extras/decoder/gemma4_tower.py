@@ -149,7 +149,8 @@ class Tower(nn.Module):
     def forward(self, pixels: Tensor, grids: Tensor, run: Callable) -> Tensor:  # (F, C)
         c = self.config
         sizes = grids.tolist()
-        places = torch.cat([grid_places(h, w) for h, w in sizes]).to(pixels.device)
+        places = torch.cat([grid_places(h, w) for h, w in sizes])
+        places = places.to(pixels.device, non_blocking=True)
         x = self.patch_embedder(pixels, places)
         tables = place_tables(places, c["head_dim"] // 2, c["rope_theta"])
         for layer in self.encoder.layers:
