@@ -14,7 +14,7 @@ Sizes: T tokens, N scored tokens, S spans, V vocabulary, C hidden, H heads, K kv
 
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -84,6 +84,7 @@ class ModelConfig:
     logit_scale: float = 1.0
     output_gate: bool = False  # q_proj makes a gate too: its sigmoid scales attention's output
     mixer: dict | None = None  # recurrent or chunked, read by extras/decoder/mixers.py
+    single: bool = False  # Nemotron-H: a layer mixes tokens or is an MLP, not both
     latent: dict | None = None  # read by extras/decoder/latent.py
     moe: dict | None = None  # read by extras/decoder/moe.py
     vision: dict | None = None  # read by extras/decoder/vision.py
@@ -380,13 +381,11 @@ class Block(nn.Module):
 
 
 def make_block(config: ModelConfig, layer: int) -> nn.Module:
-    if config.per_layer is None:
+    if config.per_layer is None and not config.single:
         return Block(config, layer)
-    from extras.decoder.per_layer import PerLayerBlock
+    from extras.decoder.other_blocks import make_other_block
 
-    own = replace(config, **config.per_layer["sizes"][layer])
-    mlp = MLP(own, own.intermediate_size)
-    return PerLayerBlock(own, layer, partial(Norm, config=own), mlp)
+    return make_other_block(config, layer, Norm, make_attention, make_mlp)
 
 
 def make_embedding(count: int, size: int) -> nn.Embedding:

@@ -91,6 +91,7 @@ ABLATIONS = {  # flags, or code that runs before dpo.main()
     "lora_product": "import model; from torch.nn.functional import linear; "
     "model.add_low_rank = lambda out, x, a, b, s: "
     "out + s * linear(linear(x.to(out.dtype), a.to(out.dtype)), b.to(out.dtype))",
+    "c_layers": "from parts import c_layers; c_layers.library = lambda: None",
     "short_spin": {},
     "checkpointing": {"gradient_checkpointing": True},
     "compile": {"torch_compile": True},

@@ -22,7 +22,7 @@ compare() { # name, data, pairs, batch, rounds, the rest
 hh=$pairs/hh_harmless_base_test.jsonl.gz
 ultra=$pairs/ultrafeedback-train_clean.jsonl.gz
 every="sharing packing forwards_1024 forwards_2048 chunked_head wide_chunks kept_logits
-    lean_reference precomputed_reference short_spin checkpointing compile"
+    lean_reference precomputed_reference c_layers short_spin checkpointing compile"
 
 compare hh-bf16 "$hh" 32 8 3 --bf16
 compare ultrafeedback-bf16 "$ultra" 8 4 3 --bf16

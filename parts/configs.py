@@ -23,7 +23,8 @@ SIZES = dict(
     num_global_key_value_heads=2**16, top_k_experts=2**16, max_position_embeddings=2**40,
     intermediate_size_mlp=2**24, attention_chunk_size=2**40, vocab_size_per_layer_input=2**24,
     interleave_moe_layer_step=2**12, no_rope_layer_interval=2**12, decoder_sparse_step=2**12,
-    full_attention_interval=2**12)
+    full_attention_interval=2**12, moe_latent_size=2**20,
+    moe_shared_expert_intermediate_size=2**24)
 # Whole numbers that may be 0 as well.
 COUNTS = ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers",
           "num_kv_shared_layers", "hidden_size_per_layer_input", "shared_expert_intermediate_size")
@@ -158,7 +159,7 @@ def check_value(key: str, value: Any, default: Any) -> None:
     else:
         fits = not isinstance(default, str) or isinstance(value, str)
         wanted = "a string"
-    is_needed = (key in ABOVE_0 or key.startswith(("linear_", "router_"))
+    is_needed = (key in ABOVE_0 or key.startswith(("linear_", "router_", "moe_"))
                  or key.endswith(("_multiplier", "attn_scale", "chunk_size")))
     takes_null = default is None or default is not REQUIRED and not is_needed
     if not fits and not (value is None and takes_null):

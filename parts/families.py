@@ -94,7 +94,7 @@ LATENT_KEYS = GROUP_KEYS | dict(
 DEEPSEEK_KEYS = LATENT_KEYS | dict(
     n_group=8, topk_group=4, routed_scaling_factor=2.5, first_k_dense_replace=3)
 
-# Mamba-2: Granite 4 H, Falcon-H1
+# Mamba-2: Granite 4 H, Falcon-H1, Nemotron-H
 MAMBA_KEYS = dict(
     mamba_n_heads=128, mamba_n_groups=1, mamba_d_state=256, mamba_d_head=None, mamba_d_conv=4,
     mamba_expand=2, mamba_conv_bias=True, time_step_limit=None)
@@ -102,6 +102,32 @@ FALCON_H1_SCALES = dict(
     embedding_multiplier=1.0, lm_head_multiplier=1.0, key_multiplier=1.0,
     attention_in_multiplier=1.0, attention_out_multiplier=1.0, ssm_in_multiplier=1.0,
     ssm_out_multiplier=1.0, ssm_multipliers=None, mlp_multipliers=None)
+
+NEMOTRON_EXPERTS = dict(
+    n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=7688,
+    moe_shared_expert_intermediate_size=7688, moe_latent_size=None, num_nextn_predict_layers=0)
+NEMOTRON_KEYS = MAMBA_KEYS | GROUP_KEYS | NEMOTRON_EXPERTS | dict(
+    layer_types=None, hidden_act="relu2", mlp_bias=False, num_key_value_heads=8, head_dim=128,
+    rms_norm_eps=1e-5, mamba_d_head=64, mamba_d_state=128, mamba_n_groups=8)
+# other names of them in Nemotron-H's files, of several ages
+NEMOTRON_NAMES = dict(
+    layers_block_type="layer_types", hybrid_override_pattern="layer_types",
+    mlp_hidden_act="hidden_act", attention_head_dim="head_dim", norm_eps="rms_norm_eps",
+    num_query_groups="num_key_value_heads", layer_norm_epsilon="rms_norm_eps",
+    mamba_num_heads="mamba_n_heads", mamba_head_dim="mamba_d_head",
+    ssm_state_size="mamba_d_state", mamba_state_dim="mamba_d_state", n_groups="mamba_n_groups",
+    mamba_num_groups="mamba_n_groups", conv_kernel="mamba_d_conv", use_conv_bias="mamba_conv_bias",
+    mamba_dt_limit="time_step_limit", num_local_experts="n_routed_experts")
+NEMOTRON_LAYERS = {
+    "M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe",
+    "mamba": "linear_attention", "attention": "full_attention"}
+# what its files say of initialization, of kernels and of what is computed besides; `expand` is
+# there, but heads and their size are what counts
+NEMOTRON_UNREAD = (
+    "time_step_min", "time_step_max", "time_step_floor", "time_step_rank", "mamba_dt_min",
+    "mamba_dt_max", "mamba_dt_init_floor", "rescale_prenorm_residual", "residual_in_fp32", "expand",
+    "mamba_expand", "chunk_size", "mamba_chunk_size", "use_mamba_kernels", "mamba_ssm_cache_dtype",
+    "num_logits_to_keep", "moe_shared_expert_overlap", "num_nextn_predict_layers")
 
 # Norms before attention, after it, before the MLP, after it.
 SANDWICH = ("input_layernorm", "post_attention_layernorm",
@@ -364,8 +390,6 @@ def without_axes(raw: dict) -> dict:
 
 def mamba(c: dict, recurs: tuple[bool, ...], attends: tuple[bool, ...], **more: object) -> dict:
     """Read what extras/decoder/mamba.py needs, for the layers that `recurs` names."""
-    if not any(recurs):
-        return {}
     heads, groups = c["mamba_n_heads"], c["mamba_n_groups"]
     inner = c.get("mamba_d_ssm") or c["mamba_expand"] * c["hidden_size"]
     size = c["mamba_d_head"] or inner // heads
@@ -390,6 +414,58 @@ def without_scan(raw: dict) -> dict:
         "mamba_chunk_size", "num_logits_to_keep", "mlp_expansion_factor", "normalization_function"))
     none = dict(mamba_d_head="auto", num_local_experts=0, num_experts_per_tok=0)
     return {k: v for k, v in raw.items() if k not in none or v != none[k]}
+
+
+def renamed(raw: dict, names: dict[str, str]) -> dict:
+    """Give keys their other names. Raises ValueError where a file has several that disagree."""
+    found: dict = {}
+    for key, value in raw.items():
+        name = names.get(key, key)
+        if found.get(name) not in (None, value) and value is not None:
+            raise ValueError(f"config.json: {key} = {value!r:.60}, but another name of it says "
+                             f"{found[name]!r:.60}")
+        found[name] = found.get(name) if value is None else value
+    return found
+
+
+def nemotron_keys(raw: dict) -> dict:
+    """Give Nemotron-H's config.json the names of other families, and its layers as a list.
+
+    Attention does not rotate, so nothing that is said of that counts; nor does what is said of
+    experts in a model without them.
+    """
+    raw = without(raw, dict(
+        attention_bias=False, use_bias=False, mamba_proj_bias=False, n_shared_experts=1,
+        sliding_window=0, mamba_hidden_act="silu"), NEMOTRON_UNREAD)
+    for key in ("hybrid_override_pattern", "layers_block_type", "layer_types"):
+        if raw.get(key) is not None:
+            raw[key] = [NEMOTRON_LAYERS.get(kind, kind) for kind in raw[key]]
+    raw = renamed(raw, NEMOTRON_NAMES)
+    types = raw.get("layer_types") or []
+    odd = sorted(map(str, {*types} - {*NEMOTRON_LAYERS.values()}))
+    if odd or not types:
+        raise ValueError(
+            f"config.json: hybrid_override_pattern or layers_block_type names "
+            f"{', '.join(odd) or 'no layer'}; known are M (linear_attention, mamba), "
+            "* (full_attention, attention), - (mlp) and E (moe)")
+    unread = () if "moe" in types else NEMOTRON_EXPERTS
+    raw = {k: v for k, v in raw.items() if not (k.startswith("rope_") or k in unread)}
+    return raw | dict(num_hidden_layers=raw.get("num_hidden_layers") or len(types))
+
+
+def nemotron(c: dict) -> dict:
+    """Read what each layer is: a Mamba mixer, attention, an MLP, or experts."""
+    types = c["layer_types"]
+    recurs, attends = (
+        tuple(t == kind for t in types) for kind in ("linear_attention", "full_attention"))
+    inner = c["mamba_n_heads"] * c["mamba_d_head"]
+    found = mamba(c | dict(mamba_d_ssm=inner), recurs, attends, act="silu")
+    if "moe" in types:
+        kinds = ["sparse" if t == "moe" else "dense" for t in types]
+        found |= dict(moe=grouped(c | dict(mlp_layer_types=kinds))["moe"] | dict(
+            shared_size=c["moe_shared_expert_intermediate_size"], gated=False,
+            inner=c["moe_latent_size"]))
+    return found
 
 
 def llama4(c: dict) -> dict:
@@ -430,8 +506,8 @@ def granite_hybrid(c: dict) -> dict:
     if c["num_local_experts"]:
         experts = dict(moe=moe(c)["moe"] | dict(
             shared_size=c["shared_intermediate_size"], shared_gate=False))
-    return granite(c) | mamba(c, recurs, tuple(not r for r in recurs)) | experts | dict(
-        intermediate_size=c["shared_intermediate_size"])
+    mixer = mamba(c, recurs, tuple(not r for r in recurs)) if any(recurs) else {}
+    return granite(c) | mixer | experts | dict(intermediate_size=c["shared_intermediate_size"])
 
 
 def numbers(c: dict, key: str, count: int) -> list[float]:
@@ -586,6 +662,9 @@ FAMILIES = {
         MAMBA_KEYS | FALCON_H1_SCALES | dict(
             mamba_d_ssm=None, mamba_rms_norm=False, mamba_norm_before_gate=True),
         more=falcon_h1, rename=without_scan),
+    "nemotron_h": Family(
+        dict(single=True, gated_mlp=False, other_names=True), NEMOTRON_KEYS,
+        turns=lambda i, c: False, more=nemotron, rename=nemotron_keys),
     "llama4_text": Family(
         dict(other_names=True),
         BIAS | MOE_KEYS | dict(

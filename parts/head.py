@@ -5,6 +5,7 @@ from typing import Any, Iterator, NamedTuple
 import torch
 from torch import Tensor
 
+from parts import c_layers
 from parts.kernels import has_triton
 
 KEPT = 8  # chunks whose gradient by the logits is kept for backward
@@ -176,6 +177,8 @@ def score_chunk(logits: Tensor, targets: Tensor, how: How, slopes: bool) -> list
         from parts import triton_head
 
         return triton_head.score_chunk(logits, targets, how, slopes)
+    if c_layers.computes(logits):
+        return c_layers.score_chunk(logits, targets, how, slopes)
     out = []
     for rows, at in few_rows(how.chunk, logits, targets[:, None]):
         wide = rows.to(how.wide)

@@ -2,7 +2,8 @@
 
 Each computes the plain formula in its docstring. They exist because PyTorch's own keep more tensors
 for backward or go over them more often, and memory traffic decides, on a CPU as on a GPU. Where
-Triton runs, norm, SwiGLU and rotation are one pass each (triton_layers.py). Inside torch.compile
+Triton runs, and on a CPU where there is a C compiler, norm, SwiGLU and rotation are one pass each
+(triton_layers.py, c_layers.py). Inside torch.compile
 the plain formulas are taken: the compiler fuses those itself, and in torch 2.11 it gives wrong
 gradients for operations in place inside an autograd Function.
 """
@@ -15,6 +16,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from parts import c_layers
 
 tanh_gelu = partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {
@@ -41,12 +44,18 @@ def takes_triton(device: torch.device) -> bool:
     return not torch.compiler.is_compiling() and has_triton(device)
 
 
+def takes_c(x: Tensor, *wide: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and c_layers.computes(x, *wide)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight, in the type of the weight, rounded to `dtype`."""
     if takes_triton(x.device):
         from parts import triton_layers
 
         return triton_layers.RMSNorm.apply(x, weight, eps, dtype)
+    if takes_c(x, weight) and dtype in (torch.bfloat16, torch.float32):
+        return c_layers.RMSNorm.apply(x, weight, eps, dtype)
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         return RMSNorm.apply(x, weight, eps, dtype)
     return F.rms_norm(x.to(weight.dtype), x.shape[-1:], weight, eps).to(dtype)
@@ -85,6 +94,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         from parts import triton_layers
 
         return triton_layers.SwiGLU.apply(gate, up)
+    if gate.dtype == up.dtype and takes_c(gate):
+        return c_layers.SwiGLU.apply(gate, up)
     return F.silu(gate) * up if torch.compiler.is_compiling() else SwiGLU.apply(gate, up)
 
 
@@ -113,6 +124,8 @@ def rotation(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> 
         from parts import triton_layers
 
         return triton_layers.Rotation.apply(x, cos, sin, interleaved)
+    if not interleaved and takes_c(x, cos, sin) and cos.shape == (len(x), 1, x.shape[-1]):
+        return c_layers.Rotation.apply(x, cos, sin)
     if not torch.compiler.is_compiling():
         return Rotation.apply(x, cos, sin, interleaved)
     a, b = (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)

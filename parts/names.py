@@ -10,7 +10,7 @@ from typing import Any, Iterable, NamedTuple
 
 from torch import Tensor
 
-from parts.vision_configs import QWEN3_TEXT, WRAPPED
+from parts.vision_configs import GEMMA4_KINDS, QWEN3_TEXT, WRAPPED
 
 # Ours -> Hugging Face's, by module; "*" is the layer's number.
 MODULES = {
@@ -55,6 +55,7 @@ MODULES = {
             "model.layers.*.shared_mlp.input_linear",
         "model.layers.*.mlp.shared_expert.down_proj":
             "model.layers.*.shared_mlp.output_linear"},
+    "nemotron_h": {"model.embed_tokens": "model.embeddings", "model.norm": "model.norm_f"},
     "falcon_h1": {
         "model.norm": "model.final_layernorm",
         "model.layers.*.mlp.gate_proj": "model.layers.*.feed_forward.gate_proj",
@@ -71,11 +72,11 @@ TRANSPOSED = {  # matrices that the files keep as (in, out)
 # ... or keep either way: (in, out) as published, (out, in) as transformers 5 writes a new model
 EITHER_WAY = {"qwen3_vl_moe": re.compile(r"\.experts\.(gate_up|down)_proj$")}
 CONSTANTS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$")  # causal masks in old files
-# text models cut out of LLaVA's kind have "language_model.model.layers"
-PREFIXES = {"model.language_model.": "model.", "language_model.": ""}
+# text models cut out of LLaVA's kind have "language_model.model.layers"; Nemotron-H's files "backbone"
+PREFIXES = {"model.language_model.": "model.", "language_model.": "", "backbone.": "model."}
 OF_KEYS = re.compile(r"\.layers\.(\d+)\.self_attn\.[kv]_(proj|norm)\.")
 EXPERT = re.compile(
-    r"(.*\.layers\.\d+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.weight$")
+    r"(.*\.layers\.\d+\.(?:mlp|mixer|block_sparse_moe)\.experts)\.(\d+)\.(\w+)\.weight$")
 GATES = ("w1", "gate_proj")
 UPS = ("w3", "up_proj")
 DOWNS = ("w2", "down_proj")
@@ -100,6 +101,10 @@ VISION |= {"smolvlm": VISION["idefics3"], "gemma3": VISION["llava"]}
 VISION |= dict.fromkeys(("qwen2_5_vl", *QWEN3_TEXT), VISION["qwen2_vl"])
 VISION |= dict.fromkeys(WRAPPED, {"model.": "model.language_model."})  # their towers are carried
 VISION["gemma4"] = VISION["llava"] | {"model.vision.projector.": "model.embed_vision."}
+VISION["gemma4_unified"] = {
+    "model.vision.tower.": "model.embed_vision.",
+    "model.vision.projector.": "model.embed_vision.multimodal_embedder.",
+    "model.": "model.language_model."}
 VISION["llama4"] = {"model.": "language_model.model.", "lm_head": "language_model.lm_head"}
 # ... and back, from the prefixes of transformers 4 and 5.
 VISION_OURS = (
@@ -109,7 +114,9 @@ VISION_OURS = (
     (r"^model\.connector\.", "model.vision.projector."),
     (r"^(model\.)?visual\.deepstack_merger_list\.", "model.vision.projector.deep."),
     (r"^(model\.)?visual\.merger\.", "model.vision.projector."),
-    (r"^(model\.)?embed_vision\.", "model.vision.projector."),  # Gemma 4
+    (r"^(model\.)?vision_embedder\.", "model.vision.tower."),  # Gemma 4 12B: files, transformers
+    (r"^(model\.)?embed_vision\.(?=patch_|pos_)", "model.vision.tower."),
+    (r"^(model\.)?embed_vision\.(multimodal_embedder\.)?", "model.vision.projector."),  # Gemma 4
     (r"^(model\.)?embed_audio\.", "model.vision.audio_projector."),
     (r"^(model\.)?audio_tower\.", "model.vision.audio_tower."),
     (r"^(model\.)?visual\.", "model.vision.tower."),
@@ -178,17 +185,18 @@ def find_places(names: Iterable[str], config: Any) -> dict[str, Place]:
 
 
 def carried_names(names: Iterable[str], config: Any) -> set[str]:
-    """Return what is saved as it was read: of a wrapper what is neither its decoder nor a tower that
-    is computed, layers that predict several tokens at once (Qwen's "mtp"; DeepSeek's and GLM's come after the last layer),
-    the correction biases of routers, which do not learn, SigLIP's pooling head, whose output Gemma
-    3 does not read, and keys and values of layers that read others'."""
+    """Return what is saved as it was read: of a wrapper what is neither its decoder nor a tower
+    that is computed, layers that predict several tokens at once (Qwen's "mtp"; DeepSeek's and GLM's
+    come after the last layer), the correction biases of routers, which do not learn, SigLIP's
+    pooling head, whose output Gemma 3 does not read, and keys and values of layers that read
+    others'."""
     found = {n for n in names if n.endswith(f".{BIAS}")}
     more = config.moe.get("more_layers", 0) if config.moe else 0
     if more:
         first = config.num_hidden_layers
         numbers = {n: NUMBER.search(n) for n in names}
         found |= {n for n, m in numbers.items() if m and first <= int(m[1]) < first + more}
-    if config.model_type.startswith(("qwen3_next", "qwen3_5")):
+    if config.model_type.startswith(("qwen3_next", "qwen3_5", "nemotron_h")):
         found |= {n for n in names if n.startswith("mtp.")}
     if config.model_type == "gemma3":
         found |= {n for n in names if vision_name(n).startswith("model.vision.tower.head.")}
@@ -197,7 +205,7 @@ def carried_names(names: Iterable[str], config: Any) -> set[str]:
         found |= {n for n in names if (own := OF_KEYS.search(n)) and int(own[1]) < len(reads)
                   and reads[int(own[1])] != int(own[1])
                   and not vision_name(n).startswith("model.vision.")}
-    if config.model_type in ("gemma4", *WRAPPED):
+    if config.model_type in (*GEMMA4_KINDS, *WRAPPED):
         rest = "model.vision." if config.vision is None else "model.vision.audio_"
         found |= {n for n in names if vision_name(n).startswith(rest)}
     return found
@@ -232,7 +240,7 @@ def other_places(names: Iterable[str], family: str, moe: dict | None) -> dict[st
             plain = "transformer." + plain
         expert = EXPERT.match(plain)
         if moe and expert:
-            places[name] = expert_place(*expert.groups(), moe["size"])
+            places[name] = expert_place(*expert.groups(), moe)
         else:
             transposed = family in TRANSPOSED and bool(TRANSPOSED[family].search(plain))
             ours = rename(plain, back).replace(".block_sparse_moe.", ".mlp.")
@@ -250,11 +258,15 @@ def without_prefix(name: str) -> str:
     return name
 
 
-def expert_place(layer: str, number: str, matrix: str, size: int) -> Place:
+def expert_place(stacks: str, number: str, matrix: str, moe: dict) -> Place:
     """Find one expert's matrix in the stacks; gate_up is (experts, 2 size, C), gate above up."""
+    stacks = stacks.replace(".block_sparse_moe.", ".mlp.")
+    size = moe["size"]
+    if not moe.get("gated", True):
+        return Place(f"{stacks}.{matrix}", (int(number),))
     if matrix in DOWNS:
-        return Place(f"{layer}.mlp.experts.down_proj", (int(number),))
+        return Place(f"{stacks}.down_proj", (int(number),))
     rows = {**dict.fromkeys(GATES, slice(0, size)), **dict.fromkeys(UPS, slice(size, 2 * size))}
     if matrix not in rows:  # no such parameter: reported as unexpected
-        return Place(f"{layer}.mlp.experts.{matrix}")
-    return Place(f"{layer}.mlp.experts.gate_up_proj", (int(number), rows[matrix]))
+        return Place(f"{stacks}.{matrix}")
+    return Place(f"{stacks}.gate_up_proj", (int(number), rows[matrix]))

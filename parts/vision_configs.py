@@ -55,6 +55,10 @@ GEMMA4 = dict(
     standardize=False)
 # Keys of its tower that its modules do not read
 GEMMA4_IGNORED = {"max_position_embeddings", "default_output_length", "global_head_dim"}
+# Gemma 4 12B has no tower: pixels of a square, norms and linear maps
+GEMMA4_PATCHES = dict(
+    patch_size=16, pooling_kernel_size=3, mm_embed_dim=3840, mm_posemb_size=1120, rms_norm_eps=1e-6)
+GEMMA4_REPEATED = {"num_soft_tokens", "model_patch_size", "output_proj_dims"}
 # Keys of Qwen's tower: other names of read ones, then those of video, and a default.
 QWEN_IGNORED = {"in_chans", "spatial_patch_size", "tokens_per_second", "rope_parameters"}
 QWEN_OUTER = {"vision_config", "image_token_id", "video_token_id", "vision_start_token_id",
@@ -65,6 +69,7 @@ QWEN_OUTER = {"vision_config", "image_token_id", "video_token_id", "vision_start
 WRAPPED = {
     "mistral3": dict(model_type="mistral"),
     "internvl": dict(model_type="qwen2"), "llama4": dict(model_type="llama4_text")}
+GEMMA4_KINDS = ("gemma4", "gemma4_unified")
 DECODERS = {"qwen3_vl_text": "qwen3", "qwen3_vl_moe_text": "qwen3_moe"}  # other names of families
 # Keys of a tower used alone, or left over from training: they change nothing in a forward pass.
 UNREAD = re.compile(
@@ -89,7 +94,7 @@ def split_config(raw: dict) -> tuple[dict, dict | None]:
     """
     kind = raw.get("model_type")
     splits = {"llava": split_llava, "idefics3": split_idefics, "smolvlm": split_idefics,
-              "gemma3": split_gemma, "gemma4": split_gemma4,
+              "gemma3": split_gemma, "gemma4": split_gemma4, "gemma4_unified": split_unified,
               "qwen2_vl": split_qwen, "qwen2_5_vl": split_qwen}
     splits |= dict.fromkeys(QWEN3_TEXT, split_qwen3) | dict.fromkeys(WRAPPED, unwrap)
     if kind not in splits:
@@ -97,7 +102,7 @@ def split_config(raw: dict) -> tuple[dict, dict | None]:
                          f"{', '.join(splits)} are supported, and text-only decoders")
     if "text_config" in raw:
         refuse_unknown({k: v for k, v in raw.items() if not TOP.match(k)
-                        and not (kind in ("gemma3", "gemma4", *WRAPPED) and OUTER.match(k))}, kind)
+                        and not (kind in ("gemma3", *GEMMA4_KINDS, *WRAPPED) and OUTER.match(k))}, kind)
     text, vision = splits[kind](raw)
     tied = text.get("tie_word_embeddings", False)
     text = {k: v for k, v in text.items() if not UNREAD.match(k) or k == "vocab_size"}
@@ -132,8 +137,8 @@ def check_joint(vision: dict, fields: dict) -> None:
                          f"the decoder's {layers}")
 
 
-def check_tower(tower: dict, defaults: dict) -> None:
-    """Raise ValueError for sizes that no tower has."""
+def check_sizes(tower: dict, defaults: dict) -> None:
+    """Raise ValueError for values that no tower has."""
     for key, default in defaults.items():
         value = tower[key]
         wanted = ""
@@ -149,6 +154,11 @@ def check_tower(tower: dict, defaults: dict) -> None:
         if wanted:
             raise ValueError(
                 f"config.json: {key} = {value!r:.60} in vision_config: expected {wanted}")
+
+
+def check_tower(tower: dict, defaults: dict) -> None:
+    """Raise ValueError for sizes that no tower has."""
+    check_sizes(tower, defaults)
     size = tower.get("embed_dim", tower["hidden_size"])
     heads = tower.get("num_heads") or tower["num_attention_heads"]
     turns = 4 if "num_heads" in tower else 1  # Qwen's rotate, half with the row, half with the column
@@ -243,10 +253,7 @@ def split_gemma(raw: dict) -> tuple[dict, dict]:
 
 
 def split_gemma4(raw: dict) -> tuple[dict, dict | None]:
-    """Split Gemma 4's, whose sound is not read; files of text alone have no tower.
-
-    `placeholders` are tokens of images, videos and sound, which are padding to per-layer inputs.
-    """
+    """Split Gemma 4's, whose sound is not read; files of text alone have no tower."""
     text = dict(model_type="gemma4_text") | raw["text_config"]
     if raw["vision_config"] is None:
         return text, None
@@ -260,17 +267,49 @@ def split_gemma4(raw: dict) -> tuple[dict, dict | None]:
             f"config.json: head_dim = {vision['head_dim']}, num_attention_heads = {heads} and "
             f"num_key_value_heads = {shared} in vision_config: expected a head_dim that is a multiple "
             "of 4, and as many heads for each of keys and values")
+    both_ways = "windows" if text.get("use_bidirectional_attention") == "vision" else None
+    return text, vision | gemma4_tokens(raw, text) | dict(
+        kind="gemma4", both_ways=both_ways, rope_theta=theta)
+
+
+def split_unified(raw: dict) -> tuple[dict, dict | None]:
+    """Split that of Gemma 4 12B: a decoder without per-layer inputs, and no tower.
+
+    Its patches are the squares that other sizes pool.
+    """
+    text = dict(hidden_size_per_layer_input=0, sliding_window=1024) | raw["text_config"]
+    sees = text.setdefault("use_bidirectional_attention", "vision") == "vision"
+    text["model_type"] = "gemma4_text"
+    if raw["vision_config"] is None:
+        return text, None
+    given = {k: v for k, v in raw["vision_config"].items() if v is not None}
+    known = GEMMA4_PATCHES.keys() | GEMMA4_REPEATED
+    refuse_unknown({k: v for k, v in given.items() if k not in known}, "the tower of gemma4_unified")
+    c = GEMMA4_PATCHES | {k: v for k, v in given.items() if k in GEMMA4_PATCHES}
+    check_sizes(c, GEMMA4_PATCHES)
+    square = c["patch_size"] * c["pooling_kernel_size"]
+    for key, expected in dict(model_patch_size=square, output_proj_dims=c["mm_embed_dim"]).items():
+        if given.get(key, expected) != expected:
+            raise ValueError(f"config.json: {key} = {given[key]!r:.60} in vision_config: expected "
+                             f"{expected}, as its other sizes say")
+    return text, gemma4_tokens(raw, text) | dict(
+        kind="gemma4_unified", both_ways="whole" if sees else None, patch_size=square,
+        pooling_kernel_size=1, position_embedding_size=c["mm_posemb_size"],
+        hidden_size=c["mm_embed_dim"], intermediate_size=3 * square**2,
+        rms_norm_eps=c["rms_norm_eps"])
+
+
+def gemma4_tokens(raw: dict, text: dict) -> dict:
+    """Return the tokens of images, videos and sound, and the padding which they are to per-layer
+    inputs."""
     usual = dict(image_token_id=258880, video_token_id=258884, audio_token_id=258881)
     ids = {key: raw.get(key, default) for key, default in usual.items()}
     ids["pad_token_id"] = text.get("pad_token_id") or 0
     for key, value in ids.items():
         if value is not None and (type(value) is not int or value < 0):
             raise ValueError(f"config.json: {key} = {value!r:.60}: expected a token id")
-    both_ways = "windows" if text.get("use_bidirectional_attention") == "vision" else None
     padding = ids.pop("pad_token_id")
-    return text, vision | dict(
-        kind="gemma4", both_ways=both_ways, rope_theta=theta, padding=padding,
-        placeholders=tuple(i for i in ids.values() if i is not None))
+    return dict(padding=padding, placeholders=tuple(i for i in ids.values() if i is not None))
 
 
 def gemma4_theta(rope: dict) -> float:

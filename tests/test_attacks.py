@@ -249,6 +249,9 @@ GEMMA4_IMAGES = dict(
     model_type="gemma4", text_config=GEMMA4 | dict(num_hidden_layers=2), image_token_id=3, audio_config=None,
     vision_config=dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1,
                        head_dim=8, patch_size=4, pooling_kernel_size=2, position_embedding_size=20, use_clipped_linears=True))
+UNIFIED = dict(
+    model_type="gemma4_unified", text_config=BASE | dict(head_dim=12, global_head_dim=20, layer_types=GEMMA4["layer_types"]),
+    vision_config=dict(mm_embed_dim=32, mm_posemb_size=70, model_patch_size=48, output_proj_dims=32, patch_size=16))
 LLAVA = dict(model_type="llava", text_config=BASE | dict(model_type="llama"), vision_config=GEMMA3["vision_config"])
 NAN = float("nan")
 MEANINGLESS = [
@@ -275,11 +278,12 @@ MEANINGLESS = [
     (GEMMA4_IMAGES, "pooling_kernel_size", 0), (GEMMA4_IMAGES, "rope_parameters", dict(rope_theta="x")),
     (GEMMA4_IMAGES, "rope_parameters", dict(rope_type="yarn")), (GEMMA4_IMAGES, "rope_parameters", [1]),
     (GEMMA4_IMAGES, "hidden_activation", "x"), (GEMMA4_IMAGES, "standardize", 1), (GEMMA4_IMAGES, "image_token_id", "x"),
+    (UNIFIED, "mm_embed_dim", 0), (UNIFIED, "model_patch_size", 47), (UNIFIED, "output_proj_dims", 33), (UNIFIED, "patch_size", "x"),
     (GEMMA3, "layer_norm_eps", "x"), (LLAVA, "vision_feature_layer", -9), (LLAVA, "projector_hidden_act", "x"),
     (LLAVA, "vision_feature_select_strategy", "x"), (LLAVA, "num_attention_heads", 3)]
 
 
-@pytest.mark.parametrize("base", [FALCON_H1, GRANITE_H, DEEPSEEK, GLM, LLAMA4, GEMMA4, QWEN3_VL, GEMMA3, GEMMA4_IMAGES, LLAVA],
+@pytest.mark.parametrize("base", [FALCON_H1, GRANITE_H, DEEPSEEK, GLM, LLAMA4, GEMMA4, QWEN3_VL, GEMMA3, GEMMA4_IMAGES, UNIFIED, LLAVA],
                          ids=lambda raw: raw["model_type"])
 def test_the_files_that_the_values_below_spoil_are_read(base):
     assert models.read_config(base).hidden_size == 32

@@ -32,7 +32,7 @@ from extras.models.opening import build
 from parts.activations import keep_all, recompute
 from parts.configs import check_length
 from parts.families import Family
-from parts.names import FIXED, find_places
+from parts.names import FIXED, file_name, find_places
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 transformers.logging.set_verbosity_error()
@@ -57,6 +57,12 @@ MAMBA = dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=16, mamba_n_groups=2
 GRANITE_H = SIZES | MAMBA | dict(
     shared_intermediate_size=24, layer_types=["linear_attention", FULL, "linear_attention"], embedding_multiplier=3.0,
     attention_multiplier=0.2, residual_multiplier=0.5, logits_scaling=2.0)
+# transformers takes time_step_min for a limit (test_nemotron.py): here it limits nothing
+NEMOTRON = {k: v for k, v in SIZES.items() if k != "num_hidden_layers"} | dict(
+    head_dim=12, mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=16, n_groups=2, time_step_min=1e-9, time_step_floor=1e-2)
+NEMOTRON_EXPERTS = NEMOTRON | dict(
+    layers_block_type=["linear_attention", "moe", FULL, "moe", "mlp"], n_routed_experts=6, num_experts_per_tok=2, n_group=3,
+    topk_group=2, moe_intermediate_size=16, moe_shared_expert_intermediate_size=24, routed_scaling_factor=1.7)
 # E2B in small: shared keys and values, wider MLPs where they are read, inputs of the layers' own
 GEMMA4 = NARROW | dict(
     num_hidden_layers=6, layer_types=[SLIDING, FULL] * 3, sliding_window=5, global_head_dim=20, num_kv_shared_layers=2,
@@ -128,6 +134,12 @@ CASES = {
         mlp_multipliers=[0.9, 0.6])),
     "falcon_h1 norm": ("falcon_h1", SIZES | MAMBA | dict(mamba_d_ssm=64, mamba_rms_norm=True, mamba_norm_before_gate=False)),
     "falcon_h1 norm first": ("falcon_h1", SIZES | MAMBA | dict(mamba_d_ssm=64, mamba_rms_norm=True, mamba_norm_before_gate=True, mamba_n_groups=1)),
+    "nemotron_h": ("nemotron_h", NEMOTRON | dict(layers_block_type=["linear_attention", "mlp", FULL, "linear_attention", "mlp"])),
+    "nemotron_h bias": ("nemotron_h", NEMOTRON | dict(
+        layers_block_type=[FULL, "linear_attention", "mlp"], mlp_bias=True, use_conv_bias=False, n_groups=1)),
+    "nemotron_h_experts": ("nemotron_h", NEMOTRON_EXPERTS),
+    "nemotron_h_experts inner": ("nemotron_h", NEMOTRON_EXPERTS | dict(
+        n_group=1, topk_group=1, moe_latent_size=24, norm_topk_prob=False, mlp_bias=True)),
     "llama4": ("llama4_text", EXPERTS_4 | dict(interleave_moe_layer_step=2)),
     "llama4 without norm": ("llama4_text", EXPERTS_4 | dict(
         use_qk_norm=False, num_experts_per_tok=2, no_rope_layers=[1, 0, 0, 1], rope_parameters=dict(
@@ -165,7 +177,7 @@ CASES = {
 }
 SPARSE = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "qwen3_next", "qwen3_5_moe", "gpt_oss", "granite_h experts"]
 UNBALANCED = ["deepseek_v2", "deepseek_v2 lite", "deepseek_v3", "deepseek_v3 ungrouped", "glm4_moe", "glm4_moe_lite",
-              "llama4", "llama4 without norm"]
+              "llama4", "llama4 without norm", "nemotron_h_experts", "nemotron_h_experts inner"]
 ROUTERS = ("mlp.gate.weight", "block_sparse_moe.gate.weight", "mlp.router.weight", "mlp.router.bias",
            "block_sparse_moe.router.layer.weight", "feed_forward.router.weight")
 STACKED = ("gpt_oss", "granite_h experts", "llama4", "llama4 without norm")  # in its files too
@@ -268,7 +280,7 @@ def their_gradients(theirs, loss, names) -> dict:
     for name in names:
         if name.endswith(FIXED):
             continue
-        plain = name.replace("embed_out", "lm_head").replace("router.layer", "router")
+        plain = name.replace("embed_out", "lm_head").replace("router.layer", "router").replace("backbone.", "model.")
         for theirs_once, now in (("input_linear.weight", "gate_up_proj"), ("output_linear.weight", "down_proj")):
             plain = plain.replace(f"block_sparse_moe.{theirs_once}", f"block_sparse_moe.experts.{now}")
         if plain not in stacked:
@@ -279,6 +291,9 @@ def their_gradients(theirs, loss, names) -> dict:
         layer, rest = plain.split(".experts.")
         number, matrix, _ = rest.split(".")
         down = matrix in ("w2", "down_proj")
+        if f"{layer}.experts.up_proj" in stacked:  # without gates
+            found[name] = stacked[f"{layer}.experts.{matrix}"][int(number)]
+            continue
         whole = stacked[f"{layer}.experts.{'down_proj' if down else 'gate_up_proj'}"][int(number)]
         found[name] = whole if down else whole.chunk(2)[matrix in ("w3", "up_proj")]
     return found
@@ -444,7 +459,7 @@ def test_older_files_mean_the_same(case):
     """`rope_theta` + `rope_scaling` for `rope_parameters`, `torch_dtype` for `dtype`; no `layer_types`."""
     name, theirs, directory = case
     new = json.loads((directory / "config.json").read_text())
-    assert "dtype" in new and ("rope_parameters" in new) == (name != "gpt2")
+    assert "dtype" in new and ("rope_parameters" in new) == (name != "gpt2" and not name.startswith("nemotron_h"))
     if name.startswith(("ministral3", "gemma4")):
         return  # are younger
     assert models.read_config(older(new)) == models.read_config(new)
@@ -806,7 +821,7 @@ def test_fused_and_single_expert_files_are_one_model(mixture, tmp_path):
         return
     single = models.load_model(directory)
     assert sum(".experts." in n for n in single.layout) > sum(".experts." in n for n, _ in single.named_parameters())
-    state = {n: p.detach() for n, p in (*single.named_parameters(), *single.named_buffers())}
+    state = {file_name(n, single.config): p.detach() for n, p in (*single.named_parameters(), *single.named_buffers())}
     (tmp_path / "fused").mkdir()
     save_file(state, tmp_path / "fused/model.safetensors", metadata={"format": "pt"})
     (tmp_path / "fused/config.json").write_text((directory / "config.json").read_text())
@@ -828,7 +843,7 @@ def test_a_missing_expert_is_named(mixture, tmp_path):
     del state[gone]
     save_file(state, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((directory / "config.json").read_text())
-    with pytest.raises(ValueError, match=r"missing parts of model.layers.\d.mlp.experts.(gate_up|down)_proj"):
+    with pytest.raises(ValueError, match=r"missing parts of model.layers.\d.(mlp|mixer).experts.(gate_up|up|down)_proj"):
         models.load_model(tmp_path)
 
 

@@ -24,7 +24,7 @@ transformers = pytest.importorskip("transformers", reason="needs transformers")
 
 FAMILIES = """llama mistral qwen2 qwen3 gemma gemma2 gemma3 gemma4 gemma4_experts phi3 olmo2 olmo3 exaone4 seed_oss arcee ministral3
     glm4 cohere2 hunyuan ernie4_5 smollm3 granite gpt2 pythia
-    granite_h falcon_h1 llama4
+    granite_h falcon_h1 nemotron_h nemotron_h_experts llama4
     mixtral qwen2_moe qwen3_moe olmoe qwen3_next qwen3_5 qwen3_5_moe gpt_oss
     deepseek_v2 deepseek_v3 glm4_moe glm4_moe_lite""".split()
 WINDOWED = ("mistral", "qwen2", "gemma2", "gemma3", "gemma4", "gemma4_experts", "phi3", "olmo3", "exaone4", "cohere2", "mixtral", "gpt_oss",
@@ -37,7 +37,7 @@ ROWS = make_rows(8, seed=1)
 COMMON = {"per_device_train_batch_size": 4, "max_steps": 2, "learning_rate": 1e-3}
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["all-linear"], "learning_rate": 1e-2}
 TOLERANCE = 1e-5  # of max(1, |TRL's|), ten times that for rewards; found below 1e-6, and GELU for its tanh form is 2e-5
-ON_EXPERTS = re.compile(r"\.(mlp\.(experts|gate)|feed_forward\.router)\.")
+ON_EXPERTS = re.compile(r"\.((mlp|mixer)\.(experts|gate)|feed_forward\.router)\.")
 COEFFICIENT = 0.1  # a hundred times most families' own, so that what it does to the gradients shows
 
 
@@ -137,7 +137,7 @@ def test_lora_on_all_linear_layers_trains_and_loads_in_peft(name, families, tmp_
     assert (again - exact).abs().max() < 1.5 * (theirs - exact).abs().max() + 1e-5
     fresh = transformers.AutoModelForCausalLM.from_pretrained(families / name / "model")
     targets = "all-linear"
-    if name == "falcon_h1":  # here PEFT refuses "all-linear", because of out_proj, which ours leaves out
+    if name.startswith(("falcon_h1", "nemotron_h")):  # here PEFT refuses "all-linear", because of out_proj, which ours leaves out
         with pytest.raises(ValueError, match="'out_proj' is incompatible with Mamba-based models"):
             peft.get_peft_model(fresh, peft.LoraConfig(r=4, target_modules=targets))
         targets = ["in_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -20,6 +20,7 @@ from extras.rows import pictures  # noqa: E402
 
 THEIRS = {"llava": "CLIPImageProcessorPil", "idefics3": "Idefics3ImageProcessorPil", "smolvlm": "SmolVLMImageProcessorPil",
           "gemma3": "Gemma3ImageProcessorPil", "gemma4": "Gemma4ImageProcessorPil",
+          "gemma4_unified": "Gemma4ImageProcessorPil",  # its own needs torchvision: test_pixels... puts the squares together
           **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", *QWEN3), "Qwen2VLImageProcessorPil")}
 SIZES = [(30, 20), (20, 30), (28, 28), (29, 57), (100, 41), (8, 8), (150, 149), (61, 200)]
 
@@ -58,8 +59,12 @@ def test_pixels_equal_transformers(family, size, tmp_path):
     processor = load_tokenizer(family, tmp_path).pictures
     theirs = getattr(transformers, THEIRS[family])(**{k: v for k, v in PREPROCESSORS[family].items() if "type" not in k})
     expected = theirs(picture(*size), return_tensors="np")["pixel_values"]
-    expected = expected[0] if family in ("idefics3", "smolvlm", "gemma4") else expected
+    expected = expected[0] if family in ("idefics3", "smolvlm", "gemma4", "gemma4_unified") else expected
     ours = pictures.preprocess(picture(*size), processor)
+    if family == "gemma4_unified":  # k x k patches, put together as they lie in the image
+        rows, columns = pictures.grid(pictures.RowImage("", "", *size), processor)
+        patches = expected[: 4 * rows * columns].reshape(rows, 2, columns, 2, 4, 4, 3)
+        expected = patches.transpose(0, 2, 1, 4, 3, 5, 6).reshape(rows * columns, -1)
     if family == "gemma4":  # theirs are padded
         assert not expected[len(ours):].any()
         expected = expected[: len(ours)]
@@ -160,7 +165,8 @@ def bare_processor(family, image_processor, tokenizer):
     """SmolVLM's, Gemma 4's and Qwen's replacement of a picture's token, by their own code, without their video processors."""
     import transformers
 
-    cls = {"smolvlm": transformers.SmolVLMProcessor, "gemma4": transformers.Gemma4Processor} | dict.fromkeys(QWEN3, transformers.Qwen3VLProcessor)
+    cls = {"smolvlm": transformers.SmolVLMProcessor, "gemma4": transformers.Gemma4Processor,
+           "gemma4_unified": transformers.Gemma4UnifiedProcessor} | dict.fromkeys(QWEN3, transformers.Qwen3VLProcessor)
     cls = cls.get(family, transformers.Qwen2VLProcessor)
     token = IMAGE_TOKENS.get(family, "<image>")
     bare = SimpleNamespace(image_processor=image_processor, image_token=token, image_seq_len=4, global_image_token="<global-img>",

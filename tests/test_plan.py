@@ -122,6 +122,14 @@ SHAPES |= {"latent": dict(
     topk_group=1, moe_intermediate_size=48, first_k_dense_replace=1, q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16,
     qk_rope_head_dim=8, v_head_dim=16), "experts": dict(
     model_type="qwen3_moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64)}
+NEMOTRON = dict(
+    model_type="nemotron_h", num_hidden_layers=9, hybrid_override_pattern="M-M-*-M-*", mamba_num_heads=4, mamba_head_dim=32,
+    ssm_state_size=32, n_groups=2)
+SHAPES |= {"one residual": NEMOTRON, "one residual, experts": NEMOTRON | dict(
+    hybrid_override_pattern="MEME*EME*", n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=64,
+    moe_shared_expert_intermediate_size=96), "one residual, experts inside": NEMOTRON | dict(
+    hybrid_override_pattern="MEME*EME*", n_routed_experts=8, num_experts_per_tok=4, moe_intermediate_size=64,
+    moe_shared_expert_intermediate_size=96, moe_latent_size=32)}
 MODES = {"float32": {}, "bf16": dict(bf16=True), "accumulated": dict(forwards=2), "checkpointing": dict(checkpointing=True),
          "selective": dict(checkpointing="selective"), "selective, bf16": dict(checkpointing="selective", bf16=True),
          "live reference": dict(live_ref=True), "LoRA": dict(rank=4), "LoRA on all": dict(rank=4, targets=("all-linear",)),
@@ -199,13 +207,18 @@ def test_a_dry_run_says_steps_tokens_memory_and_time_and_trains_nothing(tiny, pa
 
 
 def test_of_experts_those_that_a_token_is_sent_to_are_counted():
-    """DeepSeek-V3 activates 37 of its 671 billion parameters, as its card says; the embedding multiplies nothing."""
+    """DeepSeek-V3 activates 37 of its 671 billion parameters, as its card says; the embedding multiplies nothing. Gemma 4
+    26B-A4B, whose experts are beside its MLPs, 3.8 of 25.2 billion."""
     from test_latent import PUBLISHED
+    from test_wrapped import gemma4
 
     config = models.read_config(PUBLISHED["DeepSeek-V3"])
     head = config.vocab_size * config.hidden_size
     counted = forecast.count(config, plan.Run(1, 1))
     assert 36e9 < counted["matrices"] + head < 38e9 and counted["weights"] == 4 * 671_026_404_352
+    config = models.read_config(gemma4("26B-A4B")[0])
+    head, counted = config.vocab_size * config.hidden_size, forecast.count(config, plan.Run(1, 1))
+    assert 3.75e9 < counted["matrices"] + head < 3.85e9 and 25.15e9 < counted["weights"] / 4 < 25.25e9
 
 
 REAL = {  # configurations as published, and their parameters

@@ -425,6 +425,22 @@ def test_published_sizes_of_gemma_4_are_those_of_its_decoder_tower_and_projectio
     assert 2 * sum(p.numel() for p in gemma4(name)[1].values()) == size
 
 
+def test_gemma_4_12b_has_as_many_parameters_as_the_hub_says():
+    """google/gemma-4-12B: no tower, no audio encoder."""
+    types = (["sliding_attention"] * 5 + ["full_attention"]) * 8
+    text = gemma4("31B")[0]["text_config"] | dict(
+        model_type="gemma4_unified_text", hidden_size=3840, intermediate_size=15360, num_hidden_layers=48, num_attention_heads=16,
+        num_key_value_heads=8, num_global_key_value_heads=1, attention_k_eq_v=True, layer_types=types)
+    patches = dict(model_type="gemma4_unified_vision", mm_embed_dim=3840, mm_posemb_size=1120, model_patch_size=48, patch_size=16,
+                   num_soft_tokens=280, output_proj_dims=3840, pooling_kernel_size=3, rms_norm_eps=1e-6)
+    raw = gemma4("31B")[0] | dict(model_type="gemma4_unified", text_config=text, vision_config=patches)
+    config = models.read_config(raw)
+    with torch.device("meta"):
+        model = build(config)
+    audio = 640 * 3840  # carried: embed_audio's projection
+    assert sum(p.numel() for p in model.parameters()) + audio == 11_959_730_224
+
+
 def test_the_configuration_of_qwen36_27b_is_read():
     """That of Qwen/Qwen3.6-27B; its name says how many parameters."""
     raw = dict(

@@ -3,7 +3,7 @@
 import torch
 
 QWEN3 = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
-FAMILIES = ("llava", "idefics3", "smolvlm", "gemma3", "gemma4", "qwen2_vl", "qwen2_5_vl", *QWEN3)
+FAMILIES = ("llava", "idefics3", "smolvlm", "gemma3", "gemma4", "gemma4_unified", "qwen2_vl", "qwen2_5_vl", *QWEN3)
 IMAGE = 150
 PAD = 259  # of make_tokenizer
 TEXT = dict(vocab_size=200, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -43,6 +43,8 @@ def make_checkpoint(family: str, directory, vocab_size: int = 200, image: int = 
         model = hf.Gemma3ForConditionalGeneration(config)
     elif family == "gemma4":
         model = make_gemma4(text, image)
+    elif family == "gemma4_unified":
+        model = make_unified(text, image)
     elif family == "qwen2_vl":
         tower = dict(depth=2, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2, patch_size=4)
         model = hf.Qwen2VLForConditionalGeneration(
@@ -56,7 +58,7 @@ def make_checkpoint(family: str, directory, vocab_size: int = 200, image: int = 
             hf.Qwen2_5_VLConfig(text_config=text | dict(rope_parameters=rope), vision_config=tower, **ids))
     for name, p in model.named_parameters():  # norms and biases that do something, weights that let pictures be seen
         torch.nn.init.normal_(p, 1.0 if "norm" in name and name.endswith("weight") or "ln_q.weight" in name else 0.0, 0.1)
-    if family == "gemma4":
+    if family.startswith("gemma4"):
         settle(model)
     model.eval()
     if directory is not None:
@@ -105,6 +107,19 @@ def make_gemma4(text: dict, image: int):
     return hf.Gemma4ForConditionalGeneration(config)
 
 
+def make_unified(text: dict, image: int):
+    """As 12B: no tower, keys that are values too, scores of the head that are capped."""
+    import transformers as hf
+
+    patches = dict(patch_size=4, pooling_kernel_size=2, mm_embed_dim=24, mm_posemb_size=70, output_proj_dims=24)
+    config = hf.AutoConfig.for_model(
+        "gemma4_unified", vision_config=patches, audio_config=dict(audio_embed_dim=16), image_token_id=image,
+        video_token_id=image + 1, audio_token_id=image + 2, text_config=text | dict(
+            num_hidden_layers=4, head_dim=8, global_head_dim=16, sliding_window=3, attention_k_eq_v=True,
+            num_global_key_value_heads=1, layer_types=["sliding_attention", "full_attention"] * 2))
+    return hf.Gemma4UnifiedForConditionalGeneration(config)
+
+
 @torch.no_grad()
 def settle(model) -> None:
     """Scores as large as with a scale of 1 / sqrt(head dim); bounds that hold some numbers; scales that do something."""
@@ -127,6 +142,10 @@ def random_pictures(family: str):
         grids = torch.tensor([[6, 10], [4, 8]])
         pixels = torch.randn(60 + 32, 3 * 2 * 4 * 4, generator=g)
         counts = [15, 8]
+    elif family == "gemma4_unified":
+        grids = torch.tensor([[2, 3], [1, 4]])
+        pixels = torch.rand(6 + 4, 3 * 8 * 8, generator=g)
+        counts = [6, 4]
     elif family == "gemma4":
         grids = torch.tensor([[4, 6], [2, 8]])
         pixels = torch.rand(24 + 16, 3 * 4 * 4, generator=g)
@@ -148,7 +167,7 @@ def theirs_forward(model, family: str, sequences, pixels, grids, image: int = IM
     if "qwen" in family:
         more["image_grid_thw"] = torch.cat([torch.ones(len(grids), 1).long(), grids], 1)
         more["mm_token_type_ids"] = (ids == image).int()
-    elif family == "gemma4":
+    elif family.startswith("gemma4"):
         more |= padded_patches(pixels, grids)
         more["mm_token_type_ids"] = (ids == image).int()
     elif family == "gemma3":
@@ -177,7 +196,7 @@ SPECIAL = ["<s>", "</s>", "<pad>", "<image>", "<fake_token_around_image>", "<glo
            "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>",
            "<|turn>", "<turn|>", "<|image>", "<image|>", "<|image|>", "<|video|>", "<|audio|>",
            *(f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7))]
-IMAGE_TOKENS = {"gemma3": "<image_soft_token>", "gemma4": "<|image|>"} | dict.fromkeys(("qwen2_vl", "qwen2_5_vl", *QWEN3), "<|image_pad|>")
+IMAGE_TOKENS = {"gemma3": "<image_soft_token>", **dict.fromkeys(("gemma4", "gemma4_unified"), "<|image|>")} | dict.fromkeys(("qwen2_vl", "qwen2_5_vl", *QWEN3), "<|image_pad|>")
 PARTS = "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% elif part['type'] == 'image' %}"
 TEMPLATES = {
     "llava": "{% for message in messages %}{{ message['role'] | upper }}: " + PARTS + "{{ '<image>\\n' }}{% endif %}{% endfor %}"
@@ -201,6 +220,7 @@ PREPROCESSORS = {
     "smolvlm": dict(image_processor_type="SmolVLMImageProcessor", size={"longest_edge": 56}, max_image_size={"longest_edge": 28}),
     "gemma3": dict(image_processor_type="Gemma3ImageProcessor", size={"height": 28, "width": 28}),
     "gemma4": dict(image_processor_type="Gemma4ImageProcessor", patch_size=4, pooling_kernel_size=2, max_soft_tokens=70),
+    "gemma4_unified": dict(image_processor_type="Gemma4UnifiedImageProcessor", patch_size=4, pooling_kernel_size=2, max_soft_tokens=70),
     "qwen2_vl": dict(image_processor_type="Qwen2VLImageProcessor", patch_size=4, temporal_patch_size=2, merge_size=2,
                      min_pixels=64, max_pixels=1600)}
 PREPROCESSORS["qwen2_5_vl"] = PREPROCESSORS["qwen2_vl"]
@@ -212,7 +232,7 @@ OUTER = {"llava": dict(processor_class="LlavaProcessor", patch_size=7, vision_fe
          "idefics3": dict(processor_class="Idefics3Processor", image_seq_len=4),
          "smolvlm": dict(processor_class="SmolVLMProcessor", image_seq_len=4),
          "gemma3": dict(processor_class="Gemma3Processor", image_seq_length=4),
-         "gemma4": dict(processor_class="Gemma4Processor"),
+         "gemma4": dict(processor_class="Gemma4Processor"), "gemma4_unified": dict(processor_class="Gemma4UnifiedProcessor"),
          "qwen2_vl": dict(processor_class="Qwen2VLProcessor"), "qwen2_5_vl": dict(processor_class="Qwen2_5_VLProcessor"),
          **dict.fromkeys(QWEN3, dict(processor_class="Qwen3VLProcessor"))}
 
@@ -231,7 +251,7 @@ def make_tokenizer(family: str, directory) -> int:
     backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in SPECIAL])
     backend.save(str(directory / "tokenizer.json"))
-    kind = "qwen" if "qwen" in family else "idefics3" if family == "smolvlm" else family
+    kind = "qwen" if "qwen" in family else {"smolvlm": "idefics3", "gemma4_unified": "gemma4"}.get(family, family)
     write = lambda name, value: (directory / name).write_text(json.dumps(value))
     named = {"gemma3": dict(boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>"),
              "gemma4": dict(boi_token="<|image>", eoi_token="<image|>", image_token="<|image|>", audio_token="<|audio|>",
@@ -248,5 +268,5 @@ def make_tokenizer(family: str, directory) -> int:
 def make_model_directory(family: str, directory):
     """A random checkpoint with all its files; returns transformers' model."""
     image = make_tokenizer(family, directory)
-    pad = dict(pad_token_id=PAD) if family == "gemma4" else {}  # as published: it reads its embedding
+    pad = dict(pad_token_id=PAD) if family.startswith("gemma4") else {}  # as published: it reads its embedding
     return make_checkpoint(family, directory, vocab_size=320, image=image, **pad)

@@ -1,4 +1,5 @@
-"""Gemma 4's image encoder: patches of any grid, positions on two axes, linear layers with bounds.
+"""Gemma 4's image encoder: patches of any grid, positions on two axes, linear layers with bounds;
+and `Patches`, which 12B has in its place.
 
 An image of h x w patches comes as h w rows of pixels, row by row. A patch has a learned vector of
 its column and one of its row, and in attention half of each head's dims turn with the column, half
@@ -161,6 +162,31 @@ class Tower(nn.Module):
         if c["standardize"]:
             features = (features - self.std_bias) * self.std_scale
         return features.to(x.dtype)
+
+
+class Patches(nn.Module):
+    """What Gemma 4 12B has for a tower: squares of pixels, a norm, a linear map, a norm, vectors of
+    column and row, a norm."""
+
+    def __init__(self, c: dict):
+        super().__init__()
+        size, inner = c["hidden_size"], c["intermediate_size"]
+        self.patch_ln1 = nn.LayerNorm(inner)
+        self.patch_dense = nn.Linear(inner, size)
+        self.patch_ln2 = nn.LayerNorm(size)
+        self.pos_embedding = nn.Parameter(torch.zeros(c["position_embedding_size"], 2, size))
+        self.pos_norm = nn.LayerNorm(size)
+
+    def unreached(self) -> list[nn.Module]:
+        return []
+
+    def forward(self, pixels: Tensor, grids: Tensor, run: Callable) -> Tensor:  # (P, C)
+        places = torch.cat([grid_places(h, w) for h, w in grids.tolist()]).to(pixels.device)
+        x = self.patch_ln1(pixels.to(self.patch_dense.weight.dtype))
+        x = self.patch_ln2(self.patch_dense(x))
+        columns, rows = self.pos_embedding.unbind(1)
+        where = F.embedding(places[:, 0], columns) + F.embedding(places[:, 1], rows)
+        return self.pos_norm(x + where)
 
 
 def grid_places(h: int, w: int) -> Tensor:  # (h w, 2)

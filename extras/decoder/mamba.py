@@ -1,4 +1,5 @@
-"""Mamba-2 layers (arXiv:2405.21060): Granite 4 H, Falcon-H1, where they stand beside attention.
+"""Mamba-2 layers (arXiv:2405.21060): Granite 4 H, Nemotron-H, and Falcon-H1, where they stand
+beside attention.
 
 Each head has a state S (s, p), which every token lets decay and adds to:
 

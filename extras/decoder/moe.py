@@ -111,15 +111,19 @@ class Experts(nn.Module):
     """down(act(gate(x)) * up(x)) of each expert, with matrices stacked as in transformers 5.
 
     With moe["clamp"] they are gpt-oss's: with biases, `clamped_product` for act(gate) * up, and the
-    rows of gate and up in turn in gate_up_proj.
+    rows of gate and up in turn in gate_up_proj. Nemotron-H's have no gate: down(act(up(x))). `first`
+    names the stack before the activation.
     """
 
     def __init__(self, hidden_size: int, moe: dict, act: Callable):
         super().__init__()
         self.act = act
         self.product = product
+        self.gated = moe.get("gated", True)
+        self.first = "gate_up_proj" if self.gated else "up_proj"
         count = moe["experts"]
-        self.gate_up_proj = nn.Parameter(torch.zeros(count, 2 * moe["size"], hidden_size))
+        rows = (2 if self.gated else 1) * moe["size"]
+        setattr(self, self.first, nn.Parameter(torch.zeros(count, rows, hidden_size)))
         self.down_proj = nn.Parameter(torch.zeros(count, hidden_size, moe["size"]))
         self.clamp = moe.get("clamp")  # (alpha, limit)
         if self.clamp:
@@ -128,11 +132,11 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """Apply each expert to its rows of x: the first counts[0] are expert 0's, and so on."""
-        gated = self.combine(self.project("gate_up_proj", x, counts))
-        return self.project("down_proj", gated, counts)
+        inner = self.combine(self.project(self.first, x, counts))
+        return self.project("down_proj", inner, counts)
 
     def project(self, name: str, x: Tensor, counts: Tensor) -> Tensor:
-        """Return the product with one stack, "gate_up_proj" or "down_proj"."""
+        """Return the product with one stack, `first` or "down_proj"."""
         out = grouped_linear(x, getattr(self, name), counts)
         if not self.clamp:
             return out
@@ -142,6 +146,8 @@ class Experts(nn.Module):
         return out + F.embedding(expert, getattr(self, f"{name}_bias").to(out.dtype))
 
     def combine(self, gate_up: Tensor) -> Tensor:  # (n, size)
+        if not self.gated:
+            return self.act(gate_up)
         if self.clamp:
             return clamped_product(gate_up[:, ::2], gate_up[:, 1::2], *self.clamp)
         return self.product(self.act, *gate_up.chunk(2, -1))
@@ -196,20 +202,27 @@ def make_sparse(config: Any, make_mlp: Callable[[Any, int], nn.Module]) -> nn.Mo
     """Make the MLP of a sparse layer; `make_mlp(config, size)` makes a dense one."""
     size = config.moe["shared_size"]
     shared = make_mlp(config, size) if size else None
-    return SparseMLP(config.hidden_size, config.moe, ACTIVATIONS[config.hidden_act], shared)
+    sparse = SparseMLP(config.hidden_size, config.moe, ACTIVATIONS[config.hidden_act], shared)
+    inner = config.moe.get("inner")
+    if inner:
+        sparse.fc1_latent_proj = nn.Linear(config.hidden_size, inner, bias=config.mlp_bias)
+        sparse.fc2_latent_proj = nn.Linear(inner, config.hidden_size, bias=config.mlp_bias)
+    return sparse
 
 
 class SparseMLP(nn.Module):
     """Router and experts, and the expert that sees every token: Qwen2-MoE's through a gate,
     DeepSeek's as it is ("shared_experts", since several are one larger), and Llama 4's and
-    Granite's. Llama 4's router scales what its experts read, the others' what they return.
+    Granite's. Llama 4's router scales what its experts read, the others' what they return. The
+    largest of Nemotron-H have experts on moe["inner"] channels, between two projections.
     """
 
     def __init__(self, hidden_size: int, moe: dict, act: Callable, shared: nn.Module | None):
         super().__init__()
         is_grouped = "groups" in moe
         self.gate = GroupRouter(hidden_size, moe) if is_grouped else Router(hidden_size, moe)
-        self.experts = Experts(hidden_size, moe, act)
+        self.experts = Experts(moe.get("inner") or hidden_size, moe, act)
+        self.fc1_latent_proj = self.fc2_latent_proj = nn.Identity()
         self.scales_input = moe.get("scales_input", False)
         self.is_balanced = moe["router_aux_loss_coef"] is not None
         self.shared_name = "shared_experts" if is_grouped else "shared_expert"
@@ -222,7 +235,9 @@ class SparseMLP(nn.Module):
         """Return hidden states (T, C), and the router's logits (T, experts) if its experts have a
         balancing loss."""
         logits, weights, chosen = self.gate(x)
-        out = mix(self.experts, logits.shape[1], x, weights, chosen, self.scales_input)
+        given = self.fc1_latent_proj(x)
+        out = mix(self.experts, logits.shape[1], given, weights, chosen, self.scales_input)
+        out = self.fc2_latent_proj(out)
         shared = getattr(self, self.shared_name)
         if self.shared_expert_gate is not None:
             out = out + self.shared_expert_gate(x).sigmoid() * shared(x)

@@ -2,8 +2,8 @@
 decoder's size.
 
 LLaVA, Idefics3, SmolVLM and Gemma 3 (extras/decoder/towers.py), Gemma 4 (gemma4_tower.py),
-Qwen2-VL and Qwen2.5-VL (qwen_vl.py), Qwen3-VL and Qwen3.5 (qwen3_vl.py). Used where config.json has a `vision_config`;
-image files are read and cut by extras/rows/pictures.py.
+Qwen2-VL and Qwen2.5-VL (qwen_vl.py), Qwen3-VL and Qwen3.5 (qwen3_vl.py). Used where config.json
+has a `vision_config`; image files are read and cut by extras/rows/pictures.py.
 
 The features replace the embeddings of the image tokens in the stream. Each distinct image of a
 batch is encoded once, though both completions see it and rows may share it: `Pictures.source`
@@ -94,8 +94,9 @@ class Vision(nn.Module):
         elif c["kind"] == "qwen3":
             self.tower = qwen3_vl.Tower(c)
             self.projector = qwen3_vl.Merger(c)
-        elif c["kind"] == "gemma4":
-            self.tower = gemma4_tower.Tower(c)
+        elif c["kind"].startswith("gemma4"):
+            is_tower = c["kind"] == "gemma4"
+            self.tower = gemma4_tower.Tower(c) if is_tower else gemma4_tower.Patches(c)
             self.projector = gemma4_tower.Projector(c)
         else:
             self.tower = Tower(c)
@@ -123,8 +124,9 @@ class Vision(nn.Module):
         layers, (M, C) each: Qwen3-VL's DeepStack.
 
         The tables change only for Qwen, whose positions have three axes, and the plan only where
-        images are seen both ways (Gemma). Without images, 0 times the sum of the tower's and projector's weights is added
-        where they learn, so that each has a gradient on every rank, as DDP and FSDP expect.
+        images are seen both ways (Gemma). Without images, 0 times the sum of the tower's and
+        projector's weights is added where they learn, so that each has a gradient on every rank, as
+        DDP and FSDP expect.
         """
         if pictures is None:
             learning = [p for p in self.parameters() if p.requires_grad]
@@ -140,7 +142,7 @@ class Vision(nn.Module):
                 self.ropes, pictures.axes, c["sections"], alternate, x.dtype)
         if c.get("both_ways"):
             assert cache is None and pictures.runs is not None
-            cache = BothWays(pictures.runs.tolist(), c["both_ways"] == "everywhere")
+            cache = BothWays(pictures.runs.tolist(), c["both_ways"])
         return x, tables, cache, [part[pictures.source].to(x.dtype) for part in deep]
 
 

@@ -195,7 +195,8 @@ def stack_shape(experts: nn.Module, name: str) -> tuple[int, int, int]:
         return tuple(getattr(experts, name).shape)
     size, hidden = experts.gate_up[0].shape
     count = len(experts.down)
-    return (count, 2 * size, hidden) if name == "gate_up_proj" else (count, hidden, size)
+    rows = len(experts.gate_up) // count * size
+    return (count, rows, hidden) if name == experts.first else (count, hidden, size)
 
 
 def run_experts(
@@ -207,7 +208,7 @@ def run_experts(
         out = base.project(name, x, counts)
         return out + updates[name](name, x, counts).to(out.dtype) if name in updates else out
 
-    return project("down_proj", base.combine(project("gate_up_proj", x)))
+    return project("down_proj", base.combine(project(base.first, x)))
 
 
 class LoraRouter(nn.Module):

@@ -98,7 +98,8 @@ def requantized(narrow: nn.Module, wide: nn.Module) -> nn.Module:
     def each(states: Iterable[Quantized], weights: Iterable[Tensor]) -> list[Quantized]:
         return [requantize(state, weight) for state, weight in zip(states, weights)]
 
-    halves = [matrix for expert in wide.gate_up_proj for matrix in expert.chunk(2)]
+    parts = 2 if narrow.gated else 1
+    halves = [matrix for expert in getattr(wide, wide.first) for matrix in expert.chunk(parts)]
     gate_up = each(narrow.gate_up, halves)
     down = each(narrow.down, wide.down_proj)
-    return Experts4bit(gate_up, down, narrow.act, narrow.compute_dtype)
+    return Experts4bit(gate_up, down, narrow.act, narrow.compute_dtype, narrow.gated)

@@ -14,6 +14,7 @@ from model import ModelConfig, lora_modules
 from parts.files import open_safetensors, read_json, write_json
 from parts.names import TRANSPOSED, file_name
 from parts.rows import on_hub
+from parts.vision_configs import GEMMA4_KINDS
 from parts.weights import file_names
 
 # Settings of adapter_config.json that are read, with the types they may have.
@@ -38,8 +39,9 @@ HARMLESS = {
     "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
     "inference_mode", "peft_version", "fan_in_fan_out", "megatron_core", "qalora_group_size",
     "runtime_config"}
-# Towers with layers that PEFT cannot wrap, and fails on where a short name chooses them too
-ODD_TOWERS = ("gemma4",)
+# Models with layers that PEFT cannot wrap, and fails on where a short name chooses them too; or with
+# layers that are not ours, of their audio
+ODD_TOWERS = GEMMA4_KINDS
 LARGEST = 1e30  # of alphas
 NOTHING = (None, False, 0, "", [], {})
 # How A and B were first drawn. Others (PiSSA, OLoRA, CorDA, LoftQ ...) change the base or the

@@ -21,7 +21,7 @@ from parts.weights import in_memory
 
 # Families of whose Mamba layers PEFT refuses adapters on out_proj: transformers' fused kernel reads
 # its weight and would pass the adapter by.
-PASSED_BY = ("falcon_h1",)
+PASSED_BY = ("falcon_h1", "nemotron_h")
 
 # Settings of a PEFT adapter that say what is wrapped and how, with the defaults of those that a
 # file lacks.
@@ -107,7 +107,7 @@ def own_parameters(module: nn.Module) -> list[str]:
     if isinstance(module, Router):
         return ["weight"]
     is_experts = isinstance(module, Experts) or type(module).__name__ == "Experts4bit"
-    return ["gate_up_proj", "down_proj"] if is_experts else []
+    return [module.first, "down_proj"] if is_experts else []
 
 
 def saved(name: str, module: nn.Module) -> kinds.SavedModule:

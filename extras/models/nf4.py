@@ -450,10 +450,12 @@ class Experts4bit(nn.Module):
 
     def __init__(
         self, gate_up: list[Quantized], down: list[Quantized], act: Callable,
-        compute_dtype: torch.dtype | None = None,
+        compute_dtype: torch.dtype | None = None, gated: bool = True,
     ):
         super().__init__()
-        self.gate_up = Stack4bit(gate_up)  # gate 0, up 0, gate 1, up 1 ...
+        self.gated = gated
+        self.first = "gate_up_proj" if gated else "up_proj"
+        self.gate_up = Stack4bit(gate_up)  # gate 0, up 0, gate 1, up 1 ..., or the ups alone
         self.down = Stack4bit(down)
         self.act = act
         self.compute_dtype = compute_dtype
@@ -462,6 +464,8 @@ class Experts4bit(nn.Module):
         return linear4bit(x, state, None, self.compute_dtype)
 
     def expert(self, number: int, x: Tensor) -> Tensor:
+        if not self.gated:
+            return self.linear(self.act(self.linear(x, self.gate_up[number])), self.down[number])
         gate = self.linear(x, self.gate_up[2 * number])
         up = self.linear(x, self.gate_up[2 * number + 1])
         return self.linear(self.act(gate) * up, self.down[number])
@@ -473,12 +477,12 @@ class Experts4bit(nn.Module):
         return torch.cat(parts) if parts else x
 
     def project(self, name: str, x: Tensor, counts: Tensor) -> Tensor:
-        """Return the product with one stack, "gate_up_proj" or "down_proj".
+        """Return the product with one stack, `first` or "down_proj".
 
         A LoRA adds to it: `run_experts` of extras/lora/kinds.py.
         """
         stack = self.down if name == "down_proj" else self.gate_up
-        each = 1 if name == "down_proj" else 2  # matrices of an expert
+        each = 2 if name == "gate_up_proj" else 1  # matrices of an expert
         parts = []
         for number, rows in enumerate(x.split(counts.tolist())):
             if len(rows):
@@ -487,6 +491,8 @@ class Experts4bit(nn.Module):
         return torch.cat(parts) if parts else x.new_zeros(0, each * stack[0].shape[0])
 
     def combine(self, gate_up: Tensor) -> Tensor:
+        if not self.gated:
+            return self.act(gate_up)
         gate, up = gate_up.chunk(2, -1)
         return self.act(gate) * up
 
@@ -556,7 +562,7 @@ def parameter_blocks(model: nn.Module) -> list[dict[str, list[str]]]:
 
 def is_experts(module: nn.Module) -> bool:
     """Tell whether a module has stacked matrices, as extras/decoder/moe.py has them."""
-    stacks = (getattr(module, n, None) for n in ("gate_up_proj", "down_proj"))
+    stacks = (getattr(module, n, None) for n in (getattr(module, "first", ""), "down_proj"))
     return all(getattr(stack, "ndim", 0) == 3 for stack in stacks)
 
 
@@ -575,8 +581,8 @@ def in_4bit(
             shape = getattr(module, child).shape
             states[child] = as_states(f"{name}.{child}", value, shape, quant_type, nested)
     if is_experts(module):
-        gate_up = states["gate_up_proj"]
-        return Experts4bit(gate_up, states["down_proj"], module.act, compute_dtype)
+        gate_up = states[module.first]
+        return Experts4bit(gate_up, states["down_proj"], module.act, compute_dtype, module.gated)
     bias = None if module.bias is None else nn.Parameter(own["bias"], requires_grad=False)
     return Linear4bit(states["weight"][0], bias, compute_dtype)
 
@@ -628,8 +634,9 @@ def wide_linear(module: Linear4bit, dtype: torch.dtype) -> nn.Linear:
 def wide_experts(module: Experts4bit, dtype: torch.dtype) -> nn.Module:
     size, hidden = module.gate_up[0].shape
     with torch.device("meta"):
-        wide = Experts(hidden, {"experts": len(module.down), "size": size}, module.act)
-    for child, stack in (("gate_up_proj", module.gate_up), ("down_proj", module.down)):
+        moe = {"experts": len(module.down), "size": size, "gated": module.gated}
+        wide = Experts(hidden, moe, module.act)
+    for child, stack in ((wide.first, module.gate_up), ("down_proj", module.down)):
         matrices = torch.stack([dequantize(stack[i], dtype) for i in range(len(stack))])
         shape = getattr(wide, child).shape
         setattr(wide, child, nn.Parameter(matrices.view(shape), requires_grad=False))
@@ -782,7 +789,10 @@ class Reader4bit:
             stack, _, field = name.rpartition(".")
             if field in TENSORS:
                 module, _, kind = stack.rpartition(".")
-                stacks[stack] = f"{module}.{STACKS[kind]}"
+                child = STACKS[kind]
+                if kind == "gate_up":
+                    child = self.wide.get_submodule(module).first
+                stacks[stack] = f"{module}.{child}"
             else:
                 plain.append(name)
         found = self.read(plain) if plain else {}
@@ -837,4 +847,6 @@ def stored_state(module: nn.Module, child: str, index: tuple, name: str) -> Quan
         raise ValueError(f"{name}: bitsandbytes' files cannot hold stacked experts")
     if child == "down_proj":
         return module.down[index[0]]
+    if not module.gated:
+        return module.gate_up[index[0]]
     return module.gate_up[2 * index[0] + (index[1].start > 0)]

@@ -91,6 +91,7 @@ KINDS = {
     "Siglip": ("square", SIGLIP),
     "Gemma3": ("square", GEMMA3),
     "Gemma4": ("budget", BUDGET),
+    "Gemma4Unified": ("budget", BUDGET),
     "Idefics3": ("tiles", TILES),
     "SmolVLM": ("tiles", TILES),
     "Qwen2VL": ("patches", PATCHES),
@@ -186,7 +187,10 @@ def load_processor(tokenizer: Tokenizer) -> Processor | None:
     if kind == "patches":
         texts["framed"] = f"<|vision_start|>{token}<|vision_end|>"
     per_tile = tile_features(kind, settings, outer, directory)
-    if name == "Gemma4":
+    if name == "Gemma4Unified":  # a square is a patch
+        settings["patch_size"] *= settings["pooling_kernel_size"]
+        settings["pooling_kernel_size"] = 1
+    if kind == "budget":
         texts = gemma4_texts(tokenizer.special_tokens)
     if name == "Gemma3":
         texts = gemma_texts(tokenizer.special_tokens)

@@ -18,6 +18,7 @@ import torch
 
 import model as models
 from extras.decoder.mixers import KINDS, attends, recurs
+from extras.decoder.moe import Experts
 from extras.decoder.vision import freeze
 from extras.lora.targets import add_lora
 from extras.models.opening import build
@@ -97,10 +98,12 @@ def count(config: models.ModelConfig, run: Run) -> dict[str, int]:
     for name, p in learning:
         has = has_rule(kind, name, p)
         largest[has] = max(largest[has], p.numel())
+    moe = config.moe or (config.per_layer or {}).get("moe") or {}
     idle = 0  # of experts that a token is not sent to
-    if config.moe is not None:
-        each = 3 * config.hidden_size * config.moe["size"]
-        idle = (config.moe["experts"] - config.moe["per_token"]) * each * sum(config.moe["sparse"])
+    for experts in model.modules():
+        if isinstance(experts, Experts):
+            held = sum(p.numel() for p in experts.parameters())
+            idle += held // moe["experts"] * (moe["experts"] - moe["per_token"])
     blocks = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
     learns_in = [any(p.requires_grad for p in part.parameters())
                  for part in (model.model.embed_tokens, *model.model.layers)]
@@ -157,21 +160,30 @@ def mlp_size(c: models.ModelConfig) -> int:
     """Return the inner size of an MLP that keeps as much per token as the mean layer's.
 
     A sparse one keeps, of each expert that a token is sent to, what an MLP of its size does, its
-    input and its output; and the router's logits.
+    input and its output; and the router's logits. Without gates two states are kept, not three.
     """
+    kept = 3 if c.gated_mlp else 2
     if c.moe is None:
-        return c.intermediate_size
-    chosen = c.moe["per_token"] * (c.moe["size"] + 2 * c.hidden_size // 3)
-    sparse = chosen + (c.moe["shared_size"] or 0) + c.moe["experts"]
-    sizes = [sparse if is_sparse else c.intermediate_size for is_sparse in c.moe["sparse"]]
-    return sum(sizes) // len(sizes)
+        return c.intermediate_size * kept // 3
+    ends = 2 * (c.moe.get("inner") or c.hidden_size)
+    chosen = c.moe["per_token"] * (kept * c.moe["size"] + ends)
+    sparse = chosen + kept * (c.moe["shared_size"] or 0) + 3 * c.moe["experts"]
+    sizes = [sparse if is_sparse else kept * c.intermediate_size for is_sparse in c.moe["sparse"]]
+    return sum(sizes) // (3 * len(sizes))
 
 
 def layers_of(c: models.ModelConfig) -> list[models.ModelConfig]:
-    """Return each layer's own configuration; one that reads another's keys has 0 heads of them."""
+    """Return each layer's own configuration; one that reads another's keys has 0 heads of them, and
+    one that is a mixer alone has an MLP of size 0."""
+    found = []
+    if c.single:
+        for i, mixes in enumerate(map(any, zip(attends(c), recurs(c)))):
+            moe = c.moe and c.moe | {"sparse": c.moe["sparse"][i : i + 1]}
+            size = 0 if mixes else c.intermediate_size
+            found.append(replace(c, intermediate_size=size, moe=moe))
+        return found
     if c.per_layer is None:
         return [c] * c.num_hidden_layers
-    found = []
     for i, (own, read) in enumerate(zip(c.per_layer["sizes"], c.per_layer["reads"])):
         found.append(replace(c, **own) if read == i else replace(c, **own, num_key_value_heads=0))
     return found
@@ -205,8 +217,9 @@ def block_activations(
     """
     kind = "bf16" if run.bf16 else "bfloat16" if run.weights == "bfloat16" else "float32"
     narrow = 4 if kind == "float32" else 2
+    stream = c.hidden_size // 2 if c.single else c.hidden_size  # one norm, or two
     sizes = (
-        c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim,
+        stream, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim,
         mlp_size(c))
     learns_all = not run.rank or "all-linear" in run.targets
     less = (0, 0, 0, 0) if learns_all else FROZEN[kind]
@@ -218,7 +231,7 @@ def block_activations(
         frozen = 0 if learns_all else FROZEN[kind][0]
         per_token = KINDS[c.mixer["kind"]].saved(c.mixer, kind, frozen)
     if not attending:
-        sizes = (c.hidden_size, 0, 0, mlp_size(c))
+        sizes = (stream, 0, 0, mlp_size(c))
     if c.latent is not None:
         # q, k, v and the heads' output, and that without its padding; both norms with their inputs
         wide = narrow if run.device == "cuda" else 4
@@ -274,32 +287,35 @@ def activations(
     logits = c.vocab_size * (narrow * rows + 12 * few)  # a few rows in float32, three times
     ends += c.vocab_size * narrow * kept  # logits, as their gradients
     head = logits + 4 * c.hidden_size * (run.scored + (0 if run.rank else c.vocab_size))
-    mlp = (5 if narrow == 2 else 10) * run.tokens * mlp_size(c)
+    each = (5 if narrow == 2 else 10) * run.tokens
+    passing = [max(each * mlp_size(own), again * recurrent)
+               for own, (_, recurrent) in zip(layers_of(c)[first:], kinds)]
     held = min(2, c.num_hidden_layers) if run.offloading else c.num_hidden_layers  # blocks
     if run.checkpointing is True:
         inputs = held * wide * c.hidden_size * run.tokens
-        in_block = [kept + max(mlp, again * recurrent)
-                    for kept, (_, recurrent) in zip(kept_in_each, kinds)]
-        return ends + inputs, max(head, *in_block)
+        return ends + inputs, max(head, *map(sum, zip(kept_in_each, passing)))
     if run.offloading:
-        kept_in_blocks = min(kept_in_blocks, 2 * max(kept_in_each))
-    return ends + kept_in_blocks, max(head, mlp, again)
+        return ends + min(kept_in_blocks, 2 * max(kept_in_each)), max(head, *passing)
+    # what later blocks kept is gone by the time of a block's backward
+    gone = [sum(kept_in_each[i + 1:]) for i in range(len(kept_in_each))]
+    return ends + kept_in_blocks, max(head, *(now - kept for now, kept in zip(passing, gone)))
 
 
 def of_images(config: models.ModelConfig, run: Run) -> tuple[int, int]:
     """Return the bytes held for a forward's images, and the most that comes and goes meanwhile.
 
     Held are the pixels and, where it learns, what the encoder keeps: of each layer both norms with
-    their inputs, q, k, v, the heads' output, the MLP's inner states before and after its function. Gemma
-    4's has more norms, a gate, and bounds: what is clamped is kept as it was and as it is.
-    Masks are there for layers with and without a window, or with one alone.
+    their inputs, q, k, v, the heads' output, the MLP's inner states before and after its function.
+    Gemma 4's has more norms, a gate, and bounds: what is clamped is kept as it was and as it is;
+    12B's, which has no layers, is counted as one. Masks are there for layers with and without a
+    window, or with one alone.
     """
     c = config.vision
     if c is None or not run.patches:
         return 0, 0
     size = c.get("size") or c["hidden_size"]
     inner = c.get("intermediate_size") or int(size * c["mlp_ratio"])
-    layers = c.get("depth") or c["num_hidden_layers"]
+    layers = c.get("depth") or c.get("num_hidden_layers", 1)
     width = 2 if run.bf16 else getattr(torch, run.weights).itemsize
     channels = c.get("in_channels") or c.get("num_channels", 3)
     pixels = 4 * c["patch_size"] ** 2 * channels * c.get("temporal_patch_size", 1)
@@ -311,7 +327,7 @@ def of_images(config: models.ModelConfig, run: Run) -> tuple[int, int]:
     passing = run.patches * width * (5 * size + 2 * inner)
     # each layer's call turns its mask of bools into numbers
     each = 2 if run.bf16 and run.device != "cpu" else 4
-    seeing = [w for w in config.windows if w is not None or c.get("both_ways") == "everywhere"]
+    seeing = [w for w in config.windows if w is not None or c.get("both_ways") != "windows"]
     masks = run.masked * (2 + each * (1 if run.checkpointing is True else len(seeing)))
     held = run.patches * pixels + masks
     if not run.tower_learns:
