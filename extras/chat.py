@@ -20,11 +20,13 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
-from itertools import islice, zip_longest
+from itertools import chain, islice, zip_longest
 
 from extras.decoder.generate import Cache, complete, generate
 from extras.models.speaker import Speaker, decode, encode_prompt, load, pieces
 from extras.rows.prompts import read_prompts
+from parts.output import check_apart
+from parts.rows import find_files
 from parts.screen import escape_unknown
 
 
@@ -138,9 +140,17 @@ def talk(speakers: list[Speaker], system: str | None) -> None:
         turn += 1
 
 
+def peeked(prompts: Iterator, path: str) -> Iterator:
+    """Return the same prompts; before anything is written, raise ValueError if there are none."""
+    for first in prompts:
+        return chain([first], prompts)
+    raise ValueError(f"{path}: no prompts")
+
+
 def write_completions(speaker: Speaker, args: argparse.Namespace) -> int:
     """Write a JSONL row for every completion, in the order of the prompts; return their number."""
-    prompts = read_prompts(args.prompts)
+    check_apart("--output", args.output, find_files(args.prompts))
+    prompts = peeked(read_prompts(args.prompts), args.prompts)
     first = 0
     with open(args.output, "w", encoding="utf-8") as file:
         while batch := list(islice(prompts, max(1, args.batch_size // args.num_samples))):

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from extras import score
-from parts.output import write_atomically
+from parts.output import check_apart, write_atomically
 from parts.ranks import ending_ranks
 from parts.rows import DataError, find_files, read_rows
 from parts.screen import escape_unknown
@@ -82,8 +82,11 @@ def read_answers(path: str) -> list[Answer]:
 def by_command(command: str, answers: Sequence[Answer]) -> list[float]:
     """Run a command of the user's. Raises ValueError if it fails, or does not print the scores."""
     lines = "".join(json.dumps(answer.row, ensure_ascii=False) + "\n" for answer in answers)
+    words = shlex.split(command)
+    if not words:
+        raise ValueError("--command is empty; name a program")
     done = subprocess.run(
-        shlex.split(command), input=lines.encode(), stdout=subprocess.PIPE, check=False)
+        words, input=lines.encode(), stdout=subprocess.PIPE, check=False)
     if done.returncode:
         raise ValueError(f"--command {command}: exit status {done.returncode}")
     printed = done.stdout.decode(errors="replace").split()
@@ -194,6 +197,7 @@ def judge(args: argparse.Namespace) -> None:
     """Read answers, have them judged, write pairs, and say how many."""
     if bool(args.command) == bool(args.reward):
         raise ValueError("give --command or --reward: one judge")
+    check_apart("--output", args.output, find_files(args.answers))
     found = read_answers(args.answers)
     answers = [answer for answer in found if answer.is_usable]
     if args.command:

@@ -18,9 +18,11 @@ from pathlib import Path
 import torch
 
 from extras.lora.merging import merge_4bit, merge_lora
+from extras.lora.peft_files import find_base
 from extras.models.opening import load_adapted, model_directory, tokenizer_home
 from extras.rows.pictures import open_tokenizer
 from model import Decoder, save_model
+from parts.output import check_apart
 
 
 def merge(
@@ -41,6 +43,7 @@ def merge(
         raise ValueError(
             f"{adapter}: no adapter (no adapter_config.json), there is nothing to merge"
         )
+    check_apart("OUT", out, (directory, find_base(settings)))
     if again and not model.four_bit:
         raise ValueError("--again: the base is not in 4 bits; give --load_in_4bit")
     if again:

@@ -27,7 +27,9 @@ from extras.models.opening import is_adapter, run_options
 from extras.watch.chart import histogram
 from extras.watch.samples import shown
 from parts.metrics import length_bias
+from parts.output import check_apart
 from parts.ranks import ending_ranks
+from parts.rows import find_files, names_in, on_hub
 from parts.screen import can_show
 
 FROM_RUN = (
@@ -89,6 +91,11 @@ def settings_of(args: argparse.Namespace) -> dict:
         | {k: v for k, v in given.items() if v is not None}
         | {"ref_model_name_or_path": ref}
     )
+
+
+def files_of(pairs: str) -> list[Path]:
+    """Return the files that are read; of the hub's none is here."""
+    return [] if on_hub(pairs) else find_files(names_in(pairs))
 
 
 def open_trainer(args: argparse.Namespace, scratch: str) -> dpo.DPOTrainer:
@@ -262,6 +269,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     with tempfile.TemporaryDirectory() as scratch, ending_ranks():
         try:
+            for flag, path in (("--output", args.output), ("--html", args.html)):
+                if path:
+                    check_apart(flag, path, files_of(args.pairs))
             trainer = open_trainer(args, scratch)
             scores = Rewards(
                 *(t.cpu().double() if isinstance(t, Tensor) else t for t in reward_pairs(trainer))

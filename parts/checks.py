@@ -14,8 +14,9 @@ from parts.configs import check_length
 from parts.loss_checks import check_losses
 from parts.metrics import METRICS
 from parts.names import BIAS
+from parts.output import check_apart
 from parts.rates import check_rates
-from parts.rows import row_at
+from parts.rows import row_at, user_path
 from parts.schedule import optimizer_kind
 from parts.turns import describe_ratings
 
@@ -66,6 +67,9 @@ def check_values(c: DPOConfig, options: dict[str, Any]) -> None:
     for name in ("model_name_or_path", "dataset_name", "output_dir"):
         if not options[name]:
             raise ValueError(f"--{name} is missing")
+    for name in (c.model_name_or_path, c.ref_model_name_or_path):
+        if isinstance(name, str) and user_path(name).is_dir():
+            check_apart("--output_dir", c.output_dir, [user_path(name)])
     for name in ("logging_steps", "eval_steps", "save_steps"):
         if options[name] == 0:
             raise ValueError(f"--{name} 0: it must be above 0")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from parts.config import DPOConfig
-from parts.output import claim, write_atomically
+from parts.output import claim, explained_writing, write_atomically
 from parts.position import Position
 from parts.schedule import Schedule
 from parts.screen import escape_unknown
@@ -90,7 +90,8 @@ class Log:
         self.history.append(metrics)
         if not self.first:
             return
-        with open(self.directory / "metrics.jsonl", "a", encoding="utf-8") as f:
+        path = self.directory / "metrics.jsonl"
+        with explained_writing(path), open(path, "a", encoding="utf-8") as f:
             f.write(json.dumps(metrics) + "\n")
         for logger in self.loggers:
             logger(metrics)

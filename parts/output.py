@@ -6,9 +6,12 @@ A file has its old content or its new, never half of it.
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from safetensors import SafetensorError
 
 
 def claim(directory: Path) -> IO:
@@ -43,15 +46,41 @@ def claim(directory: Path) -> IO:
     return lock
 
 
+def check_apart(flag: str, written: str | Path, read: Iterable[str | Path]) -> None:
+    """Raise ValueError where what `flag` says to write is one of what is read: it would be lost."""
+    for path in map(Path, read):
+        if Path(written).resolve() == path.resolve():
+            raise ValueError(
+                f"{flag} {written}: that is read, and would be overwritten; give another name")
+
+
+@contextmanager
+def explained_writing(what: Path | str, scratch: Path | None = None) -> Iterator[None]:
+    """Raise OSError that names `what` for one inside, which may name no file; remove `scratch`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+            if scratch.is_file():
+                scratch.unlink()
+        why = getattr(error, "strerror", None) or error
+        raise OSError(f"{what}: cannot be written ({why})") from None
+
+
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader finds the old content or the new, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file so that a reader finds the old content or the new, never half of it.
+
+    Raises OSError naming it.
+    """
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(scratch, "wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(scratch, path)
+    with explained_writing(path, scratch):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(scratch, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(scratch, path)
 
 
 # Files that a reader of a directory takes for its model.
@@ -63,11 +92,13 @@ MODEL_FILES = {
 def replace_model(directory: Path, *writers: Callable[[Path], None]) -> dict:
     """Replace a directory's model files by those that `writers` write; return {}.
 
-    They are written beside the old ones, and then moved to their places one by one.
+    They are written beside the old ones, and then moved to their places one by one. Raises OSError
+    naming the directory, whose files stay as they were, where they cannot be written.
     """
     scratch = directory / f".model.{os.getpid()}"
-    for write in writers:
-        write(scratch)
+    with explained_writing(f"{directory}: the model", scratch):
+        for write in writers:
+            write(scratch)
     names = {path.name for path in scratch.iterdir()}
     for path in filter(Path.is_file, scratch.rglob("*")):
         target = directory / path.relative_to(scratch)

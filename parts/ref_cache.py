@@ -1,5 +1,6 @@
 """The reference's log-probs on disk: one file of blocks of pairs, each with its checksum."""
 
+import errno
 import hashlib
 import os
 from pathlib import Path
@@ -18,9 +19,25 @@ def open_sums(path: Path, count: int, dtype: np.dtype) -> np.memmap:
     size = -(-count // SUMS_BLOCK) * record.itemsize
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
-    if path.stat().st_size != size:
-        os.truncate(path, size)  # what is not there yet, or was cut off, reads as zeros
+    if path.stat().st_size < size:
+        lengthen(path, size)  # what is not there yet, or was cut off, reads as zeros
+    elif path.stat().st_size > size:
+        os.truncate(path, size)
     return np.memmap(path, record, "r")
+
+
+def lengthen(path: Path, size: int) -> None:
+    """Make a file longer, with its bytes set aside on the disk: on a full tmpfs, reading a hole of
+    a mapped file would end the process (SIGBUS). Raises OSError where there is no room."""
+    try:
+        with open(path, "r+b") as stream:
+            os.posix_fallocate(stream.fileno(), 0, size)
+    except (AttributeError, OSError) as error:  # macOS has none, nor have some file systems
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(
+                f"{path}: no room for the reference's log-probs ({os.strerror(error.errno)}); "
+                "change --cache_dir") from None
+        os.truncate(path, size)
 
 
 def blocks_of(pairs: np.ndarray) -> list[np.ndarray]:

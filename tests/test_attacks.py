@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import dpo
 import model as models
-from extras import plan
+from extras import chat, judge, merge, plan, score
 from extras.models.opening import load_adapted
 from parts.precision import Scaler
 
@@ -383,3 +383,53 @@ def test_an_error_of_the_code_while_opening_keeps_its_traceback(flags, monkeypat
     monkeypatch.setattr(models, "load_model", lambda *arguments: {}["missing"])
     with pytest.raises(KeyError, match="missing"):
         dpo.main(flags)
+
+
+# Files that are read are never written over
+
+def unchanged(path, main, argv, words, capsys) -> bool:
+    """Whether a command refuses to write over a file or directory that it reads, and leaves it as it was."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    before = {file: file.read_bytes() for file in files if file.is_file()}
+    status, error = main(argv), capsys.readouterr().err
+    assert status == 2 and error.count("error:") == 1 and words in error, error
+    now = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return before == {file: file.read_bytes() for file in now if file.is_file()}
+
+
+def test_no_command_writes_over_what_it_reads(tiny, flags, adapter, pairs_file, tmp_path, capsys):
+    capsys.readouterr()
+    words = "is read, and would be overwritten"
+    pairs, model = tmp_path / "mine.jsonl", tmp_path / "model"
+    shutil.copy(pairs_file, pairs)
+    shutil.copytree(tiny, model)
+    read = ["--prompts", str(pairs), "--output", f"{tmp_path}/./mine.jsonl"]
+    assert unchanged(pairs, chat.main, [str(tiny), "--raw", *read], words, capsys)
+    for flag in ("--output", "--html"):
+        again = [str(tiny), str(pairs), "--ref", str(tiny), "--use_cpu", "--cache_dir", str(tmp_path / "cache"), flag, str(pairs)]
+        assert unchanged(pairs, score.main, again, words, capsys)
+    assert unchanged(pairs, judge.main, [str(pairs), "--command", "cat", "--output", str(pairs)], words, capsys)
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(model)}))
+    for out in (model, adapter):
+        assert unchanged(out, merge.main, [str(adapter), str(out)], words, capsys)
+    for flag in ("--model_name_or_path", "--ref_model_name_or_path"):
+        assert unchanged(model, dpo.main, [*flags, flag, str(model), "--output_dir", str(model)], words, capsys)
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--device", "nowhere"], "--device nowhere: "), (["--seed", "9" * 30], "--seed 9999"), (["--prompts", "EMPTY"], "no prompts")])
+def test_flags_of_the_chat_that_mean_nothing_are_refused(tiny, pairs_file, tmp_path, capsys, more, words):
+    (tmp_path / "empty.jsonl").write_text("")
+    more = [str(tmp_path / "empty.jsonl") if word == "EMPTY" else word for word in more]
+    assert chat.main([str(tiny), "--raw", "--prompts", str(pairs_file), "--output", str(tmp_path / "out.jsonl"), *more]) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_dpo_config_is_named_by_the_commands_that_read_it(tiny, pairs_file, tmp_path, capsys, text):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    (model / "dpo_config.json").write_text(text)
+    assert chat.main([str(model), "--raw", "--prompts", str(pairs_file), "--output", str(tmp_path / "out.jsonl")]) == 2
+    assert score.main([str(model), str(pairs_file), "--use_cpu"]) == 2
+    assert capsys.readouterr().err.count(f"error: {model}/dpo_config.json: ") == 2

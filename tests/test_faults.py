@@ -1,5 +1,6 @@
 """What goes wrong while a run is under way is named, in bounded time, and loses nothing that was saved."""
 
+import gc
 import math
 import os
 import re
@@ -214,6 +215,43 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_stays_whole(settings, tmp_
         assert not list((disk / "out").glob(".checkpoint-*"))
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@root
+@pytest.mark.parametrize("size", [28, 36])
+def test_a_cache_on_a_full_disk_in_memory_ends_in_one_message_and_not_in_a_bus_error(settings, tmp_path, size):
+    """In a process of its own: a hole of a mapped file, read where there is no room to fill it, kills that."""
+    mounted(tmp_path / "disk", f"size={size}k")
+    try:
+        done = subprocess.run([sys.executable, str(ROOT / "dpo.py"), *flags(settings | dict(cache_dir=str(tmp_path / "disk" / "c")))],
+                              capture_output=True, text=True, timeout=120)
+        assert done.returncode in (0, 1, 2), (done.returncode, done.stderr)
+        if done.returncode:
+            assert done.stderr.count("error: ") == 1 and "No space left on device); change --cache_dir" in done.stderr, done.stderr
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path / "disk")], check=True)
+
+
+def limited(settings: dict, size: int, saves: str = "no") -> str:
+    """What a run says, in a process whose files end at `size` bytes; it ends with status 1."""
+    words = flags(settings | dict(save_strategy=saves))
+    code = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({size},) * 2); import dpo; sys.exit(dpo.main({words!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 1 and re.findall("^error: ", done.stderr, re.M) == ["error: "] and "Traceback" not in done.stderr, done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("more", [{}, dict(use_peft=True, lora_r=64)])
+def test_a_last_model_that_has_no_room_is_named_and_the_one_before_it_stays(settings, tmp_path, more):
+    settings = settings | more | dict(max_steps=2)
+    out = tmp_path / "out"
+    assert train(settings).position.step == 2
+    gc.collect()  # with the trainer goes its lock on the directory
+    before = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
+    assert before
+    assert f"{out}: the model: cannot be written (" in limited(settings | dict(learning_rate=0.01), 40_000)
+    assert {path.name: path.read_bytes() for path in out.glob("*.safetensors")} == before
+    assert not list(out.glob(".model.*"))
 
 
 @root

@@ -58,7 +58,7 @@ def check_sampling(o: Sampling) -> None:
         "temperature": (o.temperature >= 0, "0 (greedy) or more"),
         "top_k": (o.top_k >= 0, "0 (all) or more"),
         "top_p": (0 < o.top_p <= 1, "above 0, at most 1"),
-        "seed": (o.seed >= 0, "0 or more"),
+        "seed": (0 <= o.seed < 2**63, "0 or more, and below 2^63"),
         "repetition_penalty": (o.repetition_penalty > 0, "above 0 (1 is none)"),
         "max_new_tokens": (o.max_new_tokens >= 1, "at least 1")}
     for name, (is_allowed, rule) in rules.items():

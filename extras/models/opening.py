@@ -10,7 +10,6 @@
 A plain model needs none of this: model.load_model opens it.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -79,7 +78,7 @@ def is_adapter(directory: str | Path) -> bool:
 def run_options(directory: str | Path) -> dict[str, Any]:
     """Return the options of the run whose output this directory is; {} if it is another's."""
     path = Path(directory) / "dpo_config.json"
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def four_bit_of(options: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -63,6 +63,10 @@ def load(name: str, args: argparse.Namespace) -> Speaker:
     directory = model_directory(name)
     run = run_options(directory)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
     precision = precision_of(run, args.dtype, torch.device(device))
     model, _ = load_adapted(
         directory, precision.weights, args.max_length, device=device,
