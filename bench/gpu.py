@@ -9,11 +9,14 @@ speed: optimizer steps on random weights of known shapes, with token lengths dra
 UltraFeedback, each run in a process of its own; the same pairs for TRL, its batch halved until it fits. Last, a table in
 Markdown. A step of TRL is timed without the loading of its batch, ours with it. The reference is left out on both sides: it
 runs once, before training. "share" is the model's FLOPs, each prompt once and nothing computed twice, over time and the rate
-of a large bfloat16 product, measured here.
+of a large bfloat16 product, measured here. What is missing (a GPU, TRL, a folder) is said before anything runs; a case that fails
+is printed, left out of the table, and does not stop the others.
 """
 
 import argparse
 import gc
+import importlib.metadata
+import importlib.util
 import json
 import math
 import statistics
@@ -36,7 +39,7 @@ import data  # noqa: E402
 import dpo  # noqa: E402
 import model as models  # noqa: E402
 from extras.models import nf4  # noqa: E402
-from parts import head, kernels  # noqa: E402
+from parts import head, kernels, ranks  # noqa: E402
 
 LLAMA_8B = compare.SHAPES["llama-3.2-1b"] | dict(
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, head_dim=128, tie_word_embeddings=False
@@ -99,7 +102,8 @@ def main() -> None:
     if args.json:
         found = {"device": name, "torch": torch.__version__, "rate": rate, "cases": results}
         Path(args.json).write_text(json.dumps(found, indent=1))
-    sys.exit(0 if good else 1)
+    failed = any("error" in found for sides in results.values() for found in sides.values())
+    sys.exit(0 if good and not failed else 1)
 
 
 def parse() -> argparse.Namespace:
@@ -110,9 +114,23 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", help="write all figures here")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # side, case, cut: what a process of its own runs
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no GPU here; --device cpu runs this script on tiny models")
+    if problem := missing(args):
+        parser.exit(2, f"bench/gpu.py: {problem}\n")
     return args
+
+
+def missing(args: argparse.Namespace) -> str | None:
+    """Say what would end the run after minutes."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        return "no GPU here; --device cpu runs this script on tiny models"
+    if args.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return f"{torch.cuda.get_device_name()} does not compute bfloat16, which every case runs in"
+    absent = [] if args.no_trl else [name for name in ("trl", "peft") if importlib.util.find_spec(name) is None]
+    if absent:
+        return f"no {' and no '.join(absent)} here: `pip install trl==1.16.0 peft`, or --no_trl for ours alone"
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        return f"--json {args.json}: there is no folder {Path(args.json).absolute().parent}"
+    return None
 
 
 def del_cache() -> None:
@@ -282,7 +300,8 @@ def run(side: str, name: str, args: argparse.Namespace) -> dict:
             if line.startswith("RESULT "):
                 return json.loads(line.removeprefix("RESULT ")) | {"forwards": cut}
         if "OutOfMemoryError" not in done.stderr:
-            sys.exit(f"{' '.join(command)}\n{done.stdout[-500:]}\n{done.stderr[-3000:]}")
+            print(f"{' '.join(command)}\n{done.stdout[-500:]}\n{done.stderr[-3000:]}", file=sys.stderr, flush=True)
+            return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
         cut *= 2
     return {}
 
@@ -331,6 +350,8 @@ class Clock:
 
 
 def ours(case: Case, args: argparse.Namespace, cut: int) -> dict:
+    if args.device == "cuda":
+        ranks.reuse_memory()  # as a run does, before the first tensor
     with tempfile.TemporaryDirectory() as scratch:
         home = make_tokenizer(case, Path(scratch) / "home")
         options = {} if case.targets is None else dict(
@@ -340,8 +361,10 @@ def ours(case: Case, args: argparse.Namespace, cut: int) -> dict:
             per_device_train_batch_size=case.pairs // cut, gradient_accumulation_steps=cut, max_steps=WARM + STEPS + 1,
             max_length=None, shuffle_dataset=False, save_strategy="no", reference_free=True, use_cpu=args.device == "cpu",
             bf16=args.device == "cuda" and case.targets is None, **options)
+        torch.set_default_dtype(getattr(torch, c.dtype))  # 8B in float32 would need 32 GB first
         with torch.device(args.device):
-            model = models.Decoder(models.read_config(case.shape)).to(getattr(torch, c.dtype))
+            model = models.Decoder(models.read_config(case.shape))
+        torch.set_default_dtype(torch.float32)
         model.raw_config = case.shape
         trainer = dpo.DPOTrainer(
             model=model, args=c, train_dataset=make_rows(case, case.pairs * (WARM + STEPS + 1)),
@@ -426,8 +449,8 @@ def trl(case: Case, args: argparse.Namespace, cut: int) -> dict:
 
 def report_case(name: str, sides: dict) -> None:
     for side, found in sides.items():
-        if not found:
-            print(f"{name} {side}: does not fit")
+        if "seconds" not in found:
+            print(f"{name} {side}: {unmeasured(found)} {found.get('error', '')}", flush=True)
             continue
         print(f"{name} {side}: {1e3 * found['seconds']:.1f} ms a step of {found['pairs']} pairs in {found['forwards']} "
               f"forwards, {found['peak_gib']:.2f} GiB", flush=True)
@@ -435,22 +458,29 @@ def report_case(name: str, sides: dict) -> None:
             print(f"    {share:6.1%}  {kernel}")
 
 
+def unmeasured(found: dict) -> str:
+    return "failed" if "error" in found else "does not fit"
+
+
 def table(results: dict, rate: float, device: str) -> None:
+    theirs = "TRL " + (importlib.metadata.version("trl") if importlib.util.find_spec("trl") else "1.16.0")
     print(f"\n{device}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, "
           f"`python bench/gpu.py {' '.join(sys.argv[1:])}`; matrix rate {rate / 1e12:.3g} TFLOP/s\n")
-    print("| case | pairs/s | TRL 1.16 | ratio | peak GiB | TRL 1.16 | ratio | share of the matrix rate |")
+    print(f"| case | pairs/s | {theirs} | ratio | peak GiB | {theirs} | ratio | share of the matrix rate |")
     print("|---|---|---|---|---|---|---|---|")
     for name, sides in results.items():
         own, other = sides["ours"], sides.get("trl")
-        cells = [name, "does not fit", "", "", "", "", "", ""]
-        if own:
+        cells = [name, unmeasured(own), "", "", "", "", "", ""]
+        if "seconds" in own:
             share = own["flops"] / own["seconds"] / rate
             cells = [name, f"{own['pairs'] / own['seconds']:.1f}", "", "", f"{own['peak_gib']:.2f}", "", "", f"{share:.0%}"]
-        if other == {}:
-            cells[2] = cells[5] = "does not fit"
-        elif own and other:
-            cells[2:4] = f"{other['pairs'] / other['seconds']:.1f}", f"{other['seconds'] / own['seconds']:.1f}x"
-            cells[5:7] = f"{other['peak_gib']:.2f}", f"{own['peak_gib'] / other['peak_gib']:.2f}x"
+        if other is not None and "seconds" not in other:
+            cells[2] = cells[5] = unmeasured(other)
+        elif other is not None:
+            cells[2], cells[5] = f"{other['pairs'] / other['seconds']:.1f}", f"{other['peak_gib']:.2f}"
+            if "seconds" in own:
+                cells[3] = f"{other['seconds'] / own['seconds']:.1f}x"
+                cells[6] = f"{own['peak_gib'] / other['peak_gib']:.2f}x"
         print("| " + " | ".join(cells) + " |")
 
 

@@ -159,7 +159,8 @@ def check_value(key: str, value: Any, default: Any) -> None:
     else:
         fits = not isinstance(default, str) or isinstance(value, str)
         wanted = "a string"
-    is_needed = (key in ABOVE_0 or key.startswith(("linear_", "router_", "moe_"))
+    is_needed = (key in (*ABOVE_0, "mamba_d_conv", "mamba_d_state")
+                 or key.startswith(("linear_", "router_", "moe_"))
                  or key.endswith(("_multiplier", "attn_scale", "chunk_size")))
     takes_null = default is None or default is not REQUIRED and not is_needed
     if not fits and not (value is None and takes_null):

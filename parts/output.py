@@ -48,6 +48,8 @@ def claim(directory: Path) -> IO:
 
 def check_apart(flag: str, written: str | Path, read: Iterable[str | Path]) -> None:
     """Raise ValueError where what `flag` says to write is one of what is read: it would be lost."""
+    if "\0" in str(written):
+        raise ValueError(f"{flag} {written!r}: cannot be written to (a NUL in the name)")
     for path in map(Path, read):
         if Path(written).resolve() == path.resolve():
             raise ValueError(

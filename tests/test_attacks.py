@@ -258,6 +258,7 @@ MEANINGLESS = [
     (FALCON_H1, "mlp_multipliers", True), (FALCON_H1, "mlp_multipliers", [1.0]), (FALCON_H1, "ssm_multipliers", [None] * 5),
     (FALCON_H1, "mlp_multipliers", [NAN, 1.0]), (FALCON_H1, "embedding_multiplier", None), (FALCON_H1, "lm_head_multiplier", None),
     (FALCON_H1, "time_step_limit", [0.0, NAN]), (FALCON_H1, "rms_norm_eps", -1e-6), (GRANITE_H, "residual_multiplier", None),
+    (GRANITE_H, "mamba_d_conv", None), (FALCON_H1, "mamba_d_state", None),
     (DEEPSEEK, "n_shared_experts", -1), (DEEPSEEK, "n_shared_experts", 0.5), (DEEPSEEK, "num_nextn_predict_layers", 0.5),
     (DEEPSEEK, "first_k_dense_replace", -1), (DEEPSEEK, "qk_rope_head_dim", 7), (DEEPSEEK, "max_position_embeddings", "x"),
     (DEEPSEEK, "rope_scaling", YARN | dict(factor=0)), (DEEPSEEK, "rope_scaling", YARN | dict(mscale=NAN)),

@@ -4,6 +4,7 @@ each version of PyTorch calls them, and the settings of a GPU run."""
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import flash_emulation
 import numpy as np
@@ -18,8 +19,10 @@ from extras.decoder import generate, towers
 from extras.decoder.moe import SparseMLP
 from extras.lora.targets import add_lora
 from extras.run import forecast
-from parts import ranks, varlen
-from parts.varlen import VarlenPlan, plan_varlen
+from parts import kernels, ranks, varlen
+from parts.config import DPOConfig
+from parts.precision import choose_precision
+from parts.varlen import VarlenPlan, has_flash, plan_varlen
 
 
 @pytest.fixture
@@ -196,6 +199,73 @@ def test_the_signatures_are_those_of_the_pytorch_that_is_installed():
         assert [a.name for a in arguments if not a.kwarg_only] == positional.split()
         named = [a.name for a in arguments if a.kwarg_only]
         assert named[:len(by_name.split())] == by_name.split()
+
+
+# The README's table of devices
+
+ROWS = {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[1:]
+        for line in (ROOT / "README.md").read_text("utf-8").partition("| device | attention |")[2].split("\n\n")[0].splitlines()}
+
+
+def row(device: str) -> tuple[str, str]:
+    """(what the README says of a device's attention, of its number type)"""
+    (cells,) = [cells for name, cells in ROWS.items() if name.startswith(device)]
+    return cells[0], cells[1]
+
+
+@pytest.mark.parametrize("name, capability, hip, flash, bf16", [
+    ("NVIDIA, compute capability 8.0 on", (8, 0), None, True, True), ("NVIDIA, compute capability 8.0 on", (12, 0), None, True, True),
+    ("NVIDIA before that", (7, 5), None, False, False), ("NVIDIA before that", (7, 0), None, False, False),
+    ("AMD", (9, 4), "7.0", False, True)])
+def test_a_gpu_takes_the_attention_and_the_numbers_that_the_readme_says(name, capability, hip, flash, bf16, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.version, "cuda", None if hip else "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *device: SimpleNamespace(major=capability[0]))
+    device = torch.device("cuda", 0)
+    said, numbers = row(name)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert has_flash(device, dtype, 256) == flash == said.startswith("one flash call a layer in bfloat16 or float16")
+    assert not has_flash(device, torch.float32, 64) and not has_flash(device, torch.bfloat16, 64, 30.0)
+    assert not has_flash(device, torch.bfloat16, 264)
+    kernels.has_triton.cache_clear()
+    assert kernels.has_triton(device) == (bf16 and kernels.find_spec("triton") is not None)
+    kernels.has_triton.cache_clear()
+    assert choose_precision(DPOConfig("o"), device).half == (torch.bfloat16 if bf16 else None)
+    assert numbers.startswith("bfloat16" if bf16 else "float32")
+    assert choose_precision(DPOConfig("o", fp16=True), device).half == torch.float16
+
+
+def test_one_process_on_a_mac_takes_its_gpu_in_bfloat16_from_macos_14_on_as_the_readme_says(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    device = ranks.start_ranks(False, 60).device
+    assert device.type == "mps" and ranks.start_ranks(True, 60).device.type == "cpu"
+    for macos, half in ((14, torch.bfloat16), (13, None)):
+        monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *asked, macos=macos: (macos, 0) >= asked)
+        assert choose_precision(DPOConfig("o"), device).half == half
+    assert not has_flash(device, torch.bfloat16, 64) and not kernels.has_triton(device)
+    assert row("Apple (MPS), one process")[1] == "bfloat16 from macOS 14 on, else float32"
+    monkeypatch.setenv("WORLD_SIZE", "2")  # gloo sums nothing that lies there
+    monkeypatch.setattr(ranks, "rendezvous", lambda *args, **named: iter([(dist.HashStore(), 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **named: None)
+    assert ranks.start_ranks(False, 60).device.type == "cpu"
+
+
+@pytest.mark.parametrize("amx, avx512, half", [(True, False, torch.bfloat16), (False, True, torch.bfloat16), (False, False, None)])
+def test_a_cpu_computes_in_bfloat16_where_it_has_instructions_for_it_and_attends_in_float32(amx, avx512, half, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    assert choose_precision(DPOConfig("o"), torch.device("cpu")).half == half
+    seen = []
+    plan = models.CallPlan([models.Call(0, 3, ((0, 3),), None)], lambda q, k, v, mask: seen.append(q.dtype) or q)
+    x = torch.randn(3, 2, 8, dtype=torch.bfloat16)
+    assert plan(x, x, x).dtype == torch.bfloat16 and seen == [torch.float32]
+    assert row("CPU")[0].startswith("`scaled_dot_product_attention` in float32") and row("CPU")[1].startswith("bfloat16 with AMX or AVX512-BF16")
 
 
 # The settings of a run on GPUs

@@ -849,12 +849,15 @@ def test_a_missing_expert_is_named(mixture, tmp_path):
 
 @pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 0, 9], [9, 0, 0, 0]])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05)])
-def test_grouped_linear_gives_every_row_its_own_expert(counts, dtype, tolerance):
-    """bfloat16 goes through `grouped_mm`, the others through the loop; experts without a token included."""
+@pytest.mark.parametrize("apart", [False, True])
+def test_grouped_linear_gives_every_row_its_own_expert(counts, dtype, tolerance, apart):
+    """bfloat16 goes through `grouped_mm`, the others through the loop; experts without a token included; with matrices whose
+    numbers lie apart, as a LoRA's B has them."""
     from extras.decoder.moe import grouped_linear
 
     torch.manual_seed(0)
-    x, w = torch.randn(9, 16, dtype=dtype, requires_grad=True), torch.randn(4, 8, 16, dtype=dtype, requires_grad=True)
+    x, w = torch.randn(9, 16, dtype=dtype, requires_grad=True), torch.randn(4, 8, 16, dtype=dtype)
+    w = (w.permute(1, 2, 0).contiguous().permute(2, 0, 1) if apart else w).requires_grad_()
     out = grouped_linear(x, w, torch.tensor(counts))
     expert = torch.arange(4).repeat_interleave(torch.tensor(counts))
     wide_x, wide_w = (t.detach().double().requires_grad_() for t in (x, w))

@@ -138,6 +138,7 @@ def test_what_transformers_writes_is_what_the_first_files_say(sparse):
     (dict(use_bias=True), "use_bias = True is not supported"), (dict(sliding_window=128), "sliding_window = 128 is not supported"),
     (dict(mamba_hidden_act="gelu"), "mamba_hidden_act = 'gelu' is not supported"), (dict(mlp_hidden_act="relu3"), "hidden_act = 'relu3'"),
     (dict(mamba_num_heads=12), "12 mamba_n_heads of 64 in 8 mamba_n_groups"), (dict(rotary_dim=3), "rotary_dim = 3: not understood"),
+    (dict(conv_kernel=None), "mamba_d_conv = None: expected a whole number"), (dict(ssm_state_size=None), "mamba_d_state = None"),
     (dict(time_step_limit=[0.1]), "time_step_limit = .0.1.: expected two numbers")])
 def test_a_value_without_a_meaning_is_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):

@@ -840,6 +840,30 @@ def test_transformers_reads_what_is_written_and_writes_what_is_read(name, quant_
         assert (their_logps(theirs) - logps(again)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("name, more", [
+    ("granite_h", dict(shared_intermediate_size=64, mamba_d_head=16)), ("falcon_h1", dict(mamba_d_ssm=64)),
+    ("granite_h experts", dict(shared_intermediate_size=64, mamba_d_head=16)), ("llama4", dict(intermediate_size_mlp=64)),
+    ("gemma4", dict(global_head_dim=16, hidden_size_per_layer_input=64))])
+def test_families_with_layers_of_other_kinds_have_the_4_bits_of_bitsandbytes(name, more, tmp_path, transformers):
+    """The same linear layers, to the same numbers. Stacked experts bitsandbytes leaves wide: they get its numbers by hand,
+    Llama 4's, which are (experts, in, out), along their inputs."""
+    import bitsandbytes
+    from test_families import our_logits, random_model, their_logits
+
+    random_model(name, **WHOLE_ROWS, **more).save_pretrained(tmp_path)
+    ours = load_model(tmp_path, torch.float32, four_bit=dict(quant_type="nf4", nested=False))
+    theirs = load_theirs(transformers, tmp_path, quantization_config=their_config(transformers, "nf4", False))
+    narrow = [{n for n, m in model.named_modules() if type(m).__name__ == "Linear4bit"} for model in (ours, theirs)]
+    assert {file_name(n, ours.config) for n in narrow[0]} == narrow[1] and len(narrow[1]) > 10
+    bnb = bitsandbytes.functional
+    rounded = lambda w: bnb.dequantize_4bit(*bnb.quantize_4bit(w.contiguous(), quant_type="nf4"))
+    with torch.no_grad():
+        for n, p in theirs.named_parameters():
+            if ".experts." in n:
+                p.copy_(torch.stack([rounded(w.mT).mT if name == "llama4" else rounded(w) for w in p]))
+        assert (our_logits(ours) - their_logits(theirs)[0]).abs().max() < 1e-5
+
+
 def dpo_loss(logps: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
     lengths = [len(c) for _, *completions in PAIRS for c in completions]
     ratios = torch.stack([part.sum() for part in (logps - ref).split(lengths)]).view(-1, 2)

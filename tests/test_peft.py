@@ -6,6 +6,8 @@ import pytest
 import torch
 from conftest import write
 from safetensors.torch import load_file, save_file
+from test_families import attention, peft_and_back, random_model
+from test_families import our_logits as own_logits
 from test_model import put_lora
 
 import model as models
@@ -206,6 +208,29 @@ def test_dora_has_pefts_gradients(bases, name, tmp_path):
     for key, p in peft_files.adapter_tensors(ours).items():
         expected = grads[key.removesuffix(".weight")]
         assert torch.allclose(p.grad, expected, atol=1e-4 * expected.abs().max()), key
+
+
+@pytest.mark.parametrize("stacks", [["experts.gate_up_proj", "experts.down_proj"], ["experts.down_proj"], ["router.weight"]], ids=str)
+@pytest.mark.parametrize("name", ["granite_h experts", "llama4", "gpt_oss"])
+def test_experts_and_routers_with_names_of_their_own_go_to_peft_and_back(name, stacks, tmp_path):
+    """Of Llama 4's stacks, (experts, in, out), PEFT has A on the side of the outputs: transformers does not say how they lie."""
+    random_model(name).save_pretrained(tmp_path / "base")
+    ours = models.load_model(tmp_path / "base")
+    add_lora(ours, dict(r=2, lora_alpha=4, lora_dropout=0.0, target_modules=["q_proj"], target_parameters=stacks))
+    load = lambda: transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", experts_implementation="eager", attn_implementation=attention(name))
+    there, changed, back = peft_and_back(ours, load, dict(target_modules=["q_proj"], target_parameters=stacks), tmp_path)
+    assert there < 2e-5 < 1e-3 < changed and back < 2e-5
+    with torch.no_grad():
+        expected = own_logits(ours.double())
+        merge_lora(ours)
+        assert (own_logits(ours) - expected).abs().max() < 1e-10
+
+
+def test_stacks_and_routers_that_are_not_there_are_named_as_the_family_names_them(tmp_path):
+    random_model("granite_h experts").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="gates.weight: .*; this model has experts.down_proj experts.gate_up_proj router.weight"):
+        add_lora(models.load_model(tmp_path), dict(r=2, lora_alpha=4, target_parameters=["gates.weight"]))
 
 
 # Files from before transformers 5: every expert a linear layer with its own LoRA

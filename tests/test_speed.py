@@ -1,10 +1,13 @@
 """What speed rests on, and must not change: compiled modules, hand-written backward passes, one split of the stream."""
 
+import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -186,6 +189,65 @@ def test_the_gpu_bench_checks_every_path_and_ends_with_a_table(tmp_path):
     assert cells[0] == "hh-8b-lora" and float(cells[1]) > 0 and cells[-1].endswith("%"), said
     found = json.loads((tmp_path / "found.json").read_text())["cases"]["hh-8b-lora"]["ours"]
     assert found["pairs"] == 2 and found["seconds"] > 0 and found["flops"] > 1e6
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """bench/gpu.py as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    return importlib.import_module("gpu")
+
+
+def refusal(bench, monkeypatch, capsys, *flags: str) -> str:
+    """The one line that the bench says before anything runs; a second one fails here."""
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *flags])
+    with pytest.raises(SystemExit) as end:
+        bench.parse()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2
+    return line
+
+
+def test_the_gpu_bench_says_in_one_line_what_is_missing_before_it_measures(bench, monkeypatch, capsys, tmp_path):
+    say = partial(refusal, bench, monkeypatch, capsys)
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None if name == "trl" else sys)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert say() == "bench/gpu.py: no GPU here; --device cpu runs this script on tiny models"
+    assert say("--device", "cpu").startswith("bench/gpu.py: no trl here: `pip install trl==1.16.0 peft`, or --no_trl")
+    assert "there is no folder" in say("--device", "cpu", "--no_trl", "--json", str(tmp_path / "none" / "found.json"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    assert "Tesla T4 does not compute bfloat16" in say()
+
+
+def test_a_case_that_fails_or_does_not_fit_leaves_the_others_in_the_gpu_benchs_table(bench, monkeypatch, capsys):
+    sent = []
+
+    def run(command, **named):
+        sent.append(command[-3:])
+        side, case, cut = command[-3:]
+        good = {"seconds": 0.5, "pairs": 64, "peak_gib": 2.0} | ({"flops": 1e12, "kernels": []} if side == "ours" else {})
+        error = {"uf-0.5b": "ValueError: wrong", "hh-8b-lora": "torch.OutOfMemoryError: CUDA out of memory"}.get(case)
+        too_large = side == "trl" and case == "hh-0.5b" and cut == "1"
+        error = "torch.OutOfMemoryError: too much" if too_large else error
+        return SimpleNamespace(stdout="" if error else "RESULT " + json.dumps(good), stderr=error or "")
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    monkeypatch.setattr(bench, "checks", lambda device: [("all", 0.0, 1.0)])
+    monkeypatch.setattr(bench.compare, "matrix_rate", lambda args: 1e13)
+    monkeypatch.setattr(bench, "case_of", lambda name, args: bench.CASES[name])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--cases", "hh-0.5b", "uf-0.5b", "hh-8b-lora"])
+    monkeypatch.setattr(bench, "missing", lambda args: None)
+    with pytest.raises(SystemExit) as end:
+        bench.main()
+    said = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in said[-3:]]
+    assert rows[0] == ["hh-0.5b", "128.0", "128.0", "1.0x", "2.00", "2.00", "1.00x", "20%"]
+    assert rows[1][:3] == ["uf-0.5b", "failed", "failed"] and rows[2][:3] == ["hh-8b-lora", "does not fit", "does not fit"]
+    assert "uf-0.5b ours: failed ValueError: wrong" in said and end.value.code == 1
+    assert [cut for side, case, cut in sent if (side, case) == ("trl", "hh-0.5b")] == ["1", "2"]
+    assert [cut for side, case, cut in sent if (side, case) == ("ours", "hh-8b-lora")] == ["1", "2", "4", "8", "16"]
 
 
 @pytest.mark.slow

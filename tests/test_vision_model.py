@@ -1,17 +1,21 @@
 """Vision-language models against transformers: names, log-probs, gradients, shared prefixes."""
 
 import json
+from contextlib import nullcontext
+from copy import deepcopy
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from vision_tiny import FAMILIES, IMAGE, make_checkpoint, random_pictures, theirs_forward
 
 import model as models
 from extras.decoder.generate import Sampling, complete
 from extras.decoder.in_stream import Pictures, find_runs, stream_axes
 from extras.models.opening import build, load_model
+from parts.activations import keep_all
 from parts.names import file_name
 
 pytest.importorskip("transformers")
@@ -95,6 +99,35 @@ def test_gradients_equal_transformers(pair):
             continue
         assert (grad - p.grad).norm() <= 1e-4 * p.grad.norm() + 1e-6, name
     assert seen > 40
+
+
+class Blocking(TorchDispatchMode):
+    """Notes the copies from the CPU for which the host would wait: in place of a GPU, the device "meta"."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        there = torch.device(kwargs.get("device") or args[0].device) if func is torch.ops.aten._to_copy.default else None
+        if there is not None and there.type != args[0].device.type:
+            self.found += [] if kwargs.get("non_blocking") else [tuple(args[0].shape)]
+        return func(*args, **kwargs)
+
+
+def test_the_host_waits_for_no_copy_of_what_a_tower_reads(pair, monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *args, **named: nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)
+    family, _, ours, _ = pair
+    sequences, pixels, grids = random_pictures(family)
+    vision = deepcopy(ours.model.vision).to("meta")
+    *_, pictures = stream_of(sequences, pixels, grids, family)
+    with Blocking() as blocking:
+        pictures = pictures.to("meta", non_blocking=True)
+        features, _ = vision.encode(pictures.pixels, pictures.grids)
+        vision(torch.zeros(sum(map(len, sequences)), 32, device="meta"), {}, pictures, keep_all, None)
+    assert features.device.type == "meta" and blocking.found == []
 
 
 def test_saved_checkpoints_have_the_files_names_and_load_in_transformers(pair, tmp_path):

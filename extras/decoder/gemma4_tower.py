@@ -150,7 +150,8 @@ class Tower(nn.Module):
     def forward(self, pixels: Tensor, grids: Tensor, run: Callable) -> Tensor:  # (F, C)
         c = self.config
         sizes = grids.tolist()
-        places = torch.cat([grid_places(h, w) for h, w in sizes]).to(pixels.device)
+        places = torch.cat([grid_places(h, w) for h, w in sizes])
+        places = places.to(pixels.device, non_blocking=True)
         x = self.patch_embedder(pixels, places)
         tables = place_tables(places, c["head_dim"] // 2, c["rope_theta"])
         for layer in self.encoder.layers:
@@ -180,7 +181,8 @@ class Patches(nn.Module):
         return []
 
     def forward(self, pixels: Tensor, grids: Tensor, run: Callable) -> Tensor:  # (P, C)
-        places = torch.cat([grid_places(h, w) for h, w in grids.tolist()]).to(pixels.device)
+        places = torch.cat([grid_places(h, w) for h, w in grids.tolist()])
+        places = places.to(pixels.device, non_blocking=True)
         x = self.patch_ln1(pixels.to(self.patch_dense.weight.dtype))
         x = self.patch_ln2(self.patch_dense(x))
         columns, rows = self.pos_embedding.unbind(1)

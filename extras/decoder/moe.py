@@ -170,7 +170,9 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:  # (n, 
     # grouped_mm accepts only rows of a multiple of 16 bytes
     is_aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
     if x.dtype == torch.bfloat16 and is_aligned and len(x):
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0).int())
+        # and no matrices whose numbers lie apart, as those of a LoRA do
+        whole = weight.contiguous().transpose(1, 2)
+        return F.grouped_mm(x, whole, offs=counts.cumsum(0).int())
     parts = [part @ w.T for part, w in zip(x.split(counts.tolist()), weight)]
     return torch.cat(parts)
 

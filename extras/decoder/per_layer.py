@@ -173,7 +173,8 @@ def own_inputs(stack: Any, input_ids: Tensor, x: Tensor) -> tuple[Tensor | None,
     if not size:
         return (None,) * c.num_hidden_layers
     if c.vision is not None:
-        unread = torch.isin(input_ids, input_ids.new_tensor(c.vision["placeholders"]))
+        placeholders = torch.tensor(c.vision["placeholders"], dtype=input_ids.dtype)
+        unread = torch.isin(input_ids, placeholders.to(input_ids.device, non_blocking=True))
         input_ids = input_ids.masked_fill(unread, c.vision["padding"])
     told = stack.embed_tokens_per_layer(input_ids)
     if c.vision is not None:

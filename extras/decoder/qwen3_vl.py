@@ -68,7 +68,7 @@ class Tower(nn.Module):
         proj = self.patch_embed.proj
         x = F.linear(pixels.to(proj.weight.dtype), proj.weight.flatten(1), proj.bias)
         x = x + self.positions(sizes).to(x.dtype)
-        tables = [table.to(x.device) for table in tower_tables(c, sizes)]
+        tables = [table.to(x.device, non_blocking=True) for table in tower_tables(c, sizes)]
         kept = {}
         for i, block in enumerate(self.blocks):
             x = run(block, x, [h * w for h, w in sizes], tables)
@@ -92,8 +92,8 @@ class Tower(nn.Module):
         index = corners[:, None, :, 0] * side + corners[None, :, :, 1]  # (2, 2, P)
         weights = shares[:, None, :, 0] * shares[None, :, :, 1]
         device = self.pos_embed.weight.device
-        found = self.pos_embed(index.flatten(0, 1).to(device))  # (4, P, C)
-        return (found * weights.flatten(0, 1)[..., None].to(device)).sum(0)
+        index, weights = (x.flatten(0, 1).to(device, non_blocking=True) for x in (index, weights))
+        return (self.pos_embed(index) * weights[..., None]).sum(0)  # of (4, P, C)
 
 
 class Merger(nn.Module):

@@ -92,14 +92,14 @@ class Tower(nn.Module):
         sizes = grids.tolist()
         weight = self.patch_embed.proj.weight
         x = F.linear(pixels.to(weight.dtype), weight.flatten(1))  # a patch is a row: no convolution
-        tables = [table.to(x.device) for table in tower_tables(c, sizes)]
+        tables = [table.to(x.device, non_blocking=True) for table in tower_tables(c, sizes)]
         images = [h * w for h, w in sizes]
         windows: list[int] = []
         if c["newer"]:
             merge = c["spatial_merge_size"]
             window = c["window_size"] // c["patch_size"] // merge
             order, windows = window_order(sizes, window, merge)
-            order = order.to(x.device)
+            order = order.to(x.device, non_blocking=True)
             x = x[order]
             tables = [table[order] for table in tables]
         for i, block in enumerate(self.blocks):
@@ -185,7 +185,8 @@ def axes_tables(
 ) -> dict:
     """Return the rotary tables of a stream with axes (3, T); the rest as in `axis_of_pairs`."""
     per_axis = [rotary_tables(ropes, axis, dtype) for axis in axes]
-    axis = axis_of_pairs(sections, alternate).repeat(2).to(axes.device)  # (D,)
+    axis = axis_of_pairs(sections, alternate).repeat(2)  # (D,)
+    axis = axis.to(axes.device, non_blocking=True)
 
     def pick(parts: list[Tensor]) -> Tensor:
         """Take each dim from the table of its own axis."""

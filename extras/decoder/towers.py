@@ -23,7 +23,8 @@ def attend_within(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor
     rows = []
     out = []
     for length in sorted(set(lengths)):
-        index = (starts[sizes == length][:, None] + torch.arange(length)).flatten().to(q.device)
+        index = (starts[sizes == length][:, None] + torch.arange(length)).flatten()
+        index = index.to(q.device, non_blocking=True)
         is_all = len(index) == len(q)  # nothing to pick, so no copy
         picked = [x if is_all else x[index] for x in (q, k, v)]
         batch = [x.unflatten(0, (-1, length)).transpose(1, 2) for x in picked]  # (n, H, length, D)

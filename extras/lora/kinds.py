@@ -142,11 +142,16 @@ class LoraExperts(nn.Module):
     """LoRA on stacks of experts (extras/decoder/moe.py): x_e W_e^T + s (x_e A_e^T) B_e^T.
 
     Parameters are laid out as in PEFT's files: A (experts * rank, in), B (out, rank * experts).
-    `stacks` is {stack: (rank, alpha)}.
+    `stacks` is {stack: (rank, alpha)}. `turned`: PEFT has A on the side of the outputs and B on that
+    of the inputs, A (experts * rank, out), B (in, rank * experts).
     """
 
-    def __init__(self, base: nn.Module, stacks: dict[str, tuple[int, float]], dropout: float):
+    def __init__(
+        self, base: nn.Module, stacks: dict[str, tuple[int, float]], dropout: float,
+        turned: bool = False,
+    ):
         super().__init__()
+        self.turned = turned
         self.base_layer = base
         self.enabled = True
         self.dropout = nn.Dropout(dropout)
@@ -159,6 +164,8 @@ class LoraExperts(nn.Module):
         options = {"device": like.device, "dtype": dtype}
         for name, (rank, _) in stacks.items():
             count, rows, columns = stack_shape(base, name)
+            if turned:
+                rows, columns = columns, rows
             drawn = torch.empty(count * rank, columns, dtype=dtype)  # see LoraLinear
             nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
             self.lora_A[name] = nn.Parameter(drawn.to(like.device))
@@ -168,8 +175,8 @@ class LoraExperts(nn.Module):
         """Return A (experts, rank, in) and B (experts, out, rank) of a stack."""
         experts = stack_shape(self.base_layer, name)[0]
         a = self.lora_A[name].unflatten(0, (experts, -1))
-        b = self.lora_B[name].unflatten(1, (-1, experts))
-        return a, b.permute(2, 0, 1)
+        b = self.lora_B[name].unflatten(1, (-1, experts)).permute(2, 0, 1)
+        return (b.mT, a.mT) if self.turned else (a, b)
 
     def update(self, name: str, x: Tensor, counts: Tensor) -> Tensor:
         a, b = self.factors(name)

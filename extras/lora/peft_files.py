@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> None:
     ours = adapter_tensors(model)
     found = {n: opened.get_tensor(n) for n in opened.keys()}
     if model.config.moe:
-        found = stack_experts(found, model.config.moe["experts"], path)
+        found = stack_experts(found, model.config.moe["experts"], path, ours.keys())
     bases = {n: found.pop(n) for n in [*found] if n.endswith(".base_layer.weight")}
     odd = ours.keys() ^ found.keys()
     if odd:
@@ -283,8 +284,10 @@ HALVES = (("w1", "w3"), ("gate_proj", "up_proj"))
 DOWN = ("w2", "down_proj")
 
 
-def stack_experts(found: dict[str, Tensor], experts: int, path: Path) -> dict[str, Tensor]:
-    """Return `found` with the LoRAs of single experts stacked.
+def stack_experts(
+    found: dict[str, Tensor], experts: int, path: Path, known: Container[str],
+) -> dict[str, Tensor]:
+    """Return `found` with the LoRAs of single experts stacked; `known` names need no other.
 
     Raises ValueError where experts differ in what they have.
     """
@@ -296,7 +299,7 @@ def stack_experts(found: dict[str, Tensor], experts: int, path: Path) -> dict[st
             layer, number, matrix, kind = expert.groups()
             parts.setdefault(layer, {})[int(number), matrix, kind] = tensor
         else:
-            rest[name.replace(".block_sparse_moe.", ".mlp.")] = tensor
+            rest[name if name in known else name.replace(".block_sparse_moe.", ".mlp.")] = tensor
     for layer, tensors in parts.items():
         for depth, matrices in stacks_of(tensors).items():
             try:
@@ -373,9 +376,9 @@ def targets_of(model: nn.Module, settings: dict) -> dict:
     stacks = set()
     for name, wrapper in lora_modules(model).items():
         if isinstance(wrapper, kinds.LoraExperts):
-            stacks |= {f"{name}.{stack}" for stack in wrapper.lora_A}
+            stacks |= {f"{file_name(name, config)}.{stack}" for stack in wrapper.lora_A}
         elif isinstance(wrapper, kinds.LoraRouter):
-            stacks.add(f"{name}.weight")
+            stacks.add(f"{file_name(name, config)}.weight")
         elif not isinstance(wrapper, kinds.SavedModule):
             wrapped.add(file_name(name, config))
     short = settings | {"target_modules": sorted({n.rpartition(".")[2] for n in wrapped})}
@@ -402,7 +405,7 @@ def shortest_names(model: nn.Module, stacks: set[str]) -> list[str]:
     ends = sorted({".".join(stack.rsplit(".", 2)[1:]) for stack in stacks})
     found = set()
     for name, module in model.named_modules():
-        plain = name.replace(".base_layer", "")
+        plain = file_name(name.replace(".base_layer", ""), model.config)
         parameters = [f"{plain}.{p}" for p in targets.own_parameters(module)]
         found |= {p for p in parameters if targets.named(p, ends)}
     return ends if found == stacks else sorted(stacks)

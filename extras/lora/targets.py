@@ -22,6 +22,8 @@ from parts.weights import in_memory
 # Families of whose Mamba layers PEFT refuses adapters on out_proj: transformers' fused kernel reads
 # its weight and would pass the adapter by.
 PASSED_BY = ("falcon_h1", "nemotron_h")
+# Families whose stacks are (experts, in, out), which PEFT takes for (experts, out, in).
+TURNED = ("llama4_text", "llama4")
 
 # Settings of a PEFT adapter that say what is wrapped and how, with the defaults of those that a
 # file lacks.
@@ -79,9 +81,11 @@ def choose(model: nn.Module, settings: dict) -> dict[str, partial]:
             continue
         theirs = file_name(name, model.config)
         stacks = [n for n in own_parameters(module)
-                  if named(f"{name}.{n}", settings["target_parameters"])]
+                  if named(f"{theirs}.{n}", settings["target_parameters"])
+                  or named(f"{name}.{n}", settings["target_parameters"])]
         if stacks:
-            chosen[name] = partial(wrap_parameters, module, name, stacks, settings)
+            turned = model.config.model_type in TURNED
+            chosen[name] = partial(wrap_parameters, module, theirs, stacks, settings, turned)
         elif is_linear(name, model) and is_target(name, theirs, module, settings):
             chosen[name] = partial(wrap, module, theirs, settings)
         elif any(theirs.endswith(end) for end in settings["modules_to_save"] or []):
@@ -127,7 +131,9 @@ def wrap(module: nn.Module, key: str, settings: dict) -> nn.Module:
     return kind(module, rank, alpha, settings["lora_dropout"])
 
 
-def wrap_parameters(module: nn.Module, name: str, stacks: list[str], settings: dict) -> nn.Module:
+def wrap_parameters(
+    module: nn.Module, name: str, stacks: list[str], settings: dict, turned: bool,
+) -> nn.Module:
     if settings["use_dora"]:
         raise ValueError(
             f"--use_dora: it is for linear layers and embeddings; {name} is experts or their "
@@ -135,7 +141,7 @@ def wrap_parameters(module: nn.Module, name: str, stacks: list[str], settings: d
     sizes = {n: rank_and_alpha(f"{name}.{n}", settings) for n in stacks}
     if isinstance(module, Router):
         return kinds.LoraRouter(module, *sizes["weight"], settings["lora_dropout"])
-    return kinds.LoraExperts(module, sizes, settings["lora_dropout"])
+    return kinds.LoraExperts(module, sizes, settings["lora_dropout"], turned)
 
 
 def rank_and_alpha(key: str, settings: dict) -> tuple[int, float]:
@@ -196,13 +202,15 @@ def check_targets(model: nn.Module, settings: dict) -> None:
     """Raise ValueError for a target that is no module or parameter of this model."""
     modules = {n: m for n, m in model.named_modules() if n}
     theirs = {n: file_name(n, model.config) for n in modules}
-    stacks = [f"{n}.{p}" for n, m in modules.items() for p in own_parameters(m)]
+    stacks = [f"{theirs[n]}.{p}" for n, m in modules.items() for p in own_parameters(m)]
+    own = [f"{n}.{p}" for n, m in modules.items() for p in own_parameters(m)]
     check_modules(model, modules, theirs, settings, bool(stacks))
     for target in settings["target_parameters"] or []:
-        if not any(named(stack, [target]) for stack in stacks):
+        if not any(named(stack, [target]) for stack in stacks + own):
             known = "this model has no experts"
             if stacks:
-                known = f"this model has {last_parts(stacks)}, and weight of gate"
+                ends = {".".join(stack.rsplit(".", 2)[1:]) for stack in stacks}
+                known = f"this model has {' '.join(sorted(ends))}"
             raise ValueError(
                 f"--lora_target_parameters {target}: no such parameter of experts or routers; "
                 f"{known}")

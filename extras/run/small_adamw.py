@@ -134,7 +134,8 @@ class SmallAdamW:
         self.eight_bit = eight_bit
         self.rounds = rounds
         self.state: defaultdict[nn.Parameter, dict[str, Any]] = defaultdict(dict)
-        self.codes = (dynamic_code(signed=True), dynamic_code(signed=False))
+        device = next(p.device for group in groups for p in group["params"])
+        self.codes = tuple(dynamic_code(signed).to(device) for signed in (True, False))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for group in self.param_groups:
@@ -258,7 +259,7 @@ class SmallAdamW:
         for i, code in enumerate(self.codes, 1):
             codes = flat(state[f"state{i}"])[piece.local]
             maxima, blocks = maxima_of(state[f"absmax{i}"], piece)
-            found.append(decode(codes, maxima[blocks], code.to(codes.device), piece.lead).to(wide))
+            found.append(decode(codes, maxima[blocks], code, piece.lead).to(wide))
         return found
 
     def keep_moments(
@@ -280,7 +281,7 @@ class SmallAdamW:
                     at = block - piece.first // BLOCK
                     if 0 <= at < blocks.stop - blocks.start:
                         maxima[blocks][at] = value
-            codes = encode(moment, maxima[blocks], code.to(moment.device), piece.lead)
+            codes = encode(moment, maxima[blocks], code, piece.lead)
             flat(state[f"state{i}"])[piece.local] = codes
 
 
