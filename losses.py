@@ -380,7 +380,7 @@ def flags_of(loss: Callable) -> list[str]:
 
 
 def pair_metrics(x: PairLogps, beta: float) -> dict[str, Tensor]:  # each (B,)
-    """Compute TRL's metrics of each pair: rewards are beta r for every loss; a tie counts 1/2."""
+    """Compute TRL's metrics, and `kl`: rewards are beta r for every loss; a tie counts 1/2."""
     chosen = beta * x.chosen_logratios
     rejected = beta * x.rejected_logratios
     return {

@@ -491,7 +491,7 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def requires_grad_(self, requires_grad: bool = True) -> "Decoder":
-        """Leave alone what is held fixed."""
+        """As nn.Module's, but what never learns (names.FIXED) stays as it is."""
         super().requires_grad_(requires_grad)
         for name, p in self.named_parameters():
             p.requires_grad = p.requires_grad and not name.endswith(FIXED)

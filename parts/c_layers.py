@@ -13,8 +13,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from ctypes import c_float, c_int, c_int64
-from functools import lru_cache
+from ctypes import c_float, c_int, c_int64, c_void_p
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,11 @@ def make(compiler: str, path: Path) -> None:
     """Compile into `path`. Linked without OpenMP, so that it takes the threads that PyTorch has."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        made = Path(scratch) / "layers.o", Path(scratch) / "layers.so"
-        for words in ((*OPTIONS, "-c", str(SOURCE)), ("-shared", str(made[0]))):
-            to = made["-shared" in words]
-            subprocess.run([compiler, *words, "-o", str(to)], check=True, capture_output=True)
-        os.replace(made[1], path)  # at once: other ranks may be at it too
+        compiled, linked = f"{scratch}/layers.o", f"{scratch}/layers.so"
+        run = partial(subprocess.run, check=True, capture_output=True)
+        run([compiler, *OPTIONS, "-c", str(SOURCE), "-o", compiled])
+        run([compiler, "-shared", compiled, "-o", linked])
+        os.replace(linked, path)  # at once: other ranks may be at it too
 
 
 def computes(x: Tensor, *wide: Tensor) -> bool:
@@ -76,11 +76,17 @@ def rows_of(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def call(name: str, *arguments: Any) -> None:
-    """Call a function of layers.c: tensors as addresses, whole numbers as int64; threads are last."""
-    kinds = {Tensor: lambda x: ctypes.c_void_p(x.data_ptr()), int: c_int64, float: c_float}
-    given = [kinds[type(x) if type(x) in kinds else Tensor](x) for x in arguments]
+def call(name: str, *arguments: Tensor | int | float) -> None:
+    """Call a function of layers.c, whose last argument is the number of threads."""
+    given = [as_c(argument) for argument in arguments]
     getattr(library(), name)(*given, c_int(torch.get_num_threads()))
+
+
+def as_c(argument: Tensor | int | float) -> Any:
+    """Return a tensor as its address, a whole number as int64, another as float."""
+    if isinstance(argument, Tensor):
+        return c_void_p(argument.data_ptr())
+    return c_float(argument) if isinstance(argument, float) else c_int64(argument)
 
 
 def score_chunk(logits: Tensor, targets: Tensor, how: Any, slopes: bool) -> list[list[Tensor]]:

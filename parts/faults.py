@@ -20,7 +20,7 @@ from parts.rows import DataError
 
 def refuse(error: Exception | str, status: int) -> int:
     """Print an error once on each machine, and return the exit status."""
-    is_own = "rank" in str(error)[:5]  # an error of one rank, which alone knows of it
+    is_own = str(error).startswith("rank ")  # of one rank, which alone knows of it
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 or is_own:
         print(f"error: {error}", file=sys.stderr)
         return status

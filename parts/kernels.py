@@ -3,9 +3,9 @@
 Each computes the plain formula in its docstring. They exist because PyTorch's own keep more tensors
 for backward or go over them more often, and memory traffic decides, on a CPU as on a GPU. Where
 Triton runs, and on a CPU where there is a C compiler, norm, SwiGLU and rotation are one pass each
-(triton_layers.py, c_layers.py). Inside torch.compile
-the plain formulas are taken: the compiler fuses those itself, and in torch 2.11 it gives wrong
-gradients for operations in place inside an autograd Function.
+(triton_layers.py, c_layers.py). Inside torch.compile the plain formulas are taken: the compiler
+fuses those itself, and in torch 2.11 it gives wrong gradients for operations in place inside an
+autograd Function.
 """
 
 from collections.abc import Callable
@@ -119,7 +119,7 @@ def product(act: Callable, gate: Tensor, up: Tensor) -> Tensor:
 
 
 def rotation(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """(a cos - b sin, b cos + a sin) of the halves (a, b), or even and odd dims, of the last dim."""
+    """(a cos - b sin, b cos + a sin) of the halves (a, b), or even and odd, of the last dim."""
     if takes_triton(x.device) and cos.shape == (len(x), 1, x.shape[-1]):
         from parts import triton_layers
 

@@ -72,7 +72,7 @@ TRANSPOSED = {  # matrices that the files keep as (in, out)
 # ... or keep either way: (in, out) as published, (out, in) as transformers 5 writes a new model
 EITHER_WAY = {"qwen3_vl_moe": re.compile(r"\.experts\.(gate_up|down)_proj$")}
 CONSTANTS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$")  # causal masks in old files
-# text models cut out of LLaVA's kind have "language_model.model.layers"; Nemotron-H's files "backbone"
+# text models cut out of LLaVA's kind have "language_model.model.layers"; Nemotron-H's "backbone"
 PREFIXES = {"model.language_model.": "model.", "language_model.": "", "backbone.": "model."}
 OF_KEYS = re.compile(r"\.layers\.(\d+)\.self_attn\.[kv]_(proj|norm)\.")
 EXPERT = re.compile(

@@ -157,7 +157,8 @@ def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory.
 
     By default it returns freed tensors to the kernel, which then clears every page anew: 8 % of a
-    CPU step. """
+    CPU step.
+    """
     try:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD

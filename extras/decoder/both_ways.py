@@ -2,7 +2,7 @@
 
 In layers with a window, an image's tokens see those after them however far, and those before them
 within the window; in Gemma 4 12B ("whole") those of the image however far. In other sizes of
-Gemma 4 ("windows") only these layers let them. All of it is as in transformers.
+Gemma 4 ("windows") only layers with a window let them. All of it is as in transformers.
 """
 
 from typing import Callable, NamedTuple

@@ -17,8 +17,7 @@ CHUNK = 64
 
 
 class ChunkPlan(NamedTuple):
-    """How the spans of a stream are cut into chunks, in the order of the steps that compute them.
-    """
+    """How a stream's spans are cut into chunks, in the order of the steps that compute them."""
 
     size: int  # n
     place: Tensor  # (T,) of each token in the chunks laid end to end

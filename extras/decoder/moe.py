@@ -111,8 +111,8 @@ class Experts(nn.Module):
     """down(act(gate(x)) * up(x)) of each expert, with matrices stacked as in transformers 5.
 
     With moe["clamp"] they are gpt-oss's: with biases, `clamped_product` for act(gate) * up, and the
-    rows of gate and up in turn in gate_up_proj. Nemotron-H's have no gate: down(act(up(x))). `first`
-    names the stack before the activation.
+    rows of gate and up in turn in gate_up_proj. Nemotron-H's have no gate: down(act(up(x))).
+    `first` names the stack before the activation.
     """
 
     def __init__(self, hidden_size: int, moe: dict, act: Callable):
@@ -260,8 +260,6 @@ def load_balancing_loss(
     twice, as in two padded sequences. The loss of a batch is therefore not the mean of its parts'
     losses; it is computed per forward.
     """
-    if not router_logits:
-        return torch.zeros((), device=spans.device)
     weight = token_weights(spans).to(router_logits[0].device, non_blocking=True)  # (T,)
     sent = torch.zeros((), device=weight.device)
     probability = torch.zeros((), device=weight.device)

@@ -1,6 +1,5 @@
-"""Blocks that model.Block does not describe: one with layers of their own (per_layer.py), and one of
-a single residual, whose layers are a mixer of tokens, an MLP or experts (Nemotron-H,
-arXiv:2504.03624)."""
+"""Blocks that model.Block does not describe: Gemma 4's (per_layer.py), and those of a single
+residual, which are a mixer of tokens, an MLP or experts (Nemotron-H, arXiv:2504.03624)."""
 
 from collections.abc import Callable
 from dataclasses import replace

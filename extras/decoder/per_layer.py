@@ -115,7 +115,7 @@ class PerLayerBlock(nn.Module):
             self.per_layer_projection = nn.Linear(size, C, bias=False)
             self.post_per_layer_input_norm = norm(C)
         self.has_experts = moe is not None
-        if moe is not None:
+        if self.has_experts:
             self.router = ScaledRouter(C, moe, config.norm_eps)
             self.experts = Experts(C, moe, self.act)
             self.post_feedforward_layernorm_1 = norm(C)

@@ -61,7 +61,10 @@ def add_lora(model: nn.Module, settings: dict) -> list[str]:
 
 
 def usual_targets(config: ModelConfig) -> list[str]:
-    """Return q_proj and v_proj, or what a family has in their place."""
+    """Return q_proj and v_proj, or what a family has in their place: Nemotron-H, whose layers with
+    attention are few, all of it."""
+    if config.single:
+        return ["q_proj", "k_proj", "v_proj", "o_proj"]
     if config.latent is not None:
         return ["q_proj" if config.latent["query"] is None else "q_b_proj", "kv_b_proj"]
     return ["qkv_proj"] if config.fused_qkv else ["q_proj", "v_proj"]

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 WIDTH, HEIGHT = 460, 260
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 34, 40  # pixels around the plot
-# Okabe and Ito's colours, distinct to the colour-blind too. Each further run also has another dash.
+# Okabe and Ito's colours, distinct to the colour-blind too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
-DASHES = ("", "6 3", "2 2", "8 3 2 3")
 FONT = "Helvetica, Arial, sans-serif"
 
 
