@@ -15,10 +15,10 @@ import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from parts.families import READS_IMAGES
 from parts.rows import DataError
 from parts.tokenizer_files import read_json, tokenizer_files
 from parts.turns import REASONING, is_empty, parse_ratings, split_row
+from parts.vision_configs import READS_IMAGES
 
 RESERVED_KWARGS = (
     "messages",
@@ -36,16 +36,24 @@ MAX_STOPS = 3  # stops after which a template is not tried again
 
 
 def find_templates(directory: Path) -> dict[str, str]:
-    """Return {name: source}; files of their own win over tokenizer_config.json's one or several."""
+    """Return {name: source}; files of their own win over tokenizer_config.json's one or several.
+
+    Raises DataError for what is neither text nor a list of named texts.
+    """
     files = [path for path in tokenizer_files(directory) if path.suffix == ".jinja"]
     sources: Any = {path.stem: path.read_text("utf-8") for path in files}
     if "chat_template" in sources:
         sources["default"] = sources.pop("chat_template")
     for name in ("tokenizer_config.json", "chat_template.json"):
         sources = sources or read_json(directory / name).get("chat_template") or {}
-    if isinstance(sources, list):
-        sources = {entry["name"]: entry["template"] for entry in sources}
-    return {"default": sources} if isinstance(sources, str) else sources
+    if isinstance(sources, list) and all(isinstance(entry, dict) for entry in sources):
+        sources = {entry.get("name"): entry.get("template") for entry in sources}
+    sources = {"default": sources} if isinstance(sources, str) else sources
+    is_named = isinstance(sources, dict) and all(isinstance(name, str) for name in sources)
+    if not is_named or not all(isinstance(text, str) for text in sources.values()):
+        what = f"{directory}: its chat_template is {json.dumps(sources)[:60]}"
+        raise DataError(f'{what}; expected text, or a list of {{"name": ..., "template": ...}}')
+    return sources
 
 
 def load_templates(directory: Path, choice: str | None) -> dict[str, str]:
@@ -222,7 +230,7 @@ def plain_texts(row: dict, prompt: str, completions: list[str], tokenizer: Any) 
             how = "write it into the prompt, or give conversations"
             raise DataError(f'"{key}" is set, but the prompt is text; {how}')
     eos = tokenizer.eos_token
-    if eos is None:
+    if not eos:
         what = "the tokenizer has no eos_token, so an answer has no end"
         raise DataError(f"{what}; set it in tokenizer_config.json")
     ended = [text if text.endswith(eos) else text + eos for text in completions]

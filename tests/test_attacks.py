@@ -434,3 +434,22 @@ def test_a_damaged_dpo_config_is_named_by_the_commands_that_read_it(tiny, pairs_
     assert chat.main([str(model), "--raw", "--prompts", str(pairs_file), "--output", str(tmp_path / "out.jsonl")]) == 2
     assert score.main([str(model), str(pairs_file), "--use_cpu"]) == 2
     assert capsys.readouterr().err.count(f"error: {model}/dpo_config.json: ") == 2
+
+
+@pytest.mark.parametrize("template", [5, [{"x": 1}], [5], {"default": 5}, [{"name": "default", "template": None}]])
+def test_a_chat_template_of_another_kind_is_refused_by_its_directory(tiny, flags, tmp_path, capsys, template):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    say = lambda role, text: [{"role": role, "content": text}]
+    row = {"prompt": say("user", "the cat"), "chosen": say("assistant", "a dog"), "rejected": say("assistant", "the sun")}
+    (tmp_path / "turns.jsonl").write_text(json.dumps(row) + "\n")
+    more = ["--model_name_or_path", str(model), "--dataset_name", str(tmp_path / "turns.jsonl")]
+    assert refused(capsys, [*flags, *more], f"{model}: its chat_template is ")
+
+
+def test_an_empty_eos_token_is_none(tiny, flags, tmp_path, capsys):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": ""}))
+    assert refused(capsys, [*flags, "--model_name_or_path", str(model)], "the tokenizer has no eos_token, so an answer has no end")

@@ -380,3 +380,19 @@ def test_pillow_is_asked_for_by_name(tmp_path, monkeypatch):
     data.tokenize_pair(conversation({}), tokenizer, data.DataOptions())
     with pytest.raises(ValueError, match="pip install pillow"):
         data.tokenize_pair(row, tokenizer, data.DataOptions())
+
+
+@pytest.mark.parametrize("file, change, words", [
+    ("preprocessor", dict(size=28), "size is 28; expected whole numbers above 0"), ("preprocessor", dict(size={}), "size is {}"),
+    ("preprocessor", dict(crop_size={"height": 0, "width": 28}), "crop_size is"), ("preprocessor", dict(resample=9), "resample is 9"),
+    ("preprocessor", dict(image_mean="x"), "image_mean is 'x'; expected three numbers"), ("preprocessor", dict(image_std=[0, 1, 1]), "above 0"),
+    ("preprocessor", dict(image_std=[1, 1]), "image_std is .1, 1."), ("preprocessor", dict(rescale_factor=1e308), "rescale_factor is 1e"),
+    ("preprocessor", dict(do_normalize="no"), "do_normalize is 'no'; expected true or false"),
+    ("processor", dict(patch_size=-1), "patch_size is -1"), ("processor", dict(num_additional_image_tokens=1e9), "num_additional_image_tokens is"),
+    ("processor", dict(vision_feature_select_strategy="x"), "vision_feature_select_strategy is 'x'; expected default or full")])
+def test_settings_that_no_image_can_be_made_with_are_refused_by_name(file, change, words, tmp_path):
+    make_tokenizer("llava", tmp_path)
+    path = tmp_path / f"{file}_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(DataError, match=f"{tmp_path}.*: .*{words}"):
+        pictures.open_tokenizer(tmp_path)

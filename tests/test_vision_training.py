@@ -433,3 +433,12 @@ def test_a_picture_that_goes_during_training_ends_the_run_in_one_message(own_pic
     assert dpo.main(own_pictures) == 1
     error = capsys.readouterr().err
     assert error.count("error: ") == 1 and words in error and "checkpoint-2 is complete: resume from it" in error
+
+
+@pytest.mark.parametrize("change", [dict(patch_size=14), dict(vision_feature_select_strategy="full"), dict(num_additional_image_tokens=0)])
+def test_a_processor_that_counts_other_features_than_llavas_tower_gives_is_refused(run, place, tmp_path, change):
+    shutil.copytree(place / "llava", tmp_path / "model")
+    path = tmp_path / "model" / "processor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match="tokens, and config.json says 28 x 28 pixels and 16 tokens"):
+        run("out", model_name_or_path=str(tmp_path / "model"))

@@ -177,6 +177,8 @@ def load_processor(tokenizer: Tokenizer) -> Processor | None:
     if kind == "patches":
         edges = {"shortest_edge": given.get("min_pixels"), "longest_edge": given.get("max_pixels")}
         settings["size"] = settings["size"] | {k: v for k, v in edges.items() if v is not None}
+    check_settings(settings, defaults, kind, directory)
+    check_outer(outer, directory)
     if given.get("do_pan_and_scan"):
         raise DataError(
             f"{directory}: do_pan_and_scan is on in the image processor's file, and images cut "
@@ -247,6 +249,63 @@ def tile_features(kind: str, settings: dict, outer: dict, directory: Path) -> in
     return size["height"] // patch * (size["width"] // patch) + extra - (strategy == "default")
 
 
+def check_settings(settings: dict, defaults: dict, kind: str, directory: Path) -> None:
+    """Raise DataError for a setting of the image processor that no image can be made with."""
+    for name, default in defaults.items():
+        value = settings[name]
+        if name == "resample":
+            is_right, wanted = type(value) is int and 0 <= value <= 5, "one of pillow's, 0 to 5"
+        elif isinstance(default, bool):
+            is_right, wanted = isinstance(value, bool), "true or false"
+        elif isinstance(default, dict):
+            needed = [default.keys(), {"height", "width"}]
+            needed += [{"shortest_edge"}] if kind == "square" and name == "size" else []
+            is_right = isinstance(value, dict) and any(keys <= value.keys() for keys in needed)
+            is_right = is_right and all(v is None or is_count(v) for v in value.values())
+            wanted = f"whole numbers above 0, such as {default}"
+        elif isinstance(default, list):  # of the three channels
+            numbers = value if isinstance(value, list) else [value]
+            least = 0 if name == "image_std" else -math.inf
+            is_right = len(numbers) in (1, 3) and all(is_number(v, least) for v in numbers)
+            wanted = "three numbers" + (" above 0" if name == "image_std" else "")
+        elif isinstance(default, float):
+            is_right, wanted = is_number(value, 0), "a number above 0"
+        else:
+            is_right, wanted = is_count(value), "a whole number above 0"
+        if not is_right:
+            raise DataError(
+                f"{directory}: the image processor's {name} is {value!r:.60}; expected {wanted}"
+            )
+
+
+def check_outer(outer: dict, directory: Path) -> None:
+    """Raise DataError for what processor_config.json says of features and cannot be."""
+    for name in ("patch_size", "image_seq_len", "image_seq_length", "num_additional_image_tokens"):
+        value = outer.get(name)
+        least = 0 if name.startswith("num") else 1
+        if value is not None and not (is_count(value) or value == least == 0):
+            raise DataError(
+                f"{directory}/processor_config.json: {name} is {value!r:.60}; expected a whole "
+                f"number from {least}"
+            )
+    strategy = outer.get("vision_feature_select_strategy")
+    if strategy not in (None, "default", "full"):
+        raise DataError(
+            f"{directory}/processor_config.json: vision_feature_select_strategy is "
+            f"{strategy!r:.60}; expected default or full"
+        )
+
+
+def is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value < 10**9
+
+
+def is_number(value: Any, above: float) -> bool:
+    """Tell whether a value of JSON is a number that images can be computed with."""
+    is_one = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_one and above < value and abs(value) < 1e6
+
+
 def check_features(processor: Processor, vision: dict) -> None:
     """Raise ValueError where the model takes other images than its processor's file makes.
 
@@ -270,13 +329,19 @@ def check_features(processor: Processor, vision: dict) -> None:
     size = s["crop_size"] if s["do_center_crop"] else s["size"]
     made = (size["height"], size["width"], processor.per_tile)
     side = vision["image_size"]
-    taken = (side, side, vision.get("tokens", processor.per_tile))
+    taken = (side, side, vision.get("tokens", side_features(vision)))
     if made != taken:
         words = "{} x {} pixels and {} tokens"
         raise ValueError(
             f"the image processor's file makes images of {words.format(*made)}, and config.json "
             f"says {words.format(*taken)}; give the processor that belongs to the model"
         )
+
+
+def side_features(vision: dict) -> int:
+    """Count the features of one square as LLaVA's tower gives them to the decoder."""
+    across = vision["image_size"] // vision["patch_size"]
+    return across * across + vision["is_clip"] - vision["drop_first"]
 
 
 def check_budget(processor: Processor, vision: dict) -> None:
