@@ -56,7 +56,7 @@ class ModelConfig:
     norm_eps: float
     hidden_act: str = "silu"
     tie_word_embeddings: bool = False
-    windows: tuple[int | None, ...] = ()  # per layer; None attends to everything before
+    windows: tuple[int | None, ...] = ()  # per layer; None sees all before, -n chunks of n
     rope_layers: tuple[str | None, ...] = ()  # per layer: which of `ropes`; None does not rotate
     ropes: dict[str, Rope] = field(default_factory=dict)
     norm: str = "rms"  # or "layer", "layer without bias"

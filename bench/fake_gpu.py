@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import io
 import json
 import math
 import os
@@ -467,6 +468,46 @@ def generation() -> dict:
         return measured(lambda: generate.complete(m, [[1, 5, 6], [1, 4]], options, samples=2))
 
 
+def module_to(self, *args, **named):
+    """In place of nn.Module.to, which does not put fake tensors into modules."""
+    device, dtype, *_ = torch._C._nn._parse_to(*args, **named)
+    for m in self.modules():
+        for kind in (m._parameters, m._buffers):
+            for name, p in kind.items():
+                if p is None:
+                    continue
+                there, wide = torch.device(device or p.device), dtype if dtype and p.is_floating_point() else p.dtype
+                if (there.type, wide) != (p.device.type, p.dtype):
+                    t = torch.empty(p.shape, dtype=wide, device=there)
+                    kind[name] = torch.nn.Parameter(t, p.requires_grad) if isinstance(p, torch.nn.Parameter) else t
+    return self
+
+
+def bench_run(name: str) -> dict:
+    """Our side of a case of bench/gpu.py, with a tiny model in two forwards: does that script reach its end?"""
+    import gpu
+
+    case = gpu.CASES[name]._replace(shape=gpu.TINY, pairs=4)
+    stand_ins = [
+        (torch.cuda, "synchronize", lambda *x: None),
+        (torch.cuda, "reset_peak_memory_stats", lambda *x: None),
+        (torch.cuda, "max_memory_allocated", lambda *x: 0),
+        (gpu, "top_kernels", lambda step, device: []),
+        (torch.nn.Module, "to", module_to),
+        (torch, "from_numpy", for_real(torch.from_numpy)),
+        (data, "collate", for_real(data.collate)),
+    ]
+    before = [getattr(place, what) for place, what, _ in stand_ins]
+    for place, what, stand_in in stand_ins:
+        setattr(place, what, stand_in)
+    try:
+        with MODE, contextlib.redirect_stdout(io.StringIO()):
+            return measured(lambda: gpu.ours(case, argparse.Namespace(device="cuda"), 2))
+    finally:
+        for (place, what, _), old in zip(stand_ins, before):
+            setattr(place, what, old)
+
+
 def predict(name: str) -> None:
     """Forward and backward of the whole step in one stream, under autocast where all weights learn."""
     import gpu
@@ -581,6 +622,7 @@ if torch.__version__ >= "2.13":  # refused before
 
 def cases() -> dict:
     found = {f"step: {name}": functools.partial(step, **more) for name, more in STEPS.items()} | {"generation": generation}
+    found |= {f"bench/gpu.py: {name}": functools.partial(bench_run, name) for name in ("hh-0.5b", "hh-8b-lora")}
     if importlib.util.find_spec("transformers") is None:
         print("families and images are left out: they need `pip install transformers==5.23.0`")
         return found

@@ -257,7 +257,7 @@ def plain(row: Row) -> Row:
 def main(argv: list[str] | None = None) -> int:
     """Return exit status 2, with one message, for rows that cannot be converted."""
     parser = argparse.ArgumentParser(
-        prog="extras.convert",
+        prog="python -m extras.convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -278,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
         files = local_dataset(args.input, args.config, args.split)
         written, bad = write(files, user_path(args.output), args)
     except (ValueError, OSError) as error:
-        print(f"extras.convert: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{args.output}: {written:,} rows, {len(bad):,} skipped")
     for one in bad[:100]:

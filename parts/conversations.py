@@ -15,10 +15,10 @@ import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from parts.families import READS_IMAGES
 from parts.rows import DataError
 from parts.tokenizer_files import read_json, tokenizer_files
 from parts.turns import REASONING, is_empty, parse_ratings, split_row
+from parts.vision_configs import READS_IMAGES
 
 RESERVED_KWARGS = (
     "messages",

@@ -26,9 +26,6 @@ class Family(NamedTuple):
     interleaved: bool = False  # rotates neighbouring dims, as GPT-J does
 
 
-# of models with a vision_config, those whose tower is computed (parts/vision_configs.py)
-READS_IMAGES = ("llava", "idefics3", "smolvlm", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
-                "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 REQUIRED = object()  # in place of a default
 INFINITY = float("inf")
 COMMON = dict(

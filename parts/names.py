@@ -185,11 +185,13 @@ def find_places(names: Iterable[str], config: Any) -> dict[str, Place]:
 
 
 def carried_names(names: Iterable[str], config: Any) -> set[str]:
-    """Return what is saved as it was read: of a wrapper what is neither its decoder nor a tower
-    that is computed, layers that predict several tokens at once (Qwen's "mtp"; DeepSeek's and GLM's
-    come after the last layer), the correction biases of routers, which do not learn, SigLIP's
-    pooling head, whose output Gemma 3 does not read, and keys and values of layers that read
-    others'."""
+    """Return the names of what is saved as it was read.
+
+    Of a wrapper, what is neither its decoder nor a tower that is computed; layers that predict
+    several tokens at once ("mtp" of Qwen and Nemotron-H; DeepSeek's and GLM's come after the last
+    layer); the correction biases of routers, which do not learn; SigLIP's pooling head, whose
+    output Gemma 3 does not read; keys and values of layers that read others'.
+    """
     found = {n for n in names if n.endswith(f".{BIAS}")}
     more = config.moe.get("more_layers", 0) if config.moe else 0
     if more:

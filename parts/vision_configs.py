@@ -93,17 +93,13 @@ def split_config(raw: dict) -> tuple[dict, dict | None]:
     Raises ValueError for other families.
     """
     kind = raw.get("model_type")
-    splits = {"llava": split_llava, "idefics3": split_idefics, "smolvlm": split_idefics,
-              "gemma3": split_gemma, "gemma4": split_gemma4, "gemma4_unified": split_unified,
-              "qwen2_vl": split_qwen, "qwen2_5_vl": split_qwen}
-    splits |= dict.fromkeys(QWEN3_TEXT, split_qwen3) | dict.fromkeys(WRAPPED, unwrap)
-    if kind not in splits:
+    if kind not in SPLITS:
         raise ValueError(f"model_type {kind!r} reads images or sound; of those, "
-                         f"{', '.join(splits)} are supported, and text-only decoders")
+                         f"{', '.join(SPLITS)} are supported, and text-only decoders")
     if "text_config" in raw:
         refuse_unknown({k: v for k, v in raw.items() if not TOP.match(k)
                         and not (kind in ("gemma3", *GEMMA4_KINDS, *WRAPPED) and OUTER.match(k))}, kind)
-    text, vision = splits[kind](raw)
+    text, vision = SPLITS[kind](raw)
     tied = text.get("tie_word_embeddings", False)
     text = {k: v for k, v in text.items() if not UNREAD.match(k) or k == "vocab_size"}
     text["tie_word_embeddings"] = raw.get("tie_word_embeddings", tied)
@@ -380,3 +376,10 @@ def split_qwen3(raw: dict) -> tuple[dict, dict]:
     return text, c | dict(
         kind="qwen3", size=c["hidden_size"], deep=tuple(deep),
         sections=tuple(axes.get("mrope_section", default)))
+
+
+READS_IMAGES = {
+    "llava": split_llava, "idefics3": split_idefics, "smolvlm": split_idefics,
+    "gemma3": split_gemma, "gemma4": split_gemma4, "gemma4_unified": split_unified,
+    "qwen2_vl": split_qwen, "qwen2_5_vl": split_qwen, **dict.fromkeys(QWEN3_TEXT, split_qwen3)}
+SPLITS = READS_IMAGES | dict.fromkeys(WRAPPED, unwrap)

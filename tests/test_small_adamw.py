@@ -498,8 +498,9 @@ def test_a_hundred_steps_of_1e_6_on_real_pairs_end_near_float32(shared, tmp_path
     end: loss and margin. Rounded to nearest, bfloat16 learns next to nothing.
 
     All runs start from weights that bfloat16 can hold. In a model as small as this the margin depends on the draws of the
-    rounding: over five of them "both" ended from 3.9 % below float32 to 2.7 % above, 1.2 % below in the mean; so does bf16
-    alone over three.
+    rounding: over six of them "both" ended from 6.0 % below float32 to 2.7 % above, 2.0 % below in the mean, bf16 alone
+    over four up to 2.0 % below. So one draw of "both" cannot be held to 2 %; its bound tells noise from a broken rounding,
+    which like the nearest would leave no margin.
     """
     model = tmp_path / "model"
     shutil.copytree(shared / "models" / "stories260K", model)
@@ -518,7 +519,7 @@ def test_a_hundred_steps_of_1e_6_on_real_pairs_end_near_float32(shared, tmp_path
         found[mode] = (last["eval_loss"], last["eval_rewards/margins"])
         print(mode, *found[mode])
     assert found["float32"][0] < 0.6 and found["float32"][1] > 0.3
-    for mode, bound in {"bf16": 0.02, "8 bits": 0.02, "both": 0.05}.items():  # of margins; measured: 0.1, 0.3 and 3.5 %
+    for mode, bound in {"bf16": 0.02, "8 bits": 0.02, "both": 0.1}.items():  # of margins; measured: 2.0, 0.2 and 6.0 %
         assert found[mode][0] == pytest.approx(found["float32"][0], rel=0.02), (mode, found)
         assert found[mode][1] == pytest.approx(found["float32"][1], rel=bound), (mode, found)
     assert found["nearest"][0] > 0.6 and found["nearest"][1] < 0.1

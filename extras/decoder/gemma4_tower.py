@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from extras.decoder.per_layer import unit_norm
+from extras.decoder.qwen_vl import patch_places
 from extras.decoder.towers import attend_within
 from model import Norm
 from parts.kernels import TOWER_ACTIVATIONS
@@ -150,8 +151,7 @@ class Tower(nn.Module):
     def forward(self, pixels: Tensor, grids: Tensor, run: Callable) -> Tensor:  # (F, C)
         c = self.config
         sizes = grids.tolist()
-        places = torch.cat([grid_places(h, w) for h, w in sizes])
-        places = places.to(pixels.device, non_blocking=True)
+        places = grid_places(sizes, pixels.device)
         x = self.patch_embedder(pixels, places)
         tables = place_tables(places, c["head_dim"] // 2, c["rope_theta"])
         for layer in self.encoder.layers:
@@ -181,8 +181,7 @@ class Patches(nn.Module):
         return []
 
     def forward(self, pixels: Tensor, grids: Tensor, run: Callable) -> Tensor:  # (P, C)
-        places = torch.cat([grid_places(h, w) for h, w in grids.tolist()])
-        places = places.to(pixels.device, non_blocking=True)
+        places = grid_places(grids.tolist(), pixels.device)
         x = self.patch_ln1(pixels.to(self.patch_dense.weight.dtype))
         x = self.patch_ln2(self.patch_dense(x))
         columns, rows = self.pos_embedding.unbind(1)
@@ -190,10 +189,9 @@ class Patches(nn.Module):
         return self.pos_norm(x + where)
 
 
-def grid_places(h: int, w: int) -> Tensor:  # (h w, 2)
-    """Return column and row of each patch, row by row."""
-    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    return torch.stack([columns.flatten(), rows.flatten()], 1)
+def grid_places(sizes: list, device: torch.device) -> Tensor:  # (P, 2)
+    """Return column and row of each patch of all images, row by row."""
+    return patch_places(sizes, 1).flip(1).to(device, non_blocking=True)
 
 
 def place_tables(places: Tensor, size: int, theta: float) -> Tables:

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from extras.decoder.towers import TowerMLP, attend_within
-from model import Norm, rotary_tables, rotate
+from model import Norm
 from parts.kernels import ACTIVATIONS
+from parts.ropes import rotary_tables, rotate
 
 # The tower
 
