@@ -533,7 +533,7 @@ class DPOTrainer:
     def train(self, resume_from_checkpoint: Any = None) -> dict:
         """Run all steps, log, evaluate, save checkpoints and the model; return the last metrics.
 
-        Raises SystemExit, 128 + the signal, if told to leave by SIGTERM or SIGUSR1: after a
+        Raises SystemExit, 128 + the signal, if told to leave by Ctrl-C, SIGTERM or SIGUSR1: after a
         checkpoint.
         """
         c = self.args
@@ -663,8 +663,8 @@ def panel_maker() -> Callable | None:
 
 @among_ranks
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 trained and saved; 2 unusable arguments or data, with one message; 143
-    (SIGTERM) or 138 (SIGUSR1) told to leave, after a checkpoint; 1 else."""
+    """Exit status: 0 trained and saved; 2 unusable arguments or data, with one message; told to
+    leave, after a checkpoint: 130 (Ctrl-C), 143 (SIGTERM), 138 (SIGUSR1); 1 else."""
     try:
         c = parse_config(sys.argv[1:] if argv is None else argv, __doc__)
         trainer = DPOTrainer(args=c)

@@ -121,10 +121,13 @@ def message(value: Any, role: str) -> Row:
     """Convert a turn (text, from/value or role/content) to role and content."""
     if isinstance(value, str):
         return {"role": role, "content": value}
+    found = None
     if isinstance(value, dict) and "from" in value:
-        return from_value_message(value, "a turn")
-    if isinstance(value, dict) and "role" in value:
-        return {key: part for key, part in value.items() if part is not None}
+        found = from_value_message(value, "a turn")
+    elif isinstance(value, dict) and "role" in value:
+        found = {key: part for key, part in value.items() if part is not None}
+    if found and (found.get("content") is not None or found.get("tool_calls")):
+        return found
     raise DataError(
         f"found {to_json({role: value})[:60]} for the turn of the {role}; "
         "give text, from/value or role/content"

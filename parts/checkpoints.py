@@ -34,6 +34,7 @@ from parts.place import tensors_of
 from parts.schedule import optimizer_kind
 
 STATE = "trainer_state.json"
+STOPPING = b"\nCtrl-C: saving a checkpoint after this step; again stops at once\n"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
 # Options that may differ between a run and its resume: they change no weight, or their effect is
 # compared instead (model and data by content; global_batch, total_steps).
@@ -68,7 +69,7 @@ class Checkpoints:
         self.fingerprint = fingerprint  # of the policy's weights as the run began
         self.found: Found | None = None  # what to resume from
         self.when_saved: Callable[[Path], None] = lambda directory: None  # --push_to_hub
-        self.signal = 0  # SIGTERM or SIGUSR1, if this process was sent one
+        self.signal = 0  # SIGINT, SIGTERM or SIGUSR1, if this process was sent one
         self.leaving = False  # whether any rank was: agreed on once a step, with the metrics
 
     # A reference that moves (TR-DPO) does not follow from the flags: a checkpoint must hold it
@@ -246,14 +247,23 @@ class Checkpoints:
 
     @contextmanager
     def noticing_signals(self) -> Iterator[None]:
-        """Only note SIGTERM and SIGUSR1 inside; the run leaves after the step it is in."""
+        """Only note Ctrl-C, SIGTERM and SIGUSR1 inside; the run leaves after the step it is in.
+
+        A second Ctrl-C stops at once. A SIGINT that is ignored, as in a script's background jobs,
+        or that the caller handles, is left as it is.
+        """
 
         def notice(number: int, frame: Any) -> None:
+            if number == signal.SIGINT:
+                signal.signal(number, signal.default_int_handler)
+                os.write(2, STOPPING)  # a print could be inside another one, which raises
             self.signal = number
 
         is_main = threading.current_thread() is threading.main_thread()
         saves = self.trainer.schedule.save_every > 0
-        numbers = (signal.SIGTERM, signal.SIGUSR1) if is_main and saves else ()
+        numbers = [signal.SIGTERM, signal.SIGUSR1] if is_main and saves else []
+        if numbers and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            numbers.append(signal.SIGINT)
         before = {number: signal.signal(number, notice) for number in numbers}
         try:
             yield

@@ -165,7 +165,11 @@ def read_config_file(path: str) -> dict[str, Any]:
 
 
 def demo_settings() -> dict[str, Any]:
-    """Return the settings of demo/config.toml, with absolute paths."""
+    """Return the settings of demo/config.toml, with absolute paths. Raises ValueError without it."""
+    if not (ROOT / "demo").is_dir():
+        raise ValueError(
+            "nothing to train is named, and this copy of the program has no demo/; give "
+            "--model_name_or_path MODEL --dataset_name prefs.jsonl")
     settings = read_config_file(str(ROOT / "demo" / "config.toml"))
     is_path = lambda name: name.endswith(("_path", "dataset_name"))
     return {k: str(ROOT / v) if is_path(k) else v for k, v in settings.items()}

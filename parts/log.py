@@ -19,6 +19,32 @@ from parts.schedule import Schedule
 from parts.screen import escape_unknown
 
 Logger = Callable[[dict], None]  # takes a line of metrics
+SILENCE = 30.0  # seconds that a pass over the pairs may take without a line
+
+
+class Waiting:
+    """How far a long pass is: a bar at a terminal, else a line every half minute."""
+
+    def __init__(self, log: "Log", label: str, total: int):
+        self.log = log
+        self.label = label
+        self.total = max(1, total)
+        self.bar = log.progress(None, label, total=total, unit="pair")
+        self.done = 0
+        self.said_at = time.monotonic()
+
+    def __enter__(self) -> "Waiting":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+    def update(self, pairs: int) -> None:
+        self.bar.update(pairs)
+        self.done += pairs
+        if self.bar.disable and time.monotonic() - self.said_at >= SILENCE:
+            self.said_at = time.monotonic()
+            self.log.say(f"{self.label}: {min(1.0, self.done / self.total):.0%}")
 
 
 class Speed:

@@ -9,6 +9,7 @@ import gc
 import hashlib
 import json
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -217,6 +218,9 @@ def among_ranks(main: Callable[..., int]) -> Callable[..., int]:
                     raise Failed
         except Failed:
             pass
+        except KeyboardInterrupt:  # where nothing is to be saved first, or pressed twice
+            print("stopped by Ctrl-C", file=sys.stderr)
+            return 128 + signal.SIGINT
         return status
 
     return run

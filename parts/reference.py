@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from parts import ref_cache
 from parts.faults import check_weights, naming
+from parts.log import Waiting
 from parts.output import cache_directory
 from parts.place import tensors_of
 
@@ -138,7 +139,7 @@ class PrecomputedReference:
         table = ref_cache.open_sums(path, len(store), dtype)
         missing = pairs[self.missing(path, table, pairs)]
         total = len(missing) // trainer.ranks.world
-        with trainer.log.progress(None, "reference", total=total, unit="pair") as bar:
+        with Waiting(trainer.log, "reference, once before training", total) as bar:
             for block in ref_cache.blocks_of(missing):
                 sums = self.run(store, block, bar)
                 if trainer.ranks.first:

@@ -85,7 +85,7 @@ def find_files(spec: str | Path | list) -> list[Path]:
 def matching_files(path: Path) -> list[Path]:
     if path.is_dir():
         names = {match for pattern in FILE_PATTERNS for match in path.glob(pattern)}
-        return sorted(name for name in names if name.name not in NOT_DATA)
+        return sorted(name for name in names if name.is_file() and name.name not in NOT_DATA)
     if path.is_file():  # before the glob: a file's name may contain * or [
         return [path]
     names = sorted(glob.glob(str(path), recursive=True))

@@ -12,7 +12,7 @@ to a list (of lists) in the input's shape. It raises `LookupError(reason)` where
 
 A difference is |got - expected| / max(|expected|, 1e-6), the largest of a case's losses and gradients; float64 agrees
 within 1e-9, what a peer can only compute in float32 within 1e-5 of max(|expected|, 1e-2).
-Exit status: 0 all agree, 1 some differ, 2 the implementation cannot be imported.
+Exit status: 0 all agree, 1 some differ, 2 nothing was run: the implementation cannot be imported, or --only names no loss.
 """
 
 import argparse
@@ -500,10 +500,13 @@ def main() -> int:
     args = arguments()
     sys.path[:0] = [args.path] if args.path else []
     try:
+        if args.only and not load_cases(args.only):
+            known = sorted({name for case in load_cases() for name in loss_names(case)})
+            raise Missing(f"--only {args.only}: no case has this loss; one of {' '.join(known)}")
         losses = find(args.impl)
         results = [judge(case, args.impl, losses) for case in load_cases(args.only)]
     except (Missing, ImportError) as error:
-        print(f"not importable here: {error}")
+        print(f"nothing was run: {error}")
         return 2
     if args.json:
         Path(args.json).write_text(json.dumps([r._asdict() for r in results], indent=1))

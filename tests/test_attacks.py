@@ -1,6 +1,7 @@
 """What must not end in a traceback, a crash or a wasted run: odd files and flags, and runs that were killed."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import dpo
 import model as models
-from extras import chat, judge, merge, plan, score
+from extras import chat, convert, judge, merge, plan, score
 from extras.models.opening import load_adapted
 from parts.precision import Scaler
 
@@ -453,3 +454,29 @@ def test_an_empty_eos_token_is_none(tiny, flags, tmp_path, capsys):
     path = model / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": ""}))
     assert refused(capsys, [*flags, "--model_name_or_path", str(model)], "the tokenizer has no eos_token, so an answer has no end")
+
+
+@pytest.mark.parametrize("option, words", [
+    (dict(temperature="x"), "--temperature, or that of generation_config.json, is 'x'"), (dict(top_p=[]), "--top_p, or that of"),
+    (dict(top_k=0.5), "--top_k, or that of"), (dict(repetition_penalty={}), "--repetition_penalty, or that of"),
+    (dict(eos_token_id=[[1]]), "eos_token_id is"), (dict(eos_token_id="x"), "eos_token_id is ")])
+def test_what_a_generation_config_cannot_mean_is_refused_by_the_chat(tiny, pairs_file, tmp_path, capsys, option, words):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps({"do_sample": True} | option))
+    assert chat.main([str(model), "--raw", "--prompts", str(pairs_file), "--output", str(tmp_path / "out.jsonl")]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_pipe_among_the_files_of_a_directory_is_not_waited_for(flags, pairs_file, tmp_path):
+    (tmp_path / "rows").mkdir()
+    os.mkfifo(tmp_path / "rows" / "a.jsonl")
+    shutil.copy(pairs_file, tmp_path / "rows" / "b.jsonl")
+    assert dpo.main([*flags, "--dataset_name", str(tmp_path / "rows")]) == 0
+
+
+@pytest.mark.parametrize("turn", [{"from": "gpt"}, {"role": "assistant"}, {"from": "gpt", "value": None}])
+def test_a_turn_without_a_text_is_not_converted(tmp_path, capsys, turn):
+    row = {"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"}, "rejected": turn}
+    (tmp_path / "in.jsonl").write_text(json.dumps(row))
+    assert convert.main([str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")]) == 2
+    assert "in.jsonl:1: found " in capsys.readouterr().err

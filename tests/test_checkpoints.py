@@ -288,7 +288,7 @@ def test_every_option_is_either_compared_or_may_differ():
     assert checkpoints.MAY_DIFFER <= dpo.DPOConfig.__annotations__.keys()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_run_that_is_told_to_leave_saves_first(run, tmp_path, monkeypatch, number):
     whole, keep = run("whole", save_steps=100), dpo.DPOTrainer.train_step
 
@@ -305,6 +305,46 @@ def test_a_run_that_is_told_to_leave_saves_first(run, tmp_path, monkeypatch, num
     assert [p.name for p in checkpoints.in_directory(tmp_path / "cut")] == ["checkpoint-3"]
     monkeypatch.setattr(dpo.DPOTrainer, "train_step", keep)
     assert_bitwise(whole, run("cut", save_steps=100, resume_from_checkpoint="true"))
+
+
+def test_a_second_ctrl_c_stops_at_once(run, tmp_path, monkeypatch, capfd):
+    keep = dpo.DPOTrainer.train_step
+
+    def told(self):
+        if self.position.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert "again stops at once" in capfd.readouterr().err
+            os.kill(os.getpid(), signal.SIGINT)
+        return keep(self)
+
+    monkeypatch.setattr(dpo.DPOTrainer, "train_step", told)
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", save_steps=100)
+    assert checkpoints.in_directory(tmp_path / "cut") == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_ignored_sigint_stays_ignored_while_training(run, tmp_path, monkeypatch):
+    keep = dpo.DPOTrainer.train_step
+
+    def told(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return keep(self)
+
+    monkeypatch.setattr(dpo.DPOTrainer, "train_step", told)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        run("whole", save_steps=100)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_without_checkpoints_is_one_line_and_status_130(tiny, pairs_file, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(dpo.DPOTrainer, "train_step", lambda self: os.kill(os.getpid(), signal.SIGINT))
+    status = dpo.main([*f"--model_name_or_path {tiny} --dataset_name {pairs_file} --save_strategy no".split(),
+                       "--output_dir", str(tmp_path / "out")])
+    said = capfd.readouterr().err
+    assert status == 130 and "stopped by Ctrl-C" in said and "Traceback" not in said
 
 
 def test_the_second_run_on_one_output_directory_refuses(run, tiny, pairs_file, tmp_path):

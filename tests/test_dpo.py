@@ -591,6 +591,13 @@ def test_without_extras_an_option_that_needs_it_ends_in_one_line(fork, flags, st
     assert len(errors) == 1 and "extras" in errors[0] and "Traceback" not in refused.stderr
 
 
+def test_without_demo_and_without_a_model_one_line_says_what_to_name(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("parts.cli.ROOT", tmp_path)
+    assert dpo.main(["--max_steps", "1"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "--model_name_or_path MODEL --dataset_name prefs.jsonl" in said
+
+
 def test_without_extras_the_view_of_the_data_is_refused_in_one_line(tmp_path):
     shutil.copytree(ROOT / "parts", tmp_path / "parts")
     shutil.copy(ROOT / "data.py", tmp_path)

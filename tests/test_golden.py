@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -310,6 +311,23 @@ def test_any_module_that_offers_losses_can_be_run(tmp_path):
     counts = Counter(row["outcome"] for row in json.loads(out.read_text()) if row["loss"] == "sigmoid")
     assert found.returncode == 1 and "raises" not in found.stdout  # token-level cases raise KeyError: they differ
     assert counts["agrees"] >= 10 and counts["absent"] >= 20
+
+
+def test_the_module_that_the_readme_shows_agrees_in_all_that_it_offers(tmp_path):
+    text = (TESTS / "README.md").read_text("utf-8")
+    (module,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    (tmp_path / "mydpo.py").write_text(module)
+    found = run_conformance("--impl", "mydpo", "--path", tmp_path)
+    last = found.stdout.splitlines()[-1]
+    assert found.returncode == 0 and f'"{last}"' in text
+    (tmp_path / "wrong.py").write_text(module.replace("(pi_w - ref_w)", "(pi_w + ref_w)"))
+    assert run_conformance("--impl", "wrong", "--path", tmp_path, "--only", "sigmoid").returncode == 1
+
+
+def test_a_loss_that_no_case_has_is_one_line_and_exit_2():
+    found = run_conformance("--impl", "ours", "--only", "sigmoyd")
+    assert found.returncode == 2 and found.stdout.count("\n") == 1
+    assert "--only sigmoyd: no case has this loss" in found.stdout and " ipo " in found.stdout
 
 
 def test_what_cannot_be_imported_is_one_line_and_exit_2():

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_dpo import COMMON, assert_same, run  # noqa: F401
 
 import dpo
-from parts import ref_cache
+from parts import log, ref_cache
 from parts.reference import PrecomputedReference
 
 
@@ -257,6 +257,15 @@ def dies(path, table, pairs, sums):
 ref_cache.write_sums = dies
 dpo.main(sys.argv[2:])
 """
+
+
+def test_a_long_pass_of_the_reference_says_how_far_it_is_where_there_is_no_terminal(run, tmp_path, capsys, monkeypatch):
+    run("short")
+    assert "reference" not in capsys.readouterr().out  # within half a minute
+    monkeypatch.setattr(log, "SILENCE", 0.0)
+    run("long", cache_dir=str(tmp_path / "elsewhere"))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("reference, once before training: ")]
+    assert len(said) >= 3 and said == sorted(set(said), key=said.index) and said[-1].endswith(" 100%")
 
 
 def test_a_kill_amid_a_write_costs_that_block_alone(run, tiny, pairs_file, tmp_path, passes, capsys, monkeypatch):

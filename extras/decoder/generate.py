@@ -46,14 +46,26 @@ def end_tokens(model: Decoder, eos_token_id: int | None) -> frozenset[int]:
     """Return what ends an answer: the tokenizer's end, and all of generation_config.json.
 
     Without that file, config.json's: many chat models end a turn and a text with different tokens.
+    Raises ValueError for what is no token.
     """
     file = model.generation_config or {}
     ends = file.get("eos_token_id", model.raw_config.get("eos_token_id"))
-    return frozenset({*(ends if isinstance(ends, list) else [ends]), eos_token_id} - {None})
+    ends = ends if isinstance(ends, list) else [ends]
+    if not all(one is None or type(one) is int for one in ends):
+        raise ValueError(
+            f"generation_config.json or config.json: eos_token_id is {ends!r:.60}; expected the "
+            "number of a token, or a list of them")
+    return frozenset({*ends, eos_token_id} - {None})
 
 
 def check_sampling(o: Sampling) -> None:
-    """Raise ValueError for an option out of its range."""
+    """Raise ValueError for an option out of its range; some may be generation_config.json's."""
+    for name in ("temperature", "top_p", "repetition_penalty", "top_k", "seed", "max_new_tokens"):
+        value = getattr(o, name)
+        is_float = isinstance(value, float) and name in ("temperature", "top_p", "repetition_penalty")
+        if not is_float and type(value) is not int:
+            raise ValueError(f"--{name}, or that of generation_config.json, is {value!r:.60}: it "
+                             "must be a number")
     rules = {
         "temperature": (o.temperature >= 0, "0 (greedy) or more"),
         "top_k": (o.top_k >= 0, "0 (all) or more"),
