@@ -1,8 +1,9 @@
 /* Norm, SwiGLU and rotation on a CPU: one pass over memory forward and one backward, where the plain
    forms of kernels.py take three to eight; and the head's scores. c_layers.py compiles and calls it.
 
-   All compute in float32 and round once. Rows are computed each for itself, so the number of threads
-   changes nothing. `stride` is the distance of two rows; a row's own numbers lie side by side. */
+   All compute in float32, add long rows in double, and round once. Rows are computed each for itself,
+   so the number of threads changes nothing. `stride` is the distance of two rows; a row's own numbers
+   lie side by side. */
 
 #include <math.h>
 #include <stdint.h>
@@ -45,10 +46,10 @@ void norm_##x_##y_(const X *x, const float *w, Y *y, float *rstd, int64_t rows, 
     for (int64_t i = 0; i < rows; i++) {                                                           \
         const X *in = x + i * stride;                                                              \
         Y *out = y + i * columns;                                                                  \
-        float sum = 0;                                                                             \
+        double sum = 0;                                                                            \
         _Pragma("omp simd reduction(+ : sum)")                                                     \
         for (int64_t j = 0; j < columns; j++) sum += wide_##x_(in[j]) * wide_##x_(in[j]);          \
-        float r = rstd[i] = 1 / sqrtf(sum / columns + eps);                                        \
+        float r = rstd[i] = 1 / sqrt(sum / columns + eps);                                         \
         _Pragma("omp simd")                                                                        \
         for (int64_t j = 0; j < columns; j++) out[j] = round_##y_(wide_##x_(in[j]) * r * w[j]);    \
     }                                                                                              \
@@ -85,9 +86,11 @@ void norm_backward_##x_##y_(const Y *dy, const X *x, const float *w, const float
             }                                                                                      \
         }                                                                                          \
     }                                                                                              \
-    for (int64_t j = 0; j < columns; j++) dw[j] = 0;                                               \
-    for (int64_t b = 0; b < blocks; b++)                                                           \
-        for (int64_t j = 0; j < columns; j++) dw[j] += sums[b * columns + j];                      \
+    for (int64_t j = 0; j < columns; j++) {                                                        \
+        double sum = 0;                                                                            \
+        for (int64_t b = 0; b < blocks; b++) sum += sums[b * columns + j];                         \
+        dw[j] = sum;                                                                               \
+    }                                                                                              \
 }
 
 /* y = silu(gate) up, with silu(a) = a / (1 + e^-a). */

@@ -208,7 +208,7 @@ def test_a_dry_run_says_steps_tokens_memory_and_time_and_trains_nothing(tiny, pa
 
 def test_of_experts_those_that_a_token_is_sent_to_are_counted():
     """DeepSeek-V3 activates 37 of its 671 billion parameters, as its card says; the embedding multiplies nothing. Gemma 4
-    26B-A4B, whose experts are beside its MLPs, 3.8 of 25.2 billion."""
+    26B-A4B, whose experts are beside its MLPs, 3.8 of 25.2 billion; its tower has 0.55 more."""
     from test_latent import PUBLISHED
     from test_wrapped import gemma4
 
@@ -218,7 +218,7 @@ def test_of_experts_those_that_a_token_is_sent_to_are_counted():
     assert 36e9 < counted["matrices"] + head < 38e9 and counted["weights"] == 4 * 671_026_404_352
     config = models.read_config(gemma4("26B-A4B")[0])
     head, counted = config.vocab_size * config.hidden_size, forecast.count(config, plan.Run(1, 1))
-    assert 3.75e9 < counted["matrices"] + head < 3.85e9 and 25.15e9 < counted["weights"] / 4 < 25.25e9
+    assert 3.75e9 < counted["matrices"] + head < 3.85e9 and 25.75e9 < counted["weights"] / 4 < 25.85e9
 
 
 REAL = {  # configurations as published, and their parameters

@@ -56,8 +56,9 @@ def find_other(
         continued = lora_modules(trainer.model) if opened.continues else {}
         return None, adapters.copy_adapter(continued)
     home = Path(find_reference(trainer))
-    other = c.ref_adapter_name not in (None, "default", c.model_adapter_name)
-    if other and not c.ref_model_name_or_path and home == opened.directory:
+    # two names for an adapter without folders are one adapter twice, as where PEFT loads it twice
+    missing = c.model_adapter_name is None and c.ref_adapter_name not in (None, "default")
+    if missing and not c.ref_model_name_or_path and home == opened.directory:
         raise ValueError(
             f"--ref_adapter_name {c.ref_adapter_name}: {home} has no folder of that name; without "
             "the flag, the adapter as it starts is the reference")
