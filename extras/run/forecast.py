@@ -25,6 +25,7 @@ from extras.models.opening import build
 from extras.run.eight_bits import BLOCK
 from extras.run.rules import is_hidden
 from extras.run.small_adamw import AT_ONCE, PER_ELEMENT, SMALLEST
+from parts import c_layers
 from parts.checks import needs_reference, precomputes_reference
 from parts.head import KEPT, chunk_rows, group_rows
 from parts.schedule import small_kind
@@ -283,6 +284,8 @@ def activations(
     kept = 0 if saves else min(run.scored, KEPT * chunk)
     rows = min(run.scored - kept, chunk)
     few = min(run.scored, group_rows(c.vocab_size, run.device, models.HEAD_CHUNK))
+    if run.device == "cpu" and run.weights != "float64" and c_layers.library() is not None:
+        few = 0  # the scores are computed in place
     narrow = 2 if run.bf16 else wide
     logits = c.vocab_size * (narrow * rows + 12 * few)  # a few rows in float32, three times
     ends += c.vocab_size * narrow * kept  # logits, as their gradients
