@@ -151,7 +151,7 @@ void rotation_##x_##y_(const X *x, const float *cos, const float *sin, Y *y, int
 /* Of each row of logits x: log p of its target, and with `statistics` entropy, log sum p^2, mean logit
    and whether the target is the largest, p = e^(x - top) / sum. With `slopes` the row becomes
    onehot(target) - p, times 1 - (x / cap)^2 if `cap` is not 0: then x came out of cap tanh. Sums of
-   1,024 are added in double: a vocabulary is long. */
+   256 are added in double: a vocabulary is long. */
 #define SCORE(X, x_)                                                                               \
 void score_##x_(X *logits, const int64_t *targets, float *logp, float *entropy, float *log_sum_sq, \
                 float *mean, uint8_t *is_top, int64_t rows, int64_t columns, int64_t statistics,   \
@@ -163,14 +163,14 @@ void score_##x_(X *logits, const int64_t *targets, float *logp, float *entropy, 
         _Pragma("omp simd reduction(max : top)")                                                   \
         for (int64_t j = 0; j < columns; j++) top = wide_##x_(x[j]) > top ? wide_##x_(x[j]) : top; \
         double sum = 0, moment = 0, squares = 0, all = 0;                                          \
-        for (int64_t from = 0; from < columns; from += 1024) {                                     \
-            int64_t to = from + 1024 < columns ? from + 1024 : columns;                            \
+        for (int64_t from = 0; from < columns; from += 256) {                                      \
+            int64_t to = from + 256 < columns ? from + 256 : columns;                              \
             float s = 0, m = 0, q = 0, a = 0;                                                      \
             if (statistics) {                                                                      \
                 _Pragma("omp simd reduction(+ : s, m, q, a)")                                      \
                 for (int64_t j = from; j < to; j++) {                                              \
                     float d = wide_##x_(x[j]) - top, e = exp_of(d);                                \
-                    s += e, m += e * d, q += e * e, a += d;                                        \
+                    s += e, m += e * d, q += e * e, a += wide_##x_(x[j]);                          \
                 }                                                                                  \
             } else {                                                                               \
                 _Pragma("omp simd reduction(+ : s)")                                               \
@@ -182,7 +182,7 @@ void score_##x_(X *logits, const int64_t *targets, float *logp, float *entropy, 
         if (statistics) {                                                                          \
             entropy[i] = log(sum) - moment / sum;                                                  \
             log_sum_sq[i] = log(squares) - 2 * log(sum);                                           \
-            mean[i] = top + all / columns;                                                         \
+            mean[i] = all / columns;                                                               \
             is_top[i] = target == top;                                                             \
         }                                                                                          \
         if (!slopes) continue;                                                                     \
