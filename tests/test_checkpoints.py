@@ -16,6 +16,14 @@ import dpo
 from parts import checkpoints
 
 
+@pytest.fixture(autouse=True)
+def interrupts():
+    """Ctrl-C means what it does at a terminal: these tests may be a script's background job, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def run(tiny, pairs_file, tmp_path):
     """Train the tiny model in this process; returns (lines of metrics.jsonl but for times, final weights)."""
