@@ -144,18 +144,22 @@ REFUSED = [
 ]
 
 
-def check(changed: dict) -> None:
-    loss_checks.check_losses(options(**changed), options())
+def refusal_of(changed: dict) -> str:
+    """What the check says of these options; "" where it takes them."""
+    try:
+        loss_checks.check_losses(options(**changed), options())
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 @pytest.mark.parametrize("changed", WORKS, ids=str)
 def test_what_has_a_meaning_is_taken(changed):
-    check(changed)
+    assert refusal_of(changed) == ""
 
 
 @pytest.mark.parametrize("changed,words", REFUSED, ids=str)
 def test_what_has_none_is_refused_by_name(changed, words):
-    with pytest.raises(ValueError) as refusal:
-        check(changed)
-    assert words in str(refusal.value)
-    assert str(refusal.value).startswith("--")
+    refusal = refusal_of(changed)
+    assert words in refusal
+    assert refusal.startswith("--")

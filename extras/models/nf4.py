@@ -683,6 +683,17 @@ def write_bnb_config(state: Quantized, compute_dtype: torch.dtype | None) -> dic
         "bnb_4bit_compute_dtype": dtype_name(compute_dtype or torch.float32)}
 
 
+def find_beside(checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """Return {a weight in 4 bits: the tensors beside it}. Raises ValueError for those alone."""
+    beside: dict[str, list[str]] = {}
+    for match in filter(None, map(BESIDE.match, checkpoint.files)):
+        beside.setdefault(match[1], []).append(match[0])
+    alone = beside.keys() - checkpoint.files.keys()
+    if alone:
+        raise ValueError(f"{beside[min(alone)][0]} is there, but {min(alone)} is missing")
+    return beside
+
+
 def load_4bit(
     checkpoint: Checkpoint, settings: dict | None, dtype: torch.dtype, device: str,
     max_length: int | None = None, build: Callable = Decoder,
@@ -695,23 +706,19 @@ def load_4bit(
     """
     raw = dict(checkpoint.raw_config)
     settings = dict(settings or {})
-    beside: dict[str, list[str]] = {}  # a weight in 4 bits -> the tensors beside it
+    beside: dict[str, list[str]] = {}
     stored = raw.pop("quantization_config", None)
     try:
         if stored:
             compute_dtype = read_bnb_config(stored, settings)
             compute_dtype = settings.get("compute_dtype") or compute_dtype
             settings = {"quant_type": None, "compute_dtype": compute_dtype}
-            for match in filter(None, map(BESIDE.match, checkpoint.files)):
-                beside.setdefault(match[1], []).append(match[0])
+            beside = find_beside(checkpoint)
         config = read_config(raw, max_length)
         tower = carried_names(beside, config)
         if tower:
             raise ValueError(f"{min(tower)} is in 4 bits, and is not part of the decoder; use a "
                              "checkpoint whose decoder alone is, or the original one")
-        alone = beside.keys() - checkpoint.files.keys()
-        if alone:
-            raise ValueError(f"{beside[min(alone)][0]} is there, but {min(alone)} is missing")
         not_weights = {n for names in beside.values() for n in names}
         layout = find_places(checkpoint.files.keys() - not_weights, config)
     except ValueError as error:
