@@ -333,6 +333,7 @@ def test_a_second_ctrl_c_stops_at_once(run, tmp_path, monkeypatch, capfd):
 
 
 def test_an_ignored_sigint_stays_ignored_while_training(run, tmp_path, monkeypatch):
+    whole = run("whole", save_steps=100)
     keep = dpo.DPOTrainer.train_step
 
     def told(self):
@@ -340,11 +341,9 @@ def test_an_ignored_sigint_stays_ignored_while_training(run, tmp_path, monkeypat
         return keep(self)
 
     monkeypatch.setattr(dpo.DPOTrainer, "train_step", told)
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        run("whole", save_steps=100)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert_bitwise(run("told", save_steps=100), whole)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_ctrl_c_without_checkpoints_is_one_line_and_status_130(tiny, pairs_file, tmp_path, monkeypatch, capfd):
