@@ -64,9 +64,12 @@ def make(compiler: str, path: Path) -> None:
         os.replace(linked, path)  # at once: other ranks may be at it too
 
 
-def computes(x: Tensor, *wide: Tensor) -> bool:
-    """Tell whether layers.c computes this: x in a type that it knows, the others in float32."""
-    known = x.device.type == "cpu" and x.dtype in LETTERS
+def computes(dtype: torch.dtype, x: Tensor, *wide: Tensor) -> bool:
+    """Tell whether layers.c computes this: products of bfloat16, from x, the others in float32.
+
+    float32 is what others compare digits with: there a compiler shall change none.
+    """
+    known = dtype == torch.bfloat16 and x.device.type == "cpu" and x.dtype in LETTERS
     return known and all(w.dtype == torch.float32 for w in wide) and library() is not None
 
 
@@ -92,21 +95,20 @@ def as_c(argument: Tensor | int | float) -> Any:
 def score_chunk(logits: Tensor, targets: Tensor, how: Any, slopes: bool) -> list[list[Tensor]]:
     """As head.score_chunk."""
     fields = [torch.empty(len(targets), dtype=d) for d in (*[torch.float32] * 4, torch.bool)]
-    call(f"score_{LETTERS[logits.dtype]}", logits, targets.contiguous(), *fields, *logits.shape,
+    call("score", logits, targets.contiguous(), *fields, *logits.shape,
          int(how.statistics), int(slopes), float(how.softcap or 0))
     return [fields if how.statistics else fields[:1]]
 
 
 class RMSNorm(torch.autograd.Function):
-    """As kernels.RMSNorm."""
+    """As kernels.RMSNorm, rounded to bfloat16; x may be float32."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         rows, w = rows_of(x), weight.contiguous()
-        y = torch.empty(x.shape, dtype=dtype)
+        y = torch.empty(x.shape, dtype=torch.bfloat16)
         rstd = torch.empty(len(rows))
-        kinds = LETTERS[x.dtype] + LETTERS[dtype]
-        call(f"norm_{kinds}", rows, w, y, rstd, *rows.shape, rows.stride(0), eps)
+        call(f"norm_{LETTERS[x.dtype]}", rows, w, y, rstd, *rows.shape, rows.stride(0), eps)
         ctx.save_for_backward(x, w, rstd)
         return y
 
@@ -116,10 +118,9 @@ class RMSNorm(torch.autograd.Function):
         rows, grad = rows_of(x), grad.contiguous()
         dx, dw = torch.empty(x.shape, dtype=x.dtype), torch.empty_like(w)
         sums = torch.empty(-(-len(rows) // BLOCK), len(w))
-        kinds = LETTERS[x.dtype] + LETTERS[grad.dtype]
-        call(f"norm_backward_{kinds}", grad, rows, w, rstd, dx, dw, sums, BLOCK, *rows.shape,
-             rows.stride(0))
-        return dx, dw, None, None
+        call(f"norm_backward_{LETTERS[x.dtype]}", grad, rows, w, rstd, dx, dw, sums, BLOCK,
+             *rows.shape, rows.stride(0))
+        return dx, dw, None
 
 
 class SwiGLU(torch.autograd.Function):
@@ -130,15 +131,14 @@ class SwiGLU(torch.autograd.Function):
         ctx.save_for_backward(gate, up)
         a, b = same_rows(gate, up)
         y = torch.empty(gate.shape, dtype=gate.dtype)
-        call(f"swiglu_{LETTERS[gate.dtype]}", a, b, y, *a.shape, a.stride(0))
+        call("swiglu", a, b, y, *a.shape, a.stride(0))
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, b = same_rows(*ctx.saved_tensors)
         da, db = (torch.empty(grad.shape, dtype=grad.dtype) for _ in range(2))
-        call(f"swiglu_backward_{LETTERS[grad.dtype]}", grad.contiguous(), a, b, da, db, *a.shape,
-             a.stride(0))
+        call("swiglu_backward", grad.contiguous(), a, b, da, db, *a.shape, a.stride(0))
         return da, db
 
 
@@ -148,23 +148,24 @@ def same_rows(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Rotation(torch.autograd.Function):
-    """As kernels.Rotation of halves, for x (T, H, D) and tables (T, 1, D) in float32."""
+    """As kernels.Rotation of halves, from x (T, H, D) and tables (T, 1, D) to float32."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        ctx.dtype = x.dtype
-        return turn(x, cos, sin, 1.0, torch.float32)
+        return turn("rotation", x, cos, sin, 1.0, torch.float32)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return turn(grad, *ctx.saved_tensors, -1.0, ctx.dtype), None, None
+        cos, sin = ctx.saved_tensors
+        return turn("rotation_backward", grad, cos, sin, -1.0, torch.bfloat16), None, None
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float, dtype: torch.dtype) -> Tensor:
+def turn(
+    name: str, x: Tensor, cos: Tensor, sin: Tensor, sign: float, dtype: torch.dtype,
+) -> Tensor:
     T, H, D = x.shape
     x = x if x.stride()[1:] == (D, 1) else x.contiguous()
     y = torch.empty(x.shape, dtype=dtype)
-    kinds = LETTERS[x.dtype] + LETTERS[dtype]
-    call(f"rotation_{kinds}", x, cos, sin, y, T, H, D, x.stride(0), sign)
+    call(name, x, cos, sin, y, T, H, D, x.stride(0), sign)
     return y

@@ -177,7 +177,7 @@ def score_chunk(logits: Tensor, targets: Tensor, how: How, slopes: bool) -> list
         from parts import triton_head
 
         return triton_head.score_chunk(logits, targets, how, slopes)
-    if c_layers.computes(logits):
+    if c_layers.computes(logits.dtype, logits):
         return c_layers.score_chunk(logits, targets, how, slopes)
     out = []
     for rows, at in few_rows(how.chunk, logits, targets[:, None]):

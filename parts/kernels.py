@@ -44,8 +44,8 @@ def takes_triton(device: torch.device) -> bool:
     return not torch.compiler.is_compiling() and has_triton(device)
 
 
-def takes_c(x: Tensor, *wide: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and c_layers.computes(x, *wide)
+def takes_c(dtype: torch.dtype, x: Tensor, *wide: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and c_layers.computes(dtype, x, *wide)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -54,8 +54,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
         from parts import triton_layers
 
         return triton_layers.RMSNorm.apply(x, weight, eps, dtype)
-    if takes_c(x, weight) and dtype in (torch.bfloat16, torch.float32):
-        return c_layers.RMSNorm.apply(x, weight, eps, dtype)
+    if takes_c(dtype, x, weight):
+        return c_layers.RMSNorm.apply(x, weight, eps)
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         return RMSNorm.apply(x, weight, eps, dtype)
     return F.rms_norm(x.to(weight.dtype), x.shape[-1:], weight, eps).to(dtype)
@@ -94,7 +94,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         from parts import triton_layers
 
         return triton_layers.SwiGLU.apply(gate, up)
-    if gate.dtype == up.dtype and takes_c(gate):
+    if gate.dtype == up.dtype and takes_c(gate.dtype, gate):
         return c_layers.SwiGLU.apply(gate, up)
     return F.silu(gate) * up if torch.compiler.is_compiling() else SwiGLU.apply(gate, up)
 
@@ -124,7 +124,7 @@ def rotation(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> 
         from parts import triton_layers
 
         return triton_layers.Rotation.apply(x, cos, sin, interleaved)
-    if not interleaved and takes_c(x, cos, sin) and cos.shape == (len(x), 1, x.shape[-1]):
+    if not interleaved and takes_c(x.dtype, x, cos, sin) and cos.shape == (len(x), 1, x.shape[-1]):
         return c_layers.Rotation.apply(x, cos, sin)
     if not torch.compiler.is_compiling():
         return Rotation.apply(x, cos, sin, interleaved)

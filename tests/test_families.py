@@ -303,17 +303,10 @@ def their_gradients(theirs, loss, names) -> dict:
 
 
 def test_logits_equal_transformers(case):
-    """Within 1e-5; or, with the gated delta rule, which rounds more here and there, about as near to float64 as theirs."""
     name, theirs, directory = case
     with torch.no_grad():
-        ours, expected = models.load_model(directory), their_logits(theirs)[0]
-        got = our_logits(ours)
-        if ours.config.mixer is not None and (got - expected).abs().max() >= 1e-5:
-            exact = our_logits(ours.double())
-            mine, peers = ((x - exact).abs().max() for x in (got, expected))
-            assert mine < 1.5 * peers + 1e-5 < 1e-4  # as test_wrapped.py has it
-        else:
-            assert (got - expected).abs().max() < 1e-5
+        difference = our_logits(models.load_model(directory)) - their_logits(theirs)[0]
+    assert difference.abs().max() < 1e-5
 
 
 def test_gradients_equal_transformers(case):

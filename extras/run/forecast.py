@@ -284,9 +284,9 @@ def activations(
     kept = 0 if saves else min(run.scored, KEPT * chunk)
     rows = min(run.scored - kept, chunk)
     few = min(run.scored, group_rows(c.vocab_size, run.device, models.HEAD_CHUNK))
-    if run.device == "cpu" and run.weights != "float64" and c_layers.library() is not None:
-        few = 0  # the scores are computed in place
     narrow = 2 if run.bf16 else wide
+    if run.device == "cpu" and narrow == 2 and c_layers.library() is not None:
+        few = 0  # the scores are computed in place
     logits = c.vocab_size * (narrow * rows + 12 * few)  # a few rows in float32, three times
     ends += c.vocab_size * narrow * kept  # logits, as their gradients
     head = logits + 4 * c.hidden_size * (run.scored + (0 if run.rank else c.vocab_size))
