@@ -64,13 +64,18 @@ def make(compiler: str, path: Path) -> None:
         os.replace(linked, path)  # at once: other ranks may be at it too
 
 
-def computes(dtype: torch.dtype, x: Tensor, *wide: Tensor) -> bool:
-    """Tell whether layers.c computes this: products of bfloat16, from x, the others in float32.
+def serves(dtype: torch.dtype, device: torch.device) -> bool:
+    """Tell whether layers.c computes beside products of this type.
 
-    float32 is what others compare digits with: there a compiler shall change none.
+    Beside bfloat16's alone: with float32 others compare digits, and a compiler shall change none.
     """
-    known = dtype == torch.bfloat16 and x.device.type == "cpu" and x.dtype in LETTERS
-    return known and all(w.dtype == torch.float32 for w in wide) and library() is not None
+    return dtype == torch.bfloat16 and device.type == "cpu" and library() is not None
+
+
+def computes(dtype: torch.dtype, x: Tensor, *wide: Tensor) -> bool:
+    """Tell whether layers.c computes this from x, of a type that it knows, and `wide`, float32."""
+    known = x.dtype in LETTERS and all(w.dtype == torch.float32 for w in wide)
+    return known and serves(dtype, x.device)
 
 
 def rows_of(x: Tensor) -> Tensor:

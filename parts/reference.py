@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from parts import ref_cache
+from parts import c_layers, ref_cache
 from parts.faults import check_weights, naming
 from parts.log import Waiting
 from parts.output import cache_directory
@@ -202,7 +202,10 @@ class PrecomputedReference:
         compute_dtype = (model.four_bit or {}).get("compute_dtype")
         half = "fp16" if c.fp16 else trainer.precision.half is torch.bfloat16
         pixels = trainer.tokenizer.pictures if trainer.images else ""  # how images are scaled
-        text = f"3 {half} {c.dtype} {compute_dtype} {model.config}{pixels}"
+        first = next(model.parameters())
+        in_c = c_layers.serves(trainer.precision.half or first.dtype, first.device)
+        layers = " in C" if in_c else ""  # they round otherwise than PyTorch's
+        text = f"3 {half} {c.dtype} {compute_dtype} {model.config}{pixels}{layers}"
         h = hashlib.sha256(text.encode())
         for name, (shape, tensor) in tensors.items():
             h.update(f"{name} {tensor.dtype} {tuple(shape)}".encode())

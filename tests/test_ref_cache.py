@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_dpo import COMMON, assert_same, run  # noqa: F401
 
 import dpo
-from parts import log, ref_cache
+from parts import c_layers, log, ref_cache
 from parts.reference import PrecomputedReference
 
 
@@ -158,6 +158,18 @@ def test_every_way_of_4_bits_is_its_own(keys, passes, one, other):
     base = dict(dtype="float32", use_peft=True, load_in_4bit=True)
     before, after = keys(base | other, base | one)
     assert len(after) == len(before) + 1 == 2 and passes
+
+
+@pytest.mark.parametrize("options, count", [(dict(bf16=True), 2), (dict(dtype="bfloat16"), 2), (dict(bf16=False), 1)], ids=str)
+def test_with_layers_in_c_a_reference_in_bfloat16_is_another(tiny, pairs_file, tmp_path, monkeypatch, options, count):
+    """They round otherwise than PyTorch's, and the first loss would not be ln 2."""
+    if c_layers.library() is None:
+        pytest.skip("no C compiler")
+    options = dict(model_name_or_path=str(tiny), dataset_name=str(pairs_file)) | dict(dtype="float32") | options
+    trainer_of(tmp_path, **options).reference.prepare()
+    monkeypatch.setattr(c_layers, "library", lambda: None)
+    trainer_of(tmp_path, **options).reference.prepare()
+    assert len(files(tmp_path)) == count
 
 
 def test_an_adapter_that_is_gone_on_from_is_told_from_its_base_and_from_another_scale(run, pairs_file, tmp_path):

@@ -493,14 +493,12 @@ def test_the_8_bit_state_in_a_checkpoint_is_bitsandbytes(wide, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_hundred_steps_of_1e_6_on_real_pairs_end_near_float32(shared, tmp_path):
+def test_a_hundred_steps_of_1e_6_on_real_pairs_end_near_float32(shared, tmp_path, monkeypatch):
     """32 pairs of HH, the ones of its first 48 rows whose prompts are short enough, 16 in each step, and evaluated at the
     end: loss and margin. Rounded to nearest, bfloat16 learns next to nothing.
 
     All runs start from weights that bfloat16 can hold. In a model as small as this the margin depends on the draws of the
-    rounding: over seven of them "both" ended from 6.0 % below float32 to 2.7 % above, 2.1 % below in the mean, bf16 alone
-    over six up to 3.1 % below, 1.7 % in the mean. So one draw cannot be held to 2 % of the margin, as the loss is; the bounds tell noise from
-    a broken rounding, which like the nearest would leave no margin.
+    rounding, one by up to 6 %: so the means over four draws are held.
     """
     model = tmp_path / "model"
     shutil.copytree(shared / "models" / "stories260K", model)
@@ -508,18 +506,23 @@ def test_a_hundred_steps_of_1e_6_on_real_pairs_end_near_float32(shared, tmp_path
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     with gzip.open(shared / "prefs" / "hh_harmless_base_test.jsonl.gz", "rt", encoding="utf-8") as rows:
         (tmp_path / "pairs.jsonl").write_text("".join(islice(rows, 48)), encoding="utf-8")
+    key_of = small_adamw.key_of
     found = {}
     for mode, more in {"float32": {}, **MODES, "nearest": dict(dtype="bfloat16", stochastic_rounding=False)}.items():
-        c = dpo.DPOConfig(
-            model_name_or_path=str(model), dataset_name=str(tmp_path / "pairs.jsonl"), output_dir=str(tmp_path / mode),
-            eval_dataset_name=str(tmp_path / "pairs.jsonl"), cache_dir=str(tmp_path / "cache"), max_steps=100, max_length=256,
-            learning_rate=1e-6, lr_scheduler_type="constant", per_device_train_batch_size=16, eval_strategy="steps",
-            eval_steps=100, save_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True, **more)
-        last = dpo.DPOTrainer(args=c).train()
-        found[mode] = (last["eval_loss"], last["eval_rewards/margins"])
-        print(mode, *found[mode])
+        ends = []
+        for draw in range(4 if mode in ("bf16", "both") else 1):
+            monkeypatch.setattr(small_adamw, "key_of", lambda seed, *more, draw=draw: key_of(seed + draw, *more))
+            c = dpo.DPOConfig(
+                model_name_or_path=str(model), dataset_name=str(tmp_path / "pairs.jsonl"), output_dir=str(tmp_path / f"{mode} {draw}"),
+                eval_dataset_name=str(tmp_path / "pairs.jsonl"), cache_dir=str(tmp_path / "cache"), max_steps=100, max_length=256,
+                learning_rate=1e-6, lr_scheduler_type="constant", per_device_train_batch_size=16, eval_strategy="steps",
+                eval_steps=100, save_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True, **more)
+            last = dpo.DPOTrainer(args=c).train()
+            ends.append((last["eval_loss"], last["eval_rewards/margins"]))
+            print(mode, *ends[-1])
+        found[mode] = [sum(column) / len(ends) for column in zip(*ends)]
     assert found["float32"][0] < 0.6 and found["float32"][1] > 0.3
-    for mode, bound in {"bf16": 0.05, "8 bits": 0.02, "both": 0.1}.items():  # of margins; measured: 3.1, 0.2 and 6.0 %
+    for mode, bound in {"bf16": 0.02, "8 bits": 0.02, "both": 0.05}.items():  # of margins
         assert found[mode][0] == pytest.approx(found["float32"][0], rel=0.02), (mode, found)
         assert found[mode][1] == pytest.approx(found["float32"][1], rel=bound), (mode, found)
     assert found["nearest"][0] > 0.6 and found["nearest"][1] < 0.1

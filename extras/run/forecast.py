@@ -285,7 +285,7 @@ def activations(
     rows = min(run.scored - kept, chunk)
     few = min(run.scored, group_rows(c.vocab_size, run.device, models.HEAD_CHUNK))
     narrow = 2 if run.bf16 else wide
-    if run.device == "cpu" and narrow == 2 and c_layers.library() is not None:
+    if narrow == 2 and c_layers.serves(torch.bfloat16, torch.device(run.device)):
         few = 0  # the scores are computed in place
     logits = c.vocab_size * (narrow * rows + 12 * few)  # a few rows in float32, three times
     ends += c.vocab_size * narrow * kept  # logits, as their gradients
