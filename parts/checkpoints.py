@@ -422,13 +422,7 @@ class Checkpoints:
             sync(target.parent)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(scratch, ignore_errors=True)
-            last = in_directory(target.parent)
-            what_now = "there is no checkpoint before it"
-            if last:
-                what_now = (
-                    f"{last[-1].name} is complete: make room, then resume with "
-                    "--resume_from_checkpoint true")
-            raise OSError(f"{target}: cannot be written ({error}); {what_now}") from None
+            raise OSError(f"{target}: cannot be written ({error}); make room") from None
         self.remove_old()
         return {}
 

@@ -119,8 +119,7 @@ def explained(error: Exception, trainer: Any, helps: str = "") -> str:
         return text
     if isinstance(error, (OSError, DataError)):
         whose = f"rank {trainer.ranks.rank}: " if trainer.ranks.rank else ""  # it alone may know
-        told = " is complete: " in text or "no checkpoint before" in text
-        return whose + text + ("" if told else last_checkpoint(trainer.log.directory))
+        return whose + text + last_checkpoint(trainer.log.directory)
     if isinstance(error, ModuleNotFoundError):
         return missing_room(error)  # of an option that is first needed in a step
     if is_out_of_memory(error):
