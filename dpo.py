@@ -421,12 +421,13 @@ class DPOTrainer:
                 scored = score(self.model, batch, self.args)
             ref_sums = self.reference.sums(batch).flatten(1)  # (B, 4)
             rows = order[np.searchsorted(pairs, batch.pair_ids.numpy(), sorter=order)]
+            rows = torch.from_numpy(rows).to(table.device, non_blocking=True)
             table[rows] = torch.cat([scored.table(), ref_sums], 1).to(table)
         table = self.ranks.sum(table).to(self.ranks.device, self.precision.sums)
         scored = Scored.from_table(table[:, :-4])
         ref_sums = table[:, -4:].reshape(-1, 2, 2)
-        lengths = torch.from_numpy(store.scored_lengths(pairs)).to(table)
-        ratings = torch.from_numpy(np.array(store.ratings[pairs])).to(table)
+        lengths = torch.from_numpy(store.scored_lengths(pairs)).to(table, non_blocking=True)
+        ratings = torch.from_numpy(np.array(store.ratings[pairs])).to(table, non_blocking=True)
         return self.pair_logps(scored, lengths, ratings, ref_sums, lengths[:, 0].mean()), scored
 
     def add_rewards(self, total: float, count: int) -> None:

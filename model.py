@@ -523,12 +523,12 @@ class Decoder(nn.Module):
         return head.terms(hidden) if hasattr(head, "terms") else [(hidden, head.weight)]
 
     def logits(self, input_ids: Tensor, position_ids: Tensor, spans: Tensor,
-               rows: Tensor | None = None, cache=None) -> Tensor:  # (T, V), or (len(rows), V)
-        """Return logits of all positions or of `rows`, for generation and tests.
+               rows: Tensor | None = None, cache=None, pictures=None) -> Tensor:
+        """Return logits (T, V) of all positions, or (len(rows), V), for generation and tests.
 
         Training never builds them.
         """
-        hidden, _ = self.model(Stream(input_ids, position_ids, spans), cache)
+        hidden, _ = self.model(Stream(input_ids, position_ids, spans, pictures=pictures), cache)
         hidden = hidden if rows is None else hidden[rows]
         logits = sum(F.linear(x, w) for x, w in self.head_terms(hidden))
         cap = self.config.final_softcap

@@ -3,10 +3,11 @@
     python -m extras.chat DIR                                    a conversation at the terminal
     echo "Why is the sky blue?" | python -m extras.chat DIR      one answer
     python -m extras.chat --compare BASE TUNED                   both answer the same, side by side
+    python -m extras.chat DIR --image cat.jpg                    about an image
     python -m extras.chat DIR --prompts FILE --num_samples 4 --output FILE.jsonl
 
-FILE has rows with a "prompt", text or messages (preference data will do); the output has a row for
-each completion. Text is a user's turn if the tokenizer has a chat template; --raw, or a model
+FILE has rows with a "prompt", text or messages, and images (preference data will do); the output
+has a row for each completion. Text is a user's turn if the tokenizer has a chat template; --raw, or a model
 without a template, continues the text as it is. Sampling options that are not given come from
 generation_config.json, else temperature 1 without top-k or top-p: the model's own distribution.
 At the terminal: /again samples another answer, /new starts a new conversation, /quit or Ctrl-D
@@ -21,22 +22,33 @@ import textwrap
 import time
 from collections.abc import Iterator
 from itertools import chain, islice, zip_longest
+from pathlib import Path
 
 from extras.decoder.generate import Cache, complete, generate
 from extras.models.speaker import Speaker, decode, encode_prompt, load, pieces
-from extras.rows.prompts import read_prompts
+from extras.rows.pictures import RowImage, open_image
+from extras.rows.prompts import Asked, read_prompts
+from extras.rows.written import mover, with_paths
 from parts.output import check_apart
 from parts.rows import find_files
 from parts.screen import escape_unknown
 
 
 def answer(
-    speaker: Speaker, prompt: list[int], show: bool, cache: Cache | None = None, turn: int = 0
+    speaker: Speaker,
+    asked: Asked,
+    system: str | None,
+    show: bool,
+    cache: Cache | None = None,
+    turn: int = 0,
 ) -> str:
     """Generate one completion, printed as it comes if `show` is set. Ctrl-C ends it early."""
+    prompt, pictures = encode_prompt(speaker, asked, system)
     tokens: list[int] = []
     started = time.perf_counter()
-    steps = generate(speaker.model, [prompt], speaker.sampling, cache=cache, first=turn)
+    steps = generate(
+        speaker.model, [prompt], speaker.sampling, cache=cache, first=turn, pictures=[pictures]
+    )
 
     def stream() -> Iterator[int]:
         while True:
@@ -93,20 +105,21 @@ def reply(
     caches: list[Cache],
     system: str | None,
     turn: int,
+    images: tuple[RowImage, ...] = (),
 ) -> list[Conversation]:
     """Take one turn: every speaker answers its own conversation; return them with the answers."""
     texts = []
     alone = len(speakers) == 1
     for speaker, conversation, cache in zip(speakers, conversations, caches):
         prompt = conversation[-1]["content"] if speaker.raw else conversation
-        texts.append(answer(speaker, encode_prompt(speaker, prompt, system), alone, cache, turn))
+        texts.append(answer(speaker, Asked(prompt, images), system, alone, cache, turn))
     if not alone:
         width = shutil.get_terminal_size((100, 24)).columns
         print(columns([speaker.name for speaker in speakers], texts, width))
     return [[*c, {"role": "assistant", "content": text}] for c, text in zip(conversations, texts)]
 
 
-def talk(speakers: list[Speaker], system: str | None) -> None:
+def talk(speakers: list[Speaker], system: str | None, images: tuple[RowImage, ...]) -> None:
     """Hold a conversation at the terminal; a model without a template continues single texts."""
     import readline  # noqa: F401  line editing for input()
 
@@ -134,7 +147,7 @@ def talk(speakers: list[Speaker], system: str | None) -> None:
             c[:-1] if again else [*c, {"role": "user", "content": line}] for c in conversations
         ]
         try:
-            conversations = reply(speakers, asked, caches, system, turn)
+            conversations = reply(speakers, asked, caches, system, turn, images)
         except ValueError as error:  # too long for the model, or the template refuses it
             print(error)
         turn += 1
@@ -147,6 +160,12 @@ def peeked(prompts: Iterator, path: str) -> Iterator:
     raise ValueError(f"{path}: no prompts")
 
 
+def of_images(asked: Asked, folder: Path) -> dict:
+    """Return the prompt and images of a row as a file in `folder` names them."""
+    row = {key: asked.row[key] for key in ("images", "image") if asked.row.get(key)}
+    return with_paths({"prompt": asked.prompt, **row}, mover(asked.folder, folder))
+
+
 def write_completions(speaker: Speaker, args: argparse.Namespace) -> int:
     """Write a JSONL row for every completion, in the order of the prompts; return their number."""
     check_apart("--output", args.output, find_files(args.prompts))
@@ -154,15 +173,18 @@ def write_completions(speaker: Speaker, args: argparse.Namespace) -> int:
     first = 0
     with open(args.output, "w", encoding="utf-8") as file:
         while batch := list(islice(prompts, max(1, args.batch_size // args.num_samples))):
-            ids = [encode_prompt(speaker, prompt, args.system) for prompt in batch]
+            encoded = [encode_prompt(speaker, asked, args.system) for asked in batch]
+            ids, pictures = zip(*encoded)
             with speaker.autocast():
-                written = complete(speaker.model, ids, speaker.sampling, args.num_samples, first)
+                written = complete(
+                    speaker.model, ids, speaker.sampling, args.num_samples, first, pictures
+                )
             for i, tokens in enumerate(written):
                 text = decode(speaker, tokens)
-                prompt = batch[i // args.num_samples]
-                is_chat = not isinstance(prompt, str)
+                asked = batch[i // args.num_samples]
+                is_chat = not isinstance(asked.prompt, str)
                 row = {
-                    "prompt": prompt,
+                    **of_images(asked, Path(args.output).parent),
                     "sample": i % args.num_samples,
                     "tokens": len(tokens),
                     "completion": [{"role": "assistant", "content": text}] if is_chat else text,
@@ -207,6 +229,8 @@ def make_parser() -> argparse.ArgumentParser:
     usual = "[as in the run, where it is a run's; else bfloat16 on a GPU, float32 elsewhere]"
     add("--dtype", choices=dtypes, help=usual)
     add("--device", help="[cuda where there is one, else cpu]")
+    image = "ask about images: they go before the first question, or where it says <image>"
+    add("--image", nargs="+", default=[], metavar="FILE", help=image)
     add("--prompts", help="complete the prompts of this file instead")
     add("--num_samples", type=int, default=1, help="completions of each prompt [1]")
     add("--batch_size", type=int, default=16, help="completions generated at once [16]")
@@ -223,6 +247,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "give one model, or --compare BASE TUNED": bool(args.model) != bool(args.compare),
         "--prompts and --output belong together": bool(args.prompts) == bool(args.output),
         "--prompts takes one model": not (args.prompts and args.compare),
+        "--image is not read with --prompts, whose rows name theirs": not (
+            args.prompts and args.image
+        ),
         "--num_samples and --batch_size must be at least 1": fewest >= 1,
         "--num_samples is read only with --prompts": bool(args.prompts) or args.num_samples == 1,
         "--greedy with --temperature: choose one": not greedy_and_warm,
@@ -239,13 +266,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse(argv)
         speakers = [load(name, args) for name in args.compare or [args.model]]
+        images = tuple(open_image(path, Path()) for path in args.image)
         if args.prompts:
             write_completions(speakers[0], args)
         elif sys.stdin.isatty():
-            talk(speakers, args.system)
+            talk(speakers, args.system, images)
         else:
-            asked = [{"role": "user", "content": sys.stdin.read().removesuffix("\n")}]
-            reply(speakers, [asked] * len(speakers), [Cache(0) for _ in speakers], args.system, 0)
+            asked = [[{"role": "user", "content": sys.stdin.read().removesuffix("\n")}]]
+            caches = [Cache(0) for _ in speakers]
+            reply(speakers, asked * len(speakers), caches, args.system, 0, images)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -15,17 +15,20 @@ then prompts of which no two answers have different scores. docs/rounds.md train
 import argparse
 import json
 import math
+import os
 import shlex
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from extras import score
+from extras.rows.written import mover, with_paths
 from parts.output import check_apart, write_atomically
 from parts.ranks import ending_ranks
 from parts.rows import DataError, find_files, read_rows
@@ -39,8 +42,8 @@ class Answer(NamedTuple):
     row: dict[str, Any]
 
     @property
-    def prompt(self) -> str:  # of text or of messages
-        return json.dumps(self.row["prompt"], sort_keys=True)
+    def prompt(self) -> str:  # of text or of messages, and its images
+        return json.dumps([self.row["prompt"], images_of(self.row)], sort_keys=True)
 
     @property
     def text(self) -> str:
@@ -63,7 +66,8 @@ def read_answers(path: str) -> list[Answer]:
         if missing:
             raise DataError(
                 f"{place}: no {missing[0]!r}; give the --output of extras.chat --prompts")
-        answer = Answer(place, row)
+        folder = os.path.abspath(Path(place.rpartition(":")[0]).parent)
+        answer = Answer(place, with_paths(row, partial(os.path.join, folder)))
         try:
             is_text = isinstance(answer.text, str)
         except (KeyError, IndexError, TypeError):
@@ -149,8 +153,14 @@ def two_by_two(answers: Sequence[Answer]) -> list[tuple[int, int]]:
 # Pairs
 
 
+def images_of(row: dict) -> dict[str, Any]:
+    """Return a row's images, where it has any, under their names."""
+    return {key: row[key] for key in ("images", "image") if row.get(key)}
+
+
 def pair_of(chosen: Answer, rejected: Answer) -> dict[str, Any]:
     return {
+        **images_of(chosen.row),
         "prompt": chosen.row["prompt"],
         "chosen": chosen.row["completion"],
         "rejected": rejected.row["completion"]}
@@ -209,7 +219,9 @@ def judge(args: argparse.Namespace) -> None:
         raise ValueError(
             f"{args.answers}: no prompt has two finished answers with different scores; give "
             "extras.chat a larger --num_samples, --max_new_tokens or --temperature")
-    lines = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
+    moved = mover(Path("/"), Path(args.output).parent)
+    rows = [with_paths(pair, moved) for pair in pairs]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomically(Path(args.output), lines.encode())
     judged = [value for value in scores if not math.isnan(value)]
     prompts = len({answer.prompt for answer in found})

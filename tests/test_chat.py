@@ -332,7 +332,7 @@ def test_a_runs_model_answers_in_the_arithmetic_of_its_run(chatty, tmp_path, mon
     monkeypatch.setattr(generate, "forward", lambda model, *given: (read.append(given), seen.append(keep(model, *given)))[1] or seen[-1])
     assert chat.main([str(run), *words, "--device", "cpu", "--raw", "--max_new_tokens", "2"]) == 0
     model = models.load_model(run, getattr(torch, flags.get("dtype", "float32"))).eval()
-    ids, positions, spans, _ = read[0]
+    ids, positions, spans, *_ = read[0]
 
     def expected(half):
         with torch.no_grad(), torch.autocast("cpu", half or torch.bfloat16, enabled=half is not None):

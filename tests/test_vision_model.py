@@ -101,6 +101,45 @@ def test_gradients_equal_transformers(pair):
     assert seen > 40
 
 
+def prompts_of(family):
+    """The two sequences, each with the pictures of a stream of its own."""
+    sequences, pixels, grids = random_pictures(family)
+    each = pixels.split(grids.prod(1).tolist()) if len(grids) else pixels.split(1)
+    pictures = [stream_of([s], own, grids[i : i + 1], family)[-1] for i, (s, own) in enumerate(zip(sequences, each))]
+    return sequences, pixels, grids, pictures
+
+
+@torch.no_grad()
+def test_greedy_answers_to_images_equal_transformers(pair):
+    """Theirs reads the whole sequence again for each token; ours goes on from a cache, alone and in company."""
+    family, theirs, ours, _ = pair
+    sequences, pixels, grids, pictures = prompts_of(family)
+    expected = [[], []]
+    for _ in range(12):
+        logits = theirs_forward(theirs, family, [s + w for s, w in zip(sequences, expected)], pixels, grids)
+        for i, (s, w) in enumerate(zip(sequences, expected)):
+            w.append(int(logits[i, len(s) + len(w) - 1].argmax()))
+    assert IMAGE not in expected[0] + expected[1]
+    greedy = Sampling(temperature=0, max_new_tokens=12)
+    assert complete(ours, sequences, greedy, pictures=pictures) == expected
+    assert complete(ours, sequences[1:], greedy, pictures=pictures[1:]) == expected[1:]
+    text = [3, 9, 20, 31]
+    mixed = complete(ours, [sequences[0], text], greedy, pictures=[pictures[0], None])
+    assert mixed == [expected[0], *complete(ours, [text], greedy)]
+    assert complete(ours, sequences, greedy) != expected  # the images count
+
+
+@torch.no_grad()
+def test_samples_of_a_prompt_with_images_share_it(pair):
+    """Their draws are those of the same prompt, read once for each sample, in another call."""
+    family, _, ours, _ = pair
+    sequences, _, _, pictures = prompts_of(family)
+    warm = Sampling(temperature=1.0, max_new_tokens=6, seed=3)
+    both = complete(ours, sequences, warm, samples=2, pictures=pictures)
+    alone = [complete(ours, [sequences[i // 2]], warm, first=i, pictures=[pictures[i // 2]])[0] for i in range(4)]
+    assert both == alone and both[0] != both[1]
+
+
 class Blocking(TorchDispatchMode):
     """Notes the copies from the CPU for which the host would wait: in place of a GPU, the device "meta"."""
 

@@ -5,7 +5,7 @@ within the window; in Gemma 4 12B ("whole") those of the image however far. In o
 Gemma 4 ("windows") only layers with a window let them. All of it is as in transformers.
 """
 
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,11 +21,16 @@ class BothWays(NamedTuple):
 
     runs: list[list[int]]  # (start, end) in the stream of each image's tokens
     how: str = "everywhere"  # parts/vision_configs.py: both_ways
+    cache: Any = None  # generation's, which keeps the keys and values of a prompt
 
     def plan(
         self, config: ModelConfig, spans: Tensor, position_ids: Tensor, dtype: torch.dtype,
     ) -> list[dict[int | None, Callable]]:
-        """Return {window: plan} of each layer."""
+        """Return {window: plan} of each layer. With a cache the stream is one prompt, whole."""
+        if self.cache is not None:
+            alone = torch.tensor([[0, len(position_ids), 0, 0]])
+            own = self._replace(cache=None).plan(config, alone, position_ids, dtype)
+            return self.cache.plan(config, spans, position_ids, dtype, own[0])
         seen = torch.stack([position_ids, position_ids])  # (2, T): first and last of an image
         for start, end in self.runs:
             seen[0, start:end] = position_ids[start]

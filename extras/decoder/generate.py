@@ -12,7 +12,7 @@ Sizes: S sequences, V vocabulary, T new tokens, K kv heads, D head dim.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -126,11 +126,12 @@ class CachedPlan(NamedTuple):
     keys: Tensor  # (places, K, D)
     values: Tensor  # (places, K, D)
     places: Tensor  # (T,) of this stream's tokens
+    own: bool = False  # the plan is over the stream's own keys and values instead
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *sinks: Tensor) -> Tensor:  # (T, H, D)
         keys = self.keys.index_copy_(0, self.places, k.to(self.keys.dtype))
         values = self.values.index_copy_(0, self.places, v)
-        return self.plan(q, keys, values, *sinks)
+        return self.plan(q, k, v, *sinks) if self.own else self.plan(q, keys, values, *sinks)
 
 
 @dataclass
@@ -215,20 +216,28 @@ class Cache:
 
     def plan(
         self, config: ModelConfig, spans: Tensor, position_ids: Tensor, dtype: torch.dtype,
+        own: dict | None = None,
     ) -> list[dict]:
-        """Return {window: plan} of each layer; model.Stack calls it with the new spans (S, 5)."""
+        """Return {window: plan} of each layer; model.Stack calls it with the new spans (S, 5).
+
+        `own` are plans over the stream's own keys and values, to be taken instead.
+        """
         device = position_ids.device
         if not self.layers:
             self.allocate(config, dtype, device)
         rows = spans.tolist()
         places = torch.cat([torch.arange(row[1] - row[4], row[1]) for row in rows])
-        places = places.to(device)  # (T,)
-        self.position_ids[places] = position_ids
+        # Counted, and not `position_ids`: where images have positions on several axes, those of the
+        # text after them are lower, and a window counts tokens.
+        counts = torch.cat([torch.arange(end - new, end) - start + prefix_end - prefix_start
+                            for start, end, prefix_start, prefix_end, new in rows])
+        places, counts = (x.to(device, non_blocking=True) for x in (places, counts))  # (T,)
+        self.position_ids[places] = counts
         is_chunked = config.mixer is not None and config.mixer["kind"] == "chunked"
         make = partial(self.plan_keys, device=device, dtype=dtype)
-        plans = plan_chunked(make, config, spans) if is_chunked else make(config, spans)
+        plans = own or (plan_chunked(make, config, spans) if is_chunked else make(config, spans))
         found: list[dict] = [
-            {window: CachedPlan(plans[window], *layer, places)} if layer else {}
+            {window: CachedPlan(plans[window], *layer, places, own is not None)} if layer else {}
             for window, layer in zip(config.windows, self.layers)]
         if is_chunked:
             found = [tuned(config, plan, position_ids) for plan in found]
@@ -303,41 +312,69 @@ def place(
 
 def forward(
     model: Decoder, ids: list[int], positions: list[int], spans: list[tuple], cache: Cache,
+    pictures: Any = None,
 ) -> Tensor:  # (S, V)
     """Return the logits after the last new token of every span, in float32."""
     # with --fsdp "offload" the weights are elsewhere
     device = getattr(model, "device", next(model.parameters()).device)
     table = torch.tensor(spans, dtype=torch.int32)  # (S, 5)
-    last = (table[:, 4].cumsum(0) - 1).to(device)
-    input_ids = torch.tensor(ids, device=device)
-    position_ids = torch.tensor(positions, device=device)
-    return model.logits(input_ids, position_ids, table, last, cache).float()
+    host = (torch.tensor(ids), torch.tensor(positions), table[:, 4].cumsum(0) - 1)
+    input_ids, position_ids, last = (x.to(device, non_blocking=True) for x in host)
+    pictures = pictures and pictures.to(device, non_blocking=True)
+    return model.logits(input_ids, position_ids, table, last, cache, pictures).float()
 
 
 def read_prompts(
     model: Decoder, prompts: list[list[int]], sequences: list[Sequence], cache: Cache,
+    pictures: list | None = None,
 ) -> Tensor:  # (S, V)
     """Return the logits at the end of every sequence's prompt.
 
-    For a single sequence, the beginning that is cached already is not read again.
+    For a single sequence, the beginning that is cached already is not read again. `pictures` are
+    those of each prompt, a stream of its own, or None: each prompt is then read by itself.
     """
+    samples = len(sequences) // len(prompts)
+    firsts = sequences[::samples]
+    if pictures is None:
+        known = cached_beginning(model, prompts[0], cache) if len(sequences) == 1 else 0
+        logits = read_spans(model, prompts, firsts, cache, known)
+    else:
+        cache.ids = []
+        logits = torch.cat([
+            read_spans(model, [prompt], [sequence], cache, pictures=own)
+            for prompt, sequence, own in zip(prompts, firsts, pictures)])
+        for sequence in sequences:
+            own = pictures[sequence.number // samples]
+            if own is not None and own.axes is not None:  # text goes on after the highest
+                sequence.position = int(own.axes.max()) + 1
+    return logits.repeat_interleave(samples, 0)
+
+
+def cached_beginning(model: Decoder, prompt: list[int], cache: Cache) -> int:
+    """Return how many tokens of a prompt are cached; the cache's `ids` become the prompt's."""
+    same = [a == b for a, b in zip(cache.ids, prompt[:-1])]
+    known = same.index(False) if False in same else len(same)
+    if any(recurs(model.config)) and known < len(cache.ids):
+        known = 0  # a state is that at its end, and of no earlier place
+    cache.ids = list(prompt)
+    return known
+
+
+def read_spans(
+    model: Decoder, prompts: list[list[int]], sequences: list[Sequence], cache: Cache,
+    known: int = 0, pictures: Any = None,
+) -> Tensor:  # (prompts, V)
+    """Read prompts as one stream, each but its first `known` tokens; return the logits at the
+    end of each. `sequences` are the first of each prompt."""
     ids: list[int] = []
     positions: list[int] = []
     spans = []
-    samples = len(sequences) // len(prompts)
-    for prompt, sequence in zip(prompts, sequences[::samples]):
-        known = 0
-        if len(sequences) == 1:
-            same = [a == b for a, b in zip(cache.ids, prompt[:-1])]
-            known = same.index(False) if False in same else len(same)
-            if any(recurs(model.config)) and known < len(cache.ids):
-                known = 0  # a state is that at its end, and of no earlier place
-            cache.ids = list(prompt)
-        start = sequence.start if samples == 1 else sequence.prefix[0]
+    for prompt, sequence in zip(prompts, sequences):
+        start = sequence.prefix[0] if sequence.prefix[1] else sequence.start
         spans.append((start, start + len(prompt), 0, 0, len(prompt) - known))
         ids += prompt[known:]
         positions += range(known, len(prompt))
-    return forward(model, ids, positions, spans, cache).repeat_interleave(samples, 0)
+    return forward(model, ids, positions, spans, cache, pictures)
 
 
 def read_tokens(model: Decoder, sequences: list[Sequence], cache: Cache) -> Tensor:  # (S, V)
@@ -356,14 +393,15 @@ def read_tokens(model: Decoder, sequences: list[Sequence], cache: Cache) -> Tens
 @torch.no_grad()
 def generate(
     model: Decoder, prompts: list[list[int]], o: Sampling, samples: int = 1,
-    cache: Cache | None = None, first: int = 0,
+    cache: Cache | None = None, first: int = 0, pictures: list | None = None,
 ) -> Iterator[dict[int, int]]:
     """Yield {number of the sequence: its next token} until all have stopped.
 
     A sequence's number is prompt x samples + sample. `first` is added to it for the random draws,
     so that a list of prompts may come in pieces. The caller keeps `cache` between the turns of one
-    conversation (one prompt, one sample). Raises ValueError for a prompt without tokens, and where
-    prompt and completion are longer than the model's positions reach.
+    conversation (one prompt, one sample). `pictures` has the images of each prompt, as
+    extras/rows/pictures.py:of_prompt makes them, or None. Raises ValueError for a prompt without
+    tokens, and where prompt and completion are longer than the model's positions reach.
     """
     check_sampling(o)
     if not all(prompts):
@@ -372,7 +410,8 @@ def generate(
     sequences, size = place(prompts, o, samples, first)
     cache = cache or Cache(size)
     cache.grow(size)
-    logits = read_prompts(model, prompts, sequences, cache)
+    has_pictures = any(own is not None for own in pictures or ())
+    logits = read_prompts(model, prompts, sequences, cache, pictures if has_pictures else None)
     seen = None
     if o.repetition_penalty != 1:
         seen = torch.zeros_like(logits, dtype=torch.bool)
@@ -400,16 +439,17 @@ def choose(logits: Tensor, sequences: list[Sequence], o: Sampling) -> list[int]:
     if o.temperature == 0:
         return logits.argmax(-1).tolist()
     numbers = [s.random.random() for s in sequences]
-    uniform = torch.tensor(numbers, dtype=torch.float64, device=logits.device)
+    uniform = torch.tensor(numbers, dtype=torch.float64).to(logits.device, non_blocking=True)
     return draw(distribution(logits, o), uniform).tolist()
 
 
 def complete(
     model: Decoder, prompts: list[list[int]], o: Sampling, samples: int = 1, first: int = 0,
+    pictures: list | None = None,
 ) -> list[list[int]]:
     """Return the tokens of every sequence: prompt 0's samples, then prompt 1's, and so on."""
     written: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
-    for step in generate(model, prompts, o, samples, first=first):
+    for step in generate(model, prompts, o, samples, first=first, pictures=pictures):
         for number, token in step.items():
             written[number].append(token)
     return written

@@ -141,8 +141,8 @@ class Vision(nn.Module):
             tables = qwen_vl.axes_tables(
                 self.ropes, pictures.axes, c["sections"], alternate, x.dtype)
         if c.get("both_ways"):
-            assert cache is None and pictures.runs is not None
-            cache = BothWays(pictures.runs.tolist(), c["both_ways"])
+            assert pictures.runs is not None
+            cache = BothWays(pictures.runs.tolist(), c["both_ways"], cache)
         return x, tables, cache, [part[pictures.source].to(x.dtype) for part in deep]
 
 

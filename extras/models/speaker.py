@@ -17,6 +17,7 @@ from extras.models.opening import (
     tokenizer_home,
 )
 from extras.rows.pictures import open_tokenizer
+from extras.rows.prompts import Asked, encode_asked
 from model import Decoder
 from parts.config import DPOConfig
 from parts.precision import Precision, choose_precision
@@ -124,19 +125,18 @@ def read_sampling(model: Decoder, tokenizer: Tokenizer, args: argparse.Namespace
 
 
 def encode_prompt(
-    speaker: Speaker, prompt: str | list[dict], system: str | None = None,
-) -> list[int]:
-    """Return the tokens of a conversation up to the assistant's turn, or of a text to continue."""
-    tokenizer = speaker.tokenizer
-    if isinstance(prompt, str) and speaker.raw:
-        ids = tokenizer.encode(prompt)
-        # some tokenizers end every text with EOS, and nothing would follow that
-        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if system is not None and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
-    text = tokenizer.render(messages, add_generation_prompt=True)
-    return tokenizer.encode(text, add_special_tokens=False)
+    speaker: Speaker, asked: Asked, system: str | None = None,
+) -> tuple[list[int], Any]:
+    """Return the tokens of a conversation up to the assistant's turn, or of a text to continue, and
+    its Pictures or None. Raises DataError."""
+    prompt = asked.prompt
+    if not (isinstance(prompt, str) and speaker.raw):
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        asked = asked._replace(prompt=messages)
+    _, ids, pictures = encode_asked(speaker.tokenizer, asked)
+    return ids, pictures
 
 
 def decode(speaker: Speaker, tokens: list[int]) -> str:

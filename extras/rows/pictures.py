@@ -905,8 +905,37 @@ def read_again(path: Path, sha256: str, folder: Path) -> bytes:
 def load_pixels(image: RowImage, folder: Path, processor: Processor) -> torch.Tensor:
     """Read and preprocess an image. Raises DataError if its file changed since tokenization."""
     path = Path(image.path) if image.path else folder / "pictures" / image.sha256
-    content = read_again(path, image.sha256, folder)
+    content = image.content or read_again(path, image.sha256, folder)
     return torch.from_numpy(preprocess(decode(content), processor))
+
+
+def of_prompt(
+    ids: list[int], images: Iterable[RowImage], processor: Processor, folder: Path = Path()
+) -> Pictures:
+    """Return the images of one prompt, which is a stream of its own, for generation.
+
+    Raises DataError where the prompt has not as many image tokens as the images have features.
+    """
+    images = list(images)
+    tokens = np.array(ids)
+    place = np.flatnonzero(tokens == processor.token_id)
+    wanted = sum(features(p, processor) for p in images)
+    if len(place) != wanted:
+        raise DataError(f"the prompt has {len(place)} image tokens; its images take {wanted}")
+    grids = [grid(p, processor) for p in images]
+    axes = None
+    if processor.kind == "patches":
+        span = np.array([[0, len(ids), 0, 0]])
+        merge = processor.settings["merge_size"]
+        axes = torch.from_numpy(stream_axes(tokens, span, processor.token_id, {0: grids}, merge))
+    return Pictures(
+        pixels=torch.cat([load_pixels(p, folder, processor) for p in images]),
+        grids=torch.tensor(grids),
+        place=torch.from_numpy(place),
+        source=torch.arange(len(place)),
+        axes=axes,
+        runs=torch.from_numpy(find_runs(tokens, processor.token_id)),
+    )
 
 
 @dataclass

@@ -1,13 +1,26 @@
-"""Read the prompts that chat and --generate_during_eval answer from a file."""
+"""Prompts with their images, as chat and --generate_during_eval answer them."""
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from data import Tokenizer
+from extras.rows.pictures import RowImage, expand, of_prompt, open_rows, prepare, row_references
 from parts.rows import DataError, find_files, read_rows
 from parts.turns import parse_turns, split_row
 
 
-def read_prompts(path: str) -> Iterator[str | list[dict]]:
-    """Yield the prompts of a file's rows, text or messages. Raises DataError naming the line."""
+class Asked(NamedTuple):
+    """A prompt, text or messages, and the images that it has places for."""
+
+    prompt: str | list[dict]
+    images: tuple[RowImage, ...] = ()
+    row: dict = {}  # of the file that it is from
+    folder: Path = Path()  # of that file
+
+
+def read_prompts(path: str) -> Iterator[Asked]:
+    """Yield the prompts of a file's rows. Raises DataError naming the line."""
     for where, row in read_rows(find_files(path)):
         try:
             if isinstance(row, DataError):
@@ -15,6 +28,34 @@ def read_prompts(path: str) -> Iterator[str | list[dict]]:
             prompt = parse_turns(row, "prompt") if "prompt" in row else split_row(row, True)[0]
             if not prompt:
                 raise DataError('"prompt" is empty')
+            images = ()
+            if row_references(row):
+                opened = open_rows([row], [where])[0]
+                if isinstance(opened, DataError):
+                    raise opened
+                images = tuple(opened["images"])
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
-        yield prompt
+        yield Asked(prompt, images, row, Path(where.rpartition(":")[0]).parent)
+
+
+def encode_asked(tokenizer: Tokenizer, asked: Asked) -> tuple[str, list[int], Any]:
+    """Return the text of a prompt up to the answer, its tokens, and its Pictures or None.
+
+    Messages go through the chat template. Raises DataError for images that the model cannot read,
+    or that have no place.
+    """
+    prompt, images = asked.prompt, asked.images
+    processor = tokenizer.pictures
+    if processor is not None:
+        row, images = prepare({"prompt": prompt, "images": images}, processor)
+        prompt = row["prompt"]
+    elif images:
+        raise DataError("the prompt has images, and the model reads none")
+    is_text = isinstance(prompt, str)
+    text = prompt if is_text else tokenizer.render(prompt, add_generation_prompt=True)
+    spelled = expand([text], images, processor)[0] if images else text
+    ids = tokenizer.encode(spelled, add_special_tokens=is_text)
+    if is_text and ids[-1:] == [tokenizer.eos_token_id]:
+        ids = ids[:-1]  # some tokenizers end every text with EOS, and nothing would follow that
+    return text, ids, of_prompt(ids, images, processor) if images else None

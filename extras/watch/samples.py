@@ -5,13 +5,15 @@ and training is the same with and without them. Answers are sampled at temperatu
 """
 
 import contextlib
+import re
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from extras.decoder.generate import Sampling, complete, end_tokens
-from extras.rows.prompts import read_prompts
+from extras.rows.pictures import images_of, of_prompt
+from extras.rows.prompts import encode_asked, read_prompts
 from model import ModelConfig
 from parts.configs import check_length
 from parts.place import eval_mode
@@ -21,8 +23,14 @@ SHOWN = 2
 MAX_NEW_TOKENS = 128
 
 
+class Prompt(NamedTuple):
+    text: str
+    ids: list[int]
+    pictures: Any = None
+
+
 class Samples:
-    """The prompts answered at each evaluation: (text, token ids), at most PROMPTS."""
+    """The prompts answered at each evaluation, at most PROMPTS."""
 
     def __init__(self, trainer: Any) -> None:
         """Take the prompts of --generate_prompts, else of the first evaluation pairs with one.
@@ -30,12 +38,12 @@ class Samples:
         Raises ValueError for rows that cannot be read and for prompts that leave the model no room.
         """
         found = given(trainer) if trainer.args.generate_prompts else held_out(trainer)
-        self.prompts = [(text, ids) for text, ids in found if ids]
+        self.prompts = [one for one in found if one.ids]
         if not self.prompts:
             raise ValueError(
                 "--generate_during_eval: no prompt to answer; give --generate_prompts FILE"
             )
-        longest = max(len(ids) for _, ids in self.prompts)
+        longest = max(len(one.ids) for one in self.prompts)
         self.sampling = Sampling(
             seed=trainer.args.seed,
             max_new_tokens=room(trainer.model.config, longest),
@@ -56,13 +64,14 @@ class Samples:
         if is_sharded:  # its weights are gathered in the narrow type
             autocast = trainer.precision.autocast(trainer.ranks.device)
         with eval_mode(trainer.model), autocast:
-            written = complete(trainer.model, [ids for _, ids in self.prompts], self.sampling)
+            _, ids, pictures = zip(*self.prompts)
+            written = complete(trainer.model, ids, self.sampling, pictures=pictures)
         if not trainer.ranks.first:
             return {}
         rows = []
-        for (text, _), tokens in zip(self.prompts, written):
+        for one, tokens in zip(self.prompts, written):
             completion = trainer.tokenizer.decode(tokens, skip_special_tokens=True)
-            rows.append({"prompt": text, "completion": completion, "tokens": len(tokens)})
+            rows.append({"prompt": one.text, "completion": completion, "tokens": len(tokens)})
         for row in rows[:SHOWN]:
             line = f"{shown(row['prompt'])} => {shown(row['completion'], 160)}"
             trainer.log.say(f"step {trainer.position.step}: {line}")
@@ -70,28 +79,27 @@ class Samples:
         return {"eval_samples": rows, "eval_completions/mean_length": mean}
 
 
-def held_out(trainer: Any) -> list[tuple[str, list[int]]]:
-    """Take the prompts of the first evaluation pairs."""
+def held_out(trainer: Any) -> list[Prompt]:
+    """Take the prompts of the first evaluation pairs, with their images."""
     found = []
     store, pairs = next(iter(trainer.eval_sets.values()))
-    for index in pairs[:PROMPTS]:
-        ids = [int(token) for token in store[int(index)].prompt_ids]
-        found.append((trainer.tokenizer.decode(ids), ids))
-    return found
-
-
-def given(trainer: Any) -> list[tuple[str, list[int]]]:
-    """Read a file's prompts: text as it is, conversations through the chat template."""
     tokenizer = trainer.tokenizer
-    found = []
-    for prompt in islice(read_prompts(trainer.args.generate_prompts), PROMPTS):
-        is_chat = not isinstance(prompt, str)
-        text = tokenizer.render(prompt, add_generation_prompt=True) if is_chat else prompt
-        ids = tokenizer.encode(text, add_special_tokens=not is_chat)
-        if not is_chat and ids[-1:] == [tokenizer.eos_token_id]:
-            ids = ids[:-1]  # some tokenizers end every text
-        found.append((text, ids))
+    for index in map(int, pairs[:PROMPTS]):
+        ids = store[index].prompt_ids.tolist()
+        text = tokenizer.decode(ids)
+        pictures = None
+        if images := images_of(store, index):
+            processor = tokenizer.pictures
+            pictures = of_prompt(ids, images, processor, store.directory)
+            text = re.sub(f"({re.escape(processor.feature)})+", "<image>", text)
+        found.append(Prompt(text, ids, pictures))
     return found
+
+
+def given(trainer: Any) -> list[Prompt]:
+    """Read a file's prompts: text as it is, conversations through the chat template."""
+    asked = islice(read_prompts(trainer.args.generate_prompts), PROMPTS)
+    return [Prompt(*encode_asked(trainer.tokenizer, one)) for one in asked]
 
 
 def room(config: ModelConfig, longest: int) -> int:

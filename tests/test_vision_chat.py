@@ -1,0 +1,161 @@
+"""Answers to prompts with images: extras.chat, its rows for extras.judge, and --generate_during_eval."""
+
+import io
+import json
+import sys
+
+import pytest
+import torch
+from conftest import read_metrics
+from test_vision_training import make_pictures, make_row
+from vision_tiny import make_model_directory, theirs_forward
+
+import data
+import dpo
+from extras import chat, judge
+from extras.decoder.generate import Sampling, complete, end_tokens
+from extras.models.opening import load_model
+from extras.rows.pictures import open_image, open_tokenizer, preprocess
+from extras.rows.prompts import Asked, encode_asked
+
+pytest.importorskip("PIL")
+pytest.importorskip("transformers")
+FAMILIES = ("llava", "idefics3", "gemma3", "gemma4", "qwen2_5_vl", "qwen3_5")
+QUESTION = "What is it?"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Folder with images, rows that name them, and a checkpoint of each family; {family: transformers' model}."""
+    folder = tmp_path_factory.mktemp("chat")
+    make_pictures(folder)
+    rows = [make_row(0, ["0.png"]), make_row(1, []), make_row(2, ["0.png", "2.png"])]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    models = {}
+    for family in FAMILIES:
+        (folder / family).mkdir()
+        models[family] = make_model_directory(family, folder / family)
+    with torch.no_grad():  # else every answer of this one would begin with the mark of an image
+        models["llava"].lm_head.weight[open_tokenizer(folder / "llava").pictures.token_id] = 0
+    models["llava"].save_pretrained(folder / "llava")
+    return folder, models
+
+
+def ask(monkeypatch, capsys, *words) -> str:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(QUESTION + "\n"))
+    status = chat.main([str(word) for word in (*words, "--device", "cpu")])
+    said = capsys.readouterr()
+    return said.out if status == 0 else f"{status}: {said.err}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_an_answer_about_an_image_is_transformers(place, family, monkeypatch, capsys):
+    """The template's text, the processor's pixels, and the likeliest token each time."""
+    folder, models = place
+    said = ask(monkeypatch, capsys, folder / family, "--image", folder / "1.png", "--greedy", "--max_new_tokens", 8)
+    tokenizer = open_tokenizer(folder / family)
+    image = open_image(str(folder / "1.png"), folder)
+    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
+    text, ids, pictures = encode_asked(tokenizer, Asked(question, (image,)))
+    assert text == tokenizer.render(question, add_generation_prompt=True) and QUESTION in text
+    written = []
+    token = tokenizer.pictures.token_id
+    others = {"gemma4": ["<|video|>", "<|audio|>"], "qwen2_5_vl": ["<|video_pad|>"], "qwen3_5": ["<|video_pad|>"]}
+    marks = {token, *map(tokenizer.backend.token_to_id, others.get(family, []))}
+    for _ in range(8):
+        logits = theirs_forward(models[family], family, [ids + written], pictures.pixels, pictures.grids, token)
+        written.append(int(logits[0, -1].argmax()))
+        if written[-1] in marks:  # a random model's, which theirs would read as one more image, or as sound
+            break
+    assert len(written) > 2 and said.startswith(chat.printable(tokenizer.decode(written, skip_special_tokens=True)))
+    other = ask(monkeypatch, capsys, folder / family, "--image", folder / "2.png", "--greedy", "--max_new_tokens", 8)
+    assert other != said
+    assert (pictures.pixels.numpy() == preprocess(pillow_image(folder / "1.png"), tokenizer.pictures)).all()
+
+
+def pillow_image(path):
+    from extras.rows.pictures import decode
+
+    return decode(path.read_bytes())
+
+
+def test_rows_with_images_become_pairs_with_images(place, tmp_path, capsys):
+    """Answers lie in another folder, the pairs in a third; both lead to the images, and train."""
+    folder, _ = place
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    answers, pairs = tmp_path / "a" / "answers.jsonl", tmp_path / "b" / "pairs.jsonl"
+    words = [folder / "llava", "--prompts", folder / "rows.jsonl", "--num_samples", 3, "--max_new_tokens", 5, "--output", answers]
+    assert chat.main([*map(str, words), "--device", "cpu"]) == 0
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [len(row.get("images", [])) for row in rows] == [1, 1, 1, 0, 0, 0, 2, 2, 2]
+    assert all((answers.parent / name).samefile(folder / name.rpartition("/")[2]) for row in rows for name in row.get("images", []))
+    count = "import json, sys\nfor line in sys.stdin: row = json.loads(line); print(len(row['completion'][0]['content']))"
+    (tmp_path / "count.py").write_text(count)
+    for row in rows:  # cut off by their length, all of them
+        row["finished"] = True
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows_of = lambda: [json.loads(line) for line in pairs.read_text().splitlines()]
+    said = judge.main([str(answers), "--command", f"{sys.executable} {tmp_path / 'count.py'}", "--output", str(pairs)])
+    assert said == 0, capsys.readouterr().err
+    assert [len(row.get("images", [])) for row in rows_of()] == [1, 0, 2]
+    c = dpo.DPOConfig(
+        model_name_or_path=str(folder / "llava"), dataset_name=str(pairs), output_dir=str(tmp_path / "out"), use_cpu=True,
+        cache_dir=str(tmp_path / "cache"), bf16=False, max_steps=1)
+    dpo.DPOTrainer(args=c).train()
+    assert read_metrics(tmp_path / "out")[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+
+
+@pytest.mark.parametrize("file", [False, True])
+def test_answers_at_an_evaluation_see_the_images(place, tmp_path, file):
+    """The held-out pairs' prompts, or a file's, answered by the model as it is: at rate 0."""
+    folder, _ = place
+    more = dict(generate_prompts=str(folder / "rows.jsonl")) if file else {}
+    c = dpo.DPOConfig(
+        model_name_or_path=str(folder / "qwen2_5_vl"), dataset_name=str(folder / "rows.jsonl"), output_dir=str(tmp_path / "out"),
+        eval_dataset_name=str(folder / "rows.jsonl"), cache_dir=str(tmp_path / "cache"), use_cpu=True, bf16=False, max_steps=1,
+        learning_rate=0.0, eval_strategy="epoch", generate_during_eval=True, **more)
+    dpo.DPOTrainer(args=c).train()
+    samples = next(row["eval_samples"] for row in read_metrics(tmp_path / "out") if "eval_samples" in row)
+    model, tokenizer = load_model(folder / "qwen2_5_vl"), open_tokenizer(folder / "qwen2_5_vl")
+    expected = []
+    for number, names in enumerate([["0.png"], [], ["0.png", "2.png"]]):
+        images = tuple(open_image(str(folder / name), folder) for name in names)
+        _, ids, pictures = encode_asked(tokenizer, Asked(make_row(number, names)["prompt"], images))
+        o = Sampling(seed=c.seed, max_new_tokens=128, stop_ids=end_tokens(model, tokenizer.eos_token_id))
+        expected.append(complete(model, [ids], o, first=number, pictures=[pictures])[0])
+    assert [row["tokens"] for row in samples] == [len(tokens) for tokens in expected]
+    assert [row["completion"] for row in samples] == [tokenizer.decode(t, skip_special_tokens=True) for t in expected]
+    assert all(len(row["prompt"]) < 200 for row in samples)  # and not a mark for each feature
+
+
+@pytest.mark.parametrize("words, message", [
+    (["llava", "--image", "nowhere.png"], "nowhere.png"),
+    (["llava", "--image", "0.png", "--prompts", "rows.jsonl", "--output", "out.jsonl"], "--image is not read with --prompts"),
+    (["llava", "--image", "0.png", "--raw"], "write <image> once for each"),
+    (["text", "--image", "0.png"], "the model reads none")])
+def test_images_that_cannot_be_read_are_named(place, tiny, words, message, monkeypatch, capsys):
+    folder, _ = place
+    monkeypatch.chdir(folder)
+    words = [tiny if word == "text" else word for word in words]
+    said = ask(monkeypatch, capsys, *words)
+    assert said.startswith("2: error:") and message in said
+
+
+def test_a_text_only_model_refuses_rows_with_images(place, tiny, tmp_path, capsys):
+    folder, _ = place
+    words = [tiny, "--prompts", folder / "rows.jsonl", "--output", tmp_path / "o.jsonl", "--device", "cpu"]
+    assert chat.main([*map(str, words)]) == 2
+    assert "the model reads none" in capsys.readouterr().err
+
+
+def test_data_tokens_are_those_of_training(place):
+    """A prompt is asked in the tokens that it is trained with."""
+    folder, _ = place
+    tokenizer = open_tokenizer(folder / "idefics3")
+    row = make_row(2, ["0.png", "2.png"])
+    found = data.tokenize_pair({**row, "images": [str(folder / name) for name in row["images"]]}, tokenizer, data.DataOptions())
+    images = tuple(open_image(str(folder / name), folder) for name in row["images"])
+    _, ids, pictures = encode_asked(tokenizer, Asked(row["prompt"], images))
+    assert ids == found.prompt_ids.tolist() and len(pictures.place) > 8
