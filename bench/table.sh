@@ -1,6 +1,6 @@
 #!/bin/sh
 # The table of README.md on a CPU, then what each lever is worth: three rounds beside TRL, one round
-# of ablations. Three quarters of an hour on two cores that nothing else uses; the order is that of
+# of ablations. An hour on two cores that nothing else uses; the order is that of
 # importance, and each line writes its own file, so that it may be stopped.
 #
 #     sh bench/table.sh SmolLM2-135M-Instruct FOLDER_OF_PAIRS OUT
