@@ -1,7 +1,7 @@
 #!/bin/sh
-# The table of README.md on a CPU, then what each lever is worth: three rounds beside TRL, one round
-# of ablations. An hour on two cores that nothing else uses; the order is that of
-# importance, and each line writes its own file, so that it may be stopped.
+# The table of README.md on a CPU, then what each lever is worth: three rounds beside TRL, one round of
+# every ablation, three of most. An hour and a quarter on two cores that nothing else uses; the
+# order is that of importance, and each line writes its own file, so that it may be stopped.
 #
 #     sh bench/table.sh SmolLM2-135M-Instruct FOLDER_OF_PAIRS OUT
 set -e
@@ -36,3 +36,5 @@ compare hh-ablations "$hh" 32 8 1 --bf16 --ablate $every
 compare ultrafeedback-ablations "$ultra" 4 4 1 --bf16 --ablate $every
 compare hh-lora-ablations "$hh" 32 8 1 --bf16 --adapter lora \
     --ablate sharing kept_logits lora_product lean_reference checkpointing
+compare hh-levers "$hh" 32 8 3 --bf16 --ablate c_layers kept_logits lean_reference chunked_head \
+    wide_chunks sharing forwards_1024 short_spin precomputed_reference

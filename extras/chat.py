@@ -6,16 +6,16 @@
     python -m extras.chat DIR --image cat.jpg                    about an image
     python -m extras.chat DIR --prompts FILE --num_samples 4 --output FILE.jsonl
 
-FILE has rows with a "prompt", text or messages, and images (preference data will do); the output
-has a row for each completion. Text is a user's turn if the tokenizer has a chat template; --raw, or a model
-without a template, continues the text as it is. Sampling options that are not given come from
-generation_config.json, else temperature 1 without top-k or top-p: the model's own distribution.
+FILE has rows with a "prompt" (text or messages) and perhaps images; preference data will do. The
+output has a row for each completion. Text is a user's turn if the tokenizer has a chat template;
+--raw, or a model without a template, continues the text as it is. Sampling options that are not
+given come from generation_config.json, else temperature 1 without top-k or top-p: the model's own
+distribution.
 At the terminal: /again samples another answer, /new starts a new conversation, /quit or Ctrl-D
 quits, Ctrl-C stops an answer.
 """
 
 import argparse
-import json
 import shutil
 import sys
 import textwrap
@@ -28,7 +28,7 @@ from extras.decoder.generate import Cache, complete, generate
 from extras.models.speaker import Speaker, decode, encode_prompt, load, pieces
 from extras.rows.pictures import RowImage, open_image
 from extras.rows.prompts import Asked, read_prompts
-from extras.rows.written import mover, with_paths
+from extras.rows.written import mover, to_json, with_paths
 from parts.output import check_apart
 from parts.rows import find_files
 from parts.screen import escape_unknown
@@ -43,11 +43,16 @@ def answer(
     turn: int = 0,
 ) -> str:
     """Generate one completion, printed as it comes if `show` is set. Ctrl-C ends it early."""
-    prompt, pictures = encode_prompt(speaker, asked, system)
+    encoded = encode_prompt(speaker, asked, system)
     tokens: list[int] = []
     started = time.perf_counter()
     steps = generate(
-        speaker.model, [prompt], speaker.sampling, cache=cache, first=turn, pictures=[pictures]
+        speaker.model,
+        [encoded.ids],
+        speaker.sampling,
+        cache=cache,
+        first=turn,
+        pictures=[encoded.pictures],
     )
 
     def stream() -> Iterator[int]:
@@ -99,6 +104,17 @@ def columns(names: list[str], texts: list[str], width: int) -> str:
 Conversation = list[dict]
 
 
+def question(speaker: Speaker, text: str, images: tuple[RowImage, ...]) -> dict:
+    """Return a user's turn, its images first, or where the text says <image>.
+
+    The text that a model without a template continues must say so.
+    """
+    if not images or speaker.raw or "<image>" in text:
+        return {"role": "user", "content": text}
+    parts = [{"type": "image"}] * len(images)
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+
 def reply(
     speakers: list[Speaker],
     conversations: list[Conversation],
@@ -143,11 +159,12 @@ def talk(speakers: list[Speaker], system: str | None, images: tuple[RowImage, ..
         if command in ("", "/new") or (command == "/again" and conversations == empty):
             continue
         again = command == "/again"
-        asked = [
-            c[:-1] if again else [*c, {"role": "user", "content": line}] for c in conversations
+        turns = [
+            c[:-1] if again else [*c, question(speaker, line, () if c else images)]
+            for speaker, c in zip(speakers, conversations)
         ]
         try:
-            conversations = reply(speakers, asked, caches, system, turn, images)
+            conversations = reply(speakers, turns, caches, system, turn, images)
         except ValueError as error:  # too long for the model, or the template refuses it
             print(error)
         turn += 1
@@ -160,10 +177,10 @@ def peeked(prompts: Iterator, path: str) -> Iterator:
     raise ValueError(f"{path}: no prompts")
 
 
-def of_images(asked: Asked, folder: Path) -> dict:
-    """Return the prompt and images of a row as a file in `folder` names them."""
-    row = {key: asked.row[key] for key in ("images", "image") if asked.row.get(key)}
-    return with_paths({"prompt": asked.prompt, **row}, mover(asked.folder, folder))
+def row_for(asked: Asked, folder: Path) -> dict:
+    """Return a row with the prompt, and its images under paths that lead there from `folder`."""
+    source = Path(asked.where.rpartition(":")[0]).parent
+    return with_paths({"prompt": asked.prompt, **(asked.named or {})}, mover(source, folder))
 
 
 def write_completions(speaker: Speaker, args: argparse.Namespace) -> int:
@@ -174,7 +191,7 @@ def write_completions(speaker: Speaker, args: argparse.Namespace) -> int:
     with open(args.output, "w", encoding="utf-8") as file:
         while batch := list(islice(prompts, max(1, args.batch_size // args.num_samples))):
             encoded = [encode_prompt(speaker, asked, args.system) for asked in batch]
-            ids, pictures = zip(*encoded)
+            _, ids, pictures = zip(*encoded)
             with speaker.autocast():
                 written = complete(
                     speaker.model, ids, speaker.sampling, args.num_samples, first, pictures
@@ -184,13 +201,13 @@ def write_completions(speaker: Speaker, args: argparse.Namespace) -> int:
                 asked = batch[i // args.num_samples]
                 is_chat = not isinstance(asked.prompt, str)
                 row = {
-                    **of_images(asked, Path(args.output).parent),
+                    **row_for(asked, Path(args.output).parent),
                     "sample": i % args.num_samples,
                     "tokens": len(tokens),
                     "completion": [{"role": "assistant", "content": text}] if is_chat else text,
                     "finished": tokens[-1] in speaker.sampling.stop_ids,
                 }
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(to_json(row) + "\n")
             first += len(batch) * args.num_samples
             file.flush()
             print(f"\r{first} completions", end="", file=sys.stderr)
@@ -265,16 +282,16 @@ def main(argv: list[str] | None = None) -> int:
     escape_unknown()
     try:
         args = parse(argv)
-        speakers = [load(name, args) for name in args.compare or [args.model]]
         images = tuple(open_image(path, Path()) for path in args.image)
+        speakers = [load(name, args) for name in args.compare or [args.model]]
         if args.prompts:
             write_completions(speakers[0], args)
         elif sys.stdin.isatty():
             talk(speakers, args.system, images)
         else:
-            asked = [[{"role": "user", "content": sys.stdin.read().removesuffix("\n")}]]
-            caches = [Cache(0) for _ in speakers]
-            reply(speakers, asked * len(speakers), caches, args.system, 0, images)
+            text = sys.stdin.read().removesuffix("\n")
+            turns = [[question(speaker, text, images)] for speaker in speakers]
+            reply(speakers, turns, [Cache(0) for _ in speakers], args.system, 0, images)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -4,8 +4,9 @@
     python -m extras.judge answers.jsonl --command "python judge.py" --output pairs.jsonl
     python -m extras.judge answers.jsonl --reward OUT --output pairs.jsonl
 
-The judge is any command: it reads the rows of answers.jsonl, one a line, on standard input, and
-prints one number for each, higher for better. --reward judges by the implicit reward of a trained
+The judge is any command: it reads rows of answers.jsonl, one a line, on standard input (those with
+an answer that is finished and not empty; paths of images absolute), and prints one number for
+each, higher for better. --reward judges by the implicit reward of a trained
 policy instead (extras.score). Pairs have both scores, as chosen_score and rejected_score.
 
 Left out are answers that were cut off by their length, empty ones, and those whose score is nan;
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 
 from extras import score
-from extras.rows.written import mover, with_paths
+from extras.rows.written import image_fields, mover, with_paths
 from parts.output import check_apart, write_atomically
 from parts.ranks import ending_ranks
 from parts.rows import DataError, find_files, read_rows
@@ -43,7 +44,7 @@ class Answer(NamedTuple):
 
     @property
     def prompt(self) -> str:  # of text or of messages, and its images
-        return json.dumps([self.row["prompt"], images_of(self.row)], sort_keys=True)
+        return json.dumps([self.row["prompt"], image_fields(self.row)], sort_keys=True)
 
     @property
     def text(self) -> str:
@@ -153,14 +154,9 @@ def two_by_two(answers: Sequence[Answer]) -> list[tuple[int, int]]:
 # Pairs
 
 
-def images_of(row: dict) -> dict[str, Any]:
-    """Return a row's images, where it has any, under their names."""
-    return {key: row[key] for key in ("images", "image") if row.get(key)}
-
-
 def pair_of(chosen: Answer, rejected: Answer) -> dict[str, Any]:
     return {
-        **images_of(chosen.row),
+        **image_fields(chosen.row),
         "prompt": chosen.row["prompt"],
         "chosen": chosen.row["completion"],
         "rejected": rejected.row["completion"]}

@@ -131,7 +131,7 @@ def test_kept_keys_and_values_give_the_logits_of_the_whole(name, tmp_path):
     sequences, size = generate.place(prompts, o, 3, 0)
     cache = Cache(size)
     with torch.no_grad():
-        logits = generate.read_prompts(ours, prompts, sequences, cache)
+        logits = generate.prefill(ours, prompts, sequences, cache)
         for step in range(9):
             for s, row in zip(sequences, logits):
                 whole = prompts[s.number // 3] + s.tokens
@@ -164,7 +164,7 @@ def test_kept_keys_and_values_on_a_gpu(tmp_path):
         logits = exact.logits(whole, torch.arange(n, device="cuda"), torch.tensor([[0, n, 0, 0]]))
         sequences, size = generate.place([whole.tolist()[:-1]], Sampling(max_new_tokens=1), 1, 0)
         cache = Cache(size)
-        generate.read_prompts(ours, [whole.tolist()[:-1]], sequences, cache)
+        generate.prefill(ours, [whole.tolist()[:-1]], sequences, cache)
         sequences[0].tokens.append(int(whole[-1]))
         assert (generate.read_tokens(ours, sequences, cache)[0] - logits[-1]).abs().max() < 0.1
 

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import dpo
 from extras import chat, judge
 from extras.decoder.generate import Sampling, complete, end_tokens
 from extras.models.opening import load_model
-from extras.rows.pictures import open_image, open_tokenizer, preprocess
+from extras.rows.pictures import decode, open_image, open_tokenizer, preprocess
 from extras.rows.prompts import Asked, encode_asked
 
 pytest.importorskip("PIL")
@@ -71,13 +72,7 @@ def test_an_answer_about_an_image_is_transformers(place, family, monkeypatch, ca
     assert len(written) > 2 and said.startswith(chat.printable(tokenizer.decode(written, skip_special_tokens=True)))
     other = ask(monkeypatch, capsys, folder / family, "--image", folder / "2.png", "--greedy", "--max_new_tokens", 8)
     assert other != said
-    assert (pictures.pixels.numpy() == preprocess(pillow_image(folder / "1.png"), tokenizer.pictures)).all()
-
-
-def pillow_image(path):
-    from extras.rows.pictures import decode
-
-    return decode(path.read_bytes())
+    assert (pictures.pixels.numpy() == preprocess(decode((folder / "1.png").read_bytes()), tokenizer.pictures)).all()
 
 
 def test_rows_with_images_become_pairs_with_images(place, tmp_path, capsys):
@@ -108,17 +103,18 @@ def test_rows_with_images_become_pairs_with_images(place, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("file", [False, True])
-def test_answers_at_an_evaluation_see_the_images(place, tmp_path, file):
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "idefics3"])
+def test_answers_at_an_evaluation_see_the_images(place, tmp_path, file, family):
     """The held-out pairs' prompts, or a file's, answered by the model as it is: at rate 0."""
     folder, _ = place
     more = dict(generate_prompts=str(folder / "rows.jsonl")) if file else {}
     c = dpo.DPOConfig(
-        model_name_or_path=str(folder / "qwen2_5_vl"), dataset_name=str(folder / "rows.jsonl"), output_dir=str(tmp_path / "out"),
+        model_name_or_path=str(folder / family), dataset_name=str(folder / "rows.jsonl"), output_dir=str(tmp_path / "out"),
         eval_dataset_name=str(folder / "rows.jsonl"), cache_dir=str(tmp_path / "cache"), use_cpu=True, bf16=False, max_steps=1,
         learning_rate=0.0, eval_strategy="epoch", generate_during_eval=True, **more)
     dpo.DPOTrainer(args=c).train()
     samples = next(row["eval_samples"] for row in read_metrics(tmp_path / "out") if "eval_samples" in row)
-    model, tokenizer = load_model(folder / "qwen2_5_vl"), open_tokenizer(folder / "qwen2_5_vl")
+    model, tokenizer = load_model(folder / family), open_tokenizer(folder / family)
     expected = []
     for number, names in enumerate([["0.png"], [], ["0.png", "2.png"]]):
         images = tuple(open_image(str(folder / name), folder) for name in names)
@@ -127,7 +123,8 @@ def test_answers_at_an_evaluation_see_the_images(place, tmp_path, file):
         expected.append(complete(model, [ids], o, first=number, pictures=[pictures])[0])
     assert [row["tokens"] for row in samples] == [len(tokens) for tokens in expected]
     assert [row["completion"] for row in samples] == [tokenizer.decode(t, skip_special_tokens=True) for t in expected]
-    assert all(len(row["prompt"]) < 200 for row in samples)  # and not a mark for each feature
+    marks = [row["prompt"].count("<image>") + row["prompt"].count("<|image_pad|>") for row in samples]
+    assert marks == [1, 0, 2]  # one for each image, and not for each feature
 
 
 @pytest.mark.parametrize("words, message", [
@@ -143,11 +140,45 @@ def test_images_that_cannot_be_read_are_named(place, tiny, words, message, monke
     assert said.startswith("2: error:") and message in said
 
 
+def test_images_in_the_rows_are_written_as_they_are_read(place, tmp_path):
+    """Bytes of a parquet file, a data URI, a path from the root: the answers' file leads to the same pixels."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    folder, _ = place
+    held = {"bytes": (folder / "0.png").read_bytes(), "path": None}
+    rows = [{"prompt": "Is it <image>?", "images": [held]}, {"prompt": "Is <image> it?", "images": [held]}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    words = [folder / "llava", "--prompts", tmp_path / "rows.parquet", "--max_new_tokens", 2, "--output", tmp_path / "o.jsonl", "--raw"]
+    assert chat.main([*map(str, words), "--device", "cpu"]) == 0
+    written = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert len(written) == 2
+    for row in written:
+        assert open_image(row["images"][0], tmp_path).sha256 == open_image(str(folder / "0.png"), tmp_path).sha256
+
+
+def test_a_conversation_goes_on_about_its_image(place, monkeypatch, capsys):
+    """The image stays with the first question, and /new asks about it again."""
+    folder, _ = place
+    seen = []
+    encode = chat.encode_prompt
+    monkeypatch.setattr(chat, "encode_prompt", lambda speaker, asked, system: seen.append(asked) or encode(speaker, asked, system))
+    lines = iter(["What is it?", "And now?", "/again", "/new", "Is <image> it?", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    words = [folder / "qwen2_5_vl", "--image", folder / "0.png", "--max_new_tokens", 2, "--device", "cpu"]
+    assert chat.main([*map(str, words)]) == 0
+    contents = [[turn["content"] for turn in asked.prompt if turn["role"] == "user"] for asked in seen]
+    first = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    assert contents == [[first], [first, "And now?"], [first, "And now?"], ["Is <image> it?"]]
+    assert all(len(asked.images) == 1 for asked in seen)
+
+
 def test_a_text_only_model_refuses_rows_with_images(place, tiny, tmp_path, capsys):
     folder, _ = place
     words = [tiny, "--prompts", folder / "rows.jsonl", "--output", tmp_path / "o.jsonl", "--device", "cpu"]
     assert chat.main([*map(str, words)]) == 2
-    assert "the model reads none" in capsys.readouterr().err
+    assert "rows.jsonl:1: the prompt has images, and the model reads none" in capsys.readouterr().err
 
 
 def test_data_tokens_are_those_of_training(place):

@@ -3,7 +3,8 @@
 A sequence being written is a span, as in training, of which only the last token is new; the keys
 and values of the rest, and of the prompt that is its prefix, are cached. Samples of one prompt
 share it as the two completions of a pair do. A recurrent layer keeps a state of each sequence
-instead, and of each prompt, from which its samples go on. What a sequence draws depends on the seed
+instead, and of each prompt, from which its samples go on. A prompt with images is read by itself,
+and in a conversation whole at every turn. What a sequence draws depends on the seed
 and on its own number, not on what is written beside it (up to rounding).
 
 Sizes: S sequences, V vocabulary, T new tokens, K kv heads, D head dim.
@@ -62,8 +63,8 @@ def check_sampling(o: Sampling) -> None:
     """Raise ValueError for an option out of its range; some may be generation_config.json's."""
     for name in ("temperature", "top_p", "repetition_penalty", "top_k", "seed", "max_new_tokens"):
         value = getattr(o, name)
-        is_float = isinstance(value, float) and name in ("temperature", "top_p", "repetition_penalty")
-        if not is_float and type(value) is not int:
+        takes_float = name in ("temperature", "top_p", "repetition_penalty")
+        if type(value) is not int and not (takes_float and isinstance(value, float)):
             raise ValueError(f"--{name}, or that of generation_config.json, is {value!r:.60}: it "
                              "must be a number")
     rules = {
@@ -120,18 +121,19 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:  # (S,)
 
 
 class CachedPlan(NamedTuple):
-    """A plan over the cached keys and values of a layer; the stream's own are added first."""
+    """A plan over a layer's cached keys and values, to which the stream's are added first; or, with
+    `is_own`, over the stream's alone."""
 
     plan: Callable
     keys: Tensor  # (places, K, D)
     values: Tensor  # (places, K, D)
     places: Tensor  # (T,) of this stream's tokens
-    own: bool = False  # the plan is over the stream's own keys and values instead
+    is_own: bool = False
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *sinks: Tensor) -> Tensor:  # (T, H, D)
         keys = self.keys.index_copy_(0, self.places, k.to(self.keys.dtype))
         values = self.values.index_copy_(0, self.places, v)
-        return self.plan(q, k, v, *sinks) if self.own else self.plan(q, keys, values, *sinks)
+        return self.plan(q, k, v, *sinks) if self.is_own else self.plan(q, keys, values, *sinks)
 
 
 @dataclass
@@ -216,11 +218,11 @@ class Cache:
 
     def plan(
         self, config: ModelConfig, spans: Tensor, position_ids: Tensor, dtype: torch.dtype,
-        own: dict | None = None,
+        stream_plans: dict | None = None,
     ) -> list[dict]:
         """Return {window: plan} of each layer; model.Stack calls it with the new spans (S, 5).
 
-        `own` are plans over the stream's own keys and values, to be taken instead.
+        `stream_plans` are over the stream's own keys and values, and taken instead.
         """
         device = position_ids.device
         if not self.layers:
@@ -235,9 +237,11 @@ class Cache:
         self.position_ids[places] = counts
         is_chunked = config.mixer is not None and config.mixer["kind"] == "chunked"
         make = partial(self.plan_keys, device=device, dtype=dtype)
-        plans = own or (plan_chunked(make, config, spans) if is_chunked else make(config, spans))
+        is_own = stream_plans is not None
+        plans = stream_plans or (
+            plan_chunked(make, config, spans) if is_chunked else make(config, spans))
         found: list[dict] = [
-            {window: CachedPlan(plans[window], *layer, places, own is not None)} if layer else {}
+            {window: CachedPlan(plans[window], *layer, places, is_own)} if layer else {}
             for window, layer in zip(config.windows, self.layers)]
         if is_chunked:
             found = [tuned(config, plan, position_ids) for plan in found]
@@ -324,7 +328,7 @@ def forward(
     return model.logits(input_ids, position_ids, table, last, cache, pictures).float()
 
 
-def read_prompts(
+def prefill(
     model: Decoder, prompts: list[list[int]], sequences: list[Sequence], cache: Cache,
     pictures: list | None = None,
 ) -> Tensor:  # (S, V)
@@ -337,16 +341,16 @@ def read_prompts(
     firsts = sequences[::samples]
     if pictures is None:
         known = cached_beginning(model, prompts[0], cache) if len(sequences) == 1 else 0
-        logits = read_spans(model, prompts, firsts, cache, known)
+        logits = prefill_stream(model, prompts, firsts, cache, known)
     else:
         cache.ids = []
         logits = torch.cat([
-            read_spans(model, [prompt], [sequence], cache, pictures=own)
-            for prompt, sequence, own in zip(prompts, firsts, pictures)])
+            prefill_stream(model, [prompt], [sequence], cache, pictures=images)
+            for prompt, sequence, images in zip(prompts, firsts, pictures)])
         for sequence in sequences:
-            own = pictures[sequence.number // samples]
-            if own is not None and own.axes is not None:  # text goes on after the highest
-                sequence.position = int(own.axes.max()) + 1
+            images = pictures[sequence.number // samples]
+            if images is not None and images.axes is not None:  # text goes on after the highest
+                sequence.position = int(images.axes.max()) + 1
     return logits.repeat_interleave(samples, 0)
 
 
@@ -360,7 +364,7 @@ def cached_beginning(model: Decoder, prompt: list[int], cache: Cache) -> int:
     return known
 
 
-def read_spans(
+def prefill_stream(
     model: Decoder, prompts: list[list[int]], sequences: list[Sequence], cache: Cache,
     known: int = 0, pictures: Any = None,
 ) -> Tensor:  # (prompts, V)
@@ -410,8 +414,8 @@ def generate(
     sequences, size = place(prompts, o, samples, first)
     cache = cache or Cache(size)
     cache.grow(size)
-    has_pictures = any(own is not None for own in pictures or ())
-    logits = read_prompts(model, prompts, sequences, cache, pictures if has_pictures else None)
+    has_pictures = any(images is not None for images in pictures or ())
+    logits = prefill(model, prompts, sequences, cache, pictures if has_pictures else None)
     seen = None
     if o.repetition_penalty != 1:
         seen = torch.zeros_like(logits, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""A model with all that it needs to answer: weights, adapter, tokenizer, and sampling options."""
+"""Load a model with all that it needs to answer; encode what it is asked, decode what it says."""
 
 import argparse
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,7 @@ from extras.models.opening import (
     tokenizer_home,
 )
 from extras.rows.pictures import open_tokenizer
-from extras.rows.prompts import Asked, encode_asked
+from extras.rows.prompts import Asked, Encoded, encode_asked
 from model import Decoder
 from parts.config import DPOConfig
 from parts.precision import Precision, choose_precision
@@ -38,7 +38,7 @@ UNKNOWN = {
 
 
 class Speaker(NamedTuple):
-    """A model with all that it needs to answer."""
+    """A model with all that it needs to answer: weights, adapter, tokenizer, sampling options."""
 
     name: str
     model: Decoder
@@ -124,19 +124,15 @@ def read_sampling(model: Decoder, tokenizer: Tokenizer, args: argparse.Namespace
 # Prompts and answers
 
 
-def encode_prompt(
-    speaker: Speaker, asked: Asked, system: str | None = None,
-) -> tuple[list[int], Any]:
-    """Return the tokens of a conversation up to the assistant's turn, or of a text to continue, and
-    its Pictures or None. Raises DataError."""
+def encode_prompt(speaker: Speaker, asked: Asked, system: str | None = None) -> Encoded:
+    """Encode a conversation up to the assistant's turn, or a text to continue. Raises DataError."""
     prompt = asked.prompt
     if not (isinstance(prompt, str) and speaker.raw):
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
         asked = asked._replace(prompt=messages)
-    _, ids, pictures = encode_asked(speaker.tokenizer, asked)
-    return ids, pictures
+    return encode_asked(speaker.tokenizer, asked)
 
 
 def decode(speaker: Speaker, tokens: list[int]) -> str:

@@ -18,7 +18,7 @@ import io
 import math
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -910,13 +910,12 @@ def load_pixels(image: RowImage, folder: Path, processor: Processor) -> torch.Te
 
 
 def of_prompt(
-    ids: list[int], images: Iterable[RowImage], processor: Processor, folder: Path = Path()
+    ids: list[int], images: Sequence[RowImage], processor: Processor, folder: Path = Path()
 ) -> Pictures:
-    """Return the images of one prompt, which is a stream of its own, for generation.
+    """Return the Pictures of a stream that is one prompt, for generation.
 
     Raises DataError where the prompt has not as many image tokens as the images have features.
     """
-    images = list(images)
     tokens = np.array(ids)
     place = np.flatnonzero(tokens == processor.token_id)
     wanted = sum(features(p, processor) for p in images)

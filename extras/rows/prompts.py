@@ -1,11 +1,12 @@
 """Prompts with their images, as chat and --generate_during_eval answer them."""
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from data import Tokenizer
+from extras.decoder.in_stream import Pictures
 from extras.rows.pictures import RowImage, expand, of_prompt, open_rows, prepare, row_references
+from extras.rows.written import image_fields
 from parts.rows import DataError, find_files, read_rows
 from parts.turns import parse_turns, split_row
 
@@ -15,8 +16,16 @@ class Asked(NamedTuple):
 
     prompt: str | list[dict]
     images: tuple[RowImage, ...] = ()
-    row: dict = {}  # of the file that it is from
-    folder: Path = Path()  # of that file
+    where: str = ""  # file and line, where it has one
+    named: dict | None = None  # how its row names the images: written.image_fields
+
+
+class Encoded(NamedTuple):
+    """A prompt as a model reads it, up to the answer."""
+
+    text: str
+    ids: list[int]
+    pictures: Pictures | None = None
 
 
 def read_prompts(path: str) -> Iterator[Asked]:
@@ -36,16 +45,23 @@ def read_prompts(path: str) -> Iterator[Asked]:
                 images = tuple(opened["images"])
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
-        yield Asked(prompt, images, row, Path(where.rpartition(":")[0]).parent)
+        yield Asked(prompt, images, where, image_fields(row))
 
 
-def encode_asked(tokenizer: Tokenizer, asked: Asked) -> tuple[str, list[int], Any]:
-    """Return the text of a prompt up to the answer, its tokens, and its Pictures or None.
+def encode_asked(tokenizer: Tokenizer, asked: Asked) -> Encoded:
+    """Encode a prompt; messages go through the chat template.
 
-    Messages go through the chat template. Raises DataError for images that the model cannot read,
-    or that have no place.
+    Raises DataError for images that the model cannot read, or that have no place.
     """
-    prompt, images = asked.prompt, asked.images
+    try:
+        return encode(tokenizer, asked.prompt, asked.images)
+    except DataError as error:
+        raise DataError(f"{asked.where}: {error}" if asked.where else str(error)) from None
+
+
+def encode(
+    tokenizer: Tokenizer, prompt: str | list[dict], images: tuple[RowImage, ...]
+) -> Encoded:
     processor = tokenizer.pictures
     if processor is not None:
         row, images = prepare({"prompt": prompt, "images": images}, processor)
@@ -58,4 +74,4 @@ def encode_asked(tokenizer: Tokenizer, asked: Asked) -> tuple[str, list[int], An
     ids = tokenizer.encode(spelled, add_special_tokens=is_text)
     if is_text and ids[-1:] == [tokenizer.eos_token_id]:
         ids = ids[:-1]  # some tokenizers end every text with EOS, and nothing would follow that
-    return text, ids, of_prompt(ids, images, processor) if images else None
+    return Encoded(text, ids, of_prompt(ids, images, processor) if images else None)

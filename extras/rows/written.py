@@ -88,6 +88,11 @@ def with_paths(row: dict, moved: Callable[[str], str]) -> dict:
     return row
 
 
+def image_fields(row: dict) -> dict[str, Any]:
+    """Return a row's images, where it has any, under their names."""
+    return {key: row[key] for key in ("images", "image") if row.get(key)}
+
+
 def with_path(reference: Any, moved: Callable[[str], str]) -> Any:
     """Return a reference to a picture (a path, a URI, {"bytes", "path"}) with its path replaced."""
     if isinstance(reference, str) and reference and not ELSEWHERE.match(reference):

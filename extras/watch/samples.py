@@ -5,15 +5,14 @@ and training is the same with and without them. Answers are sampled at temperatu
 """
 
 import contextlib
-import re
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from extras.decoder.generate import Sampling, complete, end_tokens
-from extras.rows.pictures import images_of, of_prompt
-from extras.rows.prompts import encode_asked, read_prompts
+from extras.rows.pictures import image_text, images_of, of_prompt
+from extras.rows.prompts import Encoded, encode_asked, read_prompts
 from model import ModelConfig
 from parts.configs import check_length
 from parts.place import eval_mode
@@ -21,12 +20,6 @@ from parts.place import eval_mode
 PROMPTS = 8  # answered, of which SHOWN are printed
 SHOWN = 2
 MAX_NEW_TOKENS = 128
-
-
-class Prompt(NamedTuple):
-    text: str
-    ids: list[int]
-    pictures: Any = None
 
 
 class Samples:
@@ -79,7 +72,7 @@ class Samples:
         return {"eval_samples": rows, "eval_completions/mean_length": mean}
 
 
-def held_out(trainer: Any) -> list[Prompt]:
+def held_out(trainer: Any) -> list[Encoded]:
     """Take the prompts of the first evaluation pairs, with their images."""
     found = []
     store, pairs = next(iter(trainer.eval_sets.values()))
@@ -91,15 +84,16 @@ def held_out(trainer: Any) -> list[Prompt]:
         if images := images_of(store, index):
             processor = tokenizer.pictures
             pictures = of_prompt(ids, images, processor, store.directory)
-            text = re.sub(f"({re.escape(processor.feature)})+", "<image>", text)
-        found.append(Prompt(text, ids, pictures))
+            for image in images:
+                text = text.replace(image_text(image, processor), "<image>", 1)
+        found.append(Encoded(text, ids, pictures))
     return found
 
 
-def given(trainer: Any) -> list[Prompt]:
+def given(trainer: Any) -> list[Encoded]:
     """Read a file's prompts: text as it is, conversations through the chat template."""
     asked = islice(read_prompts(trainer.args.generate_prompts), PROMPTS)
-    return [Prompt(*encode_asked(trainer.tokenizer, one)) for one in asked]
+    return [encode_asked(trainer.tokenizer, one) for one in asked]
 
 
 def room(config: ModelConfig, longest: int) -> int:
