@@ -191,7 +191,8 @@ def write_completions(speaker: Speaker, args: argparse.Namespace) -> int:
     with open(args.output, "w", encoding="utf-8") as file:
         while batch := list(islice(prompts, max(1, args.batch_size // args.num_samples))):
             encoded = [encode_prompt(speaker, asked, args.system) for asked in batch]
-            _, ids, pictures = zip(*encoded)
+            ids = [one.ids for one in encoded]
+            pictures = [one.pictures for one in encoded]
             with speaker.autocast():
                 written = complete(
                     speaker.model, ids, speaker.sampling, args.num_samples, first, pictures

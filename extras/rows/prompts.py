@@ -69,7 +69,10 @@ def encode(
     elif images:
         raise DataError("the prompt has images, and the model reads none")
     is_text = isinstance(prompt, str)
-    text = prompt if is_text else tokenizer.render(prompt, add_generation_prompt=True)
+    if isinstance(prompt, str):
+        text = prompt
+    else:
+        text = tokenizer.render(prompt, add_generation_prompt=True)
     spelled = expand([text], images, processor)[0] if images else text
     ids = tokenizer.encode(spelled, add_special_tokens=is_text)
     if is_text and ids[-1:] == [tokenizer.eos_token_id]:

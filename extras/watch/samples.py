@@ -57,7 +57,8 @@ class Samples:
         if is_sharded:  # its weights are gathered in the narrow type
             autocast = trainer.precision.autocast(trainer.ranks.device)
         with eval_mode(trainer.model), autocast:
-            _, ids, pictures = zip(*self.prompts)
+            ids = [one.ids for one in self.prompts]
+            pictures = [one.pictures for one in self.prompts]
             written = complete(trainer.model, ids, self.sampling, pictures=pictures)
         if not trainer.ranks.first:
             return {}
