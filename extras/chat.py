@@ -178,9 +178,9 @@ def peeked(prompts: Iterator, path: str) -> Iterator:
 
 
 def row_for(asked: Asked, folder: Path) -> dict:
-    """Return a row with the prompt, and its images under paths that lead there from `folder`."""
+    """Return a row with the prompt and what belongs to it, images by paths from `folder`."""
     source = Path(asked.where.rpartition(":")[0]).parent
-    return with_paths({"prompt": asked.prompt, **(asked.named or {})}, mover(source, folder))
+    return with_paths({"prompt": asked.prompt, **asked.more}, mover(source, folder))
 
 
 def write_completions(speaker: Speaker, args: argparse.Namespace) -> int:

@@ -16,7 +16,6 @@ then prompts of which no two answers have different scores. docs/rounds.md train
 import argparse
 import json
 import math
-import os
 import shlex
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 
 from extras import score
-from extras.rows.written import image_fields, mover, with_paths
+from extras.rows.written import absolute, mover, prompt_fields, with_paths
 from parts.output import check_apart, write_atomically
 from parts.ranks import ending_ranks
 from parts.rows import DataError, find_files, read_rows
@@ -43,8 +42,8 @@ class Answer(NamedTuple):
     row: dict[str, Any]
 
     @property
-    def prompt(self) -> str:  # of text or of messages, and its images
-        return json.dumps([self.row["prompt"], image_fields(self.row)], sort_keys=True)
+    def prompt(self) -> str:  # of text or of messages, and what belongs to it
+        return json.dumps([self.row["prompt"], prompt_fields(self.row)], sort_keys=True)
 
     @property
     def text(self) -> str:
@@ -67,8 +66,8 @@ def read_answers(path: str) -> list[Answer]:
         if missing:
             raise DataError(
                 f"{place}: no {missing[0]!r}; give the --output of extras.chat --prompts")
-        folder = os.path.abspath(Path(place.rpartition(":")[0]).parent)
-        answer = Answer(place, with_paths(row, partial(os.path.join, folder)))
+        folder = Path(place.rpartition(":")[0]).parent
+        answer = Answer(place, with_paths(row, partial(absolute, folder=folder)))
         try:
             is_text = isinstance(answer.text, str)
         except (KeyError, IndexError, TypeError):
@@ -156,7 +155,7 @@ def two_by_two(answers: Sequence[Answer]) -> list[tuple[int, int]]:
 
 def pair_of(chosen: Answer, rejected: Answer) -> dict[str, Any]:
     return {
-        **image_fields(chosen.row),
+        **prompt_fields(chosen.row),
         "prompt": chosen.row["prompt"],
         "chosen": chosen.row["completion"],
         "rejected": rejected.row["completion"]}

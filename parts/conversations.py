@@ -242,8 +242,11 @@ def chat_texts(row: dict, prompt: list, completions: list[list], tokenizer: Any)
     system = row.get("system")
     if not isinstance(system, str | None):
         raise DataError(f'"system" is a {type(system).__name__}; it must be text')
-    if system and prompt[:1] != [{"role": "system", "content": system}]:
-        prompt = [{"role": "system", "content": system}, *prompt]
+    # in parts where the prompt is, as templates of models that read images may want it
+    in_parts = bool(prompt) and isinstance(prompt[0].get("content"), list)
+    content = [{"type": "text", "text": system}] if in_parts else system
+    if system and prompt[:1] != [{"role": "system", "content": content}]:
+        prompt = [{"role": "system", "content": content}, *prompt]
     if not prompt:
         what = "the prompt is empty: chosen and rejected share no message"
         raise DataError(f"{what}; give the prompt")

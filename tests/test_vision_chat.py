@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -17,7 +19,7 @@ from extras import chat, judge
 from extras.decoder.generate import Sampling, complete, end_tokens
 from extras.models.opening import load_model
 from extras.rows.pictures import decode, open_image, open_tokenizer, preprocess
-from extras.rows.prompts import Asked, encode_asked
+from extras.rows.prompts import Asked, encode_asked, read_prompts
 
 pytest.importorskip("PIL")
 pytest.importorskip("transformers")
@@ -181,12 +183,87 @@ def test_a_text_only_model_refuses_rows_with_images(place, tiny, tmp_path, capsy
     assert "rows.jsonl:1: the prompt has images, and the model reads none" in capsys.readouterr().err
 
 
-def test_data_tokens_are_those_of_training(place):
-    """A prompt is asked in the tokens that it is trained with."""
+def turn(text: str) -> dict:
+    return {"from": "human", "value": text}
+
+
+ROWS = {
+    "two images": make_row(2, ["0.png", "2.png"]),
+    "system": {**make_row(0, ["0.png"]), "system": "Be short."},
+    "from and value": {"images": ["0.png"], "prompt": [turn("Is <image> it?")], "chosen": [{"from": "gpt", "value": "Yes."}],
+                       "rejected": [{"from": "gpt", "value": "No."}]},
+    "conversations": {"conversations": [{"role": "user", "content": [{"type": "image", "path": "1.png"}, {"type": "text", "text": "Well?"}]}],
+                      "chosen": [{"role": "assistant", "content": "Yes."}], "rejected": [{"role": "assistant", "content": "No."}]},
+    "implicit": {"image": "0.png", "chosen": [{"role": "user", "content": "It is?"}, {"role": "assistant", "content": "Yes."}],
+                 "rejected": [{"role": "user", "content": "It is?"}, {"role": "assistant", "content": "No."}]},
+    "text": {"image": "1.png", "prompt": "Look, <image>, it is", "chosen": " red", "rejected": " blue"},
+}
+
+
+@pytest.mark.parametrize("family", ["llava", "idefics3", "gemma3", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ROWS)
+def test_a_prompt_is_asked_in_the_tokens_that_it_is_trained_in(place, tmp_path, name, family, monkeypatch):
+    """From another folder than the images', which the row's file names by paths from its own."""
     folder, _ = place
-    tokenizer = open_tokenizer(folder / "idefics3")
-    row = make_row(2, ["0.png", "2.png"])
-    found = data.tokenize_pair({**row, "images": [str(folder / name) for name in row["images"]]}, tokenizer, data.DataOptions())
-    images = tuple(open_image(str(folder / name), folder) for name in row["images"])
-    _, ids, pictures = encode_asked(tokenizer, Asked(row["prompt"], images))
-    assert ids == found.prompt_ids.tolist() and len(pictures.place) > 8
+    file = folder / f"{name.replace(' ', '_')}.jsonl"
+    file.write_text(json.dumps(ROWS[name]) + "\n")
+    monkeypatch.chdir(tmp_path)
+    tokenizer = open_tokenizer(folder / family)
+    places = [f"{file}:1"]
+    (row,) = tokenizer.pictures.open_rows([ROWS[name]], places)
+    trained = data.tokenize_pair(row, tokenizer, data.DataOptions())
+    (asked,) = read_prompts(str(file))
+    encoded = encode_asked(tokenizer, asked)
+    assert encoded.ids[: len(trained.prompt_ids)] == trained.prompt_ids.tolist()
+    assert len(encoded.ids) - len(trained.prompt_ids) <= 1  # an end that changes when a completion follows
+    assert len(encoded.pictures.place) >= 4 * len(asked.images) > 0
+    assert "Be short." in encoded.text or name != "system"
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"prompt": "What is <image>?"}, "1 places for images"), ({"prompt": [{"role": "user", "content": "<image>"}]}, "1 places"),
+    ({"prompt": "What is it?", "image": "0.png"}, "names no place for its images"), ({"prompt": "<image>", "image": "none.png"}, "none.png")])
+def test_rows_whose_images_and_places_differ_are_named(place, tmp_path, row, message, capsys):
+    folder, _ = place
+    (folder / "odd.jsonl").write_text(json.dumps(row) + "\n")
+    words = [folder / "llava", "--prompts", folder / "odd.jsonl", "--output", tmp_path / "o.jsonl", "--device", "cpu"]
+    assert chat.main([*map(str, words)]) == 2
+    said = capsys.readouterr().err
+    assert message in said and ("odd.jsonl:1" in said or "none.png" in said)
+
+
+def test_a_text_model_beside_a_processors_files_is_asked_text(place, tiny, tmp_path, monkeypatch, capsys):
+    """Their template would want parts; and images are refused, as in training."""
+    folder, _ = place
+    shutil.copytree(tiny, tmp_path / "text")
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        shutil.copy(folder / "llava" / name, tmp_path / "text")
+    (tmp_path / "text" / "chat_template.jinja").write_text("{% for m in messages %}{{ 'user: ' + m['content'] }}{% endfor %}")
+    words = ["--greedy", "--max_new_tokens", 2]
+    assert not ask(monkeypatch, capsys, tmp_path / "text", *words).startswith("2:")
+    assert "the model reads none" in ask(monkeypatch, capsys, tmp_path / "text", "--image", folder / "0.png", *words)
+
+
+def test_a_processor_that_is_not_the_models_is_named(place, tmp_path, monkeypatch, capsys):
+    folder, _ = place
+    shutil.copytree(folder / "llava", tmp_path / "odd")
+    file = tmp_path / "odd" / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})))
+    said = ask(monkeypatch, capsys, tmp_path / "odd", "--image", folder / "0.png")
+    assert said.startswith("2: error:") and "the processor that belongs to the model" in said
+
+
+def test_the_judge_knows_an_image_by_its_file(place, tmp_path, capsys):
+    """Answers of one prompt in two folders are of one prompt; those about two images are not."""
+    folder, _ = place
+    for number, (name, text) in enumerate([("0.png", "a"), ("0.png", "bb"), ("2.png", "ccc")]):
+        home = tmp_path / str(number)
+        home.mkdir()
+        row = {"prompt": "<image>", "image": os.path.relpath(folder / name, home), "completion": text, "finished": True}
+        (home / "answers.jsonl").write_text(json.dumps(row) + "\n")
+    count = "import json, sys\nfor line in sys.stdin: print(len(json.loads(line)['completion']))"
+    (tmp_path / "count.py").write_text(count)
+    words = [f"{tmp_path}/*/answers.jsonl", "--command", f"{sys.executable} {tmp_path / 'count.py'}", "--output", tmp_path / "pairs.jsonl"]
+    assert judge.main([*map(str, words)]) == 0, capsys.readouterr().err
+    (pair,) = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert (pair["chosen"], pair["rejected"]) == ("bb", "a") and (tmp_path / pair["image"]).samefile(folder / "0.png")

@@ -16,11 +16,12 @@ from extras.models.opening import (
     run_options,
     tokenizer_home,
 )
-from extras.rows.pictures import open_tokenizer
+from extras.rows.pictures import check_features, open_tokenizer
 from extras.rows.prompts import Asked, Encoded, encode_asked
 from model import Decoder
 from parts.config import DPOConfig
 from parts.precision import Precision, choose_precision
+from parts.rows import DataError
 
 FROM_CONFIG = ("temperature", "top_k", "top_p", "repetition_penalty")
 # Options of generation_config.json that would change the text and are not supported, each with the
@@ -73,6 +74,10 @@ def load(name: str, args: argparse.Namespace) -> Speaker:
         directory, precision.weights, args.max_length, device=device,
         four_bit=four_bit_of(run) if is_adapter(directory) else None)
     tokenizer = open_tokenizer(tokenizer_home(directory), args.chat_template)
+    if model.config.vision is None:
+        tokenizer.pictures = None
+    elif tokenizer.pictures is not None:
+        check_features(tokenizer.pictures, model.config.vision)
     raw = args.raw or not tokenizer.templates
     if raw and args.system is not None:
         raise ValueError(
@@ -128,8 +133,13 @@ def encode_prompt(speaker: Speaker, asked: Asked, system: str | None = None) -> 
     """Encode a conversation up to the assistant's turn, or a text to continue. Raises DataError."""
     prompt = asked.prompt
     if not (isinstance(prompt, str) and speaker.raw):
+        if isinstance(prompt, str) and asked.images and "<image>" not in prompt:
+            raise DataError(  # in training it would have no place, either
+                f"{asked.where}: the prompt is a text, and names no place for its images; write "
+                "<image> where each goes")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if system is not None and messages[0]["role"] != "system":
+        has_system = messages[0]["role"] == "system" or "system" in asked.more
+        if system is not None and not has_system:
             messages = [{"role": "system", "content": system}, *messages]
         asked = asked._replace(prompt=messages)
     return encode_asked(speaker.tokenizer, asked)

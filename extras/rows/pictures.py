@@ -32,6 +32,7 @@ from extras.decoder.in_stream import Pictures, find_runs, stream_axes
 from parts.conversations import RowTexts, row_texts
 from parts.rows import DataError, DroppedPair, attempt, user_path
 from parts.tokenizer_files import explained_types, read_json
+from parts.turns import from_value_message
 
 MAX_PIXELS = 89_478_485  # above this, pillow warns of a decompression bomb
 MEAN = [0.48145466, 0.4578275, 0.40821073]  # CLIP's, as is STD
@@ -482,7 +483,7 @@ def row_references(row: dict) -> list:
     for key in ("images", "image"):
         if row.get(key):
             return row[key] if isinstance(row[key], (list, tuple)) else [row[key]]
-    turns = row.get("prompt", row.get("chosen"))
+    turns = next((row[key] for key in ("prompt", "conversations", "chosen") if key in row), None)
     if not isinstance(turns, list):
         return []
     contents = [m.get("content") for m in turns if isinstance(m, dict)]
@@ -760,7 +761,7 @@ def place_images(messages: list, count: int, key: str) -> list:
 
     Where there is neither, the images go before the first question. Raises DataError.
     """
-    messages = [dict(m) if isinstance(m, dict) else m for m in messages]
+    messages = [with_role(m, f'"{key}"[{i}]') for i, m in enumerate(messages)]
     with_content = [m for m in messages if isinstance(m, dict) and has_content(m)]
     waiting = 0 if any(has_place(m["content"]) for m in with_content) else count
     for message in with_content:
@@ -768,7 +769,7 @@ def place_images(messages: list, count: int, key: str) -> list:
         parts = []
         for part in given if isinstance(given, list) else [given]:
             parts += [{"type": "image"}] if is_image(part) else text_parts(part, count)
-        if message.get("role", message.get("from")) in ("user", "human") and waiting:
+        if message.get("role") == "user" and waiting:
             parts = [{"type": "image"}] * waiting + parts
             waiting = 0
         if not count and any(map(is_image, parts)):
@@ -778,6 +779,14 @@ def place_images(messages: list, count: int, key: str) -> list:
             )
         message["content"] = parts
     return messages
+
+
+def with_role(message: Any, where: str) -> Any:
+    """Return a copy of a message, {"from": ..., "value": ...} as role and content."""
+    if not isinstance(message, dict):
+        return message
+    is_other = "from" in message and "role" not in message
+    return from_value_message(message, where) if is_other else dict(message)
 
 
 def has_content(message: dict) -> bool:

@@ -88,9 +88,10 @@ def with_paths(row: dict, moved: Callable[[str], str]) -> dict:
     return row
 
 
-def image_fields(row: dict) -> dict[str, Any]:
-    """Return a row's images, where it has any, under their names."""
-    return {key: row[key] for key in ("images", "image") if row.get(key)}
+def prompt_fields(row: dict) -> dict[str, Any]:
+    """Return what a row has that belongs to its prompt: images, and what its template reads."""
+    keys = ("images", "image", "system", "tools", "chat_template_kwargs")
+    return {key: row[key] for key in keys if row.get(key)}
 
 
 def with_path(reference: Any, moved: Callable[[str], str]) -> Any:
@@ -116,4 +117,9 @@ def mover(source: Path, target: Path) -> Callable[[str], str]:
     """Return what makes a path relative to `source` lead to the same file from `target`."""
     if source.resolve() == target.resolve():
         return lambda path: path
-    return lambda path: os.path.relpath(source.resolve() / path, target.resolve())
+    return lambda path: os.path.relpath(absolute(path, source), target.resolve())
+
+
+def absolute(path: str, folder: Path) -> str:
+    """Return a path from the root, its folders without links, which `..` would not lead out of."""
+    return str((folder / path).parent.resolve() / Path(path).name)
