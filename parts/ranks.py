@@ -4,6 +4,7 @@ A rank is one process with one device. Ranks agree on flags, data and model befo
 since ranks that differ would wait for one another forever, or train on wrong averages.
 """
 
+import atexit
 import ctypes
 import gc
 import hashlib
@@ -203,6 +204,19 @@ def leave_ranks() -> None:
         gc.collect()
 
 
+def end_if_others_wait(status: int) -> None:
+    """End this process, after an error, if it is one of several.
+
+    It has not left their group, and gloo's threads could abort it while Python ends: so Python
+    does not end, only what was to happen at exit happens.
+    """
+    if dist.is_initialized():
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
 def among_ranks(main: Callable[..., int]) -> Callable[..., int]:
     """Run a command inside `ending_ranks`; an exit status that is not 0 counts as an error."""
 
@@ -217,7 +231,7 @@ def among_ranks(main: Callable[..., int]) -> Callable[..., int]:
                 if status:
                     raise Failed
         except Failed:
-            pass
+            end_if_others_wait(status)
         except KeyboardInterrupt:  # where nothing is to be saved first, or pressed twice
             print("stopped by Ctrl-C", file=sys.stderr)
             return 128 + signal.SIGINT

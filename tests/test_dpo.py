@@ -362,6 +362,26 @@ def test_under_torchrun_the_first_rank_alone_says_what_is_wrong(tiny, tmp_path):
     assert f'{dpo.__file__}", line' not in done.stderr and "SIGABRT" not in done.stderr  # torchrun prints its own trace
 
 
+LAST_WORDS = """import atexit, os, sys
+atexit.register(lambda: os.write(2, b"at exit\\n"))
+class Last:
+    def __del__(self, write=os.write): write(2, b"Python ends\\n")
+sys.last = Last()
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_after_an_error_a_rank_does_what_is_due_at_exit_and_python_does_not_end(tiny, tmp_path, monkeypatch, ranks):
+    """It has not left the group, and while Python ends gloo's threads would now and then abort it."""
+    (tmp_path / "sitecustomize.py").write_text(LAST_WORDS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "the", "chosen": " a"}\n')
+    words = ["--model_name_or_path", tiny, "--dataset_name", tmp_path / "bad.jsonl", "--output_dir", tmp_path / "o"]
+    done = run_dpo(*words, "--cache_dir", tmp_path / "c", "--use_cpu", ranks=ranks, expect=2 if ranks == 1 else 1)
+    before = done.stderr[: done.stderr.find("ChildFailedError")]  # torchrun's own comes after
+    assert "at exit" in before and ("Python ends" in before) == (ranks == 1)
+
+
 def test_flags_parse_in_every_spelling():
     base = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]
     parse = lambda *words: dpo.parse_config([*base, *words])
