@@ -210,7 +210,7 @@ def end_if_others_wait(status: int) -> None:
     It has not left their group, and gloo's threads could abort it while Python ends: so Python
     does not end, only what was to happen at exit happens.
     """
-    if dist.is_initialized():
+    if dist.is_initialized() and dist.get_world_size() > 1:
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
