@@ -315,9 +315,12 @@ def test_full_determinism_is_asked_of_torch_before_the_device_is_used_and_undone
 
 @pytest.mark.parametrize("status,leaves", [(0, True), (1, False), (2, False), (SystemExit(143), True), (RuntimeError("x"), False)], ids=str)
 def test_the_other_ranks_are_left_in_order_only_by_a_command_that_did_not_fail(status, leaves, monkeypatch):
-    left = []
+    left, ended = [], []
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append(1))
+    monkeypatch.setattr(ranks.os, "_exit", ended.append)
+    monkeypatch.setattr(ranks.atexit, "_run_exitfuncs", lambda: None)
 
     @ranks.among_ranks
     def command(argv):
@@ -330,6 +333,7 @@ def test_the_other_ranks_are_left_in_order_only_by_a_command_that_did_not_fail(s
     except (SystemExit, RuntimeError) as error:
         assert error is status
     assert bool(left) == leaves
+    assert ended == ([status] if status in (1, 2) else [])
 
 
 def test_fsdp_leaves_what_is_read_in_python_where_it_is():
