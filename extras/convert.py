@@ -37,7 +37,7 @@ from extras.rows.written import mover, to_json, with_paths
 from parts.forms import PROMPT_NAMES, renamed
 from parts.rows import DataError, read_rows, user_path
 from parts.screen import escape_unknown
-from parts.turns import from_value_message
+from parts.turns import with_role
 
 Row = dict[str, Any]
 TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -123,7 +123,7 @@ def message(value: Any, role: str) -> Row:
         return {"role": role, "content": value}
     found = None
     if isinstance(value, dict) and "from" in value:
-        found = from_value_message(value, "a turn")
+        found = with_role(value, "a turn")
     elif isinstance(value, dict) and "role" in value:
         found = {key: part for key, part in value.items() if part is not None}
     if found and (found.get("content") is not None or found.get("tool_calls")):

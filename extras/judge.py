@@ -6,8 +6,8 @@
 
 The judge is any command: it reads rows of answers.jsonl, one a line, on standard input (those with
 an answer that is finished and not empty; paths of images absolute), and prints one number for
-each, higher for better. --reward judges by the implicit reward of a trained
-policy instead (extras.score). Pairs have both scores, as chosen_score and rejected_score.
+each, higher for better. --reward judges by the implicit reward of a trained policy instead
+(extras.score). Pairs have both scores, as chosen_score and rejected_score.
 
 Left out are answers that were cut off by their length, empty ones, and those whose score is nan;
 then prompts of which no two answers have different scores. docs/rounds.md trains in rounds.

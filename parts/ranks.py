@@ -231,10 +231,12 @@ def among_ranks(main: Callable[..., int]) -> Callable[..., int]:
                 if status:
                     raise Failed
         except Failed:
-            end_if_others_wait(status)
+            pass
         except KeyboardInterrupt:  # where nothing is to be saved first, or pressed twice
             print("stopped by Ctrl-C", file=sys.stderr)
-            return 128 + signal.SIGINT
+            status = 128 + signal.SIGINT
+        if status:
+            end_if_others_wait(status)
         return status
 
     return run

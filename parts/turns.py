@@ -32,8 +32,7 @@ def parse_message(message: Any, where: str) -> dict:
     if not isinstance(message, dict):
         what = f"{where} is a {type(message).__name__}"
         raise DataError(f'{what}; a message is {{"role": ..., "content": ...}}')
-    if "from" in message and "role" not in message:
-        message = from_value_message(message, where)
+    message = with_role(message, where)
     role = message.get("role")
     content = message.get("content")
     if role not in ROLES:
@@ -47,8 +46,10 @@ def parse_message(message: Any, where: str) -> dict:
     return message
 
 
-def from_value_message(message: dict, where: str) -> dict:
-    """Turn {"from": "human", "value": ...} into {"role": "user", "content": ...}."""
+def with_role(message: dict, where: str) -> dict:
+    """Turn {"from": "human", "value": ...} into {"role": "user", "content": ...}; leave others."""
+    if "from" not in message or "role" in message:
+        return message
     sender = message["from"]
     rest = {key: value for key, value in message.items() if key not in ("from", "value")}
     if sender == "function_call":

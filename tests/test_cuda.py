@@ -313,7 +313,7 @@ def test_full_determinism_is_asked_of_torch_before_the_device_is_used_and_undone
     assert not torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
 
 
-@pytest.mark.parametrize("status,leaves", [(0, True), (1, False), (2, False), (SystemExit(143), True), (RuntimeError("x"), False)], ids=str)
+@pytest.mark.parametrize("status,leaves", [(0, True), (1, False), (2, False), (SystemExit(143), True), (RuntimeError("x"), False), (KeyboardInterrupt(), False)], ids=repr)
 def test_the_other_ranks_are_left_in_order_only_by_a_command_that_did_not_fail(status, leaves, monkeypatch):
     left, ended = [], []
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
@@ -329,11 +329,11 @@ def test_the_other_ranks_are_left_in_order_only_by_a_command_that_did_not_fail(s
         return status
 
     try:
-        assert command([]) == status
+        assert command([]) == (130 if isinstance(status, KeyboardInterrupt) else status)
     except (SystemExit, RuntimeError) as error:
         assert error is status
     assert bool(left) == leaves
-    assert ended == ([status] if status in (1, 2) else [])
+    assert ended == ([130] if isinstance(status, KeyboardInterrupt) else [status] if status in (1, 2) else [])
 
 
 def test_fsdp_leaves_what_is_read_in_python_where_it_is():

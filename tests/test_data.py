@@ -852,14 +852,14 @@ def test_forms_of_a_conversation_are_the_same_pair(tokenizer):
 
 
 def test_from_value_function_calls_and_observations_become_tool_messages():
-    from parts.turns import from_value_message
+    from parts.turns import with_role
 
-    call = from_value_message({"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'}, "here")
+    call = with_role({"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'}, "here")
     assert call == {
         "role": "assistant",
         "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}],
     }
-    assert from_value_message({"from": "observation", "value": "3"}, "here") == say("tool", "3")
+    assert with_role({"from": "observation", "value": "3"}, "here") == say("tool", "3")
 
 
 def test_rows_of_random_shape_are_tokenized_or_refused_with_a_message(tokenizer):

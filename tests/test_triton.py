@@ -79,11 +79,13 @@ def test_no_row_needs_no_kernel(triton_head):
     assert [len(column) for column in out[:5]] == [0] * 5
 
 
-def test_the_product_that_sums_in_float32_is_called_as_torch_declares_it():
+@pytest.mark.parametrize("first", [True, False])
+def test_the_product_that_sums_in_float32_is_called_as_torch_declares_it(first, monkeypatch):
     """It exists on CUDA alone: here its dispatcher says so, where a wrong argument would be a TypeError."""
     a, b, total = torch.zeros(4, 5, dtype=torch.bfloat16), torch.zeros(5, 6, dtype=torch.bfloat16), torch.zeros(4, 6)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     with pytest.raises(NotImplementedError, match="addmm.dtype_out"):
-        torch.addmm(total, a, b, out_dtype=total.dtype, beta=0, out=total)
+        head.add_product(total, a, b, first)
 
 
 @pytest.fixture

@@ -175,6 +175,17 @@ def load_adapter(model: Decoder, directory: str, adapter_name: str = "default") 
     return load_named(model, directory, adapter_name)
 
 
+def match_processor(model: nn.Module, tokenizer: Any) -> None:
+    """Leave a tokenizer its image processor only beside a model that reads images: rows with images
+    are refused elsewhere. Raises ValueError for the processor of another model."""
+    from extras.rows.pictures import check_features
+
+    if model.config.vision is None:
+        tokenizer.pictures = None
+    elif tokenizer.pictures is not None:
+        check_features(tokenizer.pictures, model.config.vision)
+
+
 def open_pictures(model: nn.Module, tokenizer: Any, freeze_tower: bool) -> Any:
     """Freeze what a model that reads images does not train.
 
@@ -186,7 +197,6 @@ def open_pictures(model: nn.Module, tokenizer: Any, freeze_tower: bool) -> Any:
     freeze(model, freeze_tower)
     if tokenizer.pictures is None:
         return None
-    from extras.rows.pictures import Loader, check_features
+    from extras.rows.pictures import Loader
 
-    check_features(tokenizer.pictures, model.config.vision)
     return Loader(tokenizer.pictures)

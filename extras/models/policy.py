@@ -13,6 +13,7 @@ from extras.models.objects import from_object
 from extras.models.opening import (
     four_bit_of,
     load_adapted,
+    match_processor,
     model_directory,
     open_pictures,
     tokenizer_home,
@@ -58,11 +59,10 @@ def open_policy(c: DPOConfig, ranks: Ranks, given: dict[str, Any]) -> Opened:
         lora = activate_named(model, c.model_adapter_name)
     continues = bool(lora)
     check_adapter(c, model, continues)
+    match_processor(model, tokenizer)
     images = None
     if model.config.vision is not None:
         images = open_pictures(model, tokenizer, c.freeze_vision_tower)
-    else:
-        tokenizer.pictures = None  # rows with images are refused
     if c.use_peft:
         lora = lora or fresh_settings(c, given["peft_config"] or {})
         add_lora(model, lora)

@@ -12,11 +12,12 @@ from extras.models.opening import (
     four_bit_of,
     is_adapter,
     load_adapted,
+    match_processor,
     model_directory,
     run_options,
     tokenizer_home,
 )
-from extras.rows.pictures import check_features, open_tokenizer
+from extras.rows.pictures import open_tokenizer
 from extras.rows.prompts import Asked, Encoded, encode_asked
 from model import Decoder
 from parts.config import DPOConfig
@@ -74,10 +75,7 @@ def load(name: str, args: argparse.Namespace) -> Speaker:
         directory, precision.weights, args.max_length, device=device,
         four_bit=four_bit_of(run) if is_adapter(directory) else None)
     tokenizer = open_tokenizer(tokenizer_home(directory), args.chat_template)
-    if model.config.vision is None:
-        tokenizer.pictures = None
-    elif tokenizer.pictures is not None:
-        check_features(tokenizer.pictures, model.config.vision)
+    match_processor(model, tokenizer)
     raw = args.raw or not tokenizer.templates
     if raw and args.system is not None:
         raise ValueError(

@@ -32,7 +32,7 @@ from extras.decoder.in_stream import Pictures, find_runs, stream_axes
 from parts.conversations import RowTexts, row_texts
 from parts.rows import DataError, DroppedPair, attempt, user_path
 from parts.tokenizer_files import explained_types, read_json
-from parts.turns import from_value_message
+from parts.turns import with_role
 
 MAX_PIXELS = 89_478_485  # above this, pillow warns of a decompression bomb
 MEAN = [0.48145466, 0.4578275, 0.40821073]  # CLIP's, as is STD
@@ -761,7 +761,8 @@ def place_images(messages: list, count: int, key: str) -> list:
 
     Where there is neither, the images go before the first question. Raises DataError.
     """
-    messages = [with_role(m, f'"{key}"[{i}]') for i, m in enumerate(messages)]
+    messages = [dict(with_role(m, f'"{key}"[{i}]')) if isinstance(m, dict) else m
+                for i, m in enumerate(messages)]
     with_content = [m for m in messages if isinstance(m, dict) and has_content(m)]
     waiting = 0 if any(has_place(m["content"]) for m in with_content) else count
     for message in with_content:
@@ -779,14 +780,6 @@ def place_images(messages: list, count: int, key: str) -> list:
             )
         message["content"] = parts
     return messages
-
-
-def with_role(message: Any, where: str) -> Any:
-    """Return a copy of a message, {"from": ..., "value": ...} as role and content."""
-    if not isinstance(message, dict):
-        return message
-    is_other = "from" in message and "role" not in message
-    return from_value_message(message, where) if is_other else dict(message)
 
 
 def has_content(message: dict) -> bool:

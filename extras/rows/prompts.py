@@ -72,10 +72,7 @@ def encode(
     elif images:
         raise DataError("the prompt has images, and the model reads none")
     is_text = isinstance(prompt, str)
-    if isinstance(prompt, str):
-        text = prompt
-    else:
-        text = chat_texts(more, prompt, [], tokenizer)[0]
+    text = prompt if isinstance(prompt, str) else chat_texts(more, prompt, [], tokenizer)[0]
     spelled = text if processor is None else expand([text], images, processor)[0]
     ids = tokenizer.encode(spelled, add_special_tokens=is_text)
     if is_text and ids[-1:] == [tokenizer.eos_token_id]:
