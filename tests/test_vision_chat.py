@@ -18,7 +18,7 @@ import dpo
 from extras import chat, judge
 from extras.decoder.generate import Sampling, complete, end_tokens
 from extras.models.opening import load_model
-from extras.rows.pictures import decode, open_image, open_tokenizer, preprocess
+from extras.rows.pictures import decode, features, one_mark_each, open_image, open_tokenizer, preprocess
 from extras.rows.prompts import Asked, encode_asked, read_prompts
 
 pytest.importorskip("PIL")
@@ -127,6 +127,18 @@ def test_answers_at_an_evaluation_see_the_images(place, tmp_path, file, family):
     assert [row["completion"] for row in samples] == [tokenizer.decode(t, skip_special_tokens=True) for t in expected]
     marks = [row["prompt"].count("<image>") + row["prompt"].count("<|image_pad|>") for row in samples]
     assert marks == [1, 0, 2]  # one for each image, and not for each feature
+
+
+def test_a_prompt_is_shown_with_one_mark_for_each_image(place):
+    """Also beside each other, and where tiles have marks between the features of one image."""
+    folder, _ = place
+    images = [open_image(str(folder / name), folder) for name in ("0.png", "1.png")]
+    for family in ("llava", "idefics3"):
+        processor = open_tokenizer(folder / family).pictures
+        counts = [features(image, processor) for image in images]
+        token = processor.token_id
+        tiles = [token, 5, *[token] * (counts[1] - 1)]  # 5: a mark between two tiles
+        assert one_mark_each([1, *[token] * counts[0], *tiles, 7], images, processor) == [1, token, token, 7]
 
 
 @pytest.mark.parametrize("words, message", [

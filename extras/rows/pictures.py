@@ -939,6 +939,18 @@ def of_prompt(
     )
 
 
+def one_mark_each(ids: list[int], images: Sequence[RowImage], processor: Processor) -> list[int]:
+    """Return a prompt's tokens with one for each image, for people to read."""
+    tokens = np.array(ids)
+    counts = [features(p, processor) for p in images]
+    ends = np.cumsum(counts)
+    place = np.flatnonzero(tokens == processor.token_id)
+    keep = np.ones(len(ids), bool)
+    for first, last in zip(place[ends - counts], place[ends - 1]):
+        keep[first + 1 : last + 1] = False
+    return tokens[keep].tolist()
+
+
 @dataclass
 class Loader:
     """Decode images in the background: `expect` starts, `collect` waits for the pixels."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from extras.decoder.generate import Sampling, complete, end_tokens
-from extras.rows.pictures import image_text, images_of, of_prompt
+from extras.rows.pictures import images_of, of_prompt, one_mark_each
 from extras.rows.prompts import Encoded, encode_asked, read_prompts
 from model import ModelConfig
 from parts.configs import check_length
@@ -80,14 +80,12 @@ def held_out(trainer: Any) -> list[Encoded]:
     tokenizer = trainer.tokenizer
     for index in map(int, pairs[:PROMPTS]):
         ids = store[index].prompt_ids.tolist()
-        text = tokenizer.decode(ids)
+        shown_ids = ids
         pictures = None
         if images := images_of(store, index):
-            processor = tokenizer.pictures
-            pictures = of_prompt(ids, images, processor, store.directory)
-            for image in images:
-                text = text.replace(image_text(image, processor), "<image>", 1)
-        found.append(Encoded(text, ids, pictures))
+            pictures = of_prompt(ids, images, tokenizer.pictures, store.directory)
+            shown_ids = one_mark_each(ids, images, tokenizer.pictures)
+        found.append(Encoded(tokenizer.decode(shown_ids), ids, pictures))
     return found
 
 
